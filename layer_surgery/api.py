@@ -1,0 +1,169 @@
+"""The Python interface: the same options as the command line, as keyword arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from layer_surgery.checkpoint import open_checkpoint
+from layer_surgery.config import BudgetConfig, CalibrationConfig, CompressConfig, EvaluationConfig, RuntimeConfig
+from layer_surgery.pipeline import Model, Ui, run_compress, run_evaluate, run_score
+from layer_surgery.records import EvaluationResult, LayerScores, SurgeryReport
+
+_CALIBRATION = CalibrationConfig()
+_EVALUATION = EvaluationConfig()
+_COMPRESS = CompressConfig()
+
+
+def compress(
+    model: Model,
+    output: str | Path | None = None,
+    *,
+    target_layers: int | None = None,
+    keep: float | None = None,
+    target_parameters: float | None = None,
+    layers: Sequence[int] | None = None,
+    scorer: str = _COMPRESS.scorer,
+    method: str = _COMPRESS.method,
+    calibration: str | Path = _CALIBRATION.source,
+    samples: int = _CALIBRATION.samples,
+    sequence_length: int = _CALIBRATION.sequence_length,
+    text_column: str | None = None,
+    eval_data: Sequence[str | Path] | None = _EVALUATION.sources,
+    eval_windows: int | None = None,
+    plan: str | Path | None = None,
+    dry_run: bool = False,
+    overwrite: bool = False,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    ui: Ui | None = None,
+    command: str | None = None,
+    **runtime: Any,
+) -> SurgeryReport:
+    """Remove the least important decoder layers of a causal LM and save the result.
+
+    Args:
+        model: a local directory, a hub name, or a `PreTrainedModel` (which is not changed; pass its `tokenizer`).
+        output: directory to write; required unless `dry_run`.
+        target_layers: how many layers stay whole.
+        keep: fraction of the operated layers' parameters to spend on low-rank components (default 0.1; 0 removes).
+        target_parameters: the same budget as a fraction of all parameters; excludes `keep`.
+        layers: the layers to operate on, counted from 0, instead of the scorer's choice.
+        scorer, method: names, see `layer-surgery compress --help`.
+        calibration: `"bundled"`, a file, or a hub data set; `samples` sequences of `sequence_length` tokens.
+        eval_data: texts for perplexity before and after; None or empty measures size only.
+        plan: a plan (or a `surgery.json`) to apply as it is.
+        runtime: `device`, `dtype`, `seed`, `batch_size`, `trust_remote_code`, `scratch`, ... (`RuntimeConfig`).
+
+    Returns: the report that is also saved as `surgery.json`.
+    Raises: `layer_surgery.errors.UserError` for what cannot be done as asked, before anything is written.
+    """
+    config = CompressConfig(
+        budget=BudgetConfig(
+            target_layers=target_layers,
+            keep=keep,
+            target_parameters=target_parameters,
+            layers=tuple(layers) if layers is not None else None,
+        ),
+        scorer=scorer,
+        method=method,
+        plan_file=Path(plan) if plan is not None else None,
+        calibration=CalibrationConfig(
+            source=str(calibration), column=text_column, samples=samples, sequence_length=sequence_length
+        ),
+        evaluation=_evaluation(eval_data, text_column, sequence_length, eval_windows),
+        runtime=RuntimeConfig(**runtime),
+        output=Path(output) if output is not None else None,
+        dry_run=dry_run,
+        overwrite=overwrite,
+        command=command,
+    )
+    return run_compress(model, config, tokenizer=tokenizer, ui=ui)
+
+
+def score(
+    model: Model,
+    *,
+    scorer: str = _COMPRESS.scorer,
+    target_layers: int | None = None,
+    calibration: str | Path = _CALIBRATION.source,
+    samples: int = _CALIBRATION.samples,
+    sequence_length: int = _CALIBRATION.sequence_length,
+    text_column: str | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    ui: Ui | None = None,
+    **runtime: Any,
+) -> LayerScores:
+    """Rank the decoder layers by importance. With `target_layers`, greedy and block scorers choose that many.
+
+    Arguments as for `compress`.
+    """
+    return run_score(
+        model,
+        scorer=scorer,
+        target_layers=target_layers,
+        calibration=CalibrationConfig(
+            source=str(calibration), column=text_column, samples=samples, sequence_length=sequence_length
+        ),
+        runtime=RuntimeConfig(**runtime),
+        tokenizer=tokenizer,
+        ui=ui,
+    )
+
+
+def evaluate(
+    model: Model,
+    *,
+    baseline: Model | None = None,
+    eval_data: Sequence[str | Path] = _EVALUATION.sources,
+    sequence_length: int = _EVALUATION.sequence_length,
+    eval_windows: int | None = None,
+    text_column: str | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    ui: Ui | None = None,
+    **runtime: Any,
+) -> tuple[EvaluationResult, EvaluationResult | None]:
+    """Measure size and perplexity of a model, and of a `baseline` on the same tokens. Arguments as for `compress`."""
+    evaluation = _evaluation(eval_data, text_column, sequence_length, eval_windows)
+    return run_evaluate(
+        model,
+        baseline=baseline,
+        evaluation=evaluation or EvaluationConfig(sources=()),
+        runtime=RuntimeConfig(**runtime),
+        tokenizer=tokenizer,
+        ui=ui,
+    )
+
+
+def load(
+    directory: str | Path, *, dtype: torch.dtype | str = "auto", trust_remote_code: bool = False, **kwargs: Any
+) -> PreTrainedModel:
+    """Load a saved checkpoint, plain or with low-rank layers, as a transformers model. No remote code is run.
+
+    Further keyword arguments (`device_map`, `attn_implementation`, ...) go to `from_pretrained`.
+    Raises `CheckpointError` if a tensor is missing or damaged, where transformers would fill in random numbers.
+    """
+    checkpoint = open_checkpoint(directory, trust_remote_code=trust_remote_code)
+    loader: Any = checkpoint.model_class or AutoModelForCausalLM
+    if checkpoint.model_class is None:
+        kwargs["trust_remote_code"] = trust_remote_code
+    model: PreTrainedModel = loader.from_pretrained(
+        checkpoint.directory, config=checkpoint.config, dtype=dtype, use_safetensors=True, **kwargs
+    )
+    return model
+
+
+def _evaluation(
+    sources: Sequence[str | Path] | None, column: str | None, sequence_length: int, windows: int | None
+) -> EvaluationConfig | None:
+    if sources is None:
+        return None
+    return EvaluationConfig(
+        sources=tuple(str(source) for source in sources),
+        column=column,
+        sequence_length=sequence_length,
+        max_windows=windows,
+    )

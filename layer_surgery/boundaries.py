@@ -1,0 +1,100 @@
+"""Hidden states at the boundaries between layers, kept outside the model: in memory while small, else on disk."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from layer_surgery.errors import LayerSurgeryError
+
+
+class BoundaryStore:
+    """Numbered slots, each [sequences, sequence_length, hidden] of one dtype.
+
+    The first slots live on `device` while they fit in `memory_bytes`; the others in one unlinked scratch file each,
+    read and written with plain file calls. (A memory map would count as resident memory once touched.)
+    Use as a context manager; everything is gone on exit, also after a crash.
+    """
+
+    def __init__(
+        self, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device, memory_bytes: int, scratch: Path
+    ) -> None:
+        self.shape, self.dtype, self.device = shape, dtype, device
+        self._memory_left = memory_bytes
+        self._scratch = scratch
+        self._in_memory: dict[int, Tensor] = {}
+        self._on_disk: dict[int, int] = {}  # slot -> file descriptor
+
+    @property
+    def slot_bytes(self) -> int:
+        return self.shape[0] * self.sequence_bytes
+
+    @property
+    def sequence_bytes(self) -> int:
+        return self.shape[1] * self.shape[2] * self.dtype.itemsize
+
+    def __contains__(self, slot: int) -> bool:
+        return slot in self._in_memory or slot in self._on_disk
+
+    def read(self, slot: int, rows: slice) -> Tensor:
+        """Return [rows, sequence_length, hidden] on the device. Do not write to it."""
+        if slot in self._in_memory:
+            return self._in_memory[slot][rows]
+        buffer = torch.empty((rows.stop - rows.start, *self.shape[1:]), dtype=self.dtype)
+        view = memoryview(buffer.view(torch.uint8).numpy()).cast("B")
+        offset = rows.start * self.sequence_bytes
+        while len(view):
+            count = os.preadv(self._on_disk[slot], [view], offset)
+            if count == 0:
+                raise LayerSurgeryError("the scratch file of the layer boundaries was cut short.")
+            view, offset = view[count:], offset + count
+        return buffer.to(self.device)
+
+    def write(self, slot: int, rows: slice, hidden: Tensor) -> None:
+        """Store [rows, sequence_length, hidden]; the slot is made on its first write."""
+        if slot not in self:
+            self._make(slot)
+        hidden = hidden.detach()
+        if slot in self._in_memory:
+            self._in_memory[slot][rows] = hidden
+            return
+        view = memoryview(hidden.to("cpu", self.dtype).contiguous().view(torch.uint8).numpy()).cast("B")
+        offset = rows.start * self.sequence_bytes
+        while len(view):
+            count = os.pwrite(self._on_disk[slot], view, offset)
+            view, offset = view[count:], offset + count
+
+    def drop(self, slot: int) -> None:
+        """Free a slot; dropping one that does not exist does nothing."""
+        if slot in self._in_memory:
+            del self._in_memory[slot]
+            self._memory_left += self.slot_bytes
+        elif slot in self._on_disk:
+            os.close(self._on_disk.pop(slot))
+
+    def close(self) -> None:
+        """Free all slots."""
+        for slot in [*self._in_memory, *self._on_disk]:
+            self.drop(slot)
+
+    def __enter__(self) -> BoundaryStore:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _make(self, slot: int) -> None:
+        if self.slot_bytes <= self._memory_left:
+            self._memory_left -= self.slot_bytes
+            self._in_memory[slot] = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+            return
+        descriptor, path = tempfile.mkstemp(prefix="layer-surgery-boundary-", dir=self._scratch)
+        os.unlink(path)  # the file lives until it is closed, and no longer
+        self._on_disk[slot] = descriptor

@@ -1,0 +1,322 @@
+"""Open a checkpoint: its configuration and where its tensors are. No weight is read here."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from layer_surgery.architectures import Architecture, architecture_of
+from layer_surgery.errors import CheckpointError
+from layer_surgery.modeling_layer_surgery import MODEL_TYPE, LayerSurgeryConfig, model_class_for
+from layer_surgery.tensors import (
+    SafetensorsSource,
+    StateDictSource,
+    TensorSource,
+    checkpoint_files,
+)
+
+#: Files of a hub repository that are needed; nothing else is downloaded.
+HUB_PATTERNS = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.jinja", "*.txt", "LICENSE*"]
+_BYTES_PER_HASH_STEP = 1 << 22
+
+
+@dataclass(kw_only=True)
+class Checkpoint:
+    """A causal LM as configuration + named tensors + the files that travel with it."""
+
+    name: str
+    """As the user gave it: a directory, a hub name, or the class of a model in memory."""
+    config: Any
+    config_fields: dict[str, Any]
+    """The configuration as the checkpoint stores it; for a low-rank checkpoint that of its base architecture."""
+    low_rank: dict[str, int]
+    """Rank of every linear that is stored as factors; empty for a plain checkpoint."""
+    source: TensorSource
+    directory: Path | None = None
+    files: tuple[Path, ...] = ()
+    trust_remote_code: bool = False
+    model_class: type[PreTrainedModel] | None = None
+    buffers: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Non-persistent buffers of a model in memory, which may differ from freshly made ones."""
+    generation_config: Any = None
+    """Of a model in memory; one in a directory is copied as a file."""
+
+    @property
+    def architecture(self) -> Architecture:
+        return architecture_of(self.config)
+
+    @property
+    def layer_count(self) -> int:
+        return int(self.config.num_hidden_layers)
+
+    @functools.cached_property
+    def skeleton(self) -> PreTrainedModel:
+        """The model with its parameters on the meta device: shapes and names, no memory."""
+        return build_skeleton(self)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """dtype of most of the stored parameters."""
+        sizes: dict[torch.dtype, int] = {}
+        for spec in self.source.specs.values():
+            sizes[spec.dtype] = sizes.get(spec.dtype, 0) + spec.numel
+        return max(sizes, key=lambda dtype: sizes[dtype])
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters; tied ones count once."""
+        return sum(parameter.numel() for parameter in self.skeleton.parameters())
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all stored tensors."""
+        return sum(spec.nbytes for spec in self.source.specs.values())
+
+    def layer_prefix(self, index: int) -> str:
+        return f"{self.architecture.layers}.{index}."
+
+    def layer_tensors(self, index: int) -> list[str]:
+        """Names of all stored tensors of a decoder layer."""
+        prefix = self.layer_prefix(index)
+        return [name for name in self.source.specs if name.startswith(prefix)]
+
+    def other_tensors(self) -> list[str]:
+        """Names of all stored tensors that belong to no decoder layer."""
+        prefix = self.architecture.layers + "."
+        return [name for name in self.source.specs if not name.startswith(prefix)]
+
+    def layer_parameters(self, index: int) -> int:
+        """Number of parameters of a decoder layer, norms and biases included."""
+        return sum(p.numel() for p in self.layers[index].parameters())
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        layers = self.skeleton.get_submodule(self.architecture.layers)
+        assert isinstance(layers, nn.ModuleList)
+        return layers
+
+    def sha256(self, progress: Callable[[int], None] = lambda _bytes: None) -> str:
+        """Hash of configuration and weights: of the files' bytes, or of a model's tensors in memory.
+
+        `progress` is called with the number of bytes that were hashed.
+        """
+        digest = hashlib.sha256(json.dumps(self.config_fields, sort_keys=True, default=str).encode())
+        digest.update(json.dumps(self.low_rank, sort_keys=True).encode())
+        if self.files:
+            for path in sorted(self.files, key=lambda p: p.name):
+                with path.open("rb") as stream:
+                    while block := stream.read(_BYTES_PER_HASH_STEP):
+                        digest.update(block)
+                        progress(len(block))
+        else:
+            for name in sorted(self.source.specs):
+                tensor = self.source.read([name], torch.device("cpu"))[name].contiguous()
+                digest.update(name.encode())
+                digest.update(tensor.view(-1).view(torch.uint8).numpy().data)
+                progress(tensor.nbytes)
+        return digest.hexdigest()
+
+
+def open_checkpoint(
+    model: str | Path | PreTrainedModel, *, revision: str | None = None, trust_remote_code: bool = False
+) -> Checkpoint:
+    """Open a local directory, a hub name, or a model that is already in memory.
+
+    Headers and shapes are checked against the architecture before anything else happens.
+    Raises `CheckpointError` for everything that makes the checkpoint unusable.
+    """
+    if isinstance(model, PreTrainedModel):
+        checkpoint = _from_memory(model)
+    else:
+        directory = _local_directory(str(model), revision)
+        checkpoint = _from_directory(str(model), directory, trust_remote_code)
+    _check_tensors(checkpoint)
+    return checkpoint
+
+
+def build_skeleton(checkpoint: Checkpoint) -> PreTrainedModel:
+    """Make the model with parameters on the meta device and real non-persistent buffers (rotary frequencies, ...)."""
+    model_class = checkpoint.model_class
+    with torch.device("meta"):
+        if model_class is None:
+            from transformers import AutoModelForCausalLM
+
+            model = AutoModelForCausalLM.from_config(
+                checkpoint.config, trust_remote_code=checkpoint.trust_remote_code or None
+            )
+        else:
+            model = model_class(checkpoint.config)
+    model.requires_grad_(False)
+    model.eval()
+    _make_buffers(model, checkpoint.buffers)
+    return model
+
+
+def _make_buffers(model: PreTrainedModel, given: dict[str, torch.Tensor]) -> None:
+    """Give the non-persistent buffers their values, as `from_pretrained` does after building on the meta device."""
+    owners: dict[int, nn.Module] = {}
+    for name, buffer in list(model.named_non_persistent_buffers()):
+        owner_name, _, buffer_name = name.rpartition(".")
+        owner = model.get_submodule(owner_name)
+        owner.register_buffer(buffer_name, torch.empty_like(buffer, device="cpu"), persistent=False)
+        owners[id(owner)] = owner
+    for owner in owners.values():
+        model._init_weights(owner)
+    for name, value in given.items():
+        owner_name, _, buffer_name = name.rpartition(".")
+        model.get_submodule(owner_name).register_buffer(buffer_name, value.detach().clone().cpu(), persistent=False)
+
+
+def _local_directory(model: str, revision: str | None) -> Path:
+    """Return the directory of a local model, or of a hub model's snapshot (fetched if it is not in the cache)."""
+    directory = Path(model).expanduser()
+    if directory.is_dir():
+        return directory
+    if directory.exists():
+        raise CheckpointError(f"MODEL '{model}' is a file; give the directory that holds config.json and the weights.")
+    looks_like_path = model.startswith((".", "/", "~")) or model.count("/") > 1 or not model.strip()
+    if not looks_like_path:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HFValidationError
+
+        try:
+            return Path(snapshot_download(model, revision=revision, allow_patterns=HUB_PATTERNS))
+        except (OSError, HFValidationError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise CheckpointError(
+                f"no such model: '{model}' is neither a local directory nor a model that could be had from the hub "
+                f"({type(error).__name__}: {reason})."
+            ) from error
+    raise CheckpointError(f"no such model: there is no directory '{model}'.")
+
+
+def _from_directory(name: str, directory: Path, trust_remote_code: bool) -> Checkpoint:
+    config_file = directory / "config.json"
+    if (directory / "adapter_config.json").is_file() and not config_file.is_file():
+        raise CheckpointError(f"{directory} is a PEFT adapter, not a model; merge it into its base model first.")
+    if not config_file.is_file():
+        raise CheckpointError(f"{directory} has no config.json; is it a model directory?")
+    try:
+        fields = json.loads(config_file.read_text(encoding="utf-8"))
+        model_type = fields["model_type"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{config_file} is damaged or has no model_type ({error}).") from error
+    if fields.get("quantization_config"):
+        raise CheckpointError(
+            f"{directory} is quantised ({fields['quantization_config'].get('quant_method', 'unknown method')}); "
+            "operate on the unquantised checkpoint and quantise the result."
+        )
+    low_rank: dict[str, int] = {}
+    model_class: type[PreTrainedModel] | None = None
+    if model_type == MODEL_TYPE:
+        config = LayerSurgeryConfig.from_dict(fields)
+        model_class = model_class_for(type(config))
+        low_rank, fields = config.low_rank, {**fields["base_config"], "model_type": fields["base_model_type"]}
+    else:
+        config = _stock_config(directory, trust_remote_code)
+    _check_causal_lm(config, fields, directory)
+    files = checkpoint_files(directory)
+    return Checkpoint(
+        name=name,
+        config=config,
+        config_fields=fields,
+        low_rank=low_rank,
+        source=SafetensorsSource(files),
+        directory=directory,
+        files=tuple(files),
+        trust_remote_code=trust_remote_code,
+        model_class=model_class,
+    )
+
+
+def _stock_config(directory: Path, trust_remote_code: bool) -> Any:
+    try:
+        # False, not None: transformers would otherwise ask on the terminal.
+        return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    except Exception as error:  # transformers raises many types here, each about this one file
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"transformers cannot read {directory / 'config.json'}: {reason}") from error
+
+
+def _check_causal_lm(config: Any, fields: dict[str, Any], directory: Path) -> None:
+    names = fields.get("architectures") or []
+    not_causal = getattr(config, "is_encoder_decoder", False) or (
+        bool(names) and not any(n.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")) for n in names)
+    )
+    base_class = getattr(config, "base_class", type(config))
+    if not_causal or (base_class not in MODEL_FOR_CAUSAL_LM_MAPPING and not fields.get("auto_map")):
+        raise CheckpointError(
+            f"{directory} is not a causal language model (architectures: {', '.join(names) or 'none'}, "
+            f"model_type: {fields['model_type']}); only decoder-only language models have layers to operate on."
+        )
+    architecture_of(config)
+
+
+def _from_memory(model: PreTrainedModel) -> Checkpoint:
+    architecture_of(model.config)
+    fields = model.config.to_dict()
+    low_rank = dict(getattr(model.config, "low_rank", {}) or {})
+    if low_rank:
+        fields = {**fields["base_config"], "model_type": fields["base_model_type"]}
+    tensors = model.state_dict()
+    if any(tensor.is_meta for tensor in tensors.values()):
+        raise CheckpointError("the model has tensors on the meta device (offloaded?); load it into memory first.")
+    tied = getattr(model, "all_tied_weights_keys", {}) or {}
+    return Checkpoint(
+        name=type(model).__name__,
+        config=model.config,
+        config_fields=fields,
+        low_rank=low_rank,
+        source=StateDictSource({name: tensor for name, tensor in tensors.items() if name not in tied}),
+        model_class=type(model),
+        buffers=dict(model.named_non_persistent_buffers()),
+        generation_config=getattr(model, "generation_config", None),
+    )
+
+
+def _check_tensors(checkpoint: Checkpoint) -> None:
+    """Compare names and shapes of the stored tensors with those that the architecture has."""
+    skeleton = checkpoint.skeleton
+    expected = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
+    tied = getattr(skeleton, "all_tied_weights_keys", {}) or {}
+    stored = checkpoint.source.specs
+    missing = sorted(name for name in expected if name not in stored and name not in tied)
+    where = checkpoint.directory or checkpoint.name
+    if missing:
+        raise CheckpointError(
+            f"{where} lacks {len(missing)} of the tensors that its config.json calls for, the first being "
+            f"'{missing[0]}'; is the download complete and does num_hidden_layers ({checkpoint.layer_count}) fit?"
+        )
+    for name, shape in expected.items():
+        if name in stored and stored[name].shape != shape:
+            raise CheckpointError(
+                f"tensor '{name}' in {where} has shape {list(stored[name].shape)}, but config.json calls for "
+                f"{list(shape)}; the checkpoint and its configuration do not belong together."
+            )
+    ignorable = getattr(skeleton, "_keys_to_ignore_on_load_unexpected", None) or []
+    extra = sorted(
+        name
+        for name in stored
+        if name not in expected and "rotary_emb.inv_freq" not in name and not _matches(name, ignorable)
+    )
+    if extra:
+        raise CheckpointError(
+            f"{where} has {len(extra)} tensors that its architecture does not know, the first being '{extra[0]}'; "
+            "operating on it would lose them."
+        )
+
+
+def _matches(name: str, patterns: list[str]) -> bool:
+    import re
+
+    return any(re.search(pattern, name) for pattern in patterns)

@@ -1,0 +1,160 @@
+"""Everything that a user can set, with its default, its unit and its check. The only home of defaults."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from layer_surgery.errors import PlanError, UserError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuntimeConfig:
+    """Where and how computations run."""
+
+    device: str = "auto"
+    """`auto` (CUDA if there is one), `cpu`, `cuda` or `cuda:N`."""
+    dtype: str = "auto"
+    """dtype of computation: `auto` is float32 on a CPU and the checkpoint's own dtype on CUDA."""
+    seed: int = 0
+    batch_size: int = 8
+    """Sequences at a time. It changes speed and memory, not results (beyond rounding)."""
+    trust_remote_code: bool = False
+    resident_bytes: int = 1 << 29
+    """Keep all layers in memory if together they take at most this much, instead of reading each when needed."""
+    boundary_bytes: int = 1 << 29
+    """Keep hidden states at layer boundaries in memory up to this much, and beyond it in a scratch file."""
+    scratch: Path | None = None
+    """Directory for scratch files; default: beside the output, else the system's temporary directory."""
+
+    def __post_init__(self) -> None:
+        if self.dtype != "auto" and self.dtype not in DTYPES:
+            raise UserError(f"--dtype is '{self.dtype}'; allowed: auto, {', '.join(DTYPES)}.")
+        _at_least("--batch-size", self.batch_size, 1)
+        _at_least("--seed", self.seed, 0)
+
+    def torch_device(self) -> torch.device:
+        """Return the device; `UserError` if it is not there."""
+        name = self.device
+        if name == "auto":
+            name = "cuda" if torch.cuda.is_available() else "cpu"
+        kind, _, number = name.partition(":")
+        if kind not in ("cpu", "cuda") or (number and not number.isdigit()) or name.endswith(":"):
+            raise UserError(f"--device is '{self.device}'; allowed: auto, cpu, cuda, cuda:N.")
+        if kind == "cuda" and not torch.cuda.is_available():
+            raise UserError(f"--device is '{self.device}', but torch sees no CUDA device; use --device cpu.")
+        if kind == "cuda" and number and int(number) >= torch.cuda.device_count():
+            raise UserError(f"--device is '{self.device}', but there are {torch.cuda.device_count()} CUDA devices.")
+        return torch.device(name)
+
+    def torch_dtype(self, device: torch.device, stored: torch.dtype) -> torch.dtype:
+        """Return the dtype of computation on `device` for a checkpoint stored in `stored`."""
+        if self.dtype != "auto":
+            return DTYPES[self.dtype]
+        return torch.float32 if device.type == "cpu" else stored
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationConfig:
+    """What is passed through the model to calibrate on."""
+
+    source: str = "bundled"
+    """`bundled`, a file (.txt .jsonl .json .csv .parquet) or a hub data set (OWNER/NAME)."""
+    column: str | None = None
+    samples: int = 128
+    """Sequences."""
+    sequence_length: int = 256
+    """Tokens in a sequence."""
+
+    def __post_init__(self) -> None:
+        _at_least("--samples", self.samples, 1)
+        _at_least("--sequence-length", self.sequence_length, 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """What perplexity is measured on."""
+
+    sources: tuple[str, ...] = ("bundled",)
+    column: str | None = None
+    sequence_length: int = 256
+    """Tokens in a window."""
+    max_windows: int | None = None
+    """Take only the first windows of each text; default: all."""
+
+    def __post_init__(self) -> None:
+        _at_least("--sequence-length", self.sequence_length, 2)
+        if self.max_windows is not None:
+            _at_least("--eval-windows", self.max_windows, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BudgetConfig:
+    """Which layers are operated on, and how many parameters may stay in them."""
+
+    DEFAULT_KEEP = 0.1
+
+    target_layers: int | None = None
+    """Layers left whole."""
+    layers: tuple[int, ...] | None = None
+    """The layers to operate on, counted from 0; None lets the scorer choose."""
+    keep: float | None = None
+    """Fraction of the operated layers' parameters to spend on low-rank components; None means 0.1."""
+    target_parameters: float | None = None
+    """The same budget as a fraction of all the model's parameters; excludes `keep`."""
+
+    def __post_init__(self) -> None:
+        if self.keep is not None and self.target_parameters is not None:
+            raise PlanError("--keep and --target-parameters are the same budget in two units; give only one of them.")
+        if self.keep is not None and not (math.isfinite(self.keep) and 0 <= self.keep <= 1):
+            raise PlanError(f"--keep is {self.keep}; allowed: a fraction from 0 (remove outright) to 1.")
+        if self.target_parameters is not None and not 0 < self.target_parameters <= 1:
+            raise PlanError(f"--target-parameters is {self.target_parameters}; allowed: a fraction above 0, up to 1.")
+        if self.layers is not None:
+            repeated = sorted({index for index in self.layers if self.layers.count(index) > 1})
+            if not self.layers or repeated:
+                raise PlanError(f"--layers must name each layer once; {f'repeated: {repeated}' if repeated else 'none given'}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressConfig:
+    """One compression."""
+
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
+    scorer: str = "block_influence"
+    method: str = "svd"
+    plan_file: Path | None = None
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    evaluation: EvaluationConfig | None = field(default_factory=EvaluationConfig)
+    """None switches evaluation off."""
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    output: Path | None = None
+    dry_run: bool = False
+    overwrite: bool = False
+    command: str | None = None
+    """The command line that made this, for the report."""
+
+    def describe(self) -> dict[str, Any]:
+        """Return the settings as plain JSON, for provenance."""
+        from dataclasses import asdict
+
+        return {key: _plain(value) for key, value in asdict(self).items() if key != "command"}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _at_least(option: str, value: int, least: int) -> None:
+    if value < least:
+        raise UserError(f"{option} is {value}; allowed: {least} or more.")

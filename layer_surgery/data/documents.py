@@ -1,0 +1,51 @@
+"""The records that a data source is read into, before any tokenizer is involved."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+Part: TypeAlias = Literal["calibration", "evaluation"]
+"""What the data is for: it decides which half of the bundled text, or which split of a hub data set, is read."""
+
+Kind: TypeAlias = Literal["text", "example", "chat"]
+"""All documents of one source are of one kind."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """Running text; every token carries loss."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Example:
+    """A task example; only the answer carries loss."""
+
+    prompt: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A conversation; only the assistant's turns carry loss. Each message has at least `role` and `content`."""
+
+    messages: list[dict[str, str]]
+
+
+Document: TypeAlias = Text | Example | Chat
+
+
+@dataclass(frozen=True)
+class LoadedData:
+    """The documents of one source, in the source's order."""
+
+    name: str
+    """What the user called the source."""
+    documents: Sequence[Document]
+    kind: Kind
+    """The kind of every document in `documents`."""
+    origin: str = ""
+    """What was read, in words, where `name` does not say it all (repository, split, a stated limit)."""

@@ -1,0 +1,197 @@
+"""From documents to packed token sequences of one length, with the mask of what carries loss.
+
+Shapes: N sequences, S tokens each (`sequence_length`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from layer_surgery.data.documents import LoadedData
+from layer_surgery.data.encoding import EncodedExample, encode_examples, encode_texts, leading_bos
+from layer_surgery.errors import CheckpointError, DataError
+from layer_surgery.tokens import PackedTokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_LARGEST_SEED = 2**63 - 1
+
+
+def pack_calibration(
+    data: LoadedData, tokenizer: PreTrainedTokenizerBase, *, samples: int, sequence_length: int, seed: int
+) -> PackedTokens:
+    """Pack `samples` sequences of `sequence_length` tokens, chosen by `seed`; the CPU generator is the function's own.
+
+    Texts: joined by a blank line and cut into non-overlapping windows, of which `samples` are drawn without
+    replacement. If the tokenizer puts a BOS token before texts by itself, each window is BOS and S - 1 text tokens.
+    All tokens but those at position 0 carry loss.
+
+    Examples and chats: only answers carry loss (and the token that ends them). Whole examples are packed in shuffled
+    order: a row takes the next example while it fits, and is padded on the right. `samples` counts rows. Each
+    prompt/answer example begins with BOS (if the tokenizer adds it) and ends with EOS (if there is one).
+
+    Raises:
+        DataError: an argument out of range; fewer sequences than `samples`; an example longer than `sequence_length`.
+    """
+    _require("samples", samples, 1)
+    _require("sequence_length", sequence_length, 2)
+    _require("seed", seed, 0, _LARGEST_SEED)
+    generator = torch.Generator().manual_seed(seed)
+    if data.kind == "text":
+        stream, bos = encode_texts(tokenizer, data), leading_bos(tokenizer)
+        body = sequence_length - (bos is not None)
+        count = len(stream) // body
+        if count < samples:
+            _refuse_too_few(data, len(stream), count, samples, sequence_length)
+        chosen = torch.randperm(count, generator=generator)[:samples]
+        return _packed_windows(data.name, stream[: count * body].view(count, body)[chosen], bos, len(stream))
+    examples = encode_examples(tokenizer, data)
+    _require_fit(data, examples, sequence_length)
+    order = torch.randperm(len(examples), generator=generator).tolist()
+    rows = list(islice(_fill_rows((examples[i] for i in order), sequence_length), samples))
+    available = sum(map(len, examples))
+    if len(rows) < samples:
+        _refuse_too_few(data, available, len(rows), samples, sequence_length)
+    return _packed_rows(data.name, rows, tokenizer, sequence_length, available)
+
+
+def pack_evaluation(
+    data: LoadedData, tokenizer: PreTrainedTokenizerBase, *, sequence_length: int, max_windows: int | None = None
+) -> PackedTokens:
+    """Pack all of the data in its order, or the first `max_windows` sequences of it.
+
+    Texts: consecutive non-overlapping windows, so that every token is in exactly one; the last is padded on the
+    right. With a tokenizer that adds BOS (see `pack_calibration`) every text token is predicted exactly once; without,
+    all but the first of each window, and a single token left for the last window, which nothing could predict, is
+    left out. Examples and chats: packed as in `pack_calibration`, in file order.
+
+    Raises:
+        DataError: an argument out of range; no token to predict; an example longer than `sequence_length`.
+    """
+    _require("sequence_length", sequence_length, 2)
+    if max_windows is not None:
+        _require("max_windows", max_windows, 1)
+    if data.kind != "text":
+        examples = encode_examples(tokenizer, data)
+        _require_fit(data, examples, sequence_length)
+        rows = list(islice(_fill_rows(examples, sequence_length), max_windows))
+        return _packed_rows(data.name, rows, tokenizer, sequence_length, sum(map(len, examples)))
+    stream, bos = encode_texts(tokenizer, data), leading_bos(tokenizer)
+    body = sequence_length - (bos is not None)
+    whole, rest = divmod(len(stream), body)
+    padding = body - rest if rest + (bos is not None) >= 2 else 0
+    count = whole + (padding > 0)
+    if count == 0:
+        raise DataError(f"{data.name} has {len(stream)} tokens, too few to predict any; pass a longer text.")
+    ids = torch.cat([stream, torch.full((padding,), _pad_id(tokenizer))])[: count * body].view(count, body)
+    used = ids[:max_windows]
+    return _packed_windows(data.name, used, bos, len(stream), padding if len(used) == count else 0)
+
+
+def check_vocabulary(tokens: PackedTokens, vocabulary_size: int) -> None:
+    """Check that every token has a row in the embedding, which has `vocabulary_size` of them.
+
+    Raises:
+        CheckpointError: the tokenizer does not fit the model.
+    """
+    largest = int(tokens.token_ids.max())
+    if largest >= vocabulary_size:
+        raise CheckpointError(
+            f"the tokenizer does not fit the model: {tokens.name} has token id {largest}, but the embedding has "
+            f"{vocabulary_size} rows (ids 0 to {vocabulary_size - 1}); use the tokenizer the model was trained with."
+        )
+
+
+def _require(argument: str, value: int, smallest: int, largest: int | None = None) -> None:
+    if value < smallest or (largest is not None and value > largest):
+        allowed = f"at least {smallest}" + ("" if largest is None else f" and at most {largest}")
+        raise DataError(f"{argument} (--{argument.replace('_', '-')}) is {value}, but must be {allowed}.")
+
+
+def _refuse_too_few(data: LoadedData, tokens: int, count: int, samples: int, sequence_length: int) -> None:
+    unit = "windows" if data.kind == "text" else f"rows of whole {data.kind}s"
+    lower = f"lower --samples to at most {count}, or lower --sequence-length" if count else "lower --sequence-length"
+    raise DataError(
+        f"{data.name} has {tokens:,} tokens, which make {count:,} {unit} at --sequence-length {sequence_length}, fewer "
+        f"than --samples {samples}; {lower}, or pass more data."
+    )
+
+
+def _require_fit(data: LoadedData, examples: list[EncodedExample], sequence_length: int) -> None:
+    longest, number = max((len(example), -number) for number, example in enumerate(examples, start=1))
+    if longest > sequence_length:
+        too_long = sum(len(example) > sequence_length for example in examples)
+        raise DataError(
+            f"{data.name}, {data.kind} {-number} has {longest:,} tokens, more than --sequence-length {sequence_length} "
+            f"({too_long:,} of {len(examples):,} do not fit); raise --sequence-length to at least {longest}, or "
+            f"shorten or remove them."
+        )
+
+
+def _fill_rows(examples: Iterable[EncodedExample], sequence_length: int) -> Iterator[list[EncodedExample]]:
+    """Yield rows of consecutive examples, each as many as fit."""
+    row: list[EncodedExample] = []
+    for example in examples:
+        if row and sum(map(len, row)) + len(example) > sequence_length:
+            yield row
+            row = []
+        row.append(example)
+    if row:
+        yield row
+
+
+def _packed_windows(name: str, windows: Tensor, bos: int | None, available: int, padding: int = 0) -> PackedTokens:
+    """Windows `[N, S]` or, before BOS is put in front, `[N, S - 1]`; `padding` counts the last row's."""
+    if bos is not None:
+        windows = torch.cat([torch.full((len(windows), 1), bos), windows], dim=1)
+    valid = torch.ones_like(windows, dtype=torch.bool)
+    if padding:
+        valid[-1, -padding:] = False
+    loss_mask = valid.clone()
+    loss_mask[:, 0] = False
+    return _packed(name, windows.contiguous(), loss_mask, valid, available)
+
+
+def _packed_rows(
+    name: str,
+    rows: list[list[EncodedExample]],
+    tokenizer: PreTrainedTokenizerBase,
+    sequence_length: int,
+    available: int,
+) -> PackedTokens:
+    token_ids = torch.full((len(rows), sequence_length), _pad_id(tokenizer))
+    loss_mask = torch.zeros_like(token_ids, dtype=torch.bool)
+    valid = torch.zeros_like(loss_mask)
+    for number, row in enumerate(rows):
+        ids = [token for example in row for token in example.token_ids]
+        token_ids[number, : len(ids)] = torch.tensor(ids)
+        loss_mask[number, : len(ids)] = torch.tensor([loss for example in row for loss in example.carries_loss])
+        valid[number, : len(ids)] = True
+    return _packed(name, token_ids, loss_mask, valid, available)
+
+
+def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return next(int(token) for token in ids if token is not None)
+
+
+def _packed(name: str, token_ids: Tensor, loss_mask: Tensor, valid: Tensor, available: int) -> PackedTokens:
+    digest = hashlib.sha256(f"{token_ids.shape[0]}x{token_ids.shape[1]}".encode())
+    digest.update(token_ids.numpy().astype("<i8").tobytes())
+    digest.update(loss_mask.numpy().tobytes())
+    digest.update(valid.numpy().tobytes())
+    return PackedTokens(
+        name=name,
+        token_ids=token_ids,
+        loss_mask=loss_mask,
+        valid=valid,
+        tokens_available=available,
+        sha256=digest.hexdigest(),
+    )

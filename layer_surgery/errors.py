@@ -1,0 +1,55 @@
+"""The errors that Layer Surgery raises on purpose.
+
+Every message is one sentence that names the argument, what was found, what is allowed and what to do.
+A `UserError` is a mistake in what was asked for (exit code 2); any other `LayerSurgeryError` is a failure
+of the work itself (exit code 1).
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class LayerSurgeryError(Exception):
+    """Base of all errors raised on purpose; the command line prints its message without a traceback."""
+
+    exit_code = 1
+
+
+class UserError(LayerSurgeryError, ValueError):
+    """What was asked for cannot be done as asked."""
+
+    exit_code = 2
+
+
+class CheckpointError(UserError):
+    """The checkpoint is missing, damaged, of an unsafe format or of an unsupported architecture."""
+
+
+class DataError(UserError):
+    """The calibration or evaluation data cannot be used."""
+
+
+class PlanError(UserError):
+    """The plan, the budget or the choice of layers cannot be carried out on this model."""
+
+
+class OutputError(UserError):
+    """The output directory cannot be used."""
+
+
+class NumericalError(LayerSurgeryError):
+    """A value that must be finite is not."""
+
+
+def nearest_name(name: str, known: Iterable[str]) -> str:
+    """Return `" Did you mean 'x'?"` for the known name nearest to `name`, or `""` if none is near."""
+    matches = difflib.get_close_matches(name.lower(), list(known), n=1, cutoff=0.5)
+    return f" Did you mean '{matches[0]}'?" if matches else ""
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
+    """Return the message for an unknown `name` of a `kind` of thing, with the nearest and all `known` names."""
+    names = sorted(known)
+    return f"unknown {kind} '{name}'.{nearest_name(name, names)} Known: {', '.join(names)}."

@@ -1,0 +1,42 @@
+"""Weight gradients that are summed outside the parameters, in float32 or better."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+@contextmanager
+def accumulated_gradients(weights: Mapping[str, nn.Parameter]) -> Iterator[dict[str, Tensor]]:
+    """Within the block, every backward pass adds the gradients of `weights` to the yielded tensors.
+
+    The sums are float32 (float64 for float64 weights), whatever the dtype of computation, and the parameters' own
+    `.grad` stays empty. On exit the hooks are gone and the parameters need no gradient again.
+    """
+    sums = {
+        name: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for name, p in weights.items()
+    }
+
+    def adding(total: Tensor):  # type: ignore[no-untyped-def]
+        def hook(parameter: Tensor) -> None:
+            if parameter.grad is not None:
+                total.add_(parameter.grad)
+                parameter.grad = None
+
+        return hook
+
+    hooks = []
+    try:
+        for name, parameter in weights.items():
+            parameter.requires_grad_(True)
+            hooks.append(parameter.register_post_accumulate_grad_hook(adding(sums[name])))
+        yield sums
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for parameter in weights.values():
+            parameter.requires_grad_(False)
+            parameter.grad = None

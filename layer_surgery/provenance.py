@@ -1,0 +1,62 @@
+"""Where a number comes from: versions, hardware, memory."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import resource
+import sys
+from datetime import UTC, datetime
+from typing import Any
+
+import torch
+
+PACKAGES = ("layer-surgery", "torch", "transformers", "safetensors", "tokenizers", "numpy")
+
+
+def provenance(device: torch.device) -> dict[str, Any]:
+    """Return versions and hardware as plain JSON."""
+    return {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "packages": {name: version(name) for name in PACKAGES},
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cpu_threads": torch.get_num_threads(),
+        "cpu_count": os.cpu_count(),
+        "device": device_name(device),
+    }
+
+
+def version(package: str) -> str | None:
+    """Return the installed version of a package, or None."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def device_name(device: torch.device) -> str:
+    """Return `cpu`, or the name of the CUDA device."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def peak_memory_bytes(device: torch.device) -> dict[str, int]:
+    """Return the highest resident memory of this process so far and, on CUDA, the highest allocated device memory."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    memory = {"resident": peak if sys.platform == "darwin" else peak * 1024}
+    if device.type == "cuda":
+        memory["cuda_allocated"] = torch.cuda.max_memory_allocated(device)
+    return memory
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            for line in lines:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

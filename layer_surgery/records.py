@@ -1,0 +1,178 @@
+"""The typed records that stages exchange. Each can be written as JSON and read back."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from layer_surgery.errors import PlanError
+
+SCHEMA_VERSION = 1
+
+Action = Literal["keep", "remove", "low_rank"]
+ACTIONS: tuple[Action, ...] = ("keep", "remove", "low_rank")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerScores:
+    """How important each decoder layer is, by one scorer."""
+
+    scorer: str
+    source: str
+    """URL of the paper."""
+    quantity: str
+    """What the values are, with their unit."""
+    values: list[float]
+    """One per layer; higher is more important."""
+    removal_order: list[int]
+    """Layers in the order in which this scorer would remove them, the first first. It may be shorter than the model
+    (greedy scorers go as far as they were asked to) and need not follow `values` (greedy and block scorers)."""
+    tokens: int = 0
+    """Number of calibration tokens that were looked at."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerPlan:
+    """What is done to one decoder layer of the original model (indices count from 0)."""
+
+    index: int
+    action: Action
+    ranks: dict[str, int] = field(default_factory=dict)
+    """Rank of each linear, by its name within the layer; for `low_rank` only."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SurgeryPlan:
+    """What is done to every layer. Plain data: read it, edit it, apply it with `--plan`."""
+
+    method: str
+    target_layers: int
+    """Layers left whole."""
+    layers: list[LayerPlan]
+    base_sha256: str = ""
+    """Hash of the checkpoint that the plan was made for; empty if it is for any."""
+    parameters: int = 0
+    """Parameters of the operated model."""
+    parameter_bound: int = 0
+    """The budget: `parameters` is never above it, and below it by less than one rank."""
+    schema_version: int = SCHEMA_VERSION
+
+    @property
+    def operated(self) -> list[LayerPlan]:
+        """Layers that are not kept whole."""
+        return [layer for layer in self.layers if layer.action != "keep"]
+
+    @property
+    def low_rank(self) -> list[LayerPlan]:
+        return [layer for layer in self.layers if layer.action == "low_rank"]
+
+    @property
+    def surviving(self) -> list[int]:
+        """Indices of the layers that are in the operated model, whole or low-rank."""
+        return [layer.index for layer in self.layers if layer.action != "remove"]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Any, origin: str = "the plan") -> SurgeryPlan:
+        """Check and read a plan; `origin` (a file name) is what errors call it. Raises `PlanError`."""
+        if not isinstance(data, dict):
+            raise PlanError(f"{origin} is not a JSON object.")
+        if "plan" in data and "layers" not in data:  # a whole surgery.json will do
+            data = data["plan"]
+        version = data.get("schema_version", SCHEMA_VERSION)
+        if not isinstance(version, int) or version > SCHEMA_VERSION:
+            raise PlanError(f"{origin} has schema version {version}; this release reads up to {SCHEMA_VERSION}.")
+        layers = data.get("layers")
+        if not isinstance(layers, list) or not layers:
+            raise PlanError(f"{origin} has no list 'layers'.")
+        read = [_layer_from_dict(entry, position, origin) for position, entry in enumerate(layers)]
+        whole = sum(layer.action == "keep" for layer in read)
+        if data.get("target_layers", whole) != whole:
+            raise PlanError(
+                f"{origin} says target_layers {data['target_layers']}, but keeps {whole} layers whole; "
+                "make the two agree or leave target_layers out."
+            )
+        return cls(
+            method=str(data.get("method", "")),
+            target_layers=whole,
+            layers=read,
+            base_sha256=str(data.get("base_sha256", "")),
+        )
+
+    @classmethod
+    def read(cls, path: Path) -> SurgeryPlan:
+        """Read a plan, or the plan in a `surgery.json`."""
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise PlanError(f"--plan {path} cannot be read ({error.strerror}).") from error
+        except ValueError as error:
+            raise PlanError(f"--plan {path} is not JSON ({error}).") from error
+        return cls.from_dict(data, str(path))
+
+
+def _layer_from_dict(entry: Any, position: int, origin: str) -> LayerPlan:
+    if not isinstance(entry, dict) or entry.get("index") != position:
+        raise PlanError(f"{origin}: entry {position} of 'layers' must have \"index\": {position}.")
+    action = entry.get("action")
+    if action not in ACTIONS:
+        raise PlanError(f"{origin}: layer {position} has action {action!r}; allowed: {', '.join(ACTIONS)}.")
+    ranks = entry.get("ranks") or {}
+    if not isinstance(ranks, dict) or not all(type(rank) is int and rank > 0 for rank in ranks.values()):
+        raise PlanError(f"{origin}: the ranks of layer {position} must be whole numbers above 0, by linear.")
+    if bool(ranks) != (action == "low_rank"):
+        raise PlanError(f"{origin}: layer {position} has action {action!r} and {len(ranks)} ranks; only low_rank has any.")
+    return LayerPlan(index=position, action=action, ranks={str(name): rank for name, rank in ranks.items()})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Perplexity:
+    """exp(mean next-token cross-entropy), with the standard error over windows (delta method)."""
+
+    value: float
+    stderr: float | None
+    """None where there is only one window."""
+    tokens: int
+    """Predicted tokens."""
+    windows: int
+    sequence_length: int
+    data_sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationResult:
+    """Size and quality of one model."""
+
+    layers: int
+    parameters: int
+    """Tied parameters count once."""
+    size_bytes: int
+    """Bytes of all stored tensors."""
+    perplexity: dict[str, Perplexity]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SurgeryReport:
+    """All that happened in one compression: what `surgery.json` holds."""
+
+    base_model: dict[str, Any]
+    plan: SurgeryPlan
+    scores: LayerScores | None
+    before: EvaluationResult | None
+    after: EvaluationResult | None
+    timings: dict[str, float]
+    """Seconds for each stage."""
+    peak_memory_bytes: dict[str, int]
+    """Highest resident memory of the process and, on CUDA, highest allocated device memory, up to the report."""
+    calibration: dict[str, Any] | None
+    provenance: dict[str, Any]
+    output: str | None = None
+    """Directory of the saved checkpoint; None for a dry run. Not part of `surgery.json`."""
+    schema_version: int = SCHEMA_VERSION
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)

@@ -1,0 +1,239 @@
+"""Write a checkpoint: shard by shard, tensor by tensor, beside its destination, renamed into place at the end."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from layer_surgery import modeling_layer_surgery
+from layer_surgery.checkpoint import Checkpoint
+from layer_surgery.errors import LayerSurgeryError, OutputError
+from layer_surgery.operated import nested_config
+from layer_surgery.tensors import INDEX_FILE, SAFETENSORS_DTYPES, SINGLE_FILE, TensorSpec
+from layer_surgery.walk import Progress, no_progress
+
+#: Largest shard when the original was not in files (transformers' own default).
+DEFAULT_SHARD_BYTES = 50 * 1000**3
+#: Files of the original that belong to its tokenizer, its generation or its licence, and travel with it.
+COMPANIONS = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "chat_template*",
+    "*.jinja",
+    "*.model",
+    "*.tiktoken",
+    "generation_config.json",
+    "LICENSE*",
+    "LICENCE*",
+    "NOTICE*",
+)
+_DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+
+
+@contextmanager
+def staged_directory(output: Path, *, overwrite: bool) -> Iterator[Path]:
+    """Yield an empty directory beside `output` that becomes `output` if the block succeeds.
+
+    If it does not, also on Ctrl-C, the directory is removed and `output` is as it was. Raises `OutputError` if
+    `output` exists and `overwrite` is not set, or if it cannot be written.
+    """
+    check_output(output, overwrite=overwrite)
+    staging = output.parent / f".{output.name}.partial-{os.getpid()}"
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir()
+    except OSError as error:
+        raise OutputError(
+            f"--output {output} cannot be written ({error.strerror}); choose a directory that you may write to."
+        ) from error
+    try:
+        yield staging
+        _rename_into_place(staging, output)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def check_output(output: Path, *, overwrite: bool) -> None:
+    """Raise `OutputError` if `output` exists and may not be replaced."""
+    if output.is_symlink() or (output.exists() and not output.is_dir()):
+        raise OutputError(f"--output {output} is a file or a link; give the name of a directory.")
+    if output.exists() and not overwrite:
+        raise OutputError(f"--output {output} exists already; choose another name, or pass --overwrite to replace it.")
+    if output.exists() and any(output.iterdir()) and not (output / "config.json").is_file():
+        raise OutputError(
+            f"--output {output} exists and holds something else than a model; it is not replaced even with --overwrite."
+        )
+
+
+def _rename_into_place(staging: Path, output: Path) -> None:
+    if not output.exists():
+        staging.rename(output)
+        return
+    old = output.parent / f".{output.name}.replaced-{os.getpid()}"
+    output.rename(old)
+    try:
+        staging.rename(output)
+    except OSError:
+        old.rename(output)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def save_checkpoint(
+    checkpoint: Checkpoint,
+    directory: Path,
+    *,
+    base: Checkpoint,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    progress: Progress = no_progress,
+) -> None:
+    """Write weights, configuration and what travels with them into an empty `directory`.
+
+    Shards are as large as those of `base`. A checkpoint with low-rank layers gets the modelling file beside it.
+    Raises `LayerSurgeryError` if the disk is full or a write fails.
+    """
+    needed, free = checkpoint.size_bytes, shutil.disk_usage(directory).free
+    if needed > free:
+        raise LayerSurgeryError(
+            f"the checkpoint takes {needed:,} bytes, but {directory.parent} has {free:,} free; make room or choose "
+            "another --output. Nothing was written."
+        )
+    try:
+        write_shards(checkpoint, directory, shard_bytes=_shard_bytes(base), progress=progress)
+        _write_config(checkpoint, directory)
+        _copy_companions(base, directory, tokenizer)
+    except OSError as error:
+        raise LayerSurgeryError(f"writing to {directory.parent} failed ({error.strerror}); nothing was left there.") from error
+
+
+def write_shards(checkpoint: Checkpoint, directory: Path, *, shard_bytes: int, progress: Progress) -> None:
+    """Write all tensors in files of at most `shard_bytes` (a larger tensor gets a file of its own), with an index."""
+    specs = checkpoint.source.specs
+    shards = split_shards(specs, shard_bytes)
+    names = [f"model-{k + 1:05d}-of-{len(shards):05d}.safetensors" for k in range(len(shards))]
+    if len(shards) == 1:
+        names = [SINGLE_FILE]
+    with progress("writing", len(specs)) as advance:
+        for file_name, shard in zip(names, shards, strict=True):
+            with StreamedSafetensors(directory / file_name, {name: specs[name] for name in shard}) as file:
+                for name in shard:
+                    file.write(name, checkpoint.source.read([name], torch.device("cpu"))[name])
+                    advance()
+    if len(shards) > 1:
+        weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
+        _write_json(
+            directory / INDEX_FILE,
+            {
+                "metadata": {"total_size": checkpoint.size_bytes},
+                "weight_map": {name: weight_map[name] for name in sorted(weight_map)},
+            },
+        )
+
+
+def split_shards(specs: Mapping[str, TensorSpec], shard_bytes: int) -> list[list[str]]:
+    """Return the names in their order, cut where the next tensor would take a shard above `shard_bytes`."""
+    shards: list[list[str]] = [[]]
+    used = 0
+    for name, spec in specs.items():
+        if shards[-1] and used + spec.nbytes > shard_bytes:
+            shards.append([])
+            used = 0
+        shards[-1].append(name)
+        used += spec.nbytes
+    return shards
+
+
+class StreamedSafetensors:
+    """Writes one safetensors file tensor by tensor; the library's own writer wants all of them in memory at once.
+
+    Format: https://huggingface.co/docs/safetensors (8 bytes of header length, a JSON header, the bytes of the tensors).
+    """
+
+    def __init__(self, path: Path, specs: Mapping[str, TensorSpec]) -> None:
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        self._offsets: dict[str, tuple[int, TensorSpec]] = {}
+        # Widest dtypes first keeps every tensor aligned to its own size.
+        offset = 0
+        for name in sorted(specs, key=lambda name: -specs[name].dtype.itemsize):
+            spec = specs[name]
+            header[name] = {
+                "dtype": _DTYPE_NAMES[spec.dtype],
+                "shape": list(spec.shape),
+                "data_offsets": [offset, offset + spec.nbytes],
+            }
+            self._offsets[name] = (offset, spec)
+            offset += spec.nbytes
+        encoded = json.dumps(header).encode()
+        encoded += b" " * (-len(encoded) % 8)
+        self._data_start = 8 + len(encoded)
+        self._missing = set(specs)
+        self._file = path.open("wb")
+        self._file.write(struct.pack("<Q", len(encoded)) + encoded)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Write one tensor, exactly of the shape and dtype that was announced."""
+        offset, spec = self._offsets[name]
+        if tuple(tensor.shape) != spec.shape or tensor.dtype != spec.dtype:
+            raise LayerSurgeryError(f"tensor '{name}' is {tensor.dtype} {list(tensor.shape)}, announced as {spec}.")
+        self._file.seek(self._data_start + offset)
+        self._file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+        self._missing.discard(name)
+
+    def __enter__(self) -> StreamedSafetensors:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._file.close()
+        if kind is None and self._missing:
+            raise LayerSurgeryError(f"{len(self._missing)} tensors were announced and never written.")
+
+
+def _shard_bytes(base: Checkpoint) -> int:
+    """Return the size of the original's largest shard, in tensor bytes."""
+    if not base.files:
+        return DEFAULT_SHARD_BYTES
+    if len(base.files) == 1:
+        return max(base.size_bytes, DEFAULT_SHARD_BYTES)  # one file stays one file
+    return max(path.stat().st_size for path in base.files)
+
+
+def _write_config(checkpoint: Checkpoint, directory: Path) -> None:
+    if checkpoint.low_rank:
+        _write_json(directory / "config.json", nested_config(checkpoint.config_fields, checkpoint.low_rank))
+        code = Path(modeling_layer_surgery.__file__)
+        shutil.copyfile(code, directory / code.name)
+    else:
+        _write_json(directory / "config.json", checkpoint.config_fields)
+
+
+def _copy_companions(base: Checkpoint, directory: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """Copy tokenizer, chat template, generation configuration and licence; for a model in memory, save them."""
+    if base.directory is not None:
+        patterns = COMPANIONS + (("*.py",) if base.config_fields.get("auto_map") else ())
+        for pattern in patterns:
+            for path in sorted(base.directory.glob(pattern)):
+                if path.is_file() and path.name != Path(modeling_layer_surgery.__file__).name:
+                    shutil.copyfile(path, directory / path.name)
+        return
+    if tokenizer is not None:
+        tokenizer.save_pretrained(directory)
+    if isinstance(base.generation_config, GenerationConfig):
+        base.generation_config.save_pretrained(directory)
+
+
+def _write_json(path: Path, data: Any) -> None:
+    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

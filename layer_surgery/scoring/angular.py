@@ -1,0 +1,62 @@
+"""Angular distance across a block of layers, at the last token.
+
+Gromov et al., The Unreasonable Ineffectiveness of the Deeper Layers.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from layer_surgery.records import LayerScores
+from layer_surgery.scoring.context import SCORERS, ScoringContext
+from layer_surgery.walk import Observer
+
+URL = "https://arxiv.org/abs/2403.17887"
+
+
+class LastTokenObserver(Observer):
+    """Keeps the hidden state [D] of each sequence's last valid token at every boundary."""
+
+    def __init__(self) -> None:
+        self.states: dict[int, list[Tensor]] = {}
+
+    def boundaries(self, index: int, before: Tensor, after: Tensor, valid: Tensor) -> None:
+        # The last valid position; padding, if any, is all on the right.
+        last = valid.sum(dim=1) - 1
+        rows = torch.arange(before.shape[0], device=before.device)
+        if index == 0:
+            self.states.setdefault(0, []).append(before[rows, last].double().cpu())
+        self.states.setdefault(index + 1, []).append(after[rows, last].double().cpu())
+
+    def at(self, boundary: int) -> Tensor:
+        """Return [sequences, D] float64."""
+        return torch.cat(self.states[boundary])
+
+
+def angular_distance(a: Tensor, b: Tensor) -> float:
+    """Return the mean of `arccos(cos(a, b)) / pi` over rows, from 0 (parallel) to 1 (opposite)."""
+    cosine = torch.cosine_similarity(a, b, dim=-1).clamp(-1.0, 1.0)
+    return float((cosine.arccos() / math.pi).mean())
+
+
+@SCORERS.add("angular", summary="angular distance across a contiguous block of layers, at the last token", source=URL, needs_data=True)
+def angular(context: ScoringContext) -> LayerScores:
+    """Return the distance that each single layer spans; the block of `count` layers that spans least goes."""
+    observer = LastTokenObserver()
+    context.walk.forward(context.path, keep=context.keep_boundaries, observers=[observer])
+    states = [observer.at(boundary) for boundary in range(context.layer_count + 1)]
+    values = [angular_distance(states[index], states[index + 1]) for index in context.path]
+    size = context.count or 1
+    blocks = [angular_distance(states[s], states[s + size]) for s in range(context.layer_count - size + 1)]
+    start = min(range(len(blocks)), key=lambda s: (blocks[s], -s))
+    return LayerScores(
+        scorer="angular",
+        source=URL,
+        quantity=f"angular distance / pi across one layer; the order is the best block of {size}",
+        values=values,
+        removal_order=list(range(start, start + size)),
+        tokens=context.tokens,
+    )

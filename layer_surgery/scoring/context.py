@@ -1,0 +1,51 @@
+"""What a scorer is given, and the registry of scorers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+
+from layer_surgery.records import LayerScores
+from layer_surgery.registry import Registry
+from layer_surgery.walk import Walk
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoringContext:
+    """A model to walk over the calibration tokens."""
+
+    walk: Walk
+    count: int | None
+    """How many layers are to go; None if only the values are asked for."""
+    seed: int
+    keep_boundaries: bool = False
+    """Whether a later stage needs all boundaries, so that a forward walk had better keep them."""
+
+    @property
+    def layer_count(self) -> int:
+        return self.walk.model.layer_count
+
+    @property
+    def path(self) -> list[int]:
+        return list(range(self.layer_count))
+
+    @property
+    def tokens(self) -> int:
+        """Number of calibration tokens."""
+        return int(self.walk.tokens.valid.sum())
+
+    def generator(self) -> torch.Generator:
+        """A generator seeded with the user's seed."""
+        return torch.Generator().manual_seed(self.seed)
+
+
+Scorer = Callable[[ScoringContext], LayerScores]
+SCORERS: Registry[Scorer] = Registry("scorer")
+
+
+def least_first(values: Iterable[float]) -> list[int]:
+    """Return indices by ascending value; equal values by descending index (the deeper layer goes first)."""
+    numbered = list(enumerate(values))
+    return [index for index, _value in sorted(numbered, key=lambda item: (item[1], -item[0]))]

@@ -1,0 +1,60 @@
+"""Greedy removal by loss: take away the layer whose absence costs least, and repeat.
+
+Song et al., SLEB; Kim et al., Shortened LLaMA (perplexity).
+"""
+
+from __future__ import annotations
+
+from layer_surgery.records import LayerScores
+from layer_surgery.scoring.context import SCORERS, ScoringContext, least_first
+
+URL = "https://arxiv.org/abs/2402.09025"
+
+
+@SCORERS.add(
+    "perplexity",
+    summary="greedy: remove the layer whose removal raises the loss least, repeat (SLEB)",
+    source=URL,
+    needs_boundaries=True,
+)
+def perplexity(context: ScoringContext) -> LayerScores:
+    """Return the rise of the mean loss when each layer alone is removed; the order is greedy.
+
+    The boundaries of the current model are cached, so that only the layers after a cut are recomputed.
+    """
+    walk, path = context.walk, context.path
+    original_loss = walk.losses(walk.forward(path, keep=True)).mean
+    rises: list[float] = []
+    order: list[int] = []
+    for _round in range(context.count or 1):
+        walk.forward(path, keep=True)  # from the first change on
+        losses = _losses_without_each(context, path)
+        if not order:
+            rises = [loss - original_loss for loss in losses]
+        position = min(range(len(path)), key=lambda p: (losses[p], -p))
+        order.append(path.pop(position))
+    return LayerScores(
+        scorer="perplexity",
+        source=URL,
+        quantity="rise of the mean loss when this layer alone is removed (nats per token)",
+        values=rises,
+        removal_order=order if context.count else least_first(rises),
+        tokens=context.tokens,
+    )
+
+
+def _losses_without_each(context: ScoringContext, path: list[int]) -> list[float]:
+    """Return the mean loss of the current model with each position of `path` left out (nats per token)."""
+    walk, losses = context.walk, []
+    with (
+        walk.new_store(walk.settings.boundary_memory_bytes) as scratch,
+        walk.settings.progress("removing each layer in turn", len(path)) as advance,
+    ):
+        for position in range(len(path)):
+            source = (walk.store, position)
+            for index in path[position + 1 :]:
+                walk.step(index, source, (scratch, 0))
+                source = (scratch, 0)
+            losses.append(walk.losses(source[1], store=source[0]).mean)
+            advance()
+    return losses

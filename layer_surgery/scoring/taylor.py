@@ -1,0 +1,56 @@
+"""First-order Taylor importance of a layer's weights.
+
+Ma et al., LLM-Pruner; Kim et al., Shortened LLaMA (layers).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from layer_surgery.gradients import accumulated_gradients
+from layer_surgery.records import LayerScores
+from layer_surgery.scoring.context import SCORERS, ScoringContext, least_first
+from layer_surgery.walk import Observer
+
+URL = "https://arxiv.org/abs/2402.02834"
+
+
+class TaylorObserver(Observer):
+    """Reduces each layer to `sum |W * dLoss/dW|` over the weights of its linears."""
+
+    def __init__(self) -> None:
+        self.values: dict[int, float] = {}
+
+    @contextmanager
+    def watching(self, index: int, layer: nn.Module) -> Iterator[None]:
+        weights = {name: p for name, p in layer.named_parameters() if p.dim() == 2}
+        with accumulated_gradients(weights) as gradients:
+            yield
+            self.values[index] = sum(
+                float((weights[name].detach() * gradient).abs().sum(dtype=gradient.dtype))
+                for name, gradient in gradients.items()
+            )
+
+
+@SCORERS.add(
+    "taylor", summary="sum of |weight x gradient| over a layer's linears (one backward walk)", source=URL, needs_boundaries=True
+)
+def taylor(context: ScoringContext) -> LayerScores:
+    """Return `sum |W * G|` per layer, with G the gradient of the summed loss; the least go first."""
+    observer = TaylorObserver()
+    walk, path = context.walk, context.path
+    with walk.new_store(walk.settings.boundary_memory_bytes) as gradient:
+        walk.losses(walk.forward(path, keep=True), gradient=(gradient, 0))
+        walk.backward(path, (gradient, 0), observers=[observer])
+    values = [observer.values[index] for index in path]
+    return LayerScores(
+        scorer="taylor",
+        source=URL,
+        quantity="sum of |weight x gradient| (nats, first order)",
+        values=values,
+        removal_order=least_first(values),
+        tokens=context.tokens,
+    )

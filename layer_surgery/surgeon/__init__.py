@@ -1,0 +1,21 @@
+"""Surgery: the plan, and the methods that make low-rank factors. Importing this package registers all methods."""
+
+from layer_surgery.surgeon import grasp, svd
+from layer_surgery.surgeon.context import METHODS, Method, SurgeryContext
+from layer_surgery.surgeon.factors import FactorStore
+from layer_surgery.surgeon.plan import LayerShape, ModelShape, check_plan, make_plan, plan_parameters, removal_count
+
+__all__ = [
+    "METHODS",
+    "FactorStore",
+    "LayerShape",
+    "Method",
+    "ModelShape",
+    "SurgeryContext",
+    "check_plan",
+    "grasp",
+    "make_plan",
+    "plan_parameters",
+    "removal_count",
+    "svd",
+]

@@ -1,0 +1,91 @@
+"""GRASP: keep the singular groups whose removal, to first order, changes the task loss most.
+
+Liu et al., Rethinking Layer Removal: Preserving Critical Components with Task-Aware SVD.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from torch import nn
+
+from layer_surgery.gradients import accumulated_gradients
+from layer_surgery.low_rank import Factors, attributed_groups, select_groups, svd
+from layer_surgery.records import LayerPlan, SurgeryPlan
+from layer_surgery.surgeon.context import METHODS, SurgeryContext
+from layer_surgery.surgeon.factors import FactorStore
+from layer_surgery.walk import Observer, Walk
+
+URL = "https://arxiv.org/abs/2501.00339"
+
+
+class GraspObserver(Observer):
+    """Turns the linears of each layer that it sees into factors, on the spot, from their summed gradients."""
+
+    def __init__(self, ranks: Mapping[int, Mapping[str, int]], factors: FactorStore) -> None:
+        self._ranks, self._factors = ranks, factors
+
+    @contextmanager
+    def watching(self, index: int, layer: nn.Module) -> Iterator[None]:
+        ranks = self._ranks[index]
+        weights: dict[str, nn.Parameter] = {name: layer.get_parameter(f"{name}.weight") for name in ranks}
+        with accumulated_gradients(weights) as gradients:
+            yield
+            for name, rank in ranks.items():
+                spectrum = svd(weights[name].detach())
+                chosen = attributed_groups(spectrum, gradients[name], rank)
+                factors: Factors = select_groups(spectrum, chosen)
+                self._factors.write(index, {name: factors})
+
+
+@METHODS.add(
+    "grasp",
+    summary="singular groups by |s * dLoss/ds|, all from one backward walk (GRASP's importance)",
+    source=URL,
+    needs_boundaries=True,
+)
+def grasp(plan: SurgeryPlan, context: SurgeryContext) -> None:
+    """Select groups for all layers at once, from the gradients of the original model: `dLoss/ds_k = u_k^T G v_k`."""
+    ranks = {layer.index: layer.ranks for layer in plan.low_rank}
+    walk = _walk(context)
+    path = list(range(context.model.layer_count))
+    with walk.new_store(walk.settings.boundary_memory_bytes) as gradient:
+        walk.losses(walk.forward(path, keep=True), gradient=(gradient, 0))
+        observer = GraspObserver(ranks, context.factors)
+        walk.backward(path, (gradient, 0), stop=min(ranks), observers=[observer], watch=ranks)
+
+
+@METHODS.add(
+    "grasp_sequential",
+    summary="the same, recomputed after every replaced attention and MLP, last to first, as the paper does",
+    source=URL,
+    needs_boundaries=True,
+)
+def grasp_sequential(plan: SurgeryPlan, context: SurgeryContext) -> None:
+    """Replace the MLP, then the attention, of each layer from last to first; take new gradients before each.
+
+    What lies below the layer at hand is still the original, so its boundaries are used again.
+    """
+    walk = _walk(context)
+    architecture = context.model.architecture
+    for layer in sorted(plan.low_rank, key=lambda layer: -layer.index):
+        for group in (architecture.mlp, architecture.attention):
+            ranks = {name: rank for name, rank in layer.ranks.items() if name in group}
+            if ranks:
+                _operate(walk, context, layer, ranks)
+                context.model.replace(layer.index, ranks, lambda index=layer.index: context.factors.read(index))
+                walk.forget(layer.index)
+
+
+def _operate(walk: Walk, context: SurgeryContext, layer: LayerPlan, ranks: dict[str, int]) -> None:
+    path = list(range(context.model.layer_count))
+    with walk.new_store(walk.settings.boundary_memory_bytes) as gradient:
+        walk.losses(walk.forward(path, keep=True), gradient=(gradient, 0))
+        observer = GraspObserver({layer.index: ranks}, context.factors)
+        walk.backward(path, (gradient, 0), stop=layer.index, observers=[observer], watch=[layer.index])
+
+
+def _walk(context: SurgeryContext) -> Walk:
+    assert context.walk is not None, "a method that needs boundaries is always given a walk"
+    return context.walk

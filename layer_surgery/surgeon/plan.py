@@ -1,0 +1,190 @@
+"""Which layers, which action, which ranks: pure arithmetic, budgets met exactly."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from layer_surgery.config import BudgetConfig
+from layer_surgery.errors import PlanError
+from layer_surgery.records import LayerPlan, SurgeryPlan
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerShape:
+    """Sizes of a decoder layer."""
+
+    linears: dict[str, tuple[int, int]]
+    """(out, in) of each linear that can be replaced, by its name within the layer."""
+    parameters: int
+    """All of the layer's parameters, norms and biases included."""
+
+    @property
+    def fixed(self) -> int:
+        """Parameters that a low-rank layer keeps as they are: norms and biases."""
+        return self.parameters - sum(out * in_ for out, in_ in self.linears.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """Sizes of a model."""
+
+    layers: list[LayerShape]
+    parameters: int
+    """All parameters, tied ones once."""
+
+
+def removal_count(budget: BudgetConfig, layer_count: int) -> int:
+    """Return how many layers are to be operated on; `PlanError` if that is not possible."""
+    if budget.layers is not None:
+        outside = [index for index in budget.layers if not 0 <= index < layer_count]
+        if outside:
+            raise PlanError(f"--layers names {outside}, but the layers are 0 to {layer_count - 1}.")
+        if len(budget.layers) >= layer_count:
+            raise PlanError("--layers names every layer; at least one must stay whole.")
+        if budget.target_layers not in (None, layer_count - len(budget.layers)):
+            raise PlanError(
+                f"--layers leaves {layer_count - len(budget.layers)} of {layer_count} layers whole, but "
+                f"--target-layers is {budget.target_layers}; give only one of them."
+            )
+        return len(budget.layers)
+    if budget.target_layers is None:
+        raise PlanError("give --target-layers (how many layers stay whole), --layers or --plan.")
+    if not 1 <= budget.target_layers < layer_count:
+        raise PlanError(
+            f"--target-layers is {budget.target_layers}; allowed: 1 to {layer_count - 1} "
+            f"(the model has {layer_count} layers)."
+        )
+    return layer_count - budget.target_layers
+
+
+def make_plan(shape: ModelShape, chosen: Sequence[int], budget: BudgetConfig, method: str) -> SurgeryPlan:
+    """Return the plan that operates on the `chosen` layers within the budget, the same ratio for every matrix.
+
+    With a budget of 0 the layers are removed. Otherwise the rank of each linear is `floor(ratio * out * in / (out +
+    in))` with one ratio for all, and what that leaves goes, one rank at a time, to the linears whose ideal rank was cut
+    most. So parameters are never above the bound and below it by less than the cheapest rank.
+    """
+    chosen = sorted(chosen)
+    operated = [shape.layers[index] for index in chosen]
+    operated_parameters = sum(layer.parameters for layer in operated)
+    rest = shape.parameters - operated_parameters
+    bound = _parameter_bound(budget, shape.parameters, operated_parameters)
+    if bound == rest:
+        layers = [LayerPlan(index=i, action="remove" if i in chosen else "keep") for i in range(len(shape.layers))]
+        return _plan(method, layers, rest, bound)
+    ranks = uniform_ranks(operated, bound - rest, rest, shape.parameters, by_keep=budget.target_parameters is None)
+    by_layer = dict(zip(chosen, ranks, strict=True))
+    layers = [
+        LayerPlan(index=i, action="low_rank", ranks=by_layer[i]) if i in by_layer else LayerPlan(index=i, action="keep")
+        for i in range(len(shape.layers))
+    ]
+    plan = _plan(method, layers, 0, bound)
+    return replace(plan, parameters=plan_parameters(shape, plan))
+
+
+def uniform_ranks(
+    operated: Sequence[LayerShape], available: int, rest: int, total: int, *, by_keep: bool
+) -> list[dict[str, int]]:
+    """Return a rank for every linear of every operated layer, with at most `available` parameters in all.
+
+    `rest` and `total` are the parameters outside these layers and of the whole model: errors state the reachable
+    range in the unit that the user used (`by_keep`, or as a fraction of the model).
+    """
+    keys = [(position, name) for position, layer in enumerate(operated) for name in layer.linears]
+    sizes = [operated[position].linears[name] for position, name in keys]
+    costs = [out + in_ for out, in_ in sizes]
+    fixed = sum(layer.fixed for layer in operated)
+    least = fixed + sum(costs)
+    if available < least:
+        whole = sum(layer.parameters for layer in operated)
+        option, low = ("--keep", least / whole) if by_keep else ("--target-parameters", (rest + least) / total)
+        raise PlanError(
+            f"the budget cannot be reached: these layers' norms and biases and one rank in each of their linears take "
+            f"{least:,} parameters, but {max(0, available):,} are allowed; reachable: {option} {_up(low)} to 1, or "
+            "--keep 0 to remove the layers outright."
+        )
+    spendable = available - fixed
+    ratio = spendable / sum(out * in_ for out, in_ in sizes)
+    ideal = [ratio * out * in_ / (out + in_) for out, in_ in sizes]
+    ranks = [min(max(1, math.floor(value)), *size) for value, size in zip(ideal, sizes, strict=True)]
+    spent = sum(rank * cost for rank, cost in zip(ranks, costs, strict=True))
+    # A tiny budget: raising ideal ranks below one to one has cost too much; take it back where it is felt least.
+    while spent > spendable:
+        k = max((k for k in range(len(ranks)) if ranks[k] > 1), key=lambda k: (ranks[k] - ideal[k], k))
+        ranks[k] -= 1
+        spent -= costs[k]
+    by_loss = sorted(range(len(ranks)), key=lambda k: (ranks[k] - ideal[k], k))
+    grew = True
+    while grew:
+        grew = False
+        for k in by_loss:
+            if ranks[k] < min(sizes[k]) and spent + costs[k] <= spendable:
+                ranks[k] += 1
+                spent += costs[k]
+                grew = True
+    result: list[dict[str, int]] = [{} for _ in operated]
+    for (position, name), rank in zip(keys, ranks, strict=True):
+        result[position][name] = rank
+    return result
+
+
+def plan_parameters(shape: ModelShape, plan: SurgeryPlan) -> int:
+    """Return the number of parameters of the operated model."""
+    total = shape.parameters
+    for layer_plan in plan.operated:
+        layer = shape.layers[layer_plan.index]
+        total -= layer.parameters
+        if layer_plan.action == "low_rank":
+            total += layer.fixed
+            for name, (out, in_) in layer.linears.items():
+                rank = layer_plan.ranks.get(name)
+                total += out * in_ if rank is None else rank * (out + in_)
+    return total
+
+
+def check_plan(shape: ModelShape, plan: SurgeryPlan, origin: str) -> SurgeryPlan:
+    """Check a user's plan against the model and return it with its number of parameters. Raises `PlanError`."""
+    if len(plan.layers) != len(shape.layers):
+        raise PlanError(f"{origin} is for {len(plan.layers)} layers, but the model has {len(shape.layers)}.")
+    if not any(layer.action != "remove" for layer in plan.layers):
+        raise PlanError(f"{origin} removes every layer; at least one must stay.")
+    for layer_plan in plan.low_rank:
+        linears = shape.layers[layer_plan.index].linears
+        for name, rank in layer_plan.ranks.items():
+            if name not in linears:
+                raise PlanError(
+                    f"{origin}: layer {layer_plan.index} has no linear '{name}'; it has {', '.join(linears)}."
+                )
+            if rank > min(linears[name]):
+                raise PlanError(
+                    f"{origin}: rank {rank} for '{name}' of layer {layer_plan.index} is above its full rank, "
+                    f"{min(linears[name])}."
+                )
+    parameters = plan_parameters(shape, plan)
+    return replace(plan, parameters=parameters, parameter_bound=parameters)
+
+
+def _parameter_bound(budget: BudgetConfig, total: int, operated: int) -> int:
+    if budget.target_parameters is None:
+        keep = budget.DEFAULT_KEEP if budget.keep is None else budget.keep
+        return total - operated + _floor(keep * operated)
+    return _floor(budget.target_parameters * total)
+
+
+def _floor(value: float) -> int:
+    """Floor that forgives the rounding of a decimal fraction: 0.3 * 10 is 3."""
+    return math.floor(value + 1e-9 * max(1.0, abs(value)))
+
+
+def _up(fraction: float) -> str:
+    """Return a fraction in four digits, rounded up, so that it is itself allowed."""
+    return f"{math.ceil(fraction * 1e4) / 1e4:.4f}"
+
+
+def _plan(method: str, layers: list[LayerPlan], parameters: int, bound: int) -> SurgeryPlan:
+    whole = sum(layer.action == "keep" for layer in layers)
+    return SurgeryPlan(
+        method=method, target_layers=whole, layers=layers, parameters=parameters, parameter_bound=bound
+    )

@@ -1,0 +1,26 @@
+"""Removal outright, and plain truncated SVD."""
+
+from __future__ import annotations
+
+from layer_surgery.low_rank import truncated_svd
+from layer_surgery.records import SurgeryPlan
+from layer_surgery.surgeon.context import METHODS, SurgeryContext
+
+
+@METHODS.add("remove", summary="remove the layers outright; nothing takes their place (--keep 0)")
+def remove(plan: SurgeryPlan, context: SurgeryContext) -> None:
+    """Do nothing: a layer that is removed has no factors."""
+
+
+@METHODS.add("svd", summary="truncated SVD of each weight: the nearest in Frobenius norm; looks at no data")
+def svd(plan: SurgeryPlan, context: SurgeryContext) -> None:
+    """Replace each linear of the low-rank layers by its truncated SVD."""
+    with context.progress("truncating", len(plan.low_rank)) as advance:
+        for layer in plan.low_rank:
+            prefix = context.model.checkpoint.layer_prefix(layer.index)
+            for name, rank in layer.ranks.items():
+                weight = f"{prefix}{name}.weight"
+                context.factors.write(
+                    layer.index, {name: truncated_svd(context.model.read_weights([weight])[weight], rank)}
+                )
+            advance()
