@@ -1,17 +1,38 @@
 """Layer Surgery: task-aware SVD layer removal for causal language models."""
 
-from layer_surgery.api import compress, evaluate, load, score
-from layer_surgery.errors import LayerSurgeryError, UserError
-from layer_surgery.records import (
-    EvaluationResult,
-    LayerPlan,
-    LayerScores,
-    Perplexity,
-    SurgeryPlan,
-    SurgeryReport,
-)
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from layer_surgery.api import compress, evaluate, load, score
+    from layer_surgery.errors import LayerSurgeryError, UserError
+    from layer_surgery.records import (
+        EvaluationResult,
+        LayerPlan,
+        LayerScores,
+        Perplexity,
+        SurgeryPlan,
+        SurgeryReport,
+    )
 
 __version__ = "0.1.0"
+
+# Imported on first use: torch and transformers take seconds, and `layer-surgery --help` needs neither.
+_HOMES = {
+    "layer_surgery.api": ("compress", "evaluate", "load", "score"),
+    "layer_surgery.errors": ("LayerSurgeryError", "UserError"),
+    "layer_surgery.records": (
+        "EvaluationResult",
+        "LayerPlan",
+        "LayerScores",
+        "Perplexity",
+        "SurgeryPlan",
+        "SurgeryReport",
+    ),
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
     "EvaluationResult",
@@ -28,3 +49,13 @@ __all__ = [
     "load",
     "score",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME_OF:
+        return getattr(importlib.import_module(_HOME_OF[name]), name)
+    raise AttributeError(f"module 'layer_surgery' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return __all__

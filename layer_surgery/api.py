@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from layer_surgery.checkpoint import open_checkpoint
 from layer_surgery.config import BudgetConfig, CalibrationConfig, CompressConfig, EvaluationConfig, RuntimeConfig
-from layer_surgery.pipeline import Model, Ui, run_compress, run_evaluate, run_score
+from layer_surgery.pipeline import run_compress, run_evaluate, run_score
 from layer_surgery.records import EvaluationResult, LayerScores, SurgeryReport
+from layer_surgery.session import Model, Ui
 
 _CALIBRATION = CalibrationConfig()
 _EVALUATION = EvaluationConfig()

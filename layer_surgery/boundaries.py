@@ -6,6 +6,7 @@ import os
 import tempfile
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,10 +33,12 @@ class BoundaryStore:
 
     @property
     def slot_bytes(self) -> int:
+        """Bytes of one slot."""
         return self.shape[0] * self.sequence_bytes
 
     @property
     def sequence_bytes(self) -> int:
+        """Bytes of one sequence in a slot."""
         return self.shape[1] * self.shape[2] * self.dtype.itemsize
 
     def __contains__(self, slot: int) -> bool:
@@ -46,7 +49,7 @@ class BoundaryStore:
         if slot in self._in_memory:
             return self._in_memory[slot][rows]
         buffer = torch.empty((rows.stop - rows.start, *self.shape[1:]), dtype=self.dtype)
-        view = memoryview(buffer.view(torch.uint8).numpy()).cast("B")
+        view = _bytes(buffer)
         offset = rows.start * self.sequence_bytes
         while len(view):
             count = os.preadv(self._on_disk[slot], [view], offset)
@@ -63,7 +66,7 @@ class BoundaryStore:
         if slot in self._in_memory:
             self._in_memory[slot][rows] = hidden
             return
-        view = memoryview(hidden.to("cpu", self.dtype).contiguous().view(torch.uint8).numpy()).cast("B")
+        view = _bytes(hidden.to("cpu", self.dtype).contiguous())
         offset = rows.start * self.sequence_bytes
         while len(view):
             count = os.pwrite(self._on_disk[slot], view, offset)
@@ -98,3 +101,9 @@ class BoundaryStore:
         descriptor, path = tempfile.mkstemp(prefix="layer-surgery-boundary-", dir=self._scratch)
         os.unlink(path)  # the file lives until it is closed, and no longer
         self._on_disk[slot] = descriptor
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """Return the bytes of a contiguous CPU tensor, shared."""
+    array: Any = tensor.view(torch.uint8).numpy()
+    return memoryview(array).cast("B")

@@ -27,7 +27,8 @@ from layer_surgery.tensors import (
 
 #: Files of a hub repository that are needed; nothing else is downloaded.
 HUB_PATTERNS = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.jinja", "*.txt", "LICENSE*"]
-_BYTES_PER_HASH_STEP = 1 << 22
+#: Bytes of a file that are hashed between two calls of `progress`.
+HASH_STEP_BYTES = 1 << 22
 
 
 @dataclass(kw_only=True)
@@ -115,7 +116,7 @@ class Checkpoint:
         if self.files:
             for path in sorted(self.files, key=lambda p: p.name):
                 with path.open("rb") as stream:
-                    while block := stream.read(_BYTES_PER_HASH_STEP):
+                    while block := stream.read(HASH_STEP_BYTES):
                         digest.update(block)
                         progress(len(block))
         else:

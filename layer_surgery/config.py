@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from layer_surgery.errors import PlanError, UserError
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+if TYPE_CHECKING:
+    import torch  # at run time only where it is needed: the command line reads defaults from here without it
+
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +42,8 @@ class RuntimeConfig:
 
     def torch_device(self) -> torch.device:
         """Return the device; `UserError` if it is not there."""
+        import torch
+
         name = self.device
         if name == "auto":
             name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -55,8 +58,11 @@ class RuntimeConfig:
 
     def torch_dtype(self, device: torch.device, stored: torch.dtype) -> torch.dtype:
         """Return the dtype of computation on `device` for a checkpoint stored in `stored`."""
+        import torch
+
         if self.dtype != "auto":
-            return DTYPES[self.dtype]
+            dtype: torch.dtype = getattr(torch, self.dtype)
+            return dtype
         return torch.float32 if device.type == "cpu" else stored
 
 
@@ -119,7 +125,9 @@ class BudgetConfig:
         if self.layers is not None:
             repeated = sorted({index for index in self.layers if self.layers.count(index) > 1})
             if not self.layers or repeated:
-                raise PlanError(f"--layers must name each layer once; {f'repeated: {repeated}' if repeated else 'none given'}.")
+                raise PlanError(
+                    f"--layers must name each layer once; {f'repeated: {repeated}' if repeated else 'none given'}."
+                )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,9 +16,7 @@ def accumulated_gradients(weights: Mapping[str, nn.Parameter]) -> Iterator[dict[
     The sums are float32 (float64 for float64 weights), whatever the dtype of computation, and the parameters' own
     `.grad` stays empty. On exit the hooks are gone and the parameters need no gradient again.
     """
-    sums = {
-        name: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for name, p in weights.items()
-    }
+    sums = {name: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for name, p in weights.items()}
 
     def adding(total: Tensor):  # type: ignore[no-untyped-def]
         def hook(parameter: Tensor) -> None:
@@ -32,7 +30,8 @@ def accumulated_gradients(weights: Mapping[str, nn.Parameter]) -> Iterator[dict[
     try:
         for name, parameter in weights.items():
             parameter.requires_grad_(True)
-            hooks.append(parameter.register_post_accumulate_grad_hook(adding(sums[name])))
+            hook = adding(sums[name])
+            hooks.append(parameter.register_post_accumulate_grad_hook(hook))  # type: ignore[no-untyped-call]
         yield sums
     finally:
         for hook in hooks:

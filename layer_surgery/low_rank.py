@@ -38,7 +38,7 @@ def svd(weight: Tensor) -> Spectrum:
 
 
 def select_groups(spectrum: Spectrum, chosen: Tensor) -> Factors:
-    """Return factors of the chosen singular groups [r] int64, each singular value split evenly (U sqrt(S), sqrt(S) V^T).
+    """Return factors of the chosen singular groups [r] int64, as U sqrt(S) and sqrt(S) V^T.
 
     The even split keeps both factors of the same magnitude, which suits 16-bit storage.
     """

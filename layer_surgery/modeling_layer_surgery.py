@@ -59,7 +59,8 @@ class LowRankLinear(nn.Module):
             self.register_parameter("bias", None)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.out_factor(self.in_factor(x))
+        """Map [..., in] to [..., out]."""
+        y: torch.Tensor = self.out_factor(self.in_factor(x))
         return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:
@@ -157,7 +158,7 @@ def model_class_for(config_class: type) -> type[PreTrainedModel]:
     return _model_classes[config_class]
 
 
-class LayerSurgeryConfig(PreTrainedConfig):
+class LayerSurgeryConfig(PreTrainedConfig):  # type: ignore[misc]
     """Reads `config.json`; what it returns is a subclass of the base architecture's configuration."""
 
     model_type = MODEL_TYPE
@@ -173,7 +174,7 @@ class LayerSurgeryConfig(PreTrainedConfig):
         return PreTrainedConfig.from_dict.__func__(config_class_for(base_class), fields, **kwargs)  # type: ignore[attr-defined]
 
 
-class LayerSurgeryForCausalLM(PreTrainedModel):
+class LayerSurgeryForCausalLM(PreTrainedModel):  # type: ignore[misc]
     """Entry point for transformers' auto classes; what it returns is a subclass of the stock model class."""
 
     config_class = LayerSurgeryConfig

@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 import json
-import tempfile
-import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from layer_surgery.checkpoint import Checkpoint, open_checkpoint
-from layer_surgery.config import CalibrationConfig, CompressConfig, EvaluationConfig, RuntimeConfig
-from layer_surgery.data import check_vocabulary, load_documents, pack_calibration, pack_evaluation
-from layer_surgery.errors import CheckpointError, DataError, OutputError, PlanError
-from layer_surgery.evaluation.perplexity import perplexity
+from layer_surgery.checkpoint import HASH_STEP_BYTES, Checkpoint, open_checkpoint
+from layer_surgery.config import BudgetConfig, CalibrationConfig, CompressConfig, EvaluationConfig, RuntimeConfig
+from layer_surgery.errors import CheckpointError, OutputError, PlanError
 from layer_surgery.operated import operated_checkpoint
 from layer_surgery.provenance import peak_memory_bytes, provenance
 from layer_surgery.records import EvaluationResult, LayerScores, SurgeryPlan, SurgeryReport
 from layer_surgery.saving import check_output, save_checkpoint, staged_directory
 from layer_surgery.scoring import SCORERS, ScoringContext
-from layer_surgery.streaming import StreamedModel
+from layer_surgery.session import Model, Session, Ui, calibration_walk, open_session
 from layer_surgery.surgeon import (
     METHODS,
     FactorStore,
@@ -36,158 +30,8 @@ from layer_surgery.surgeon import (
     removal_count,
 )
 from layer_surgery.tokens import PackedTokens
-from layer_surgery.walk import Progress, Walk, WalkSettings, no_progress
 
 REPORT_FILE = "surgery.json"
-Model = str | Path | PreTrainedModel
-
-
-@dataclass(frozen=True, kw_only=True)
-class Ui:
-    """How a run speaks to its user. The default says nothing."""
-
-    progress: Progress = no_progress
-    note: Callable[[str], None] = lambda _text: None
-
-
-@dataclass
-class _Clock:
-    """Seconds spent in each stage; a stage that is entered twice adds up."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
-
-
-@dataclass
-class _Session:
-    """One opened checkpoint with everything that the stages of a run share."""
-
-    checkpoint: Checkpoint
-    tokenizer: PreTrainedTokenizerBase | None
-    runtime: RuntimeConfig
-    device: torch.device
-    scratch: Path
-    ui: Ui
-    clock: _Clock
-
-    @property
-    def settings(self) -> WalkSettings:
-        return WalkSettings(
-            batch_size=self.runtime.batch_size,
-            boundary_memory_bytes=self.runtime.boundary_bytes,
-            scratch=self.scratch,
-            progress=self.ui.progress,
-        )
-
-    def stream(self, checkpoint: Checkpoint) -> StreamedModel:
-        """Return a model to walk over, its outer weights loaded."""
-        return StreamedModel(
-            checkpoint,
-            device=self.device,
-            dtype=self.runtime.torch_dtype(self.device, checkpoint.dtype),
-            resident_bytes=self.runtime.resident_bytes,
-        )
-
-    def need_tokenizer(self) -> PreTrainedTokenizerBase:
-        if self.tokenizer is None:
-            raise DataError("a model in memory needs its tokenizer: pass tokenizer=.")
-        return self.tokenizer
-
-    def calibration_tokens(self, config: CalibrationConfig) -> PackedTokens:
-        """Load and pack the calibration data, and say how much of it is used."""
-        data = load_documents(config.source, column=config.column, part="calibration")
-        tokens = pack_calibration(
-            data,
-            self.need_tokenizer(),
-            samples=config.samples,
-            sequence_length=config.sequence_length,
-            seed=self.runtime.seed,
-        )
-        self._check(tokens)
-        self.ui.note(
-            f"calibration: {int(tokens.valid.sum()):,} of the {tokens.tokens_available:,} tokens of '{tokens.name}', "
-            f"as {tokens.sequences} x {tokens.sequence_length}; {tokens.predicted_tokens:,} carry loss"
-        )
-        return tokens
-
-    def evaluation_tokens(self, config: EvaluationConfig | None) -> list[PackedTokens]:
-        """Load and pack every evaluation text."""
-        if config is None:
-            return []
-        packed = []
-        for source in config.sources:
-            data = load_documents(source, column=config.column, part="evaluation")
-            tokens = pack_evaluation(
-                data,
-                self.need_tokenizer(),
-                sequence_length=config.sequence_length,
-                max_windows=config.max_windows,
-            )
-            self._check(tokens)
-            self.ui.note(
-                f"evaluation: {int(tokens.valid.sum()):,} of the {tokens.tokens_available:,} tokens of "
-                f"'{tokens.name}', in {tokens.sequences} windows of {tokens.sequence_length}"
-            )
-            packed.append(tokens)
-        return packed
-
-    def _check(self, tokens: PackedTokens) -> None:
-        check_vocabulary(tokens, int(self.checkpoint.skeleton.get_input_embeddings().weight.shape[0]))
-        longest = getattr(self.checkpoint.config, "max_position_embeddings", None)
-        if longest is not None and tokens.sequence_length > longest:
-            raise DataError(
-                f"--sequence-length is {tokens.sequence_length}, but {self.checkpoint.name} takes at most {longest}."
-            )
-
-    def evaluate(self, checkpoint: Checkpoint, texts: list[PackedTokens]) -> EvaluationResult:
-        """Measure size, and perplexity on each text."""
-        results = {}
-        if texts:
-            model = self.stream(checkpoint)
-            for tokens in texts:
-                results[tokens.name] = perplexity(model, tokens, self.settings)
-        return EvaluationResult(
-            layers=checkpoint.layer_count,
-            parameters=checkpoint.parameters,
-            size_bytes=checkpoint.size_bytes,
-            perplexity=results,
-        )
-
-
-@contextmanager
-def _session(
-    model: Model, tokenizer: PreTrainedTokenizerBase | None, runtime: RuntimeConfig, ui: Ui, scratch_parent: Path | None
-) -> Iterator[_Session]:
-    clock = _Clock()
-    device = runtime.torch_device()
-    torch.manual_seed(runtime.seed)
-    with clock.stage("open"):
-        checkpoint = open_checkpoint(model, trust_remote_code=runtime.trust_remote_code)
-        if tokenizer is None and checkpoint.directory is not None:
-            tokenizer = load_tokenizer(checkpoint)
-    parent = runtime.scratch or scratch_parent
-    with tempfile.TemporaryDirectory(prefix=".layer-surgery-", dir=parent) as scratch:
-        yield _Session(checkpoint, tokenizer, runtime, device, Path(scratch), ui, clock)
-
-
-def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
-    """Load the tokenizer beside a checkpoint; `CheckpointError` if there is none that can be used."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            checkpoint.directory, trust_remote_code=checkpoint.trust_remote_code, local_files_only=True
-        )
-    except Exception as error:  # transformers raises many types here, each about these few files
-        reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"the tokenizer in {checkpoint.directory} cannot be loaded: {reason}") from error
-    assert isinstance(tokenizer, PreTrainedTokenizerBase)
-    return tokenizer
 
 
 def run_score(
@@ -202,15 +46,16 @@ def run_score(
 ) -> LayerScores:
     """Rank the decoder layers of a model."""
     entry = SCORERS[scorer]
-    with _session(model, tokenizer, runtime, ui or Ui(), None) as session:
+    with open_session(model, tokenizer, runtime, ui or Ui(), None) as session:
         layer_count = session.checkpoint.layer_count
         if target_layers is not None and not 1 <= target_layers < layer_count:
             raise PlanError(
-                f"--target-layers is {target_layers}; allowed: 1 to {layer_count - 1} (the model has {layer_count} layers)."
+                f"--target-layers is {target_layers}; allowed: 1 to {layer_count - 1} "
+                f"(the model has {layer_count} layers)."
             )
         count = None if target_layers is None else layer_count - target_layers
         tokens = session.calibration_tokens(calibration) if entry.needs_data else None
-        with _walk(session, session.stream(session.checkpoint), tokens) as walk:
+        with calibration_walk(session, session.stream(session.checkpoint), tokens) as walk:
             return entry.function(ScoringContext(walk=walk, count=count, seed=runtime.seed))
 
 
@@ -225,11 +70,11 @@ def run_evaluate(
 ) -> tuple[EvaluationResult, EvaluationResult | None]:
     """Measure a model and, with `baseline`, another one on the same tokens."""
     with ExitStack() as stack:
-        session = stack.enter_context(_session(model, tokenizer, runtime, ui or Ui(), None))
+        session = stack.enter_context(open_session(model, tokenizer, runtime, ui or Ui(), None))
         texts = session.evaluation_tokens(evaluation)
         other = None
         if baseline is not None:
-            other = stack.enter_context(_session(baseline, tokenizer, runtime, Ui(), None))
+            other = stack.enter_context(open_session(baseline, tokenizer, runtime, Ui(), None))
             for ours, theirs in zip(texts, other.evaluation_tokens(evaluation), strict=True):
                 if ours.sha256 != theirs.sha256:
                     raise CheckpointError(
@@ -255,7 +100,9 @@ def run_compress(
     if config.method == "remove" and config.budget.keep not in (None, 0):
         raise PlanError(f"--method remove keeps nothing, but --keep is {config.budget.keep}; leave one of them out.")
     if config.method == "remove" and config.budget.target_parameters is not None:
-        raise PlanError("--method remove keeps nothing, so --target-parameters cannot be aimed at; use --target-layers.")
+        raise PlanError(
+            "--method remove keeps nothing, so --target-parameters cannot be aimed at; use --target-layers."
+        )
     given = SurgeryPlan.read(config.plan_file) if config.plan_file else None
     with ExitStack() as stack:
         staging = None
@@ -265,7 +112,7 @@ def run_compress(
             if not config.dry_run:
                 staging = stack.enter_context(staged_directory(config.output, overwrite=config.overwrite))
         session = stack.enter_context(
-            _session(model, tokenizer, config.runtime, ui or Ui(), staging.parent if staging else None)
+            open_session(model, tokenizer, config.runtime, ui or Ui(), staging.parent if staging else None)
         )
         run = _Compression(config, session, given)
         chooses = given is None and config.budget.layers is None
@@ -280,7 +127,7 @@ def run_compress(
 @dataclass
 class _Compression:
     config: CompressConfig
-    session: _Session
+    session: Session
     given: SurgeryPlan | None
 
     @property
@@ -317,7 +164,7 @@ class _Compression:
         scratch.mkdir()
         factors = FactorStore(scratch, self.checkpoint.dtype)
         method = METHODS[config.method]
-        with _walk(session, session.stream(self.checkpoint), tokens) as walk:
+        with calibration_walk(session, session.stream(self.checkpoint), tokens) as walk:
             scores = None
             if chooses:
                 with clock.stage("score"):
@@ -365,7 +212,7 @@ class _Compression:
             (staging / REPORT_FILE).write_text(text + "\n", encoding="utf-8")
         return report
 
-    def _budget(self) -> Any:
+    def _budget(self) -> BudgetConfig:
         budget = self.config.budget
         return replace(budget, keep=0.0) if self.config.method == "remove" else budget
 
@@ -378,14 +225,16 @@ class _Compression:
         return replace(make_plan(shape, chosen, self._budget(), self.config.method), base_sha256=sha256)
 
     def _hash(self) -> str:
-        with self.session.clock.stage("hash"), self.session.ui.progress("hashing", self.checkpoint.size_bytes >> 22):
-            return self.checkpoint.sha256()
+        steps = self.checkpoint.size_bytes // HASH_STEP_BYTES + 1
+        with self.session.clock.stage("hash"), self.session.ui.progress("hashing", steps) as advance:
+            return self.checkpoint.sha256(lambda _bytes: advance())
 
     def _check_hash(self, sha256: str) -> None:
         if self.given is not None and self.given.base_sha256 not in ("", sha256):
             raise PlanError(
                 f"--plan {self.config.plan_file} was made for another checkpoint (its base_sha256 begins "
-                f"{self.given.base_sha256[:12]}, this one's {sha256[:12]}); clear base_sha256 in the plan to apply it all the same."
+                f"{self.given.base_sha256[:12]}, this one's {sha256[:12]}); to apply it all the same, clear "
+                "base_sha256 in the plan."
             )
 
     def _base_model(self, sha256: str) -> dict[str, Any]:
@@ -432,18 +281,6 @@ def report_dict(report: SurgeryReport) -> dict[str, Any]:
     return data
 
 
-@contextmanager
-def _walk(session: _Session, model: StreamedModel, tokens: PackedTokens | None) -> Iterator[Walk]:
-    """Yield a walk over the calibration tokens; over a single dummy token if nothing looks at any."""
-    if tokens is None:
-        one = torch.zeros(1, 1, dtype=torch.int64)
-        tokens = PackedTokens(
-            name="none", token_ids=one, loss_mask=one > 0, valid=one > 0, tokens_available=0, sha256=""
-        )
-    with Walk(model, tokens, session.settings) as walk:
-        yield walk
-
-
 def _describe(tokens: PackedTokens | None) -> dict[str, Any] | None:
     if tokens is None:
         return None
@@ -465,4 +302,6 @@ def _check_saved(directory: Path, operated: Checkpoint) -> None:
     """Open what was written: every tensor must be there with its shape, and the parameters must add up."""
     saved = open_checkpoint(directory, trust_remote_code=operated.trust_remote_code)
     if saved.parameters != operated.parameters or saved.low_rank != operated.low_rank:
-        raise CheckpointError(f"what was written to {directory} is not what was to be written; this is a bug, report it.")
+        raise CheckpointError(
+            f"what was written to {directory} is not what was to be written; this is a bug, report it."
+        )

@@ -125,7 +125,9 @@ def _layer_from_dict(entry: Any, position: int, origin: str) -> LayerPlan:
     if not isinstance(ranks, dict) or not all(type(rank) is int and rank > 0 for rank in ranks.values()):
         raise PlanError(f"{origin}: the ranks of layer {position} must be whole numbers above 0, by linear.")
     if bool(ranks) != (action == "low_rank"):
-        raise PlanError(f"{origin}: layer {position} has action {action!r} and {len(ranks)} ranks; only low_rank has any.")
+        raise PlanError(
+            f"{origin}: layer {position} has action {action!r} and {len(ranks)} ranks; only low_rank has any."
+        )
     return LayerPlan(index=position, action=action, ranks={str(name): rank for name, rank in ranks.items()})
 
 

@@ -26,8 +26,9 @@ class LayerCall:
 
     def __call__(self, layer: nn.Module, hidden: Tensor) -> Tensor:
         """Run `layer` on [batch, sequence, hidden] and return the hidden states only."""
-        output = layer(hidden, *self.args, **self.kwargs)
-        return output[0] if isinstance(output, tuple) else output
+        output: Any = layer(hidden, *self.args, **self.kwargs)
+        states: Tensor = output[0] if isinstance(output, tuple) else output
+        return states
 
 
 class _Stub(nn.Module):

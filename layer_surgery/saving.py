@@ -117,7 +117,9 @@ def save_checkpoint(
         _write_config(checkpoint, directory)
         _copy_companions(base, directory, tokenizer)
     except OSError as error:
-        raise LayerSurgeryError(f"writing to {directory.parent} failed ({error.strerror}); nothing was left there.") from error
+        raise LayerSurgeryError(
+            f"writing to {directory.parent} failed ({error.strerror}); nothing was left there."
+        ) from error
 
 
 def write_shards(checkpoint: Checkpoint, directory: Path, *, shard_bytes: int, progress: Progress) -> None:

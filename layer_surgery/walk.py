@@ -49,7 +49,7 @@ class Observer:
     """Sees every layer as the walk passes. Reduces on the spot; holds nothing of the size of the data."""
 
     def watching(self, index: int, layer: nn.Module) -> AbstractContextManager[None]:
-        """Entered before the first micro-batch of layer `index` and left after its last: put hooks in, take them out."""
+        """Entered before the first micro-batch of layer `index`, left after its last: hooks go in, hooks come out."""
         return nullcontext()
 
     def boundaries(self, index: int, before: Tensor, after: Tensor, valid: Tensor) -> None:

@@ -98,7 +98,9 @@ def test_null_fields_of_a_message_are_left_out(tmp_path: Path) -> None:
 
 
 def test_unknown_columns_are_listed(write: Callable) -> None:
-    refused(write([{"title": "x", "body": "y"}]), "title, body", "prompt (or question)", "messages", "text", "--text-column")
+    refused(
+        write([{"title": "x", "body": "y"}]), "title, body", "prompt (or question)", "messages", "text", "--text-column"
+    )
 
 
 def test_missing_chosen_column_is_named_with_the_nearest(write: Callable) -> None:

@@ -42,7 +42,12 @@ def angular_distance(a: Tensor, b: Tensor) -> float:
     return float((cosine.arccos() / math.pi).mean())
 
 
-@SCORERS.add("angular", summary="angular distance across a contiguous block of layers, at the last token", source=URL, needs_data=True)
+@SCORERS.add(
+    "angular",
+    summary="angular distance across a contiguous block of layers, at the last token",
+    source=URL,
+    needs_data=True,
+)
 def angular(context: ScoringContext) -> LayerScores:
     """Return the distance that each single layer spans; the block of `count` layers that spans least goes."""
     observer = LastTokenObserver()

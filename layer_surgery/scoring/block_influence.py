@@ -28,7 +28,9 @@ class CosineObserver(Observer):
         self.tokens[index] = self.tokens.get(index, 0) + int(valid.sum())
 
 
-@SCORERS.add("block_influence", summary="1 - mean cosine of a layer's input and output (ShortGPT)", source=URL, needs_data=True)
+@SCORERS.add(
+    "block_influence", summary="1 - mean cosine of a layer's input and output (ShortGPT)", source=URL, needs_data=True
+)
 def block_influence(context: ScoringContext) -> LayerScores:
     """Return `BI_l = 1 - E_t cos(h_l, h_{l+1})`; the least influential layers go first."""
     observer = CosineObserver()

@@ -36,7 +36,10 @@ class TaylorObserver(Observer):
 
 
 @SCORERS.add(
-    "taylor", summary="sum of |weight x gradient| over a layer's linears (one backward walk)", source=URL, needs_boundaries=True
+    "taylor",
+    summary="sum of |weight x gradient| over a layer's linears (one backward walk)",
+    source=URL,
+    needs_boundaries=True,
 )
 def taylor(context: ScoringContext) -> LayerScores:
     """Return `sum |W * G|` per layer, with G the gradient of the summed loss; the least go first."""

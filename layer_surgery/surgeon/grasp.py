@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 
 from torch import nn
 
@@ -74,7 +75,7 @@ def grasp_sequential(plan: SurgeryPlan, context: SurgeryContext) -> None:
             ranks = {name: rank for name, rank in layer.ranks.items() if name in group}
             if ranks:
                 _operate(walk, context, layer, ranks)
-                context.model.replace(layer.index, ranks, lambda index=layer.index: context.factors.read(index))
+                context.model.replace(layer.index, ranks, partial(context.factors.read, layer.index))
                 walk.forget(layer.index)
 
 

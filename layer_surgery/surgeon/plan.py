@@ -185,6 +185,4 @@ def _up(fraction: float) -> str:
 
 def _plan(method: str, layers: list[LayerPlan], parameters: int, bound: int) -> SurgeryPlan:
     whole = sum(layer.action == "keep" for layer in layers)
-    return SurgeryPlan(
-        method=method, target_layers=whole, layers=layers, parameters=parameters, parameter_bound=bound
-    )
+    return SurgeryPlan(method=method, target_layers=whole, layers=layers, parameters=parameters, parameter_bound=bound)

@@ -1,0 +1,1 @@
+"""Reporting: tables made from records. Computes nothing new."""

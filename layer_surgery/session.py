@@ -1,0 +1,186 @@
+"""One opened checkpoint with everything that the stages of a run share, and how a run speaks to its user."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeAlias
+
+import torch
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from layer_surgery.checkpoint import Checkpoint, open_checkpoint
+from layer_surgery.config import CalibrationConfig, EvaluationConfig, RuntimeConfig
+from layer_surgery.data import check_vocabulary, load_documents, pack_calibration, pack_evaluation
+from layer_surgery.errors import CheckpointError, DataError
+from layer_surgery.evaluation.perplexity import perplexity
+from layer_surgery.records import EvaluationResult
+from layer_surgery.streaming import StreamedModel
+from layer_surgery.tokens import PackedTokens
+from layer_surgery.walk import Progress, Walk, WalkSettings, no_progress
+
+Model: TypeAlias = str | Path | PreTrainedModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ui:
+    """How a run speaks to its user. The default says nothing."""
+
+    progress: Progress = no_progress
+    note: Callable[[str], None] = lambda _text: None
+
+
+@dataclass
+class Clock:
+    """Seconds spent in each stage; a stage that is entered twice adds up."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+@dataclass
+class Session:
+    """One opened checkpoint with everything that the stages of a run share."""
+
+    checkpoint: Checkpoint
+    tokenizer: PreTrainedTokenizerBase | None
+    runtime: RuntimeConfig
+    device: torch.device
+    scratch: Path
+    ui: Ui
+    clock: Clock
+
+    @property
+    def settings(self) -> WalkSettings:
+        return WalkSettings(
+            batch_size=self.runtime.batch_size,
+            boundary_memory_bytes=self.runtime.boundary_bytes,
+            scratch=self.scratch,
+            progress=self.ui.progress,
+        )
+
+    def stream(self, checkpoint: Checkpoint) -> StreamedModel:
+        """Return a model to walk over, its outer weights loaded."""
+        return StreamedModel(
+            checkpoint,
+            device=self.device,
+            dtype=self.runtime.torch_dtype(self.device, checkpoint.dtype),
+            resident_bytes=self.runtime.resident_bytes,
+        )
+
+    def need_tokenizer(self) -> PreTrainedTokenizerBase:
+        if self.tokenizer is None:
+            raise DataError("a model in memory needs its tokenizer: pass tokenizer=.")
+        return self.tokenizer
+
+    def calibration_tokens(self, config: CalibrationConfig) -> PackedTokens:
+        """Load and pack the calibration data, and say how much of it is used."""
+        data = load_documents(config.source, column=config.column, part="calibration")
+        tokens = pack_calibration(
+            data,
+            self.need_tokenizer(),
+            samples=config.samples,
+            sequence_length=config.sequence_length,
+            seed=self.runtime.seed,
+        )
+        self._check(tokens)
+        self.ui.note(
+            f"calibration: {int(tokens.valid.sum()):,} of the {tokens.tokens_available:,} tokens of '{tokens.name}', "
+            f"as {tokens.sequences} x {tokens.sequence_length}; {tokens.predicted_tokens:,} carry loss"
+        )
+        return tokens
+
+    def evaluation_tokens(self, config: EvaluationConfig | None) -> list[PackedTokens]:
+        """Load and pack every evaluation text."""
+        if config is None:
+            return []
+        packed = []
+        for source in config.sources:
+            data = load_documents(source, column=config.column, part="evaluation")
+            tokens = pack_evaluation(
+                data,
+                self.need_tokenizer(),
+                sequence_length=config.sequence_length,
+                max_windows=config.max_windows,
+            )
+            self._check(tokens)
+            self.ui.note(
+                f"evaluation: {int(tokens.valid.sum()):,} of the {tokens.tokens_available:,} tokens of "
+                f"'{tokens.name}', in {tokens.sequences} windows of {tokens.sequence_length}"
+            )
+            packed.append(tokens)
+        return packed
+
+    def _check(self, tokens: PackedTokens) -> None:
+        check_vocabulary(tokens, int(self.checkpoint.skeleton.get_input_embeddings().weight.shape[0]))
+        longest = getattr(self.checkpoint.config, "max_position_embeddings", None)
+        if longest is not None and tokens.sequence_length > longest:
+            raise DataError(
+                f"--sequence-length is {tokens.sequence_length}, but {self.checkpoint.name} takes at most {longest}."
+            )
+
+    def evaluate(self, checkpoint: Checkpoint, texts: list[PackedTokens]) -> EvaluationResult:
+        """Measure size, and perplexity on each text."""
+        results = {}
+        if texts:
+            model = self.stream(checkpoint)
+            for tokens in texts:
+                results[tokens.name] = perplexity(model, tokens, self.settings)
+        return EvaluationResult(
+            layers=checkpoint.layer_count,
+            parameters=checkpoint.parameters,
+            size_bytes=checkpoint.size_bytes,
+            perplexity=results,
+        )
+
+
+@contextmanager
+def open_session(
+    model: Model, tokenizer: PreTrainedTokenizerBase | None, runtime: RuntimeConfig, ui: Ui, scratch_parent: Path | None
+) -> Iterator[Session]:
+    """Open a model with its tokenizer; scratch files are gone on exit."""
+    clock = Clock()
+    device = runtime.torch_device()
+    with clock.stage("open"):
+        checkpoint = open_checkpoint(model, trust_remote_code=runtime.trust_remote_code)
+        if tokenizer is None and checkpoint.directory is not None:
+            tokenizer = load_tokenizer(checkpoint)
+    parent = runtime.scratch or scratch_parent
+    with tempfile.TemporaryDirectory(prefix=".layer-surgery-", dir=parent) as scratch:
+        yield Session(checkpoint, tokenizer, runtime, device, Path(scratch), ui, clock)
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
+    """Load the tokenizer beside a checkpoint; `CheckpointError` if there is none that can be used."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            checkpoint.directory, trust_remote_code=checkpoint.trust_remote_code, local_files_only=True
+        )
+    except Exception as error:  # transformers raises many types here, each about these few files
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"the tokenizer in {checkpoint.directory} cannot be loaded: {reason}") from error
+    assert isinstance(tokenizer, PreTrainedTokenizerBase)
+    return tokenizer
+
+
+@contextmanager
+def calibration_walk(session: Session, model: StreamedModel, tokens: PackedTokens | None) -> Iterator[Walk]:
+    """Yield a walk over the calibration tokens; over a single dummy token if nothing looks at any."""
+    if tokens is None:
+        one = torch.zeros(1, 1, dtype=torch.int64)
+        tokens = PackedTokens(
+            name="none", token_ids=one, loss_mask=one > 0, valid=one > 0, tokens_available=0, sha256=""
+        )
+    with Walk(model, tokens, session.settings) as walk:
+        yield walk
