@@ -29,7 +29,7 @@ def compress(
     target_parameters: float | None = None,
     layers: Sequence[int] | None = None,
     scorer: str = _COMPRESS.scorer,
-    method: str = _COMPRESS.method,
+    method: str | None = None,
     calibration: str | Path = _CALIBRATION.source,
     samples: int = _CALIBRATION.samples,
     sequence_length: int = _CALIBRATION.sequence_length,

@@ -220,9 +220,9 @@ def _from_directory(name: str, directory: Path, trust_remote_code: bool) -> Chec
     low_rank: dict[str, int] = {}
     model_class: type[PreTrainedModel] | None = None
     if model_type == MODEL_TYPE:
-        config = LayerSurgeryConfig.from_dict(fields)
+        config = _low_rank_config(config_file, fields)
         model_class = model_class_for(type(config))
-        low_rank, fields = config.low_rank, {**fields["base_config"], "model_type": fields["base_model_type"]}
+        low_rank, fields = config.low_rank, _base_fields(config, fields)
     else:
         config = _stock_config(directory, trust_remote_code)
     _check_causal_lm(config, fields, directory)
@@ -238,6 +238,25 @@ def _from_directory(name: str, directory: Path, trust_remote_code: bool) -> Chec
         trust_remote_code=trust_remote_code,
         model_class=model_class,
     )
+
+
+def _low_rank_config(config_file: Path, fields: dict[str, Any]) -> Any:
+    try:
+        config = LayerSurgeryConfig.from_dict(fields)
+        architecture_of(config)
+        return config
+    except CheckpointError:
+        raise
+    except Exception as error:  # transformers raises many types here, each about this one file
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"{config_file} is damaged ({type(error).__name__}: {reason}).") from error
+
+
+def _base_fields(config: Any, nested: dict[str, Any]) -> dict[str, Any]:
+    """Return what `config.json` of the stock architecture would hold, from the nested form of a low-rank checkpoint."""
+    stock_class = MODEL_FOR_CAUSAL_LM_MAPPING[config.base_class]
+    fields = {**nested["base_config"], "model_type": nested["base_model_type"]}
+    return fields | {"architectures": [stock_class.__name__]}
 
 
 def _stock_config(directory: Path, trust_remote_code: bool) -> Any:
@@ -268,7 +287,10 @@ def _from_memory(model: PreTrainedModel) -> Checkpoint:
     fields = model.config.to_dict()
     low_rank = dict(getattr(model.config, "low_rank", {}) or {})
     if low_rank:
-        fields = {**fields["base_config"], "model_type": fields["base_model_type"]}
+        fields = _base_fields(model.config, fields)
+    # As save_pretrained does: a model made from its configuration has neither there.
+    fields["architectures"] = fields.get("architectures") or [type(model).__name__]
+    fields["dtype"] = str(model.dtype).removeprefix("torch.")
     tensors = model.state_dict()
     if any(tensor.is_meta for tensor in tensors.values()):
         raise CheckpointError("the model has tensors on the meta device (offloaded?); load it into memory first.")

@@ -18,7 +18,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from layer_surgery import __version__
-from layer_surgery.config import BudgetConfig, CalibrationConfig, CompressConfig, EvaluationConfig, RuntimeConfig
+from layer_surgery.config import (
+    DEFAULT_METHOD,
+    BudgetConfig,
+    CalibrationConfig,
+    CompressConfig,
+    EvaluationConfig,
+    RuntimeConfig,
+)
 
 F = TypeVar("F", bound=Callable[..., Any])
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
@@ -69,7 +76,7 @@ class _WithNames(click.Command):
         options = {option.name for option in self.params}
         registries: list[tuple[str, Any, str]] = [
             ("scorer", SCORERS, default.scorer),
-            ("method", METHODS, default.method),
+            ("method", METHODS, DEFAULT_METHOD),
         ]
         for kind, registry, chosen in registries:
             if kind not in options:
@@ -201,7 +208,7 @@ _EVALUATION = _options(
     "--plan",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Apply this plan (or the plan in this surgery.json) instead of making one.",
+    help="Apply this plan, or the plan in this surgery.json, instead of making one.",
 )
 @_CALIBRATION
 @_EVALUATION

@@ -12,6 +12,8 @@ from layer_surgery.errors import PlanError, UserError
 if TYPE_CHECKING:
     import torch  # at run time only where it is needed: the command line reads defaults from here without it
 
+#: The tool's own use of memory on a CPU must not grow with the model, so these limits are fixed.
+CPU_MEMORY_BYTES = 1 << 29
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -27,10 +29,12 @@ class RuntimeConfig:
     batch_size: int = 8
     """Sequences at a time. It changes speed and memory, not results (beyond rounding)."""
     trust_remote_code: bool = False
-    resident_bytes: int = 1 << 29
-    """Keep all layers in memory if together they take at most this much, instead of reading each when needed."""
-    boundary_bytes: int = 1 << 29
-    """Keep hidden states at layer boundaries in memory up to this much, and beyond it in a scratch file."""
+    resident_bytes: int | None = None
+    """Keep all layers on the device if together they take at most this much, instead of reading each when needed.
+    None is 512 MiB on a CPU and half of the free memory on CUDA."""
+    boundary_bytes: int | None = None
+    """Keep hidden states at layer boundaries on the device up to this much, and beyond it in a scratch file.
+    None is 512 MiB on a CPU and a quarter of the free memory on CUDA."""
     scratch: Path | None = None
     """Directory for scratch files; default: beside the output, else the system's temporary directory."""
 
@@ -55,6 +59,19 @@ class RuntimeConfig:
         if kind == "cuda" and number and int(number) >= torch.cuda.device_count():
             raise UserError(f"--device is '{self.device}', but there are {torch.cuda.device_count()} CUDA devices.")
         return torch.device(name)
+
+    def memory(self, device: torch.device) -> tuple[int, int]:
+        """Return `resident_bytes` and `boundary_bytes` for a device."""
+        import torch
+
+        resident = boundary = CPU_MEMORY_BYTES
+        if device.type == "cuda":
+            free, _total = torch.cuda.mem_get_info(device)
+            resident, boundary = free // 2, free // 4
+        return (
+            resident if self.resident_bytes is None else self.resident_bytes,
+            boundary if self.boundary_bytes is None else self.boundary_bytes,
+        )
 
     def torch_dtype(self, device: torch.device, stored: torch.dtype) -> torch.dtype:
         """Return the dtype of computation on `device` for a checkpoint stored in `stored`."""
@@ -130,13 +147,17 @@ class BudgetConfig:
                 )
 
 
+DEFAULT_METHOD = "svd"
+
+
 @dataclass(frozen=True, kw_only=True)
 class CompressConfig:
     """One compression."""
 
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     scorer: str = "block_influence"
-    method: str = "svd"
+    method: str | None = None
+    """None is the plan's own method if a plan is given, else `DEFAULT_METHOD`."""
     plan_file: Path | None = None
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     evaluation: EvaluationConfig | None = field(default_factory=EvaluationConfig)

@@ -11,11 +11,19 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from layer_surgery.checkpoint import HASH_STEP_BYTES, Checkpoint, open_checkpoint
-from layer_surgery.config import BudgetConfig, CalibrationConfig, CompressConfig, EvaluationConfig, RuntimeConfig
+from layer_surgery.config import (
+    DEFAULT_METHOD,
+    BudgetConfig,
+    CalibrationConfig,
+    CompressConfig,
+    EvaluationConfig,
+    RuntimeConfig,
+)
 from layer_surgery.errors import CheckpointError, OutputError, PlanError
 from layer_surgery.operated import operated_checkpoint
 from layer_surgery.provenance import peak_memory_bytes, provenance
 from layer_surgery.records import EvaluationResult, LayerScores, SurgeryPlan, SurgeryReport
+from layer_surgery.registry import Entry
 from layer_surgery.saving import check_output, save_checkpoint, staged_directory
 from layer_surgery.scoring import SCORERS, ScoringContext
 from layer_surgery.session import Model, Session, Ui, calibration_walk, open_session
@@ -23,6 +31,7 @@ from layer_surgery.surgeon import (
     METHODS,
     FactorStore,
     LayerShape,
+    Method,
     ModelShape,
     SurgeryContext,
     check_plan,
@@ -94,16 +103,13 @@ def run_compress(
     ui: Ui | None = None,
 ) -> SurgeryReport:
     """Compress a model: the main job. Everything that can be refused is refused before any work is done."""
-    scorer, method = SCORERS[config.scorer], METHODS[config.method]
+    given = _read_plan(config)
+    config = replace(config, method=config.method or (given.method if given else "") or DEFAULT_METHOD)
+    scorer, method = SCORERS[config.scorer], METHODS[config.method or DEFAULT_METHOD]
     if config.output is None and not config.dry_run:
         raise OutputError("give --output (a directory for the compressed model), or --dry-run.")
-    if config.method == "remove" and config.budget.keep not in (None, 0):
-        raise PlanError(f"--method remove keeps nothing, but --keep is {config.budget.keep}; leave one of them out.")
-    if config.method == "remove" and config.budget.target_parameters is not None:
-        raise PlanError(
-            "--method remove keeps nothing, so --target-parameters cannot be aimed at; use --target-layers."
-        )
-    given = SurgeryPlan.read(config.plan_file) if config.plan_file else None
+    if method.name == "remove" and (config.budget.keep or config.budget.target_parameters is not None):
+        raise PlanError("--method remove keeps nothing of the layers; leave out --keep and --target-parameters.")
     with ExitStack() as stack:
         staging = None
         if config.output is not None:
@@ -114,7 +120,7 @@ def run_compress(
         session = stack.enter_context(
             open_session(model, tokenizer, config.runtime, ui or Ui(), staging.parent if staging else None)
         )
-        run = _Compression(config, session, given)
+        run = _Compression(config, session, method, given)
         chooses = given is None and config.budget.layers is None
         count = run.check_budget()
         needs_data = method.needs_boundaries or (chooses and scorer.needs_data)
@@ -124,10 +130,23 @@ def run_compress(
     return report
 
 
+def _read_plan(config: CompressConfig) -> SurgeryPlan | None:
+    if config.plan_file is None:
+        return None
+    budget = config.budget
+    if (budget.target_layers, budget.layers, budget.keep, budget.target_parameters) != (None, None, None, None):
+        raise PlanError(
+            "--plan says already which layers and ranks; leave out --target-layers, --layers, --keep and "
+            "--target-parameters."
+        )
+    return SurgeryPlan.read(config.plan_file)
+
+
 @dataclass
 class _Compression:
     config: CompressConfig
     session: Session
+    method: Entry[Method]
     given: SurgeryPlan | None
 
     @property
@@ -141,7 +160,7 @@ class _Compression:
             check_plan(shape, self.given, f"--plan {self.config.plan_file}")
             return len(self.given.operated)
         count = removal_count(self.config.budget, self.checkpoint.layer_count)
-        make_plan(shape, self.config.budget.layers or range(count), self._budget(), self.config.method)
+        make_plan(shape, self.config.budget.layers or range(count), self._budget(), self.method.name)
         return count
 
     def operate(
@@ -163,20 +182,22 @@ class _Compression:
         scratch = session.scratch / "factors"
         scratch.mkdir()
         factors = FactorStore(scratch, self.checkpoint.dtype)
-        method = METHODS[config.method]
         with calibration_walk(session, session.stream(self.checkpoint), tokens) as walk:
             scores = None
             if chooses:
                 with clock.stage("score"):
                     scores = SCORERS[config.scorer].function(
                         ScoringContext(
-                            walk=walk, count=count, seed=config.runtime.seed, keep_boundaries=method.needs_boundaries
+                            walk=walk,
+                            count=count,
+                            seed=config.runtime.seed,
+                            keep_boundaries=self.method.needs_boundaries,
                         )
                     )
             plan = self._plan(scores, count, sha256)
             if plan.low_rank:
                 with clock.stage("operate"):
-                    method.function(
+                    self.method.function(
                         plan,
                         SurgeryContext(
                             model=walk.model,
@@ -214,15 +235,15 @@ class _Compression:
 
     def _budget(self) -> BudgetConfig:
         budget = self.config.budget
-        return replace(budget, keep=0.0) if self.config.method == "remove" else budget
+        return replace(budget, keep=0.0) if self.method.name == "remove" else budget
 
     def _plan(self, scores: LayerScores | None, count: int, sha256: str) -> SurgeryPlan:
         shape = model_shape(self.checkpoint)
         if self.given is not None:
             plan = check_plan(shape, self.given, f"--plan {self.config.plan_file}")
-            return replace(plan, base_sha256=sha256, method=self.config.method)
+            return replace(plan, base_sha256=sha256, method=self.method.name)
         chosen = self.config.budget.layers or (scores.removal_order[:count] if scores else ())
-        return replace(make_plan(shape, chosen, self._budget(), self.config.method), base_sha256=sha256)
+        return replace(make_plan(shape, chosen, self._budget(), self.method.name), base_sha256=sha256)
 
     def _hash(self) -> str:
         steps = self.checkpoint.size_bytes // HASH_STEP_BYTES + 1

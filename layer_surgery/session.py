@@ -60,12 +60,15 @@ class Session:
     scratch: Path
     ui: Ui
     clock: Clock
+    resident_bytes: int
+    boundary_bytes: int
 
     @property
     def settings(self) -> WalkSettings:
+        """How walks of this run use memory."""
         return WalkSettings(
             batch_size=self.runtime.batch_size,
-            boundary_memory_bytes=self.runtime.boundary_bytes,
+            boundary_memory_bytes=self.boundary_bytes,
             scratch=self.scratch,
             progress=self.ui.progress,
         )
@@ -76,7 +79,7 @@ class Session:
             checkpoint,
             device=self.device,
             dtype=self.runtime.torch_dtype(self.device, checkpoint.dtype),
-            resident_bytes=self.runtime.resident_bytes,
+            resident_bytes=self.resident_bytes,
         )
 
     def need_tokenizer(self) -> PreTrainedTokenizerBase:
@@ -158,7 +161,7 @@ def open_session(
             tokenizer = load_tokenizer(checkpoint)
     parent = runtime.scratch or scratch_parent
     with tempfile.TemporaryDirectory(prefix=".layer-surgery-", dir=parent) as scratch:
-        yield Session(checkpoint, tokenizer, runtime, device, Path(scratch), ui, clock)
+        yield Session(checkpoint, tokenizer, runtime, device, Path(scratch), ui, clock, *runtime.memory(device))
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:

@@ -124,11 +124,11 @@ class RenamedSource:
         groups: dict[int, tuple[TensorSource, dict[str, str]]] = {}
         for new in names:
             source, old = self._mapping[new]
-            groups.setdefault(id(source), (source, {}))[1][old] = new
+            groups.setdefault(id(source), (source, {}))[1][new] = old
         tensors: dict[str, Tensor] = {}
-        for source, new_of in groups.values():
-            for old, tensor in source.read(new_of, device).items():
-                tensors[new_of[old]] = tensor
+        for source, old_of in groups.values():
+            read = source.read(dict.fromkeys(old_of.values()), device)
+            tensors |= {new: read[old] for new, old in old_of.items()}
         return tensors
 
 
@@ -142,7 +142,9 @@ def checkpoint_files(directory: Path) -> list[Path]:
         return [directory / SINGLE_FILE]
     if index.is_file():
         try:
-            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            shards = sorted(
+                {str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+            )
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise CheckpointError(f"{index} is damaged ({error}); download the checkpoint again.") from error
         for shard in shards:

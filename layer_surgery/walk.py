@@ -20,8 +20,8 @@ from layer_surgery.rehearsal import Rehearsal
 from layer_surgery.streaming import StreamedModel
 from layer_surgery.tokens import PackedTokens
 
-#: Logits of at most this many elements exist at a time (256 MiB in float32).
-LOGITS_AT_A_TIME = 1 << 26
+#: Logits of at most this many elements exist at a time (128 MiB in float32).
+LOGITS_AT_A_TIME = 1 << 25
 
 _STREAM = -1
 """Slot of the latest boundary of a walk that keeps no other."""

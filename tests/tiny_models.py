@@ -248,7 +248,7 @@ def full_ranks(checkpoint: Checkpoint, index: int) -> dict[str, int]:
 def largest_difference(a: Tensor, b: Tensor) -> float:
     """Return the largest absolute difference, relative to the largest entry where that is above 1."""
     assert a.shape == b.shape
-    return float((a - b).abs().max() / b.abs().max().clamp(min=1.0))
+    return float((a - b).detach().abs().max() / b.detach().abs().max().clamp(min=1.0))
 
 
 def largest_gradient_difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:

@@ -67,10 +67,13 @@ def make_plan(shape: ModelShape, chosen: Sequence[int], budget: BudgetConfig, me
     most. So parameters are never above the bound and below it by less than the cheapest rank.
     """
     chosen = sorted(chosen)
+    done = [index for index in chosen if not shape.layers[index].linears]
     operated = [shape.layers[index] for index in chosen]
     operated_parameters = sum(layer.parameters for layer in operated)
     rest = shape.parameters - operated_parameters
     bound = _parameter_bound(budget, shape.parameters, operated_parameters)
+    if done and bound != rest:
+        raise PlanError(f"layers {done} are low-rank already; choose others, or remove them with --keep 0.")
     if bound == rest:
         layers = [LayerPlan(index=i, action="remove" if i in chosen else "keep") for i in range(len(shape.layers))]
         return _plan(method, layers, rest, bound)

@@ -1,0 +1,26 @@
+"""What the experiments share: results are JSON with provenance, written under reports/."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from layer_surgery.provenance import provenance
+
+ROOT = Path(__file__).resolve().parents[1]
+DEMO_CHECKPOINT = ROOT / "experiments" / "demo" / "checkpoint"
+
+
+def write_report(path: Path, results: dict[str, Any], device: str = "cpu") -> None:
+    """Write results with versions, hardware and the command that made them."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    command = " ".join(["python", *sys.argv])
+    text = json.dumps(
+        {"provenance": provenance(torch.device(device)) | {"command": command}, **results}, indent=2, allow_nan=False
+    )
+    path.write_text(text + "\n", encoding="utf-8")
+    print(f"wrote {path}", flush=True)
