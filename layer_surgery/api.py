@@ -119,7 +119,7 @@ def evaluate(
     model: Model,
     *,
     baseline: Model | None = None,
-    eval_data: Sequence[str | Path] = _EVALUATION.sources,
+    eval_data: Sequence[str | Path] | None = _EVALUATION.sources,
     sequence_length: int = _EVALUATION.sequence_length,
     eval_windows: int | None = None,
     text_column: str | None = None,
@@ -128,11 +128,10 @@ def evaluate(
     **runtime: Any,
 ) -> tuple[EvaluationResult, EvaluationResult | None]:
     """Measure size and perplexity of a model, and of a `baseline` on the same tokens. Arguments as for `compress`."""
-    evaluation = _evaluation(eval_data, text_column, sequence_length, eval_windows)
     return run_evaluate(
         model,
         baseline=baseline,
-        evaluation=evaluation or EvaluationConfig(sources=()),
+        evaluation=_evaluation(eval_data, text_column, sequence_length, eval_windows),
         runtime=RuntimeConfig(**runtime),
         tokenizer=tokenizer,
         ui=ui,
@@ -159,11 +158,9 @@ def load(
 
 def _evaluation(
     sources: Sequence[str | Path] | None, column: str | None, sequence_length: int, windows: int | None
-) -> EvaluationConfig | None:
-    if sources is None:
-        return None
+) -> EvaluationConfig:
     return EvaluationConfig(
-        sources=tuple(str(source) for source in sources),
+        sources=tuple(str(source) for source in sources or ()),
         column=column,
         sequence_length=sequence_length,
         max_windows=windows,

@@ -26,7 +26,9 @@ from layer_surgery.tensors import (
 )
 
 #: Files of a hub repository that are needed; nothing else is downloaded.
-HUB_PATTERNS = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.jinja", "*.txt", "LICENSE*"]
+HUB_PATTERNS = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.jinja", "*.txt", "*.py", "LICENSE*"]
+#: Second copies of the weights in other formats, and everything in folders.
+HUB_IGNORED = ["consolidated*", "*/*"]
 #: Bytes of a file that are hashed between two calls of `progress`.
 HASH_STEP_BYTES = 1 << 22
 
@@ -191,7 +193,9 @@ def _local_directory(model: str, revision: str | None) -> Path:
         from huggingface_hub.errors import HFValidationError
 
         try:
-            return Path(snapshot_download(model, revision=revision, allow_patterns=HUB_PATTERNS))
+            return Path(
+                snapshot_download(model, revision=revision, allow_patterns=HUB_PATTERNS, ignore_patterns=HUB_IGNORED)
+            )
         except (OSError, HFValidationError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise CheckpointError(

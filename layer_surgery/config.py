@@ -105,6 +105,7 @@ class EvaluationConfig:
     """What perplexity is measured on."""
 
     sources: tuple[str, ...] = ("bundled",)
+    """Names or files; with none, only the size is measured."""
     column: str | None = None
     sequence_length: int = 256
     """Tokens in a window."""
@@ -160,8 +161,7 @@ class CompressConfig:
     """None is the plan's own method if a plan is given, else `DEFAULT_METHOD`."""
     plan_file: Path | None = None
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
-    evaluation: EvaluationConfig | None = field(default_factory=EvaluationConfig)
-    """None switches evaluation off."""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     output: Path | None = None
     dry_run: bool = False

@@ -24,7 +24,7 @@ from layer_surgery.operated import operated_checkpoint
 from layer_surgery.provenance import peak_memory_bytes, provenance
 from layer_surgery.records import EvaluationResult, LayerScores, SurgeryPlan, SurgeryReport
 from layer_surgery.registry import Entry
-from layer_surgery.saving import check_output, save_checkpoint, staged_directory
+from layer_surgery.saving import check_free_space, check_output, save_checkpoint, staged_directory
 from layer_surgery.scoring import SCORERS, ScoringContext
 from layer_surgery.session import Model, Session, Ui, calibration_walk, open_session
 from layer_surgery.surgeon import (
@@ -122,7 +122,9 @@ def run_compress(
         )
         run = _Compression(config, session, method, given)
         chooses = given is None and config.budget.layers is None
-        count = run.check_budget()
+        count, parameters = run.check_budget()
+        if staging is not None:
+            check_free_space(staging, parameters * session.checkpoint.dtype.itemsize)
         needs_data = method.needs_boundaries or (chooses and scorer.needs_data)
         tokens = session.calibration_tokens(config.calibration) if needs_data else None
         texts = session.evaluation_tokens(config.evaluation)
@@ -153,15 +155,18 @@ class _Compression:
     def checkpoint(self) -> Checkpoint:
         return self.session.checkpoint
 
-    def check_budget(self) -> int:
-        """Return how many layers are to be operated on; make a trial plan, so that an impossible budget stops here."""
+    def check_budget(self) -> tuple[int, int]:
+        """Return how many layers are to be operated on, and about how many parameters the result has.
+
+        A trial plan is made, so that an impossible budget stops here.
+        """
         shape = model_shape(self.checkpoint)
         if self.given is not None:
-            check_plan(shape, self.given, f"--plan {self.config.plan_file}")
-            return len(self.given.operated)
+            plan = check_plan(shape, self.given, f"--plan {self.config.plan_file}")
+            return len(plan.operated), plan.parameters
         count = removal_count(self.config.budget, self.checkpoint.layer_count)
-        make_plan(shape, self.config.budget.layers or range(count), self._budget(), self.method.name)
-        return count
+        trial = make_plan(shape, self.config.budget.layers or range(count), self._budget(), self.method.name)
+        return count, trial.parameters
 
     def operate(
         self,
@@ -175,10 +180,8 @@ class _Compression:
         session, config, clock = self.session, self.config, self.session.clock
         sha256 = self._hash()
         self._check_hash(sha256)
-        before = after = None
-        if config.evaluation is not None:
-            with clock.stage("evaluate_before"):
-                before = session.evaluate(self.checkpoint, texts)
+        with clock.stage("evaluate_before"):
+            before = session.evaluate(self.checkpoint, texts)
         scratch = session.scratch / "factors"
         scratch.mkdir()
         factors = FactorStore(scratch, self.checkpoint.dtype)
@@ -207,9 +210,8 @@ class _Compression:
                         ),
                     )
         operated = operated_checkpoint(self.checkpoint, plan, factors)
-        if config.evaluation is not None:
-            with clock.stage("evaluate_after"):
-                after = session.evaluate(operated, texts)
+        with clock.stage("evaluate_after"):
+            after = session.evaluate(operated, texts)
         if staging is not None:
             with clock.stage("save"):
                 save_checkpoint(

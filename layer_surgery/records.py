@@ -164,8 +164,8 @@ class SurgeryReport:
     base_model: dict[str, Any]
     plan: SurgeryPlan
     scores: LayerScores | None
-    before: EvaluationResult | None
-    after: EvaluationResult | None
+    before: EvaluationResult
+    after: EvaluationResult
     timings: dict[str, float]
     """Seconds for each stage."""
     peak_memory_bytes: dict[str, int]

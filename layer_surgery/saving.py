@@ -7,7 +7,7 @@ import os
 import shutil
 import struct
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,7 @@ def staged_directory(output: Path, *, overwrite: bool) -> Iterator[Path]:
     """
     check_output(output, overwrite=overwrite)
     staging = output.parent / f".{output.name}.partial-{os.getpid()}"
+    made = [parent for parent in output.parents if not parent.exists()]
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(staging, ignore_errors=True)
@@ -65,6 +66,19 @@ def staged_directory(output: Path, *, overwrite: bool) -> Iterator[Path]:
         _rename_into_place(staging, output)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+        for parent in made:
+            with suppress(OSError):  # holds the output, or what someone else has put there meanwhile
+                parent.rmdir()
+
+
+def check_free_space(directory: Path, needed: int) -> None:
+    """Raise `LayerSurgeryError` if a checkpoint of `needed` bytes does not fit on the disk of `directory`."""
+    free = shutil.disk_usage(directory).free
+    if needed > free:
+        raise LayerSurgeryError(
+            f"the checkpoint takes {needed:,} bytes, but {directory.parent} has {free:,} free; make room or choose "
+            "another --output. Nothing was written."
+        )
 
 
 def check_output(output: Path, *, overwrite: bool) -> None:
@@ -106,12 +120,7 @@ def save_checkpoint(
     Shards are as large as those of `base`. A checkpoint with low-rank layers gets the modelling file beside it.
     Raises `LayerSurgeryError` if the disk is full or a write fails.
     """
-    needed, free = checkpoint.size_bytes, shutil.disk_usage(directory).free
-    if needed > free:
-        raise LayerSurgeryError(
-            f"the checkpoint takes {needed:,} bytes, but {directory.parent} has {free:,} free; make room or choose "
-            "another --output. Nothing was written."
-        )
+    check_free_space(directory, checkpoint.size_bytes)
     try:
         write_shards(checkpoint, directory, shard_bytes=_shard_bytes(base), progress=progress)
         _write_config(checkpoint, directory)

@@ -104,10 +104,8 @@ class Session:
         )
         return tokens
 
-    def evaluation_tokens(self, config: EvaluationConfig | None) -> list[PackedTokens]:
+    def evaluation_tokens(self, config: EvaluationConfig) -> list[PackedTokens]:
         """Load and pack every evaluation text."""
-        if config is None:
-            return []
         packed = []
         for source in config.sources:
             data = load_documents(source, column=config.column, part="evaluation")

@@ -28,8 +28,7 @@ def print_report(console: Console, report: SurgeryReport) -> None:
     )
     if plan.low_rank:
         print_ranks(console, report)
-    if report.before is not None and report.after is not None:
-        print_comparison(console, report.before, report.after, ("before", "after", "change"))
+    print_comparison(console, report.before, report.after, ("before", "after", "change"))
     if report.output is not None:
         console.print(f"saved to [bold]{report.output}[/] (report: surgery.json)", highlight=False)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 
 from layer_surgery.config import BudgetConfig
 from layer_surgery.errors import PlanError
@@ -172,13 +173,13 @@ def check_plan(shape: ModelShape, plan: SurgeryPlan, origin: str) -> SurgeryPlan
 def _parameter_bound(budget: BudgetConfig, total: int, operated: int) -> int:
     if budget.target_parameters is None:
         keep = budget.DEFAULT_KEEP if budget.keep is None else budget.keep
-        return total - operated + _floor(keep * operated)
-    return _floor(budget.target_parameters * total)
+        return total - operated + _share(keep, operated)
+    return _share(budget.target_parameters, total)
 
 
-def _floor(value: float) -> int:
-    """Floor that forgives the rounding of a decimal fraction: 0.3 * 10 is 3."""
-    return math.floor(value + 1e-9 * max(1.0, abs(value)))
+def _share(fraction: float, count: int) -> int:
+    """Return `fraction * count` rounded down, exactly, for the decimal fraction that was written: 0.3 of 10 is 3."""
+    return math.floor(Fraction(repr(float(fraction))) * count)
 
 
 def _up(fraction: float) -> str:
