@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -147,18 +149,24 @@ def open_checkpoint(
     return checkpoint
 
 
-def build_skeleton(checkpoint: Checkpoint) -> PreTrainedModel:
-    """Make the model with parameters on the meta device and real non-persistent buffers (rotary frequencies, ...)."""
+def build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """Make the model with parameters on the meta device and real non-persistent buffers (rotary frequencies, ...).
+
+    `dtype` is that of computation, by default that of the checkpoint: some architectures keep constants in it (Gemma's
+    scale of the embeddings).
+    """
     model_class = checkpoint.model_class
+    config = copy.deepcopy(checkpoint.config)  # transformers writes the dtype into the configuration that it is given
+    dtype = dtype or config.dtype
     with torch.device("meta"):
         if model_class is None:
             from transformers import AutoModelForCausalLM
 
             model = AutoModelForCausalLM.from_config(
-                checkpoint.config, trust_remote_code=checkpoint.trust_remote_code or None
+                config, trust_remote_code=checkpoint.trust_remote_code or None, dtype=dtype
             )
         else:
-            model = model_class(checkpoint.config)
+            model = model_class._from_config(config, dtype=dtype)
     model.requires_grad_(False)
     model.eval()
     _make_buffers(model, checkpoint.buffers)
@@ -268,8 +276,13 @@ def _stock_config(directory: Path, trust_remote_code: bool) -> Any:
         # False, not None: transformers would otherwise ask on the terminal.
         return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises many types here, each about this one file
-        reason = " ".join(str(error).split())[:300]
-        raise CheckpointError(f"transformers cannot read {directory / 'config.json'}: {reason}") from error
+        reason = " ".join(str(error).split())
+        if "trust_remote_code" in reason and not trust_remote_code:
+            raise CheckpointError(
+                f"{directory} needs Python code that comes with it; read that code, and if you trust it pass "
+                "--trust-remote-code (trust_remote_code=True)."
+            ) from error
+        raise CheckpointError(f"transformers cannot read {directory / 'config.json'}: {reason[:300]}") from error
 
 
 def _check_causal_lm(config: Any, fields: dict[str, Any], directory: Path) -> None:
@@ -313,7 +326,14 @@ def _from_memory(model: PreTrainedModel) -> Checkpoint:
 
 def _check_tensors(checkpoint: Checkpoint) -> None:
     """Compare names and shapes of the stored tensors with those that the architecture has."""
-    skeleton = checkpoint.skeleton
+    try:
+        skeleton = checkpoint.skeleton
+    except Exception as error:  # an architecture raises what it likes about sizes that do not go together
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(
+            f"the model that the configuration of {checkpoint.name} describes cannot be built "
+            f"({type(error).__name__}: {reason})."
+        ) from error
     expected = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
     tied = getattr(skeleton, "all_tied_weights_keys", {}) or {}
     stored = checkpoint.source.specs
@@ -344,6 +364,4 @@ def _check_tensors(checkpoint: Checkpoint) -> None:
 
 
 def _matches(name: str, patterns: list[str]) -> bool:
-    import re
-
     return any(re.search(pattern, name) for pattern in patterns)

@@ -10,6 +10,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -42,7 +43,10 @@ def main() -> NoReturn:
     try:
         sys.exit(cli.main(standalone_mode=False, prog_name="layer-surgery"))
     except click.ClickException as error:
-        error.show()
+        if len(sys.argv) == 1:  # the message is the help
+            error.show()
+        else:
+            click.echo(f"error: {' '.join(error.format_message().split())}", err=True)
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted; nothing was written.", err=True)
@@ -245,8 +249,6 @@ def compress(model: str, no_eval: bool, as_json: bool, debug: bool, **options: A
 @_RUNTIME
 def score(model: str, as_json: bool, debug: bool, **options: Any) -> None:
     """Rank the layers of MODEL by importance, the least important first."""
-    from dataclasses import asdict
-
     from layer_surgery import api
     from layer_surgery.reporting.console import print_scores
 
@@ -271,8 +273,6 @@ def score(model: str, as_json: bool, debug: bool, **options: Any) -> None:
 @_RUNTIME
 def evaluate(model: str, as_json: bool, debug: bool, **options: Any) -> None:
     """Measure the size and perplexity of MODEL, alone or beside a baseline."""
-    from dataclasses import asdict
-
     from layer_surgery import api
     from layer_surgery.reporting.console import print_comparison
 

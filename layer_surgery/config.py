@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -171,8 +171,6 @@ class CompressConfig:
 
     def describe(self) -> dict[str, Any]:
         """Return the settings as plain JSON, for provenance."""
-        from dataclasses import asdict
-
         return {key: _plain(value) for key, value in asdict(self).items() if key != "command"}
 
 

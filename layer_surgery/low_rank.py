@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from einops import einsum
 from torch import Tensor
 
 from layer_surgery.modeling_layer_surgery import LowRankLinear
@@ -54,7 +55,7 @@ def truncated_svd(weight: Tensor, rank: int) -> Factors:
 
 def singular_value_gradients(spectrum: Spectrum, gradient: Tensor) -> Tensor:
     """Return dLoss/ds [k] for `W = U diag(s) V^T`, given dLoss/dW [out, in]: `u_k^T G v_k`, in closed form."""
-    return torch.einsum("ok,oi,ki->k", spectrum.u, gradient.to(spectrum.u.dtype), spectrum.vh)
+    return einsum(spectrum.u, gradient.to(spectrum.u.dtype), spectrum.vh, "out k, out inp, k inp -> k")
 
 
 def attributed_groups(spectrum: Spectrum, gradient: Tensor, rank: int) -> Tensor:

@@ -163,6 +163,8 @@ class _Compression:
         shape = model_shape(self.checkpoint)
         if self.given is not None:
             plan = check_plan(shape, self.given, f"--plan {self.config.plan_file}")
+            if plan.low_rank and self.method.name == "remove":
+                raise PlanError(f"--plan {self.config.plan_file} has low-rank layers, but --method remove makes none.")
             return len(plan.operated), plan.parameters
         count = removal_count(self.config.budget, self.checkpoint.layer_count)
         trial = make_plan(shape, self.config.budget.layers or range(count), self._budget(), self.method.name)
@@ -317,8 +319,12 @@ def _describe(tokens: PackedTokens | None) -> dict[str, Any] | None:
 
 
 def _check_not_same(model: Model, output: Path) -> None:
-    if not isinstance(model, PreTrainedModel) and output.exists() and Path(model).exists() and output.samefile(model):
+    if isinstance(model, PreTrainedModel) or not (output.exists() and Path(model).exists()):
+        return
+    if output.samefile(model):
         raise OutputError(f"--output {output} is the model itself; give another directory.")
+    if output.resolve() in Path(model).resolve().parents:
+        raise OutputError(f"--output {output} holds the model, which would be lost; give another directory.")
 
 
 def _check_saved(directory: Path, operated: Checkpoint) -> None:

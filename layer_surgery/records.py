@@ -79,10 +79,10 @@ class SurgeryPlan:
     @classmethod
     def from_dict(cls, data: Any, origin: str = "the plan") -> SurgeryPlan:
         """Check and read a plan; `origin` (a file name) is what errors call it. Raises `PlanError`."""
+        if isinstance(data, dict) and "plan" in data and "layers" not in data:  # a whole surgery.json will do
+            data = data["plan"]
         if not isinstance(data, dict):
             raise PlanError(f"{origin} is not a JSON object.")
-        if "plan" in data and "layers" not in data:  # a whole surgery.json will do
-            data = data["plan"]
         version = data.get("schema_version", SCHEMA_VERSION)
         if not isinstance(version, int) or version > SCHEMA_VERSION:
             raise PlanError(f"{origin} has schema version {version}; this release reads up to {SCHEMA_VERSION}.")

@@ -17,9 +17,9 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from layer_surgery import modeling_layer_surgery
 from layer_surgery.checkpoint import Checkpoint
-from layer_surgery.errors import LayerSurgeryError, OutputError
+from layer_surgery.errors import LayerSurgeryError, NumericalError, OutputError
 from layer_surgery.operated import nested_config
-from layer_surgery.tensors import INDEX_FILE, SAFETENSORS_DTYPES, SINGLE_FILE, TensorSpec
+from layer_surgery.tensors import INDEX_FILE, SAFETENSORS_DTYPES, SINGLE_FILE, SafetensorsSource, TensorSpec
 from layer_surgery.walk import Progress, no_progress
 
 #: Largest shard when the original was not in files (transformers' own default).
@@ -101,10 +101,11 @@ def _rename_into_place(staging: Path, output: Path) -> None:
     output.rename(old)
     try:
         staging.rename(output)
-    except OSError:
-        old.rename(output)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+    finally:  # also on Ctrl-C, before or after the renaming
+        if output.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            old.rename(output)
 
 
 def save_checkpoint(
@@ -142,7 +143,9 @@ def write_shards(checkpoint: Checkpoint, directory: Path, *, shard_bytes: int, p
         for file_name, shard in zip(names, shards, strict=True):
             with StreamedSafetensors(directory / file_name, {name: specs[name] for name in shard}) as file:
                 for name in shard:
-                    file.write(name, checkpoint.source.read([name], torch.device("cpu"))[name])
+                    tensor = checkpoint.source.read([name], torch.device("cpu"))[name]
+                    _check_finite(name, tensor, checkpoint.name)
+                    file.write(name, tensor)
                     advance()
     if len(shards) > 1:
         weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
@@ -152,6 +155,13 @@ def write_shards(checkpoint: Checkpoint, directory: Path, *, shard_bytes: int, p
                 "metadata": {"total_size": checkpoint.size_bytes},
                 "weight_map": {name: weight_map[name] for name in sorted(weight_map)},
             },
+        )
+
+
+def _check_finite(name: str, tensor: Tensor, where: str) -> None:
+    if tensor.dtype.itemsize > 1 and not torch.isfinite(tensor).all():  # one-byte dtypes have no such check
+        raise NumericalError(
+            f"tensor '{name}' of {where} (layers numbered as there) holds NaN or Inf; the checkpoint is damaged."
         )
 
 
@@ -219,7 +229,7 @@ def _shard_bytes(base: Checkpoint) -> int:
         return DEFAULT_SHARD_BYTES
     if len(base.files) == 1:
         return max(base.size_bytes, DEFAULT_SHARD_BYTES)  # one file stays one file
-    return max(path.stat().st_size for path in base.files)
+    return max(sum(spec.nbytes for spec in SafetensorsSource([path]).specs.values()) for path in base.files)
 
 
 def _write_config(checkpoint: Checkpoint, directory: Path) -> None:

@@ -24,7 +24,7 @@ class StreamedModel:
         self, checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype, resident_bytes: int = 1 << 29
     ) -> None:
         self.checkpoint, self.device, self.dtype = checkpoint, device, dtype
-        self.model = build_skeleton(checkpoint)
+        self.model = build_skeleton(checkpoint, dtype)
         self.architecture = checkpoint.architecture
         self._checked: set[str] = set()
         layer_bytes = sum(

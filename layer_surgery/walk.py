@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from layer_surgery.boundaries import BoundaryStore
@@ -227,8 +228,9 @@ class Walk:
         """Return the cross-entropy [b, s], zero where the label is -100, in float32 or better."""
         if logits.dtype in (torch.float16, torch.bfloat16):
             logits = logits.float()
-        flat = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none", ignore_index=-100)
-        return flat.view(labels.shape)
+        flat = rearrange(logits, "batch sequence vocabulary -> (batch sequence) vocabulary")
+        losses = nn.functional.cross_entropy(flat, labels.flatten(), reduction="none", ignore_index=-100)
+        return losses.view(labels.shape)
 
     # -- backward --------------------------------------------------------------------------------------------------
 
@@ -244,8 +246,8 @@ class Walk:
         """Walk back through `path[stop:]` from the last layer on, with every boundary k in slot k.
 
         `gradient` holds the gradient at the last boundary and is overwritten; at the end it is that before
-        `path[stop]`. Observers see the layers in `watch` (default: all). No gradient is taken before `path[stop]`
-        unless stop is 0.
+        `path[stop]`. Observers see the layers in `watch` (default: all). Layers before `path[stop]` are not
+        touched.
         """
         watched = set(path if watch is None else watch)
         with self.settings.progress("backward", len(path) - stop) as advance:

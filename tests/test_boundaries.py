@@ -69,7 +69,7 @@ def test_writing_keeps_no_graph(tmp_path: Path, memory_bytes: int) -> None:
 
 
 def test_slots_go_to_memory_while_they_fit_and_then_to_disk(tmp_path: Path) -> None:
-    with store(tmp_path, 2 * SLOT_BYTES + 1) as boundaries:
+    with store(tmp_path, 3 * SLOT_BYTES - 1) as boundaries:
         for slot in range(4):
             boundaries.write(slot, slice(0, 5), states(slot))
         assert on_disk(boundaries) == [2, 3]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_models import tiny_model
+from tiny_models import operate, tiny_model
 
 from layer_surgery.checkpoint import open_checkpoint
 from layer_surgery.config import BudgetConfig
@@ -131,7 +131,8 @@ def test_all_matrices_get_the_same_ratio() -> None:
             out, in_ = uniform_model().layers[0].linears[name]
             # 100 of 3500 parameters cannot shrink.
             ratio = (0.5 * 3500 - 100) / 3400
-            assert abs(rank - ratio * out * in_ / (out + in_)) < 1
+            # A cheap linear may get a second rank from what is left where a dear one does not fit.
+            assert -1 < rank - ratio * out * in_ / (out + in_) < 2
 
 
 def test_a_budget_of_a_large_model_is_exact_to_the_parameter() -> None:
@@ -165,10 +166,8 @@ def test_keep_one_keeps_all_that_low_rank_factors_can_hold() -> None:
 
 def test_without_a_budget_the_default_is_used() -> None:
     shape = uniform_model()
-    generous = model_of([layer_shape({"mlp.up_proj": (100, 100)}, 0) for _ in range(2)])
-    assert make_plan(generous, [0], BudgetConfig(), "svd") == make_plan(generous, [0], BudgetConfig(keep=0.1), "svd")
-    with pytest.raises(PlanError):
-        make_plan(shape, [0], BudgetConfig(), "svd")
+    default = BudgetConfig(keep=BudgetConfig.DEFAULT_KEEP)
+    assert make_plan(shape, [0, 1], BudgetConfig(), "svd") == make_plan(shape, [0, 1], default, "svd")
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -316,8 +315,6 @@ def test_predicted_parameters_are_those_of_the_operated_model(
     plan = make_plan(model_shape(checkpoint), [1, 3], BudgetConfig(**budget), "svd")
     factors = FactorStore(tmp_path, checkpoint.dtype)
     if plan.low_rank:
-        from test_surgeon import operate
-
         factors = operate(plan, checkpoint, tmp_path / "factors")
     operated = operated_checkpoint(checkpoint, plan, factors)
     assert operated.parameters == plan.parameters
@@ -386,7 +383,7 @@ def layer_1(**fields: Any) -> Any:
         (layer_1(ranks={}), "layer 1 has action 'low_rank' and 0 ranks"),
         (layer_1(action="keep"), "layer 1 has action 'keep' and 3 ranks; only low_rank has any"),
         (layer_1(action="remove"), "layer 1 has action 'remove' and 3 ranks"),
-        ({"plan": []}, "has no list 'layers'|is not a JSON object"),
+        ({"plan": []}, "is not a JSON object"),
     ],
 )
 def test_a_malformed_plan_is_refused_with_the_place(data: Any, message: str) -> None:

@@ -13,6 +13,7 @@ from tiny_models import (
     changes,
     decoder_layers,
     largest_difference,
+    make_test_plan,
     packed_tokens,
     settings,
     snapshot,
@@ -22,10 +23,14 @@ from tiny_models import (
     walked_logits,
 )
 
+import layer_surgery
 from layer_surgery.checkpoint import open_checkpoint
 from layer_surgery.errors import NumericalError
 from layer_surgery.low_rank import truncated_svd
+from layer_surgery.operated import operated_checkpoint
+from layer_surgery.saving import save_checkpoint
 from layer_surgery.streaming import StreamedModel
+from layer_surgery.surgeon import FactorStore
 from layer_surgery.tensors import SafetensorsSource
 
 TOKENS = packed_tokens(3, 10)
@@ -113,11 +118,33 @@ def test_weights_are_given_in_the_dtype_of_computation(tmp_path: Path) -> None:
         assert {p.dtype for p in layer.parameters()} == {torch.float32}
 
 
+@pytest.mark.parametrize("low_rank", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_constants_are_in_the_dtype_of_computation_too(tmp_path: Path, low_rank: bool, dtype: torch.dtype) -> None:
+    """Gemma's scale of the embeddings is a constant in the model's dtype; bfloat16 would round it by 1e-4."""
+    path = tiny_checkpoint(tmp_path, tiny_model("gemma", dtype=torch.bfloat16))
+    checkpoint = open_checkpoint(path)
+    if low_rank:
+        factors = FactorStore(tmp_path, torch.bfloat16)
+        name = "model.layers.1.mlp.up_proj.weight"
+        weight = checkpoint.source.read([name], CPU)[name]
+        factors.write(1, {"mlp.up_proj": truncated_svd(weight, 2)})
+        plan = make_test_plan(4, low_rank={1: {"mlp.up_proj": 2}})
+        operated = operated_checkpoint(checkpoint, plan, factors)
+        (tmp_path / "output").mkdir()
+        save_checkpoint(operated, tmp_path / "output", base=checkpoint)
+        path, checkpoint = tmp_path / "output", operated
+    model = layer_surgery.load(path, dtype=dtype).eval()
+    with torch.no_grad():
+        expected = model(TOKENS.token_ids, use_cache=False).logits
+    logits = walked_logits(streamed(checkpoint, dtype=dtype), TOKENS, settings(tmp_path))
+    assert largest_difference(logits, expected) < 2e-6
+
+
 def test_a_layer_is_restored_after_an_exception_inside_the_block(tmp_path: Path) -> None:
     streaming = streamed(tiny_checkpoint(tmp_path))
-    with pytest.raises(RuntimeError), streaming.layer(1) as layer:
-        layer.requires_grad_(True)
-        raise RuntimeError("on purpose")
+    with pytest.raises(AttributeError), streaming.layer(1) as layer:
+        layer.requires_grad_(True)(None)  # no layer takes None
     assert all(p.is_meta and not p.requires_grad and p.grad is None for p in streaming.layers[1].parameters())
 
 
@@ -167,6 +194,12 @@ def test_a_model_in_memory_shares_its_weights_and_is_untouched(tmp_path: Path) -
         assert layer is not decoder_layers(model)[0]
     walked_logits(streaming, TOKENS, settings(tmp_path))
     assert changes(before, snapshot(model)) == []
+
+
+def test_the_configuration_of_a_model_in_memory_keeps_its_dtype() -> None:
+    model = tiny_model(dtype=torch.float64)
+    streamed(model, dtype=torch.float32)
+    assert model.config.dtype == torch.float64
 
 
 def test_a_model_in_memory_streams_with_its_own_buffers(tmp_path: Path) -> None:

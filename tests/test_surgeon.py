@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_models import (
+    CALIBRATION,
     changes,
     decoder_layers,
     full_ranks,
     hooks_on,
     largest_difference,
     make_test_plan,
+    operate,
     packed_tokens,
     settings,
     snapshot,
@@ -28,41 +30,17 @@ from tiny_models import (
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from layer_surgery.checkpoint import Checkpoint, open_checkpoint
+from layer_surgery.checkpoint import open_checkpoint
 from layer_surgery.errors import NumericalError, UserError
 from layer_surgery.low_rank import Factors
 from layer_surgery.operated import operated_checkpoint
-from layer_surgery.records import SurgeryPlan
 from layer_surgery.surgeon import METHODS, FactorStore, SurgeryContext
 from layer_surgery.tokens import PackedTokens
 from layer_surgery.walk import Walk, no_progress
 
-TOKENS = packed_tokens(5, 12, padding=True, excluded=0.3)
 ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 RANKS = dict.fromkeys(ATTENTION, 6) | dict.fromkeys(MLP, 9)
-
-
-def operate(
-    plan: SurgeryPlan,
-    checkpoint: Checkpoint,
-    scratch: Path,
-    *,
-    tokens: PackedTokens = TOKENS,
-    batch_size: int = 2,
-    on_disk: bool = False,
-) -> FactorStore:
-    """Run the plan's method and return the factors that it made."""
-    limit = 0 if on_disk else 1 << 29
-    scratch.mkdir(exist_ok=True)
-    factors = FactorStore(scratch, checkpoint.dtype)
-    model = streamed(checkpoint, resident_bytes=limit)
-    where = settings(scratch, batch_size=batch_size, boundary_memory_bytes=limit)
-    with Walk(model, tokens, where) as walk:
-        METHODS[plan.method].function(
-            plan, SurgeryContext(model=model, walk=walk, factors=factors, progress=no_progress)
-        )
-    return factors
 
 
 def product(factors: FactorStore, layer: int, linear: str) -> Tensor:
@@ -101,8 +79,8 @@ def test_svd_at_full_rank_reproduces_the_logits(tmp_path: Path, model_type: str)
     plan = make_test_plan(4, low_rank={index: full_ranks(checkpoint, index) for index in range(4)})
     operated = operated_checkpoint(checkpoint, plan, operate(plan, checkpoint, tmp_path / "factors"))
     with torch.no_grad():
-        expected = model(TOKENS.token_ids, use_cache=False).logits
-    assert largest_difference(walked_logits(streamed(operated), TOKENS, settings(tmp_path)), expected) < 1e-9
+        expected = model(CALIBRATION.token_ids, use_cache=False).logits
+    assert largest_difference(walked_logits(streamed(operated), CALIBRATION, settings(tmp_path)), expected) < 1e-9
 
 
 def test_svd_is_the_nearest_matrix_of_its_rank(tmp_path: Path) -> None:
@@ -147,7 +125,7 @@ def test_grasp_selects_the_groups_with_the_largest_importance(tmp_path: Path, on
     factors = operate(plan, open_checkpoint(path), tmp_path / "factors", on_disk=on_disk)
     for index in (1, 3):
         for linear, rank in RANKS.items():
-            expected = most_important(*singular_value_gradients_by_autograd(model, TOKENS, index, linear), rank)
+            expected = most_important(*singular_value_gradients_by_autograd(model, CALIBRATION, index, linear), rank)
             assert largest_difference(product(factors, index, linear), expected) < 1e-9, (index, linear)
 
 
@@ -166,8 +144,8 @@ def test_grasp_at_full_rank_reproduces_the_logits(tmp_path: Path) -> None:
     plan = make_test_plan(4, low_rank={k: full_ranks(checkpoint, k) for k in (0, 2)}, method="grasp_sequential")
     operated = operated_checkpoint(checkpoint, plan, operate(plan, checkpoint, tmp_path / "factors"))
     with torch.no_grad():
-        expected = model(TOKENS.token_ids, use_cache=False).logits
-    assert largest_difference(walked_logits(streamed(operated), TOKENS, settings(tmp_path)), expected) < 1e-9
+        expected = model(CALIBRATION.token_ids, use_cache=False).logits
+    assert largest_difference(walked_logits(streamed(operated), CALIBRATION, settings(tmp_path)), expected) < 1e-9
 
 
 def grasp_in_memory(model: PreTrainedModel, layers: list[int], ranks: dict[str, int]) -> PreTrainedModel:
@@ -175,7 +153,7 @@ def grasp_in_memory(model: PreTrainedModel, layers: list[int], ranks: dict[str, 
     operated = copy.deepcopy(model)
     for index in sorted(layers, reverse=True):
         for group in (MLP, ATTENTION):
-            gradients = whole_gradients(operated, TOKENS)
+            gradients = whole_gradients(operated, CALIBRATION)
             for linear in group:
                 name = f"model.layers.{index}.{linear}.weight"
                 weight = operated.get_parameter(name)
@@ -268,7 +246,7 @@ def test_surgery_that_fails_leaves_no_hook(tmp_path: Path, method: str, monkeypa
     monkeypatch.setattr(FactorStore, "write", fail)
     factors = FactorStore(tmp_path, torch.float64)
     plan = make_test_plan(4, low_rank={1: RANKS}, method=method)
-    with Walk(model, TOKENS, settings(tmp_path)) as walk, pytest.raises(NumericalError):
+    with Walk(model, CALIBRATION, settings(tmp_path)) as walk, pytest.raises(NumericalError):
         METHODS[method].function(plan, SurgeryContext(model=model, walk=walk, factors=factors, progress=no_progress))
     assert hooks_on(model.model) == []
     assert list(model.layers) == originals

@@ -26,6 +26,7 @@ from tiny_models import (
     whole_boundaries,
     whole_gradients,
     whole_losses,
+    without_layers,
 )
 from torch import Tensor, nn
 
@@ -203,8 +204,6 @@ def test_bfloat16_gradients_are_summed_in_float32(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("keep", [True, False])
 def test_path_that_skips_layers_equals_the_model_without_them(tmp_path: Path, keep: bool) -> None:
-    from tiny_models import without_layers
-
     model = tiny_model()
     with torch.no_grad():
         expected = whole_losses(without_layers(model, [1, 2])(TOKENS.token_ids, use_cache=False).logits, TOKENS)
@@ -225,6 +224,21 @@ def test_kept_boundaries_are_used_again_as_far_as_the_path_is_the_same(
         walk.forward([0, 1, 3], keep=True)
         walk.forward([0, 1, 3], keep=True)
     assert steps == [0, 1, 2, 3, 3]
+
+
+def test_observers_see_every_layer_also_where_the_boundaries_are_known(tmp_path: Path) -> None:
+    class Seen(Observer):
+        def __init__(self) -> None:
+            self.layers: list[int] = []
+
+        def boundaries(self, index: int, before: Tensor, after: Tensor, valid: Tensor) -> None:
+            self.layers.append(index)
+
+    observer = Seen()
+    with Walk(streamed(tiny_model()), TOKENS, settings(tmp_path, batch_size=5)) as walk:
+        walk.forward(range(4), keep=True)
+        walk.forward(range(4), keep=True, observers=[observer])
+    assert observer.layers == [0, 1, 2, 3]
 
 
 def test_a_forgotten_position_is_walked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,8 +16,9 @@ from layer_surgery.checkpoint import Checkpoint, open_checkpoint
 from layer_surgery.gradients import accumulated_gradients
 from layer_surgery.records import LayerPlan, SurgeryPlan
 from layer_surgery.streaming import StreamedModel
+from layer_surgery.surgeon import METHODS, FactorStore, SurgeryContext
 from layer_surgery.tokens import PackedTokens
-from layer_surgery.walk import Observer, Walk, WalkSettings
+from layer_surgery.walk import Observer, Walk, WalkSettings, no_progress
 
 VOCABULARY = 61
 CPU = torch.device("cpu")
@@ -122,6 +123,9 @@ def packed_tokens(
         tokens_available=int(valid.sum()),
         sha256="0" * 64,
     )
+
+
+CALIBRATION = packed_tokens(5, 12, padding=True, excluded=0.3)
 
 
 def streamed(
@@ -243,6 +247,28 @@ def full_ranks(checkpoint: Checkpoint, index: int) -> dict[str, int]:
     return {
         name: min(checkpoint.source.specs[f"{prefix}{name}.weight"].shape) for name in checkpoint.architecture.linears
     }
+
+
+def operate(
+    plan: SurgeryPlan,
+    checkpoint: Checkpoint,
+    scratch: Path,
+    *,
+    tokens: PackedTokens | None = None,
+    batch_size: int = 2,
+    on_disk: bool = False,
+) -> FactorStore:
+    """Run the plan's method (over `CALIBRATION`, if nothing else is given) and return the factors that it made."""
+    limit = 0 if on_disk else 1 << 29
+    scratch.mkdir(exist_ok=True)
+    factors = FactorStore(scratch, checkpoint.dtype)
+    model = streamed(checkpoint, resident_bytes=limit)
+    where = settings(scratch, batch_size=batch_size, boundary_memory_bytes=limit)
+    with Walk(model, CALIBRATION if tokens is None else tokens, where) as walk:
+        METHODS[plan.method].function(
+            plan, SurgeryContext(model=model, walk=walk, factors=factors, progress=no_progress)
+        )
+    return factors
 
 
 def largest_difference(a: Tensor, b: Tensor) -> float:

@@ -34,11 +34,12 @@ from layer_surgery.tokens import PackedTokens
 METHOD_NAMES = ("svd", "grasp", "grasp_sequential")
 
 
-def choose_layers(session: Session, tokens: PackedTokens, scorer: str, count: int) -> list[int]:
-    """Return the layers that a scorer would operate on."""
+def removal_order(session: Session, tokens: PackedTokens, scorer: str, count: int) -> list[int]:
+    """Return the `count` layers that a scorer removes first. Shorter targets take the beginning of the list, which is
+    what a ranking and a greedy search would have given for them."""
     with calibration_walk(session, session.stream(session.checkpoint), tokens) as walk:
         scores = SCORERS[scorer].function(ScoringContext(walk=walk, count=count, seed=0))
-    return sorted(scores.removal_order[:count])
+    return scores.removal_order[:count]
 
 
 def measure(
@@ -109,8 +110,11 @@ def main() -> None:
         rows: list[dict[str, Any]] = []
         done: dict[tuple[Any, ...], dict[str, Any]] = {}
         depth = session.checkpoint.layer_count
+        most = depth - min(arguments.target_layers)
+        orders = {name: removal_order(session, tokens, name, most) for name in arguments.scorers}
+        print(orders, flush=True)
         for target, scorer in itertools.product(arguments.target_layers, arguments.scorers):
-            layers = choose_layers(session, tokens, scorer, depth - target)
+            layers = sorted(orders[scorer][: depth - target])
             for keep in arguments.keep:
                 for method in METHOD_NAMES if keep else ("remove",):
                     key = (tuple(layers), keep, method)

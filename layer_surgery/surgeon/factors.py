@@ -1,4 +1,4 @@
-"""Low-rank factors as they are made: one safetensors file a layer, so that memory never holds more than one layer's."""
+"""Low-rank factors as they are made: one safetensors file a linear, so that memory holds at most one layer's."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from layer_surgery.errors import NumericalError
@@ -19,27 +19,33 @@ class FactorStore:
 
     def __init__(self, directory: Path, dtype: torch.dtype) -> None:
         self.directory, self.dtype = directory, dtype
-        self._layers: set[int] = set()
 
     def write(self, index: int, factors: Mapping[str, Factors]) -> None:
-        """Add factors, by linear, to layer `index`. Raises `NumericalError` if one is not finite."""
-        tensors: dict[str, Tensor] = self.read(index) if index in self._layers else {}
+        """Add factors, by linear, to layer `index`. Raises `NumericalError` if one is not finite.
+
+        Every linear has a file of its own that is written once: a file that is mapped somewhere is never changed.
+        """
         for name, (left, right) in factors.items():
+            tensors: dict[str, Tensor] = {}
             for part, tensor in (("out_factor", left), ("in_factor", right)):
                 stored = tensor.to("cpu", self.dtype).contiguous()
                 if not torch.isfinite(stored).all():
                     raise NumericalError(f"the {part} of '{name}' in layer {index} is not finite in {self.dtype}.")
                 tensors[f"{name}.{part}.weight"] = stored
-        save_file(tensors, self._path(index))
-        self._layers.add(index)
+            path = self.directory / f"{_prefix(index)}{name}.safetensors"
+            if path.exists():
+                raise ValueError(f"layer {index} has factors for '{name}' already")
+            save_file(tensors, path)
+
+    def source(self, index: int) -> SafetensorsSource:
+        """Return the tensors of a layer, by their names within it, as a source to read from lazily."""
+        return SafetensorsSource(sorted(self.directory.glob(f"{_prefix(index)}*.safetensors")))
 
     def read(self, index: int) -> dict[str, Tensor]:
         """Return the tensors of a layer by their names within it, on the CPU."""
-        return load_file(self._path(index))
+        source = self.source(index)
+        return source.read(source.specs, torch.device("cpu"))
 
-    def source(self, index: int) -> SafetensorsSource:
-        """Return the tensors of a layer as a source to read from lazily."""
-        return SafetensorsSource([self._path(index)])
 
-    def _path(self, index: int) -> Path:
-        return self.directory / f"factors-{index:05d}.safetensors"
+def _prefix(index: int) -> str:
+    return f"layer-{index:05d}-"
