@@ -183,7 +183,10 @@ def _make_buffers(model: PreTrainedModel, given: dict[str, torch.Tensor]) -> Non
         owners[id(owner)] = owner
     for owner in owners.values():
         model._init_weights(owner)
+    fresh = dict(model.named_non_persistent_buffers())
     for name, value in given.items():
+        if fresh[name].dtype != value.dtype:
+            continue  # a constant in the dtype of computation: the fresh one is not rounded to the model's
         owner_name, _, buffer_name = name.rpartition(".")
         model.get_submodule(owner_name).register_buffer(buffer_name, value.detach().clone().cpu(), persistent=False)
 

@@ -6,6 +6,8 @@ Decompositions run in float32, or in float64 for float64 input.
 
 from __future__ import annotations
 
+import heapq
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -65,3 +67,81 @@ def attributed_groups(spectrum: Spectrum, gradient: Tensor, rank: int) -> Tensor
     """
     importance = (spectrum.s * singular_value_gradients(spectrum, gradient)).abs()
     return importance.argsort(descending=True, stable=True)[:rank]
+
+
+class WhitenedFactors(NamedTuple):
+    """A truncation of a weight in a metric, one component after the other, best first."""
+
+    factors: Factors  # the first r columns and rows are the best rank-r replacement, for every r
+    values: Tensor  # [k] singular values in the metric; leaving component j out costs 1/2 values[j]^2
+
+
+def shrunk(moment: Tensor, tokens: int) -> Tensor:
+    """Return a second moment [d, d] drawn towards a multiple of the identity, so that it can be inverted.
+
+    The share of the identity is the oracle-approximating one (Chen, Wiesel, Eldar & Hero, Shrinkage Algorithms for MMSE
+    Covariance Estimation, 2010): small with many tokens, growing smoothly to 1 as they get fewer, also far below d.
+    """
+    d = moment.shape[0]
+    trace, squares = float(moment.trace()), float((moment**2).sum())
+    if trace <= 0:
+        return torch.eye(d, dtype=moment.dtype, device=moment.device)
+    numerator = (1 - 2 / d) * squares + trace**2
+    denominator = (tokens + 1 - 2 / d) * (squares - trace**2 / d)
+    share = 1.0 if denominator <= 0 else min(1.0, numerator / denominator)
+    share = max(share, 1e-6)  # what float64 needs in any case
+    result = (1 - share) * moment
+    result.diagonal().add_(share * trace / d)
+    return result
+
+
+def whitened_svd(weight: Tensor, inputs: Tensor, outputs: Tensor | None = None) -> WhitenedFactors:
+    """Return the truncations of W [out, in] that are best in the metric `1/2 tr(B D A D^T)`, D the change of W.
+
+    `inputs` is A [in, in], `outputs` is B [out, out] (None: the identity). With A = L_A L_A^T and B = L_B L_B^T, the
+    singular value decomposition U S V^T of `L_B^T W L_A` gives `W_r = L_B^-T U_r S_r V_r^T L_A^-1`. A alone is SVD-LLM
+    (https://arxiv.org/abs/2403.07378); both are a Kronecker-factored Fisher metric (https://arxiv.org/abs/2505.17974).
+    Solved in float64. A and B must be positive definite: see `shrunk`.
+    """
+    w = weight.double()
+    left_a = torch.linalg.cholesky(inputs.double())
+    whitened = w @ left_a
+    left_b = None
+    if outputs is not None:
+        left_b = torch.linalg.cholesky(outputs.double())
+        whitened = left_b.T @ whitened
+    spectrum = svd(whitened)
+    root = spectrum.s.sqrt()
+    left, right = spectrum.u * root, root[:, None] * spectrum.vh
+    right = torch.linalg.solve_triangular(left_a, right, upper=False, left=False)
+    if left_b is not None:
+        left = torch.linalg.solve_triangular(left_b.T, left, upper=True)
+    return WhitenedFactors(Factors(left, right), spectrum.s)
+
+
+def knapsack(values: Sequence[Sequence[float]], costs: Sequence[int], limits: Sequence[int], budget: int) -> list[int]:
+    """Return a rank for every matrix: components by worth `1/2 value^2` per parameter, best first, while they fit.
+
+    `values[m]` are the singular values of matrix m in descending order, `costs[m]` the parameters of one rank,
+    `limits[m]` its largest rank. Every matrix gets at least one. The sum of `rank * cost` is at most `budget`, and
+    below it by less than the cheapest rank that is left. Raises `ValueError` if one rank each does not fit.
+    """
+    ranks = [1] * len(costs)
+    left = budget - sum(costs)
+    if left < 0:
+        raise ValueError(f"one rank in each matrix costs {sum(costs)}, the budget is {budget}")
+    heap = [(-_worth(values[m], 1) / costs[m], m) for m in range(len(costs)) if limits[m] > 1]
+    heapq.heapify(heap)
+    while heap:
+        _, m = heapq.heappop(heap)
+        if costs[m] > left:
+            continue  # it will not fit later either
+        left -= costs[m]
+        ranks[m] += 1
+        if ranks[m] < limits[m]:
+            heapq.heappush(heap, (-_worth(values[m], ranks[m]) / costs[m], m))
+    return ranks
+
+
+def _worth(values: Sequence[float], component: int) -> float:
+    return 0.5 * values[component] ** 2 if component < len(values) else 0.0

@@ -125,7 +125,7 @@ def run_compress(
         count, parameters = run.check_budget()
         if staging is not None:
             check_free_space(staging, parameters * session.checkpoint.dtype.itemsize)
-        needs_data = method.needs_boundaries or (chooses and scorer.needs_data)
+        needs_data = method.needs_data or (chooses and scorer.needs_data)
         tokens = session.calibration_tokens(config.calibration) if needs_data else None
         texts = session.evaluation_tokens(config.evaluation)
         report = run.operate(chooses=chooses, count=count, tokens=tokens, texts=texts, staging=staging)
@@ -202,13 +202,14 @@ class _Compression:
             plan = self._plan(scores, count, sha256)
             if plan.low_rank:
                 with clock.stage("operate"):
-                    self.method.function(
+                    plan = self.method.function(
                         plan,
                         SurgeryContext(
                             model=walk.model,
                             walk=walk if tokens is not None else None,
                             factors=factors,
                             progress=session.ui.progress,
+                            ranks_fixed=self.given is not None,
                         ),
                     )
         operated = operated_checkpoint(self.checkpoint, plan, factors)

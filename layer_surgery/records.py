@@ -57,6 +57,8 @@ class SurgeryPlan:
     """Parameters of the operated model."""
     parameter_bound: int = 0
     """The budget: `parameters` is never above it, and below it by less than one rank."""
+    predicted_loss_rise: float | None = None
+    """Second-order prediction for the calibration data, nats per token, where the method makes one."""
     schema_version: int = SCHEMA_VERSION
 
     @property

@@ -53,6 +53,9 @@ class Observer:
         """Entered before the first micro-batch of layer `index`, left after its last: hooks go in, hooks come out."""
         return nullcontext()
 
+    def batch(self, valid: Tensor) -> None:
+        """Before each micro-batch: which of its tokens are no padding, [B, S] bool on the device."""
+
     def boundaries(self, index: int, before: Tensor, after: Tensor, valid: Tensor) -> None:
         """Forward walk only: hidden states [B, S, D] at both sides of layer `index`; `valid` [B, S] bool."""
 
@@ -98,26 +101,36 @@ class Walk:
 
     # -- forward ---------------------------------------------------------------------------------------------------
 
-    def forward(self, path: Sequence[int], *, keep: bool, observers: Sequence[Observer] = ()) -> int:
+    def forward(
+        self,
+        path: Sequence[int],
+        *,
+        keep: bool,
+        observers: Sequence[Observer] = (),
+        watch: Iterable[int] | None = None,
+    ) -> int:
         """Walk through the layers of `path` and return the slot that then holds the last boundary.
 
         With `keep` the boundary before `path[k]` stays in slot k, and what an earlier walk has left there is used
-        again as far as its path was the same (not if there are observers, which must see every layer). Without, only
-        the latest boundary is held.
+        again as far as its path was the same (not if there are observers). Without, only the latest boundary is held.
+        Observers see the layers in `watch` (default: all).
         """
+        watched = set(path if watch is None else watch)
         known = self._kept
         if known is None:
             self._embed()
             known = []
         if not keep:
-            return self._stream(path, observers)
+            return self._stream(path, observers, watched)
         start = 0
         while not observers and start < min(len(known), len(path)) and known[start] == path[start]:
             start += 1
         self._kept = list(path[:start])
         with self.settings.progress("forward", len(path) - start) as advance:
             for position in range(start, len(path)):
-                self.step(path[position], (self.store, position), (self.store, position + 1), observers)
+                index = path[position]
+                seen_by = observers if index in watched else ()
+                self.step(index, (self.store, position), (self.store, position + 1), seen_by)
                 self._kept.append(path[position])
                 advance()
         return len(path)
@@ -127,11 +140,11 @@ class Walk:
         if self._kept is not None:
             self._kept = self._kept[:position]
 
-    def _stream(self, path: Sequence[int], observers: Sequence[Observer]) -> int:
+    def _stream(self, path: Sequence[int], observers: Sequence[Observer], watched: set[int]) -> int:
         slot = 0
         with self.settings.progress("forward", len(path)) as advance:
             for index in path:
-                self.step(index, (self.store, slot), (self.store, _STREAM), observers)
+                self.step(index, (self.store, slot), (self.store, _STREAM), observers if index in watched else ())
                 if slot == 0 and self._kept is None:
                     self.store.drop(0)
                 slot = _STREAM
@@ -157,12 +170,17 @@ class Walk:
                 watching.enter_context(observer.watching(index, layer))
             for rows in self.batches():
                 before = source[0].read(source[1], rows)
+                valid = self._announce(rows, observers)
                 after = self._call(index, before)(layer, before)
-                if observers:
-                    valid = self.tokens.valid[rows].to(before.device)
-                    for observer in observers:
-                        observer.boundaries(index, before, after, valid)
+                for observer in observers:
+                    observer.boundaries(index, before, after, valid)
                 target[0].write(target[1], rows, after)
+
+    def _announce(self, rows: slice, observers: Sequence[Observer]) -> Tensor:
+        valid = self.tokens.valid[rows].to(self.model.device)
+        for observer in observers:
+            observer.batch(valid)
+        return valid
 
     def _call(self, index: int, hidden: Tensor) -> Callable[[nn.Module, Tensor], Tensor]:
         return self.rehearsal.call(index, hidden.shape[0], hidden.shape[1])
@@ -266,6 +284,7 @@ class Walk:
                 watching.enter_context(observer.watching(index, layer))
             for rows in self.batches():
                 with torch.enable_grad():
+                    self._announce(rows, observers)
                     before = self.store.read(slot, rows).detach().requires_grad_()
                     after = self._call(index, before)(layer, before)
                     after.backward(store.read(gradient_slot, rows))  # type: ignore[no-untyped-call]

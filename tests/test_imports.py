@@ -25,7 +25,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("streaming",),
     ("checkpoint",),
     ("low_rank",),
-    ("architectures", "boundaries", "gradients", "modeling_layer_surgery", "registry", "tensors", "tokens"),
+    ("architectures", "boundaries", "gradients", "modeling_layer_surgery", "moments", "registry", "tensors", "tokens"),
     ("config", "provenance", "records"),
     ("errors",),
 ]
@@ -155,6 +155,6 @@ def test_the_modelling_file_needs_torch_and_transformers_only() -> None:
     assert tops == {"__future__", "typing", "torch", "transformers"}
 
 
-@pytest.mark.parametrize("name", ["low_rank.py", "boundaries.py", "gradients.py"])
+@pytest.mark.parametrize("name", ["low_rank.py", "boundaries.py", "gradients.py", "moments.py"])
 def test_the_pure_core_does_not_know_transformers(name: str) -> None:
     assert "transformers" not in {top for top, _ in imported(ROOT / name)}

@@ -151,12 +151,14 @@ def low_rank(tmp_path: Path) -> Path:
 # Without this package
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_stock_transformers_load_every_tensor(stock: dict[str, Any], name: str) -> None:
     assert {kind: keys for kind, keys in stock[name]["keys"].items() if keys} == {}
     assert stock[name]["class"] == "LayerSurgeryForCausalLM"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_stock_logits_are_those_of_load_bit_for_bit(
     stock: dict[str, Any], checkpoints: dict[str, Path], name: str
@@ -169,6 +171,7 @@ def test_stock_logits_are_those_of_load_bit_for_bit(
     assert len(ours.unique()) > 1000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_stock_logits_are_those_of_the_streamed_model_bit_for_bit(
     stock: dict[str, Any], checkpoints: dict[str, Path], name: str, tmp_path: Path
@@ -177,24 +180,28 @@ def test_stock_logits_are_those_of_the_streamed_model_bit_for_bit(
     assert torch.equal(walked_logits(model, TOKENS, settings(tmp_path)), stock[name]["logits"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_stock_parameters_are_those_of_the_plan(stock: dict[str, Any], checkpoints: dict[str, Path], name: str) -> None:
     report = json.loads((checkpoints[name] / "surgery.json").read_text())
     assert stock[name]["parameters"] == report["after"]["parameters"] == report["plan"]["parameters"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_generation_with_a_cache_is_that_without(stock: dict[str, Any], name: str) -> None:
     assert stock[name]["cached"].shape == (2, 14 + 8)
     assert torch.equal(stock[name]["cached"], stock[name]["uncached"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_generation_of_a_left_padded_batch_is_that_of_the_single_sequence(stock: dict[str, Any], name: str) -> None:
     assert len(stock[name]["single"]) == 9 + 8
     assert torch.equal(stock[name]["padded"], stock[name]["single"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_saved_again_by_stock_transformers_it_is_the_same_model(
     stock: dict[str, Any], checkpoints: dict[str, Path], name: str
@@ -204,6 +211,7 @@ def test_saved_again_by_stock_transformers_it_is_the_same_model(
     assert torch.equal(logits(again, TOKENS.token_ids), stock[name]["logits"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_it_loads_in_another_dtype(stock: dict[str, Any], name: str) -> None:
     assert stock[name]["bfloat16"] == "{torch.bfloat16}"
@@ -212,6 +220,7 @@ def test_it_loads_in_another_dtype(stock: dict[str, Any], name: str) -> None:
     assert difference < 0.2 * stock[name]["logits"].float().abs().max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_it_works_in_a_text_generation_pipeline(stock: dict[str, Any], name: str) -> None:
     assert stock[name]["text"].startswith("the quick")
@@ -238,14 +247,30 @@ def test_what_was_evaluated_is_what_was_saved(tmp_path: Path) -> None:
     assert report.after.perplexity[str(text)].value != report.before.perplexity[str(text)].value
 
 
-def test_a_low_rank_layer_is_its_factors_multiplied_out(low_rank: Path) -> None:
-    model = layer_surgery.load(low_rank)
-    linear = decoder_layers(model)[1].get_submodule("mlp.up_proj")
+@pytest.mark.parametrize("name", ["llama", "starcoder2"])
+def test_a_low_rank_layer_is_its_factors_multiplied_out_and_its_bias(checkpoints: dict[str, Path], name: str) -> None:
+    model = layer_surgery.load(checkpoints[name])
+    linear = decoder_layers(model)[1].get_submodule("self_attn.q_proj")
     assert isinstance(linear, LowRankLinear)
+    assert (linear.bias is not None and bool(linear.bias.any())) is (name == "starcoder2")
     dense = linear.out_factor.weight @ linear.in_factor.weight
     x = torch.randn(3, linear.in_features)
-    torch.testing.assert_close(linear(x), nn.functional.linear(x, dense), rtol=1e-4, atol=1e-5)
-    assert linear.rank == model.config.low_rank["model.layers.1.mlp.up_proj"] < min(dense.shape)
+    torch.testing.assert_close(linear(x), nn.functional.linear(x, dense, linear.bias), rtol=1e-4, atol=1e-5)
+    assert linear.rank == model.config.low_rank["model.layers.1.self_attn.q_proj"] < min(dense.shape)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "gemma3_text", "starcoder2", "phi3"])
+def test_at_full_rank_it_is_the_original_model(tmp_path: Path, model_type: str) -> None:
+    original = model_with_vocabulary(model_type, dtype=torch.float64)
+    path = saved_model(tmp_path / "model", model=original)
+    plan = make_test_plan(4, low_rank={index: full_ranks(open_checkpoint(path), index) for index in (1, 2)})
+    (tmp_path / "plan.json").write_text(json.dumps(plan.to_dict()))
+    options: dict[str, Any] = {"plan": tmp_path / "plan.json", "eval_data": None, "dtype": "float32"}
+    layer_surgery.compress(path, tmp_path / "output", **options)
+    loaded = layer_surgery.load(tmp_path / "output")
+    assert len(loaded.config.low_rank) == 2 * len(full_ranks(open_checkpoint(path), 1))
+    expected = logits(original, TOKENS.token_ids)
+    torch.testing.assert_close(logits(loaded, TOKENS.token_ids), expected, rtol=1e-3, atol=1e-3)
 
 
 def test_load_takes_dtype_and_further_options(low_rank: Path) -> None:
@@ -314,6 +339,7 @@ def test_a_replaced_linear_keeps_its_bias_dtype_and_device() -> None:
 # The trap: loaded by what knows nothing of low-rank layers, it must fail and not make up weights
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "loader",
     [

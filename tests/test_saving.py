@@ -31,7 +31,7 @@ import layer_surgery
 from layer_surgery import saving
 from layer_surgery.checkpoint import open_checkpoint
 from layer_surgery.errors import LayerSurgeryError, OutputError
-from layer_surgery.saving import StreamedSafetensors, split_shards, staged_directory, write_shards
+from layer_surgery.saving import StreamedSafetensors, save_checkpoint, split_shards, staged_directory, write_shards
 from layer_surgery.tensors import TensorSpec
 from layer_surgery.walk import no_progress
 
@@ -516,6 +516,16 @@ def test_a_disk_that_fills_up_while_writing_leaves_the_old_output(
     with pytest.raises(LayerSurgeryError, match="No space left on device") as caught:
         compress_over(path, output, text)
     assert caught.value.exit_code == 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_a_disk_that_is_really_full_is_a_failure(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(saved_model(tmp_path / "model"))
+    output = tmp_path / "output"
+    output.mkdir()
+    (output / "model.safetensors").symlink_to("/dev/full")
+    with pytest.raises(LayerSurgeryError, match="No space left on device"):
+        save_checkpoint(checkpoint, output, base=checkpoint)
 
 
 def test_weights_that_are_not_finite_are_never_written(tmp_path: Path) -> None:

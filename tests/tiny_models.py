@@ -257,6 +257,7 @@ def operate(
     tokens: PackedTokens | None = None,
     batch_size: int = 2,
     on_disk: bool = False,
+    ranks_fixed: bool = False,
 ) -> FactorStore:
     """Run the plan's method (over `CALIBRATION`, if nothing else is given) and return the factors that it made."""
     limit = 0 if on_disk else 1 << 29
@@ -266,7 +267,8 @@ def operate(
     where = settings(scratch, batch_size=batch_size, boundary_memory_bytes=limit)
     with Walk(model, CALIBRATION if tokens is None else tokens, where) as walk:
         METHODS[plan.method].function(
-            plan, SurgeryContext(model=model, walk=walk, factors=factors, progress=no_progress)
+            plan,
+            SurgeryContext(model=model, walk=walk, factors=factors, progress=no_progress, ranks_fixed=ranks_fixed),
         )
     return factors
 

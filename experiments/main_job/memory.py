@@ -3,7 +3,7 @@
     python experiments/main_job/memory.py WORK_DIR [--depths 11 22 44] [--dtype auto]
 
 Shapes: hidden 2048, MLP 5632, 32 heads / 4 KV heads, vocabulary 32000, bf16, untied; 16 calibration sequences of 512
-tokens. Four layers are operated on with GRASP (boundaries of every layer are kept, and gradients taken), and perplexity
+tokens. Two layers are operated on with GRASP (boundaries of every layer are kept, and gradients taken), and perplexity
 is measured before and after. Each run is a process of its own; its peak resident memory is what the kernel reports.
 """
 
@@ -94,7 +94,7 @@ def main() -> None:
         size = make_checkpoint(checkpoint, depth)
         command = [
             *(sys.executable, "-m", "layer_surgery.cli", "compress", str(checkpoint), "--output", str(output)),
-            *("--target-layers", str(depth - 4), "--scorer", "last", "--method", "grasp"),
+            *("--target-layers", str(depth - 2), "--scorer", "last", "--method", "grasp"),
             *("--samples", "16", "--sequence-length", "512", "--eval-windows", "4", "--dtype", arguments.dtype),
         ]
         peak, seconds = measure(command, output)

@@ -31,7 +31,7 @@ from layer_surgery.session import Session, Ui, calibration_walk, open_session
 from layer_surgery.surgeon import METHODS, FactorStore, SurgeryContext, make_plan
 from layer_surgery.tokens import PackedTokens
 
-METHOD_NAMES = ("svd", "grasp", "grasp_sequential")
+METHOD_NAMES = ("svd", "svd_llm", "fisher", "grasp", "grasp_sequential")
 
 
 def removal_order(session: Session, tokens: PackedTokens, scorer: str, count: int) -> list[int]:
@@ -53,7 +53,7 @@ def measure(
         if plan.low_rank:
             with calibration_walk(session, session.stream(session.checkpoint), tokens) as walk:
                 context = SurgeryContext(model=walk.model, walk=walk, factors=factors, progress=session.ui.progress)
-                METHODS[method].function(plan, context)
+                plan = METHODS[method].function(plan, context)
         seconds = time.perf_counter() - start
         result = session.evaluate(operated_checkpoint(session.checkpoint, plan, factors), texts)
     return {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from layer_surgery.records import EvaluationResult, LayerScores, SurgeryReport
@@ -15,7 +16,7 @@ def print_report(console: Console, report: SurgeryReport) -> None:
     plan = report.plan
     removed = [layer.index for layer in plan.layers if layer.action == "remove"]
     console.print(
-        f"[bold]{report.base_model['name']}[/]: {plan.target_layers} of {len(plan.layers)} layers whole; "
+        f"[bold]{escape(report.base_model['name'])}[/]: {plan.target_layers} of {len(plan.layers)} layers whole; "
         + "; ".join(
             text
             for text in (
@@ -30,7 +31,7 @@ def print_report(console: Console, report: SurgeryReport) -> None:
         print_ranks(console, report)
     print_comparison(console, report.before, report.after, ("before", "after", "change"))
     if report.output is not None:
-        console.print(f"saved to [bold]{report.output}[/] (report: surgery.json)", highlight=False)
+        console.print(f"saved to [bold]{escape(report.output)}[/] (report: surgery.json)", highlight=False)
 
 
 def print_ranks(console: Console, report: SurgeryReport) -> None:
@@ -50,9 +51,9 @@ def print_comparison(
 ) -> None:
     """Print one evaluation, or two side by side with the change."""
     table = Table(box=None, pad_edge=False, title_justify="left")
-    table.add_column("")
+    table.add_column("", overflow="fold")
     for title in titles if second is not None else titles[:1]:
-        table.add_column(title, justify="right")
+        table.add_column(escape(title), justify="right", overflow="fold")
     for label, attribute in (("layers", "layers"), ("parameters", "parameters"), ("bytes", "size_bytes")):
         a = getattr(first, attribute)
         cells = [f"{a:,}"]
@@ -65,7 +66,7 @@ def print_comparison(
         if second is not None:
             b = second.perplexity[name]
             cells += [_with_error(b.value, b.stderr), f"x {b.value / a.value:.3f}"]
-        table.add_row(f"perplexity, {name}\n  ({a.tokens:,} tokens)", *cells)
+        table.add_row(f"perplexity, {escape(name)}\n  ({a.tokens:,} tokens)", *cells)
     console.print(table)
 
 

@@ -1,6 +1,6 @@
 """Surgery: the plan, and the methods that make low-rank factors. Importing this package registers all methods."""
 
-from layer_surgery.surgeon import grasp, svd
+from layer_surgery.surgeon import grasp, svd, whitened
 from layer_surgery.surgeon.context import METHODS, Method, SurgeryContext
 from layer_surgery.surgeon.factors import FactorStore
 from layer_surgery.surgeon.plan import LayerShape, ModelShape, check_plan, make_plan, plan_parameters, removal_count
@@ -18,4 +18,5 @@ __all__ = [
     "plan_parameters",
     "removal_count",
     "svd",
+    "whitened",
 ]

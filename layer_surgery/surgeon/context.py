@@ -20,9 +20,18 @@ class SurgeryContext:
     walk: Walk | None
     factors: FactorStore
     progress: Progress
+    ranks_fixed: bool = False
+    """Whether the ranks are the user's own, so that a method must not choose better ones."""
 
 
-Method = Callable[[SurgeryPlan, SurgeryContext], None]
-"""Writes the factors of every low-rank layer of the plan to `context.factors`."""
+Method = Callable[[SurgeryPlan, SurgeryContext], SurgeryPlan]
+"""Writes the factors of every low-rank layer of the plan to `context.factors`, and returns the plan as carried out:
+the same, or with other ranks within the same bound of parameters."""
 
 METHODS: Registry[Method] = Registry("method")
+
+
+def the_walk(context: SurgeryContext) -> Walk:
+    """Return the calibration walk of a method that asked for data."""
+    assert context.walk is not None, "a method that needs data is always given a walk"
+    return context.walk

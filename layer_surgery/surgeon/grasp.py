@@ -14,7 +14,7 @@ from torch import nn
 from layer_surgery.gradients import accumulated_gradients
 from layer_surgery.low_rank import Factors, attributed_groups, select_groups, svd
 from layer_surgery.records import LayerPlan, SurgeryPlan
-from layer_surgery.surgeon.context import METHODS, SurgeryContext
+from layer_surgery.surgeon.context import METHODS, SurgeryContext, the_walk
 from layer_surgery.surgeon.factors import FactorStore
 from layer_surgery.walk import Observer, Walk
 
@@ -46,15 +46,16 @@ class GraspObserver(Observer):
     source=URL,
     needs_boundaries=True,
 )
-def grasp(plan: SurgeryPlan, context: SurgeryContext) -> None:
+def grasp(plan: SurgeryPlan, context: SurgeryContext) -> SurgeryPlan:
     """Select groups for all layers at once, from the gradients of the original model: `dLoss/ds_k = u_k^T G v_k`."""
     ranks = {layer.index: layer.ranks for layer in plan.low_rank}
-    walk = _walk(context)
+    walk = the_walk(context)
     path = list(range(context.model.layer_count))
     with walk.new_store(walk.settings.boundary_memory_bytes) as gradient:
         walk.losses(walk.forward(path, keep=True), gradient=(gradient, 0))
         observer = GraspObserver(ranks, context.factors)
         walk.backward(path, (gradient, 0), stop=min(ranks), observers=[observer], watch=ranks)
+    return plan
 
 
 @METHODS.add(
@@ -63,12 +64,12 @@ def grasp(plan: SurgeryPlan, context: SurgeryContext) -> None:
     source=URL,
     needs_boundaries=True,
 )
-def grasp_sequential(plan: SurgeryPlan, context: SurgeryContext) -> None:
+def grasp_sequential(plan: SurgeryPlan, context: SurgeryContext) -> SurgeryPlan:
     """Replace the MLP, then the attention, of each layer from last to first; take new gradients before each.
 
     What lies below the layer at hand is still the original, so its boundaries are used again.
     """
-    walk = _walk(context)
+    walk = the_walk(context)
     architecture = context.model.architecture
     for layer in sorted(plan.low_rank, key=lambda layer: -layer.index):
         for group in (architecture.mlp, architecture.attention):
@@ -77,6 +78,7 @@ def grasp_sequential(plan: SurgeryPlan, context: SurgeryContext) -> None:
                 _operate(walk, context, layer, ranks)
                 context.model.replace(layer.index, ranks, partial(context.factors.read, layer.index))
                 walk.forget(layer.index)
+    return plan
 
 
 def _operate(walk: Walk, context: SurgeryContext, layer: LayerPlan, ranks: dict[str, int]) -> None:
@@ -85,8 +87,3 @@ def _operate(walk: Walk, context: SurgeryContext, layer: LayerPlan, ranks: dict[
         walk.losses(walk.forward(path, keep=True), gradient=(gradient, 0))
         observer = GraspObserver({layer.index: ranks}, context.factors)
         walk.backward(path, (gradient, 0), stop=layer.index, observers=[observer], watch=[layer.index])
-
-
-def _walk(context: SurgeryContext) -> Walk:
-    assert context.walk is not None, "a method that needs boundaries is always given a walk"
-    return context.walk

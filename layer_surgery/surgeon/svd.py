@@ -8,12 +8,13 @@ from layer_surgery.surgeon.context import METHODS, SurgeryContext
 
 
 @METHODS.add("remove", summary="remove the layers outright; nothing takes their place (--keep 0)")
-def remove(plan: SurgeryPlan, context: SurgeryContext) -> None:
+def remove(plan: SurgeryPlan, context: SurgeryContext) -> SurgeryPlan:
     """Do nothing: a layer that is removed has no factors."""
+    return plan
 
 
 @METHODS.add("svd", summary="truncated SVD of each weight: the nearest in Frobenius norm; looks at no data")
-def svd(plan: SurgeryPlan, context: SurgeryContext) -> None:
+def svd(plan: SurgeryPlan, context: SurgeryContext) -> SurgeryPlan:
     """Replace each linear of the low-rank layers by its truncated SVD."""
     with context.progress("truncating", len(plan.low_rank)) as advance:
         for layer in plan.low_rank:
@@ -24,3 +25,4 @@ def svd(plan: SurgeryPlan, context: SurgeryContext) -> None:
                     layer.index, {name: truncated_svd(context.model.read_weights([weight])[weight], rank)}
                 )
             advance()
+    return plan
