@@ -49,7 +49,7 @@ def main() -> NoReturn:
             click.echo(f"error: {' '.join(error.format_message().split())}", err=True)
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
-        click.echo("interrupted; nothing was written.", err=True)
+        click.echo("interrupted; nothing half-written is left.", err=True)
         sys.exit(130)
     except LayerSurgeryError as error:
         if debug:

@@ -114,6 +114,9 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         _at_least("--sequence-length", self.sequence_length, 2)
+        repeated = [name for name in self.sources if self.sources.count(name) > 1]
+        if repeated:
+            raise UserError(f"--eval-data names '{repeated[0]}' more than once; give each text once.")
         if self.max_windows is not None:
             _at_least("--eval-windows", self.max_windows, 1)
 
@@ -148,7 +151,7 @@ class BudgetConfig:
                 )
 
 
-DEFAULT_METHOD = "svd"
+DEFAULT_METHOD = "fisher"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,7 @@ from layer_surgery.operated import operated_checkpoint
 from layer_surgery.provenance import peak_memory_bytes, provenance
 from layer_surgery.records import EvaluationResult, LayerScores, SurgeryPlan, SurgeryReport
 from layer_surgery.registry import Entry
-from layer_surgery.saving import check_free_space, check_output, save_checkpoint, staged_directory
+from layer_surgery.saving import REPORT_FILE, check_free_space, check_output, save_checkpoint, staged_directory
 from layer_surgery.scoring import SCORERS, ScoringContext
 from layer_surgery.session import Model, Session, Ui, calibration_walk, open_session
 from layer_surgery.surgeon import (
@@ -39,8 +39,6 @@ from layer_surgery.surgeon import (
     removal_count,
 )
 from layer_surgery.tokens import PackedTokens
-
-REPORT_FILE = "surgery.json"
 
 
 def run_score(
@@ -122,13 +120,13 @@ def run_compress(
         )
         run = _Compression(config, session, method, given)
         chooses = given is None and config.budget.layers is None
-        count, parameters = run.check_budget()
+        trial = run.trial_plan()
         if staging is not None:
-            check_free_space(staging, parameters * session.checkpoint.dtype.itemsize)
-        needs_data = method.needs_data or (chooses and scorer.needs_data)
+            check_free_space(staging, trial.parameters * session.checkpoint.dtype.itemsize)
+        needs_data = bool(trial.low_rank and method.needs_data) or (chooses and scorer.needs_data)
         tokens = session.calibration_tokens(config.calibration) if needs_data else None
         texts = session.evaluation_tokens(config.evaluation)
-        report = run.operate(chooses=chooses, count=count, tokens=tokens, texts=texts, staging=staging)
+        report = run.operate(trial=trial, chooses=chooses, tokens=tokens, texts=texts, staging=staging)
     return report
 
 
@@ -155,31 +153,31 @@ class _Compression:
     def checkpoint(self) -> Checkpoint:
         return self.session.checkpoint
 
-    def check_budget(self) -> tuple[int, int]:
-        """Return how many layers are to be operated on, and about how many parameters the result has.
+    def trial_plan(self) -> SurgeryPlan:
+        """Return the given plan, or one for the layers that come first, so that an impossible budget stops here.
 
-        A trial plan is made, so that an impossible budget stops here.
+        It tells how many layers go, whether anything becomes low-rank, and about how large the result is.
         """
         shape = model_shape(self.checkpoint)
         if self.given is not None:
             plan = check_plan(shape, self.given, f"--plan {self.config.plan_file}")
             if plan.low_rank and self.method.name == "remove":
                 raise PlanError(f"--plan {self.config.plan_file} has low-rank layers, but --method remove makes none.")
-            return len(plan.operated), plan.parameters
+            return plan
         count = removal_count(self.config.budget, self.checkpoint.layer_count)
-        trial = make_plan(shape, self.config.budget.layers or range(count), self._budget(), self.method.name)
-        return count, trial.parameters
+        return make_plan(shape, self.config.budget.layers or range(count), self._budget(), self.method.name)
 
     def operate(
         self,
         *,
+        trial: SurgeryPlan,
         chooses: bool,
-        count: int,
         tokens: PackedTokens | None,
         texts: list[PackedTokens],
         staging: Path | None,
     ) -> SurgeryReport:
         session, config, clock = self.session, self.config, self.session.clock
+        count = len(trial.operated)
         sha256 = self._hash()
         self._check_hash(sha256)
         with clock.stage("evaluate_before"):
@@ -196,7 +194,7 @@ class _Compression:
                             walk=walk,
                             count=count,
                             seed=config.runtime.seed,
-                            keep_boundaries=self.method.needs_boundaries,
+                            keep_boundaries=bool(trial.low_rank) and self.method.needs_boundaries,
                         )
                     )
             plan = self._plan(scores, count, sha256)

@@ -40,6 +40,10 @@ COMPANIONS = (
     "LICENCE*",
     "NOTICE*",
 )
+#: Folder of a tokenizer with several chat templates.
+TEMPLATES_FOLDER = "additional_chat_templates"
+#: The report that every output has beside its weights.
+REPORT_FILE = "surgery.json"
 _DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
 
@@ -87,9 +91,13 @@ def check_output(output: Path, *, overwrite: bool) -> None:
         raise OutputError(f"--output {output} is a file or a link; give the name of a directory.")
     if output.exists() and not overwrite:
         raise OutputError(f"--output {output} exists already; choose another name, or pass --overwrite to replace it.")
-    if output.exists() and any(output.iterdir()) and not (output / "config.json").is_file():
+    entries = list(output.iterdir()) if output.exists() else []
+    foreign = [entry.name for entry in entries if entry.is_dir() and entry.name != TEMPLATES_FOLDER]
+    if entries and (foreign or not (output / REPORT_FILE).is_file()):
+        why = f"holds the folder {foreign[0]}" if foreign else f"has no {REPORT_FILE}"
         raise OutputError(
-            f"--output {output} exists and holds something else than a model; it is not replaced even with --overwrite."
+            f"--output {output} {why}, so it is not a result of Layer Surgery alone and is not replaced, even with "
+            "--overwrite; choose another name."
         )
 
 
@@ -218,6 +226,10 @@ class StreamedSafetensors:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            # On the disk before it is renamed into place: a power cut must not leave an empty file there.
+            self._file.flush()
+            os.fsync(self._file.fileno())
         self._file.close()
         if kind is None and self._missing:
             raise LayerSurgeryError(f"{len(self._missing)} tensors were announced and never written.")
@@ -249,6 +261,8 @@ def _copy_companions(base: Checkpoint, directory: Path, tokenizer: PreTrainedTok
             for path in sorted(base.directory.glob(pattern)):
                 if path.is_file() and path.name != Path(modeling_layer_surgery.__file__).name:
                     shutil.copyfile(path, directory / path.name)
+        if (base.directory / TEMPLATES_FOLDER).is_dir():
+            shutil.copytree(base.directory / TEMPLATES_FOLDER, directory / TEMPLATES_FOLDER)
         return
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)

@@ -24,8 +24,6 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from layer_surgery.cli import main
 
-torch.set_num_threads(1)  # on matrices this small, threads only wait for each other
-
 #: Rows of the embedding; the tiny tokenizer has fewer ids.
 VOCABULARY = 320
 REPOSITORY = Path(__file__).resolve().parents[1]

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from layer_surgery.errors import NumericalError
+from layer_surgery.errors import LayerSurgeryError, NumericalError
 from layer_surgery.low_rank import Factors
 from layer_surgery.tensors import SafetensorsSource
 
@@ -35,7 +36,12 @@ class FactorStore:
             path = self.directory / f"{_prefix(index)}{name}.safetensors"
             if path.exists():
                 raise ValueError(f"layer {index} has factors for '{name}' already")
-            save_file(tensors, path)
+            try:
+                save_file(tensors, path)
+            except (OSError, SafetensorError) as error:
+                raise LayerSurgeryError(
+                    f"the factors of layer {index} cannot be written to {self.directory} ({error}); is the disk full?"
+                ) from error
 
     def source(self, index: int) -> SafetensorsSource:
         """Return the tensors of a layer, by their names within it, as a source to read from lazily."""
