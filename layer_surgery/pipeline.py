@@ -111,8 +111,8 @@ def run_compress(
     with ExitStack() as stack:
         staging = None
         if config.output is not None:
-            check_output(config.output, overwrite=config.overwrite)
             _check_not_same(model, config.output)
+            check_output(config.output, overwrite=config.overwrite)
             if not config.dry_run:
                 staging = stack.enter_context(staged_directory(config.output, overwrite=config.overwrite))
         session = stack.enter_context(

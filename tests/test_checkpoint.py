@@ -51,7 +51,7 @@ def test_shards_compress_to_the_same_weights_as_one_file(tmp_path: Path) -> None
     for name, size in (("one", "1GB"), ("shards", "30KB")):
         saved_model(tmp_path / name, model=model, max_shard_size=size)
         output = tmp_path / f"{name} compressed"
-        layer_surgery.compress(tmp_path / name, output, layers=[1], keep=0.3, eval_data=None)
+        layer_surgery.compress(tmp_path / name, output, layers=[1], keep=0.3, method="svd", eval_data=None)
         results.append(tensors_of(output))
     assert results[0].keys() == results[1].keys()
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
@@ -109,7 +109,7 @@ def test_a_model_in_memory_saves_its_class_and_dtype_in_the_configuration(tmp_pa
 
 def test_a_low_rank_model_in_memory_can_be_operated_on_again(tmp_path: Path) -> None:
     saved_model(tmp_path / "model")
-    layer_surgery.compress(tmp_path / "model", tmp_path / "once", layers=[1], keep=0.3, eval_data=None)
+    layer_surgery.compress(tmp_path / "model", tmp_path / "once", layers=[1], keep=0.3, method="svd", eval_data=None)
     model = layer_surgery.load(tmp_path / "once")
     report = layer_surgery.compress(
         model, tmp_path / "twice", tokenizer=tiny_tokenizer(), layers=[3], keep=0, eval_data=None

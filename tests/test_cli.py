@@ -52,7 +52,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def low_rank(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("low rank") / "output"
-    layer_surgery.compress(model, output, layers=[1, 2], keep=0.3, eval_data=None)
+    layer_surgery.compress(model, output, layers=[1, 2], keep=0.3, method="svd", eval_data=None)
     return output
 
 
@@ -305,7 +305,19 @@ def test_a_full_disk_is_a_failure_and_leaves_nothing(
         raise error
 
     monkeypatch.setattr(place, full)
-    outcome = run("compress", model, "--layers", 1, "--keep", 0.3, "--no-eval", "--output", tmp_path / "new" / "output")
+    outcome = run(
+        "compress",
+        model,
+        "--layers",
+        1,
+        "--keep",
+        0.3,
+        "--method",
+        "svd",
+        "--no-eval",
+        "--output",
+        tmp_path / "new" / "output",
+    )
     assert outcome.code == 1
     (message,) = outcome.error_lines
     assert message.startswith("error: ") and "No space left on device" in message
@@ -319,7 +331,7 @@ def test_running_out_of_memory_says_what_to_do(
         raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
 
     monkeypatch.setattr("layer_surgery.pipeline.operated_checkpoint", fail)
-    outcome = run("compress", model, "--layers", 1, "--no-eval", "--output", tmp_path / "output")
+    outcome = run("compress", model, "--layers", 1, "--method", "svd", "--no-eval", "--output", tmp_path / "output")
     assert outcome.code == 1
     assert "--batch-size" in outcome.err
     assert listing(tmp_path) == {}
@@ -332,9 +344,9 @@ def test_an_interruption_is_no_error(
         raise KeyboardInterrupt
 
     monkeypatch.setattr("layer_surgery.pipeline.operated_checkpoint", stop)
-    outcome = run("compress", model, "--layers", 1, "--no-eval", "--output", tmp_path / "output")
+    outcome = run("compress", model, "--layers", 1, "--method", "svd", "--no-eval", "--output", tmp_path / "output")
     assert outcome.code == 130
-    assert outcome.error_lines[-1] == "interrupted; nothing was written."
+    assert outcome.error_lines[-1] == "interrupted; nothing half-written is left."
     assert listing(tmp_path) == {}
 
 
@@ -360,7 +372,18 @@ def test_the_process_shows_a_traceback_with_debug(model: Path, tmp_path: Path) -
 
 @pytest.mark.slow
 def test_the_process_prints_json_alone_on_stdout(model: Path, text: Path, tmp_path: Path) -> None:
-    arguments: list[Any] = ["--layers", "1", "--eval-data", text, "--sequence-length", "16", "--output", "output"]
+    arguments: list[Any] = [
+        "--layers",
+        "1",
+        "--method",
+        "svd",
+        "--eval-data",
+        text,
+        "--sequence-length",
+        "16",
+        "--output",
+        "output",
+    ]
     outcome = run_process("compress", model, *arguments, "--json", home=tmp_path)
     assert outcome.code == 0, outcome.err
     assert strict_json(outcome.out)["plan"]["target_layers"] == 3

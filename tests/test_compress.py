@@ -35,6 +35,7 @@ def options(text: Path) -> dict[str, Any]:
     return {
         "target_layers": 3,
         "keep": 0.3,
+        "method": "svd",
         "calibration": text,
         "eval_data": [text],
         "samples": 6,
@@ -173,7 +174,7 @@ def test_an_edited_plan_is_applied(model: Path, tmp_path: Path, plan: tuple[Path
     data["layers"][0] = {"index": 0, "action": "low_rank", "ranks": {"mlp.up_proj": 5}}
     data["layers"][4] = {"index": 4, "action": "remove", "ranks": {}}
     path.write_text(json.dumps(data))
-    report = layer_surgery.compress(model, tmp_path / "output", plan=path, eval_data=None)
+    report = layer_surgery.compress(model, tmp_path / "output", plan=path, method="svd", eval_data=None)
     assert report.plan.layers[0] == LayerPlan(index=0, action="low_rank", ranks={"mlp.up_proj": 5})
     loaded = layer_surgery.load(tmp_path / "output")
     assert loaded.config.num_hidden_layers == 4
@@ -317,7 +318,9 @@ def test_the_state_of_torchs_generator_does_not_matter_and_is_not_touched(model:
     assert reports[0].plan == reports[1].plan
 
 
-def test_batch_size_does_not_change_the_choice(model: Path, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("method", ["grasp", "fisher"])
+def test_batch_size_does_not_change_the_choice(model: Path, options: dict[str, Any], method: str) -> None:
+    options = options | {"method": method}
     reports = [layer_surgery.compress(model, dry_run=True, **options, batch_size=size) for size in (1, 4)]
     assert reports[0].plan == reports[1].plan
     values = [[p.value for p in report.after.perplexity.values()] for report in reports]
@@ -361,7 +364,7 @@ def test_a_dry_run_refuses_what_the_real_run_would(model: Path, tmp_path: Path, 
 
 def test_a_model_in_memory_needs_its_tokenizer_only_for_text(options: dict[str, Any], tmp_path: Path) -> None:
     model = model_with_vocabulary()
-    layer_surgery.compress(model, tmp_path / "output", layers=[1], keep=0.3, eval_data=None)
+    layer_surgery.compress(model, tmp_path / "output", layers=[1], keep=0.3, method="svd", eval_data=None)
     with pytest.raises(DataError, match="needs its tokenizer"):
         layer_surgery.compress(model, tmp_path / "other", **options)
     assert layer_surgery.score(model, scorer="random").removal_order
@@ -386,7 +389,7 @@ def test_two_operations_one_after_the_other(
 
 
 def test_a_model_whose_last_low_rank_layer_goes_is_an_ordinary_one_again(model: Path, tmp_path: Path) -> None:
-    layer_surgery.compress(model, tmp_path / "low rank", layers=[1], keep=0.3, eval_data=None)
+    layer_surgery.compress(model, tmp_path / "low rank", layers=[1], keep=0.3, method="svd", eval_data=None)
     layer_surgery.compress(tmp_path / "low rank", tmp_path / "plain", layers=[1], keep=0, eval_data=None)
     layer_surgery.compress(model, tmp_path / "directly", layers=[1], keep=0, eval_data=None)
     assert not list((tmp_path / "plain").glob("*.py"))

@@ -93,7 +93,7 @@ def test_removal_cuts_the_types_of_layers(tmp_path: Path, model_type: str) -> No
 @pytest.mark.parametrize("keep", [0, 0.3], ids=["removed", "low-rank"])
 def test_tied_embeddings_stay_tied_and_are_stored_once(tmp_path: Path, keep: float) -> None:
     path = saved_model(tmp_path / "model", tied=True)
-    layer_surgery.compress(path, tmp_path / "output", layers=[1], keep=keep, eval_data=None)
+    layer_surgery.compress(path, tmp_path / "output", layers=[1], keep=keep, method="svd", eval_data=None)
     assert "lm_head.weight" not in tensors_of(tmp_path / "output")
     model = layer_surgery.load(tmp_path / "output")
     assert model.get_output_embeddings().weight.data_ptr() == model.get_input_embeddings().weight.data_ptr()
@@ -102,7 +102,7 @@ def test_tied_embeddings_stay_tied_and_are_stored_once(tmp_path: Path, keep: flo
 @pytest.mark.parametrize("keep", [0, 0.3], ids=["removed", "low-rank"])
 def test_untied_embeddings_stay_untied(tmp_path: Path, keep: float) -> None:
     path = saved_model(tmp_path / "model", tied=False)
-    layer_surgery.compress(path, tmp_path / "output", layers=[1], keep=keep, eval_data=None)
+    layer_surgery.compress(path, tmp_path / "output", layers=[1], keep=keep, method="svd", eval_data=None)
     model = layer_surgery.load(tmp_path / "output")
     head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
     assert head.data_ptr() != embedding.data_ptr()
@@ -123,14 +123,14 @@ def test_a_head_that_is_stored_although_tied_is_tied_all_the_same(tmp_path: Path
 @pytest.mark.parametrize("keep", [0, 0.3], ids=["removed", "low-rank"])
 def test_output_has_the_dtype_of_the_input(tmp_path: Path, dtype: torch.dtype, keep: float) -> None:
     path = saved_model(tmp_path / "model", dtype=dtype)
-    layer_surgery.compress(path, tmp_path / "output", layers=[1], keep=keep, eval_data=None)
+    layer_surgery.compress(path, tmp_path / "output", layers=[1], keep=keep, method="svd", eval_data=None)
     assert {tensor.dtype for tensor in tensors_of(tmp_path / "output").values()} == {dtype}
     assert layer_surgery.load(tmp_path / "output").dtype == dtype
 
 
 def test_what_is_not_operated_on_is_copied_bit_for_bit(tmp_path: Path) -> None:
     path = saved_model(tmp_path / "model", dtype=torch.bfloat16)
-    layer_surgery.compress(path, tmp_path / "output", layers=[3], keep=0.3, eval_data=None)
+    layer_surgery.compress(path, tmp_path / "output", layers=[3], keep=0.3, method="svd", eval_data=None)
     before, after = tensors_of(path), tensors_of(tmp_path / "output")
     untouched = [name for name in before if not name.startswith("model.layers.3.") or "norm" in name]
     assert len(untouched) > 25
@@ -164,7 +164,7 @@ def test_a_sharded_input_gives_a_sharded_output_with_an_index(tmp_path: Path) ->
 @pytest.mark.parametrize("size", ["20KB", "45KB", "100KB"])
 def test_no_shard_is_larger_than_the_inputs_largest(tmp_path: Path, size: str, keep: float) -> None:
     path = saved_model(tmp_path / "model", max_shard_size=size)
-    layer_surgery.compress(path, tmp_path / "output", layers=[1], keep=keep, eval_data=None)
+    layer_surgery.compress(path, tmp_path / "output", layers=[1], keep=keep, method="svd", eval_data=None)
     largest = [
         max(sum(tensor.nbytes for tensor in load_file(file).values()) for file in directory.glob("*.safetensors"))
         for directory in (path, tmp_path / "output")
@@ -190,7 +190,7 @@ def test_tokenizer_template_and_generation_settings_are_copied_byte_for_byte(tmp
     path = saved_model(tmp_path / "model")
     (path / "LICENSE").write_text("Do as you like.\r\n")
     (path / "notes.md").write_text("stays where it is")
-    layer_surgery.compress(path, tmp_path / "output", layers=[1], keep=keep, eval_data=None)
+    layer_surgery.compress(path, tmp_path / "output", layers=[1], keep=keep, method="svd", eval_data=None)
     for name in (*COMPANIONS, "LICENSE"):
         assert (tmp_path / "output" / name).read_bytes() == (path / name).read_bytes(), name
     assert not (tmp_path / "output" / "notes.md").exists()
@@ -321,14 +321,14 @@ def existing(tmp_path: Path) -> Path:
     """Return an output directory that holds a model, in a folder of its own."""
     output = tmp_path / "folder" / "output"
     output.mkdir(parents=True)
-    (output / "config.json").write_text("old")
+    (output / "surgery.json").write_text("old")
     return output
 
 
 def test_staged_directory_replaces_only_at_the_end(existing: Path) -> None:
     with staged_directory(existing, overwrite=True) as staging:
         (staging / "new").write_text("new")
-        assert listing(existing).keys() == {"config.json"}
+        assert listing(existing).keys() == {"surgery.json"}
     assert listing(existing.parent).keys() == {"output", "output/new"}
 
 
@@ -375,16 +375,42 @@ def test_a_directory_that_is_not_a_model_is_never_replaced(tmp_path: Path) -> No
     output = tmp_path / "thesis"
     output.mkdir()
     (output / "chapter.tex").write_text("years of work")
-    with pytest.raises(OutputError, match="not replaced even with --overwrite"):
+    with pytest.raises(OutputError, match=r"has no surgery\.json.* is not replaced, even with --overwrite"):
         remove(saved_model(tmp_path / "model"), output, overwrite=True)
     assert (output / "chapter.tex").read_text() == "years of work"
+
+
+def test_a_model_of_someone_else_is_never_replaced(tmp_path: Path) -> None:
+    other = saved_model(tmp_path / "other")
+    before = listing(other)
+    with pytest.raises(OutputError, match=r"has no surgery\.json"):
+        remove(saved_model(tmp_path / "model"), other, overwrite=True)
+    assert listing(other) == before
+
+
+def test_an_output_with_a_folder_of_the_users_is_never_replaced(tmp_path: Path, existing: Path) -> None:
+    (existing / "checkpoint-500").mkdir()
+    (existing / "checkpoint-500" / "model.safetensors").write_text("a week of training")
+    before = listing(existing)
+    with pytest.raises(OutputError, match="holds the folder checkpoint-500"):
+        remove(saved_model(tmp_path / "model"), existing, overwrite=True)
+    assert listing(existing) == before
+
+
+def test_a_folder_of_chat_templates_travels_and_may_be_replaced(tmp_path: Path) -> None:
+    path = saved_model(tmp_path / "model")
+    (path / "additional_chat_templates").mkdir()
+    (path / "additional_chat_templates" / "tools.jinja").write_text("{{ messages }}")
+    for _ in range(2):
+        remove(path, tmp_path / "output", overwrite=True)
+    assert (tmp_path / "output" / "additional_chat_templates" / "tools.jinja").read_text() == "{{ messages }}"
 
 
 @pytest.mark.parametrize("place", ["file", "link"])
 def test_a_file_or_link_is_never_replaced(tmp_path: Path, place: str) -> None:
     path = saved_model(tmp_path / "model")
     (tmp_path / "file").write_text("x")
-    (tmp_path / "link").symlink_to(path)
+    (tmp_path / "link").symlink_to(saved_model(tmp_path / "other"))
     before = listing(tmp_path)
     with pytest.raises(OutputError, match="is a file or a link"):
         remove(path, tmp_path / place, overwrite=True)

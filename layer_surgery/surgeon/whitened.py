@@ -108,7 +108,9 @@ def fisher(plan: SurgeryPlan, context: SurgeryContext) -> SurgeryPlan:
         for index, by_name in ranks.items()
         for name, rank in by_name.items()
     )
-    return replace(plan, layers=layers, parameters=plan.parameters + spent - planned, predicted_loss_rise=predicted)
+    return replace(
+        plan, layers=layers, parameters=plan.parameters + spent - planned, predicted_loss_rise=round(predicted, 6)
+    )
 
 
 def _sizes(context: SurgeryContext, layer: LayerPlan) -> dict[str, tuple[int, int]]:
