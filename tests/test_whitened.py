@@ -315,3 +315,20 @@ def test_svd_llm_changes_the_outputs_on_its_calibration_data_less_than_svd(tmp_p
         change = tensors["mlp.down_proj.out_factor.weight"] @ tensors["mlp.down_proj.in_factor.weight"] - weight
         errors[method] = float(torch.trace(change @ moments.input_moment("mlp.down_proj") @ change.T))
     assert errors["svd_llm"] < errors["svd"]
+
+
+def test_predicted_rise_is_the_quadratic_form_summed_over_all_replaced_linears(tmp_path: Path) -> None:
+    """Nats per token that carries loss: the moments are means over all tokens, so the masks' ratio enters."""
+    checkpoint, _, carried_out, factors = run_fisher(tmp_path, dict.fromkeys(LINEARS, 4), ranks_fixed=True)
+    moments = walked_moments(CALIBRATION, tmp_path)
+    total = 0.0
+    for index in (1, 2):
+        tensors = factors.read(index)
+        for name in LINEARS:
+            weight = checkpoint.source.read([f"model.layers.{index}.{name}.weight"], torch.device("cpu")).popitem()[1]
+            product = tensors[f"{name}.out_factor.weight"] @ tensors[f"{name}.in_factor.weight"]
+            inputs = shrunk(moments[index].input_moment(name), moments[index].tokens)
+            outputs = shrunk(moments[index].output_moment(name), moments[index].tokens)
+            total += cost(product - weight, inputs, outputs)
+    ratio = int(CALIBRATION.valid.sum()) / CALIBRATION.predicted_tokens
+    assert carried_out.predicted_loss_rise == pytest.approx(ratio * total, rel=1e-4)

@@ -31,7 +31,7 @@ from layer_surgery.session import Session, Ui, calibration_walk, open_session
 from layer_surgery.surgeon import METHODS, FactorStore, SurgeryContext, make_plan
 from layer_surgery.tokens import PackedTokens
 
-METHOD_NAMES = ("svd", "svd_llm", "fisher", "grasp", "grasp_sequential")
+METHOD_NAMES = ("svd", "fisher", "grasp", "grasp_sequential")
 
 
 def removal_order(session: Session, tokens: PackedTokens, scorer: str, count: int) -> list[int]:
@@ -97,11 +97,12 @@ def main() -> None:
     parser.add_argument("--keep", type=float, nargs="+", default=[0.0, 0.1, 0.3])
     parser.add_argument("--scorers", nargs="+", default=["block_influence", "perplexity"])
     parser.add_argument("--calibration", default="bundled")
+    parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--report", type=Path, default=ROOT / "reports" / "main_job" / "table.json")
     arguments = parser.parse_args()
     runtime = RuntimeConfig()
     with open_session(arguments.model, None, runtime, Ui(note=print), None) as session:
-        tokens = session.calibration_tokens(CalibrationConfig(source=arguments.calibration))
+        tokens = session.calibration_tokens(CalibrationConfig(source=arguments.calibration, samples=arguments.samples))
         evaluation = EvaluationConfig(
             sources=tuple(arguments.eval_data or ["bundled"]), max_windows=arguments.eval_windows
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -30,6 +32,12 @@ def print_report(console: Console, report: SurgeryReport) -> None:
     if plan.low_rank:
         print_ranks(console, report)
     print_comparison(console, report.before, report.after, ("before", "after", "change"))
+    if plan.predicted_loss_rise is not None:
+        console.print(
+            f"predicted rise of the loss on the calibration data: {plan.predicted_loss_rise:+.3f} nats per token "
+            f"(perplexity x {math.exp(plan.predicted_loss_rise):.3f})",
+            highlight=False,
+        )
     if report.output is not None:
         console.print(f"saved to [bold]{escape(report.output)}[/] (report: surgery.json)", highlight=False)
 

@@ -103,7 +103,9 @@ def fisher(plan: SurgeryPlan, context: SurgeryContext) -> SurgeryPlan:
     layers = [replace(layer, ranks=ranks.get(layer.index, {})) for layer in plan.layers]
     spent = sum(rank * sum(sizes[i][name]) for i, by_name in ranks.items() for name, rank in by_name.items())
     planned = sum(r * sum(sizes[layer.index][name]) for layer in plan.low_rank for name, r in layer.ranks.items())
-    predicted = sum(
+    # The moments are means over all tokens; a loss is a mean over those that carry it.
+    tokens = walk.tokens
+    predicted = (int(tokens.valid.sum()) / tokens.predicted_tokens) * sum(
         0.5 * sum(value**2 for value in observer.values[index][name][rank:])
         for index, by_name in ranks.items()
         for name, rank in by_name.items()
