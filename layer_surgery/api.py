@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
@@ -12,8 +13,22 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from layer_surgery.checkpoint import open_checkpoint
 from layer_surgery.config import BudgetConfig, CalibrationConfig, CompressConfig, EvaluationConfig, RuntimeConfig
 from layer_surgery.pipeline import run_compress, run_evaluate, run_score
-from layer_surgery.records import EvaluationResult, LayerScores, SurgeryReport
+from layer_surgery.records import EvaluationResult, LayerScores, SurgeryPlan, SurgeryReport
 from layer_surgery.session import Model, Ui
+
+
+class RuntimeOptions(TypedDict, total=False):
+    """Keyword arguments of every function here; see `RuntimeConfig` for what they mean and their defaults."""
+
+    device: str | torch.device
+    dtype: str | torch.dtype
+    seed: int
+    batch_size: int
+    trust_remote_code: bool
+    resident_bytes: int | None
+    boundary_bytes: int | None
+    scratch: str | Path | None
+
 
 _CALIBRATION = CalibrationConfig()
 _EVALUATION = EvaluationConfig()
@@ -34,15 +49,15 @@ def compress(
     samples: int = _CALIBRATION.samples,
     sequence_length: int = _CALIBRATION.sequence_length,
     text_column: str | None = None,
-    eval_data: Sequence[str | Path] | None = _EVALUATION.sources,
+    eval_data: str | Path | Sequence[str | Path] | None = _EVALUATION.sources,
     eval_windows: int | None = None,
-    plan: str | Path | None = None,
+    plan: str | Path | SurgeryPlan | dict[str, Any] | None = None,
     dry_run: bool = False,
     overwrite: bool = False,
     tokenizer: PreTrainedTokenizerBase | None = None,
     ui: Ui | None = None,
     command: str | None = None,
-    **runtime: Any,
+    **runtime: Unpack[RuntimeOptions],
 ) -> SurgeryReport:
     """Remove the least important decoder layers of a causal LM and save the result.
 
@@ -56,7 +71,7 @@ def compress(
         scorer, method: names, see `layer-surgery compress --help`.
         calibration: `"bundled"`, a file, or a hub data set; `samples` sequences of `sequence_length` tokens.
         eval_data: texts for perplexity before and after; None or empty measures size only.
-        plan: a plan (or a `surgery.json`) to apply as it is.
+        plan: a plan, or the file of a plan or a `surgery.json`, to apply as it is.
         runtime: `device`, `dtype`, `seed`, `batch_size`, `trust_remote_code`, `scratch`, ... (`RuntimeConfig`).
 
     Returns: the report that is also saved as `surgery.json`.
@@ -71,13 +86,14 @@ def compress(
         ),
         scorer=scorer,
         method=method,
-        plan_file=Path(plan) if plan is not None else None,
+        plan=_plan(plan),
+        plan_name=f"--plan {plan}" if isinstance(plan, str | Path) else "the given plan",
         calibration=CalibrationConfig(
             source=str(calibration), column=text_column, samples=samples, sequence_length=sequence_length
         ),
         evaluation=_evaluation(eval_data, text_column, sequence_length, eval_windows),
-        runtime=RuntimeConfig(**runtime),
-        output=Path(output) if output is not None else None,
+        runtime=_runtime(runtime),
+        output=Path(os.path.abspath(Path(output).expanduser())) if output is not None else None,
         dry_run=dry_run,
         overwrite=overwrite,
         command=command,
@@ -96,7 +112,7 @@ def score(
     text_column: str | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     ui: Ui | None = None,
-    **runtime: Any,
+    **runtime: Unpack[RuntimeOptions],
 ) -> LayerScores:
     """Rank the decoder layers by importance. With `target_layers`, greedy and block scorers choose that many.
 
@@ -109,7 +125,7 @@ def score(
         calibration=CalibrationConfig(
             source=str(calibration), column=text_column, samples=samples, sequence_length=sequence_length
         ),
-        runtime=RuntimeConfig(**runtime),
+        runtime=_runtime(runtime),
         tokenizer=tokenizer,
         ui=ui,
     )
@@ -119,20 +135,20 @@ def evaluate(
     model: Model,
     *,
     baseline: Model | None = None,
-    eval_data: Sequence[str | Path] | None = _EVALUATION.sources,
+    eval_data: str | Path | Sequence[str | Path] | None = _EVALUATION.sources,
     sequence_length: int = _EVALUATION.sequence_length,
     eval_windows: int | None = None,
     text_column: str | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     ui: Ui | None = None,
-    **runtime: Any,
+    **runtime: Unpack[RuntimeOptions],
 ) -> tuple[EvaluationResult, EvaluationResult | None]:
     """Measure size and perplexity of a model, and of a `baseline` on the same tokens. Arguments as for `compress`."""
     return run_evaluate(
         model,
         baseline=baseline,
         evaluation=_evaluation(eval_data, text_column, sequence_length, eval_windows),
-        runtime=RuntimeConfig(**runtime),
+        runtime=_runtime(runtime),
         tokenizer=tokenizer,
         ui=ui,
     )
@@ -156,9 +172,28 @@ def load(
     return model
 
 
+def _plan(plan: str | Path | SurgeryPlan | dict[str, Any] | None) -> SurgeryPlan | None:
+    if plan is None or isinstance(plan, SurgeryPlan):
+        return plan
+    return SurgeryPlan.from_dict(plan) if isinstance(plan, dict) else SurgeryPlan.read(Path(plan))
+
+
+def _runtime(options: RuntimeOptions) -> RuntimeConfig:
+    """Take torch's own devices and dtypes too."""
+    plain: dict[str, Any] = dict(options)
+    for name in ("device", "dtype"):
+        if name in plain:
+            plain[name] = str(plain[name]).removeprefix("torch.")
+    if plain.get("scratch") is not None:
+        plain["scratch"] = Path(plain["scratch"])
+    return RuntimeConfig(**plain)
+
+
 def _evaluation(
-    sources: Sequence[str | Path] | None, column: str | None, sequence_length: int, windows: int | None
+    sources: str | Path | Sequence[str | Path] | None, column: str | None, sequence_length: int, windows: int | None
 ) -> EvaluationConfig:
+    if isinstance(sources, str | Path):
+        sources = [sources]
     return EvaluationConfig(
         sources=tuple(str(source) for source in sources or ()),
         column=column,

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from layer_surgery.architectures import Architecture, architecture_of
+from layer_surgery.architectures import Architecture, architecture_of, base_model_type
 from layer_surgery.errors import CheckpointError
 from layer_surgery.modeling_layer_surgery import MODEL_TYPE, LayerSurgeryConfig, model_class_for
 from layer_surgery.tensors import (
@@ -31,8 +31,9 @@ from layer_surgery.tensors import (
 HUB_PATTERNS = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.jinja", "*.txt", "*.py", "LICENSE*"]
 #: Second copies of the weights in other formats, and everything in folders.
 HUB_IGNORED = ["consolidated*", "*/*"]
-#: Bytes of a file that are hashed between two calls of `progress`.
-HASH_STEP_BYTES = 1 << 22
+
+#: Fields of a configuration that say where it came from, and not what the model computes.
+NOT_IDENTITY = {"_name_or_path", "architectures", "auto_map", "dtype", "low_rank", "model_type", "transformers_version"}
 
 
 @dataclass(kw_only=True)
@@ -110,25 +111,25 @@ class Checkpoint:
         assert isinstance(layers, nn.ModuleList)
         return layers
 
-    def sha256(self, progress: Callable[[int], None] = lambda _bytes: None) -> str:
-        """Hash of configuration and weights: of the files' bytes, or of a model's tensors in memory.
+    def sha256(self, progress: Callable[[], None] = lambda: None) -> str:
+        """Hash of architecture and weights: the same from files, however they are sharded, and from memory.
 
-        `progress` is called with the number of bytes that were hashed.
+        `progress` is called after each tensor.
         """
-        digest = hashlib.sha256(json.dumps(self.config_fields, sort_keys=True, default=str).encode())
-        digest.update(json.dumps(self.low_rank, sort_keys=True).encode())
-        if self.files:
-            for path in sorted(self.files, key=lambda p: p.name):
-                with path.open("rb") as stream:
-                    while block := stream.read(HASH_STEP_BYTES):
-                        digest.update(block)
-                        progress(len(block))
-        else:
-            for name in sorted(self.source.specs):
-                tensor = self.source.read([name], torch.device("cpu"))[name].contiguous()
-                digest.update(name.encode())
-                digest.update(tensor.view(-1).view(torch.uint8).numpy().data)
-                progress(tensor.nbytes)
+        fields = self.config.to_dict()
+        fields = fields.get("base_config", fields)  # of a checkpoint with low-rank layers
+        identity = {
+            "model_type": base_model_type(self.config),
+            "low_rank": self.low_rank,
+            "config": {name: value for name, value in fields.items() if name not in NOT_IDENTITY},
+        }
+        digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode())
+        for name in sorted(self.source.specs):
+            tensor = self.source.read([name], torch.device("cpu"))[name].contiguous()
+            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+            array: Any = tensor.flatten().view(torch.uint8).numpy()
+            digest.update(array.data)
+            progress()
         return digest.hexdigest()
 
 
@@ -143,6 +144,10 @@ def open_checkpoint(
     if isinstance(model, PreTrainedModel):
         checkpoint = _from_memory(model)
     else:
+        if not isinstance(model, str | Path):
+            raise CheckpointError(
+                f"MODEL is a {type(model).__name__}; allowed: a directory, a hub name or a PreTrainedModel."
+            )
         directory = _local_directory(str(model), revision)
         checkpoint = _from_directory(str(model), directory, trust_remote_code)
     _check_tensors(checkpoint)
@@ -303,6 +308,11 @@ def _check_causal_lm(config: Any, fields: dict[str, Any], directory: Path) -> No
 
 
 def _from_memory(model: PreTrainedModel) -> Checkpoint:
+    known = {*MODEL_FOR_CAUSAL_LM_MAPPING.values()}
+    if not known.intersection(type(model).__mro__):
+        raise CheckpointError(
+            f"a {type(model).__name__} is not a causal language model; load it with AutoModelForCausalLM."
+        )
     architecture_of(model.config)
     fields = model.config.to_dict()
     low_rank = dict(getattr(model.config, "low_rank", {}) or {})

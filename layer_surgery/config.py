@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from layer_surgery.errors import PlanError, UserError
+from layer_surgery.records import SurgeryPlan
 
 if TYPE_CHECKING:
     import torch  # at run time only where it is needed: the command line reads defaults from here without it
@@ -43,6 +44,8 @@ class RuntimeConfig:
             raise UserError(f"--dtype is '{self.dtype}'; allowed: auto, {', '.join(DTYPES)}.")
         _at_least("--batch-size", self.batch_size, 1)
         _at_least("--seed", self.seed, 0)
+        if self.seed >= 1 << 63:
+            raise UserError(f"--seed is {self.seed}; allowed: 0 to {(1 << 63) - 1}.")
 
     def torch_device(self) -> torch.device:
         """Return the device; `UserError` if it is not there."""
@@ -162,7 +165,10 @@ class CompressConfig:
     scorer: str = "block_influence"
     method: str | None = None
     """None is the plan's own method if a plan is given, else `DEFAULT_METHOD`."""
-    plan_file: Path | None = None
+    plan: SurgeryPlan | None = None
+    """Apply this plan instead of making one."""
+    plan_name: str = "--plan"
+    """What errors call the plan."""
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)

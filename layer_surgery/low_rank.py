@@ -1,7 +1,7 @@
 """Pure linear algebra of low-rank replacements. Knows torch only.
 
 Shapes: W [out, in] a weight, r a rank, k = min(out, in). Factors multiply to `left @ right`, [out, r] @ [r, in].
-Decompositions run in float32, or in float64 for float64 input.
+Plain decompositions run in float32, or in float64 for float64 input; whitened ones in float64.
 """
 
 from __future__ import annotations

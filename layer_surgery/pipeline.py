@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from layer_surgery.checkpoint import HASH_STEP_BYTES, Checkpoint, open_checkpoint
+from layer_surgery.checkpoint import Checkpoint, open_checkpoint
 from layer_surgery.config import (
     DEFAULT_METHOD,
     BudgetConfig,
@@ -21,12 +21,12 @@ from layer_surgery.config import (
 )
 from layer_surgery.errors import CheckpointError, OutputError, PlanError
 from layer_surgery.operated import operated_checkpoint
-from layer_surgery.provenance import peak_memory_bytes, provenance
+from layer_surgery.provenance import peak_device_memory_bytes, peak_memory_bytes, provenance
 from layer_surgery.records import EvaluationResult, LayerScores, SurgeryPlan, SurgeryReport
 from layer_surgery.registry import Entry
 from layer_surgery.saving import REPORT_FILE, check_free_space, check_output, save_checkpoint, staged_directory
 from layer_surgery.scoring import SCORERS, ScoringContext
-from layer_surgery.session import Model, Session, Ui, calibration_walk, open_session
+from layer_surgery.session import Model, Session, Ui, calibration_walk, check_column, open_session
 from layer_surgery.surgeon import (
     METHODS,
     FactorStore,
@@ -53,6 +53,7 @@ def run_score(
 ) -> LayerScores:
     """Rank the decoder layers of a model."""
     entry = SCORERS[scorer]
+    check_column(calibration.column, [calibration.source])
     with open_session(model, tokenizer, runtime, ui or Ui(), None) as session:
         layer_count = session.checkpoint.layer_count
         if target_layers is not None and not 1 <= target_layers < layer_count:
@@ -76,6 +77,7 @@ def run_evaluate(
     ui: Ui | None = None,
 ) -> tuple[EvaluationResult, EvaluationResult | None]:
     """Measure a model and, with `baseline`, another one on the same tokens."""
+    check_column(evaluation.column, evaluation.sources)
     with ExitStack() as stack:
         session = stack.enter_context(open_session(model, tokenizer, runtime, ui or Ui(), None))
         texts = session.evaluation_tokens(evaluation)
@@ -101,13 +103,14 @@ def run_compress(
     ui: Ui | None = None,
 ) -> SurgeryReport:
     """Compress a model: the main job. Everything that can be refused is refused before any work is done."""
-    given = _read_plan(config)
+    given = _given_plan(config)
     config = replace(config, method=config.method or (given.method if given else "") or DEFAULT_METHOD)
     scorer, method = SCORERS[config.scorer], METHODS[config.method or DEFAULT_METHOD]
     if config.output is None and not config.dry_run:
         raise OutputError("give --output (a directory for the compressed model), or --dry-run.")
     if method.name == "remove" and (config.budget.keep or config.budget.target_parameters is not None):
         raise PlanError("--method remove keeps nothing of the layers; leave out --keep and --target-parameters.")
+    check_column(config.calibration.column, [config.calibration.source, *config.evaluation.sources])
     with ExitStack() as stack:
         staging = None
         if config.output is not None:
@@ -121,6 +124,11 @@ def run_compress(
         run = _Compression(config, session, method, given)
         chooses = given is None and config.budget.layers is None
         trial = run.trial_plan()
+        if chooses and trial.low_rank and session.checkpoint.low_rank:
+            raise PlanError(
+                f"{session.checkpoint.name} has low-rank layers already, which a scorer cannot choose again; name the "
+                "layers with --layers, remove outright with --keep 0, or start from the original."
+            )
         if staging is not None:
             check_free_space(staging, trial.parameters * session.checkpoint.dtype.itemsize)
         needs_data = bool(trial.low_rank and method.needs_data) or (chooses and scorer.needs_data)
@@ -130,8 +138,8 @@ def run_compress(
     return report
 
 
-def _read_plan(config: CompressConfig) -> SurgeryPlan | None:
-    if config.plan_file is None:
+def _given_plan(config: CompressConfig) -> SurgeryPlan | None:
+    if config.plan is None:
         return None
     budget = config.budget
     if (budget.target_layers, budget.layers, budget.keep, budget.target_parameters) != (None, None, None, None):
@@ -139,7 +147,7 @@ def _read_plan(config: CompressConfig) -> SurgeryPlan | None:
             "--plan says already which layers and ranks; leave out --target-layers, --layers, --keep and "
             "--target-parameters."
         )
-    return SurgeryPlan.read(config.plan_file)
+    return config.plan
 
 
 @dataclass
@@ -160,12 +168,14 @@ class _Compression:
         """
         shape = model_shape(self.checkpoint)
         if self.given is not None:
-            plan = check_plan(shape, self.given, f"--plan {self.config.plan_file}")
+            plan = check_plan(shape, self.given, self.config.plan_name)
             if plan.low_rank and self.method.name == "remove":
-                raise PlanError(f"--plan {self.config.plan_file} has low-rank layers, but --method remove makes none.")
+                raise PlanError(f"{self.config.plan_name} has low-rank layers, but --method remove makes none.")
             return plan
         count = removal_count(self.config.budget, self.checkpoint.layer_count)
-        return make_plan(shape, self.config.budget.layers or range(count), self._budget(), self.method.name)
+        untouched = [index for index, layer in enumerate(shape.layers) if layer.linears]
+        stand_ins = (untouched + [index for index in range(len(shape.layers)) if index not in untouched])[:count]
+        return make_plan(shape, self.config.budget.layers or stand_ins, self._budget(), self.method.name)
 
     def operate(
         self,
@@ -226,7 +236,8 @@ class _Compression:
             before=before,
             after=after,
             timings={name: round(seconds, 3) for name, seconds in clock.seconds.items()},
-            peak_memory_bytes=peak_memory_bytes(session.device),
+            peak_memory_bytes=peak_memory_bytes(),
+            peak_device_memory_bytes=peak_device_memory_bytes(session.device),
             calibration=_describe(tokens),
             provenance=self._provenance(),
             output=str(config.output) if staging is not None else None,
@@ -243,20 +254,20 @@ class _Compression:
     def _plan(self, scores: LayerScores | None, count: int, sha256: str) -> SurgeryPlan:
         shape = model_shape(self.checkpoint)
         if self.given is not None:
-            plan = check_plan(shape, self.given, f"--plan {self.config.plan_file}")
+            plan = check_plan(shape, self.given, self.config.plan_name)
             return replace(plan, base_sha256=sha256, method=self.method.name)
         chosen = self.config.budget.layers or (scores.removal_order[:count] if scores else ())
         return replace(make_plan(shape, chosen, self._budget(), self.method.name), base_sha256=sha256)
 
     def _hash(self) -> str:
-        steps = self.checkpoint.size_bytes // HASH_STEP_BYTES + 1
-        with self.session.clock.stage("hash"), self.session.ui.progress("hashing", steps) as advance:
-            return self.checkpoint.sha256(lambda _bytes: advance())
+        tensors = len(self.checkpoint.source.specs)
+        with self.session.clock.stage("hash"), self.session.ui.progress("hashing", tensors) as advance:
+            return self.checkpoint.sha256(advance)
 
     def _check_hash(self, sha256: str) -> None:
         if self.given is not None and self.given.base_sha256 not in ("", sha256):
             raise PlanError(
-                f"--plan {self.config.plan_file} was made for another checkpoint (its base_sha256 begins "
+                f"{self.config.plan_name} was made for another checkpoint (its base_sha256 begins "
                 f"{self.given.base_sha256[:12]}, this one's {sha256[:12]}); to apply it all the same, clear "
                 "base_sha256 in the plan."
             )

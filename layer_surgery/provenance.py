@@ -42,13 +42,15 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
-def peak_memory_bytes(device: torch.device) -> dict[str, int]:
-    """Return the highest resident memory of this process so far and, on CUDA, the highest allocated device memory."""
+def peak_memory_bytes() -> int:
+    """Return the highest resident memory of this process so far."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    memory = {"resident": peak if sys.platform == "darwin" else peak * 1024}
-    if device.type == "cuda":
-        memory["cuda_allocated"] = torch.cuda.max_memory_allocated(device)
-    return memory
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def peak_device_memory_bytes(device: torch.device) -> int | None:
+    """Return the highest allocated memory of a CUDA device since its statistics were reset; None for a CPU."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
 
 def _processor() -> str:

@@ -49,7 +49,7 @@ class SurgeryPlan:
 
     method: str
     target_layers: int
-    """Layers left whole."""
+    """Layers left as they are (those of the original that are low-rank already count too)."""
     layers: list[LayerPlan]
     base_sha256: str = ""
     """Hash of the checkpoint that the plan was made for; empty if it is for any."""
@@ -120,6 +120,11 @@ class SurgeryPlan:
 def _layer_from_dict(entry: Any, position: int, origin: str) -> LayerPlan:
     if not isinstance(entry, dict) or entry.get("index") != position:
         raise PlanError(f"{origin}: entry {position} of 'layers' must have \"index\": {position}.")
+    unknown = sorted(set(entry) - {"index", "action", "ranks"})
+    if unknown:
+        raise PlanError(
+            f"{origin}: layer {position} has the unknown field '{unknown[0]}'; allowed: index, action, ranks."
+        )
     action = entry.get("action")
     if action not in ACTIONS:
         raise PlanError(f"{origin}: layer {position} has action {action!r}; allowed: {', '.join(ACTIONS)}.")
@@ -170,8 +175,10 @@ class SurgeryReport:
     after: EvaluationResult
     timings: dict[str, float]
     """Seconds for each stage."""
-    peak_memory_bytes: dict[str, int]
-    """Highest resident memory of the process and, on CUDA, highest allocated device memory, up to the report."""
+    peak_memory_bytes: int
+    """Highest resident memory of the process so far, whatever it has done before this run too."""
+    peak_device_memory_bytes: int | None
+    """On CUDA, the highest allocated device memory of this run."""
     calibration: dict[str, Any] | None
     provenance: dict[str, Any]
     output: str | None = None

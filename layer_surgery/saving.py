@@ -8,6 +8,7 @@ import shutil
 import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from layer_surgery import modeling_layer_surgery
+from layer_surgery.allocator import release_freed_memory
 from layer_surgery.checkpoint import Checkpoint
 from layer_surgery.errors import LayerSurgeryError, NumericalError, OutputError
 from layer_surgery.operated import nested_config
@@ -44,6 +46,8 @@ COMPANIONS = (
 TEMPLATES_FOLDER = "additional_chat_templates"
 #: The report that every output has beside its weights.
 REPORT_FILE = "surgery.json"
+#: Freed memory goes back to the system after tensors of at least this size.
+_LARGE_BYTES = 1 << 20
 _DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
 
@@ -92,13 +96,23 @@ def check_output(output: Path, *, overwrite: bool) -> None:
     if output.exists() and not overwrite:
         raise OutputError(f"--output {output} exists already; choose another name, or pass --overwrite to replace it.")
     entries = list(output.iterdir()) if output.exists() else []
-    foreign = [entry.name for entry in entries if entry.is_dir() and entry.name != TEMPLATES_FOLDER]
+    foreign = sorted(entry.name for entry in entries if not _is_ours(entry))
+    if output in (Path.cwd(), *Path.cwd().parents):
+        raise OutputError(f"--output {output} is the current directory or above it; give a directory of its own.")
     if entries and (foreign or not (output / REPORT_FILE).is_file()):
-        why = f"holds the folder {foreign[0]}" if foreign else f"has no {REPORT_FILE}"
+        why = f"holds {foreign[0]}" if foreign else f"has no {REPORT_FILE}"
         raise OutputError(
             f"--output {output} {why}, so it is not a result of Layer Surgery alone and is not replaced, even with "
             "--overwrite; choose another name."
         )
+
+
+def _is_ours(entry: Path) -> bool:
+    """Whether an entry of an output directory is one that this module may have written there."""
+    if entry.is_dir():
+        return entry.name == TEMPLATES_FOLDER
+    own = (*COMPANIONS, "*.safetensors", INDEX_FILE, "config.json", REPORT_FILE, "*.py")
+    return any(fnmatch(entry.name, pattern) for pattern in own)
 
 
 def _rename_into_place(staging: Path, output: Path) -> None:
@@ -154,6 +168,8 @@ def write_shards(checkpoint: Checkpoint, directory: Path, *, shard_bytes: int, p
                     tensor = checkpoint.source.read([name], torch.device("cpu"))[name]
                     _check_finite(name, tensor, checkpoint.name)
                     file.write(name, tensor)
+                    if tensor.nbytes >= _LARGE_BYTES:
+                        release_freed_memory()
                     advance()
     if len(shards) > 1:
         weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}

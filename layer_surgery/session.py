@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -89,7 +89,7 @@ class Session:
 
     def calibration_tokens(self, config: CalibrationConfig) -> PackedTokens:
         """Load and pack the calibration data, and say how much of it is used."""
-        data = load_documents(config.source, column=config.column, part="calibration")
+        data = load_documents(config.source, column=_column(config.column, config.source), part="calibration")
         tokens = pack_calibration(
             data,
             self.need_tokenizer(),
@@ -108,7 +108,7 @@ class Session:
         """Load and pack every evaluation text."""
         packed = []
         for source in config.sources:
-            data = load_documents(source, column=config.column, part="evaluation")
+            data = load_documents(source, column=_column(config.column, source), part="evaluation")
             tokens = pack_evaluation(
                 data,
                 self.need_tokenizer(),
@@ -157,9 +157,37 @@ def open_session(
         checkpoint = open_checkpoint(model, trust_remote_code=runtime.trust_remote_code)
         if tokenizer is None and checkpoint.directory is not None:
             tokenizer = load_tokenizer(checkpoint)
+        _check_tokenizer(checkpoint, tokenizer)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     parent = runtime.scratch or scratch_parent
     with tempfile.TemporaryDirectory(prefix=".layer-surgery-", dir=parent) as scratch:
         yield Session(checkpoint, tokenizer, runtime, device, Path(scratch), ui, clock, *runtime.memory(device))
+
+
+def _check_tokenizer(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """Refuse a tokenizer with more tokens than the model has embeddings: it belongs to another model."""
+    rows = int(checkpoint.skeleton.get_input_embeddings().weight.shape[0])
+    largest = max(tokenizer.get_vocab().values(), default=0) if tokenizer is not None else 0
+    if largest >= rows:
+        raise CheckpointError(
+            f"the tokenizer does not fit the model: it has the token id {largest}, but the embedding of "
+            f"{checkpoint.name} has {rows} rows; use the tokenizer that the model was trained with."
+        )
+
+
+def check_column(column: str | None, sources: Sequence[str]) -> None:
+    """Raise `DataError` if a column is given and none of the sources has columns."""
+    if column is not None and all(_column(column, source) is None for source in sources):
+        raise DataError(
+            f"--text-column {column} applies to none of {', '.join(sources) or 'no data'}, which have no columns; "
+            "leave it out."
+        )
+
+
+def _column(column: str | None, source: str) -> str | None:
+    """Return the column for a source that has columns: not for the bundled text and plain text files."""
+    return None if source == "bundled" or source.lower().endswith(".txt") else column
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:

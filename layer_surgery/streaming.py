@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from layer_surgery.allocator import release_freed_memory
 from layer_surgery.checkpoint import Checkpoint, build_skeleton
 from layer_surgery.errors import NumericalError
 from layer_surgery.modeling_layer_surgery import replace_linears
@@ -63,6 +64,9 @@ class StreamedModel:
         finally:
             layer.requires_grad_(False)
             _assign(layer, {name: tensor.to("meta") for name, tensor in tensors.items()})
+            del tensors
+            if self._resident is None and self.device.type == "cpu":
+                release_freed_memory()
 
     def read_weights(self, names: list[str]) -> dict[str, Tensor]:
         """Return stored tensors on the device in the dtype of computation; raises `NumericalError` on NaN or Inf."""

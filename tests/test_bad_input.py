@@ -206,6 +206,8 @@ def test_a_plan_that_removes_everything_is_refused(run: CommandLine, model: Path
 
 @pytest.mark.parametrize("options", ["--target-layers 2", "--keep 0.2", "--layers 1", "--target-parameters 0.5"])
 def test_a_plan_and_a_budget_are_refused(run: CommandLine, model: Path, tmp_path: Path, options: str) -> None:
+    layers = [{"index": index, "action": "remove" if index else "keep"} for index in range(4)]
+    (tmp_path / "plan.json").write_text(json.dumps({"layers": layers}))
     outcome = run("compress", model, "--plan", tmp_path / "plan.json", "--dry-run", *options.split())
     assert_refused(outcome, "--plan says already", options.split()[0])
 

@@ -307,3 +307,25 @@ def test_a_model_with_tensors_on_the_meta_device_is_refused() -> None:
 
 def test_vocabulary_of_the_test_models_covers_the_tokenizer() -> None:
     assert len(tiny_tokenizer()) <= VOCABULARY
+
+
+def test_hash_is_the_same_from_disk_from_shards_and_from_memory(tmp_path: Path) -> None:
+    """A plan made for one of them must be good for the others."""
+    model = tiny_model("llama")
+    whole = open_checkpoint(tiny_checkpoint(tmp_path / "whole", model)).sha256()
+    assert open_checkpoint(tiny_checkpoint(tmp_path / "sharded", model, max_shard_size="20KB")).sha256() == whole
+    assert open_checkpoint(model).sha256() == whole
+
+
+def test_a_headless_or_classifying_model_in_memory_is_refused() -> None:
+    from transformers import LlamaForSequenceClassification, LlamaModel
+
+    config = tiny_model("llama").config
+    for model in (LlamaModel(config), LlamaForSequenceClassification(config)):
+        with pytest.raises(CheckpointError, match="is not a causal language model"):
+            open_checkpoint(model)
+
+
+def test_something_else_than_a_model_is_refused() -> None:
+    with pytest.raises(CheckpointError, match="MODEL is a Linear"):
+        open_checkpoint(torch.nn.Linear(2, 2))  # type: ignore[arg-type]

@@ -25,8 +25,18 @@ LAYERS: list[tuple[str, ...]] = [
     ("streaming",),
     ("checkpoint",),
     ("low_rank",),
-    ("architectures", "boundaries", "gradients", "modeling_layer_surgery", "moments", "registry", "tensors", "tokens"),
-    ("config", "provenance", "records"),
+    (
+        "architectures",
+        "boundaries",
+        "gradients",
+        "modeling_layer_surgery",
+        "moments",
+        "registry",
+        "tensors",
+        "tokens",
+    ),
+    ("allocator", "config", "provenance"),
+    ("records",),
     ("errors",),
 ]
 STAGES = LAYERS[5]

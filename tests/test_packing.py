@@ -118,6 +118,8 @@ def test_no_window_at_all_does_not_advise_zero_samples() -> None:
 def test_long_texts_cause_no_length_warning(caplog: pytest.LogCaptureFixture) -> None:
     import transformers
 
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_warning()  # the command line, where it was run before, has lowered it
     transformers.logging.enable_propagation()
     try:
         tokenizer = tiny_tokenizer(model_max_length=8)
@@ -128,6 +130,7 @@ def test_long_texts_cause_no_length_warning(caplog: pytest.LogCaptureFixture) ->
         assert caplog.records, "the warning exists, and would be seen"
     finally:
         transformers.logging.disable_propagation()
+        transformers.logging.set_verbosity(verbosity)
 
 
 def test_truncation_set_in_the_tokenizer_file_does_not_cut_the_text() -> None:

@@ -375,7 +375,7 @@ def test_a_directory_that_is_not_a_model_is_never_replaced(tmp_path: Path) -> No
     output = tmp_path / "thesis"
     output.mkdir()
     (output / "chapter.tex").write_text("years of work")
-    with pytest.raises(OutputError, match=r"has no surgery\.json.* is not replaced, even with --overwrite"):
+    with pytest.raises(OutputError, match=r"holds chapter\.tex.* is not replaced, even with --overwrite"):
         remove(saved_model(tmp_path / "model"), output, overwrite=True)
     assert (output / "chapter.tex").read_text() == "years of work"
 
@@ -392,7 +392,7 @@ def test_an_output_with_a_folder_of_the_users_is_never_replaced(tmp_path: Path, 
     (existing / "checkpoint-500").mkdir()
     (existing / "checkpoint-500" / "model.safetensors").write_text("a week of training")
     before = listing(existing)
-    with pytest.raises(OutputError, match="holds the folder checkpoint-500"):
+    with pytest.raises(OutputError, match="holds checkpoint-500"):
         remove(saved_model(tmp_path / "model"), existing, overwrite=True)
     assert listing(existing) == before
 
@@ -509,10 +509,10 @@ def test_a_failure_in_any_stage_leaves_the_old_output_as_it_was(
 def test_without_a_failure_the_old_output_is_replaced(tmp_path: Path) -> None:
     path, text = saved_model(tmp_path / "model"), text_file(tmp_path / "text.txt")
     output = remove(path, tmp_path / "folder" / "output")
-    (output / "of the old one").touch()
+    (output / "model-00001-of-00002.safetensors").touch()
     compress_over(path, output, text)
     assert layer_surgery.load(output).config.low_rank
-    assert not (output / "of the old one").exists()
+    assert not (output / "model-00001-of-00002.safetensors").exists()
     assert [entry.name for entry in output.parent.iterdir()] == ["output"]
 
 

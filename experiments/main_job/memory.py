@@ -95,7 +95,7 @@ def main() -> None:
         command = [
             *(sys.executable, "-m", "layer_surgery.cli", "compress", str(checkpoint), "--output", str(output)),
             *("--target-layers", str(depth - 2), "--scorer", "last", "--method", "grasp"),
-            *("--samples", "16", "--sequence-length", "512", "--eval-windows", "4", "--dtype", arguments.dtype),
+            *("--samples", "16", "--sequence-length", "512", "--eval-windows", "2", "--dtype", arguments.dtype),
         ]
         peak, seconds = measure(command, output)
         rows.append(

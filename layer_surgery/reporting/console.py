@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from layer_surgery.records import EvaluationResult, LayerScores, SurgeryReport
+from layer_surgery.records import EvaluationResult, LayerScores, SurgeryPlan, SurgeryReport
 
 _BLOCKS = "▏▎▍▌▋▊▉█"
 
@@ -30,7 +30,7 @@ def print_report(console: Console, report: SurgeryReport) -> None:
         highlight=False,
     )
     if plan.low_rank:
-        print_ranks(console, report)
+        print_ranks(console, plan)
     print_comparison(console, report.before, report.after, ("before", "after", "change"))
     if plan.predicted_loss_rise is not None:
         console.print(
@@ -38,18 +38,20 @@ def print_report(console: Console, report: SurgeryReport) -> None:
             f"(perplexity x {math.exp(plan.predicted_loss_rise):.3f})",
             highlight=False,
         )
-    if report.output is not None:
+    if report.output is None:
+        console.print("dry run: nothing was written", highlight=False)
+    else:
         console.print(f"saved to [bold]{escape(report.output)}[/] (report: surgery.json)", highlight=False)
 
 
-def print_ranks(console: Console, report: SurgeryReport) -> None:
+def print_ranks(console: Console, plan: SurgeryPlan) -> None:
     """Print the rank of every linear of the low-rank layers."""
-    names = list(report.plan.low_rank[0].ranks)
+    names = list(dict.fromkeys(name for layer in plan.low_rank for name in layer.ranks))
     table = Table(title="ranks", title_justify="left", box=None, pad_edge=False)
     table.add_column("layer", justify="right")
     for name in names:
         table.add_column(name.rpartition(".")[2], justify="right")
-    for layer in report.plan.low_rank:
+    for layer in plan.low_rank:
         table.add_row(str(layer.index), *(str(layer.ranks.get(name, "-")) for name in names))
     console.print(table)
 
@@ -82,7 +84,7 @@ def print_scores(console: Console, scores: LayerScores) -> None:
     """Print the layers ranked, the least important first, with a bar for each value."""
     table = Table(box=None, pad_edge=False, title=f"{scores.scorer}: {scores.quantity}", title_justify="left")
     for title in ("goes", "layer", "value"):
-        table.add_column(title, justify="right")
+        table.add_column(title, justify="right", no_wrap=True)
     table.add_column("")
     span = max((abs(value) for value in scores.values), default=0.0) or 1.0
     rest = sorted(

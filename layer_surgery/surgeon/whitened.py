@@ -103,7 +103,9 @@ def fisher(plan: SurgeryPlan, context: SurgeryContext) -> SurgeryPlan:
     layers = [replace(layer, ranks=ranks.get(layer.index, {})) for layer in plan.layers]
     spent = sum(rank * sum(sizes[i][name]) for i, by_name in ranks.items() for name, rank in by_name.items())
     planned = sum(r * sum(sizes[layer.index][name]) for layer in plan.low_rank for name, r in layer.ranks.items())
-    # The moments are means over all tokens; a loss is a mean over those that carry it.
+    # The moments are means over all tokens, prompts included (they get gradients through attention); a loss is a mean
+    # over the tokens that carry it. Layers removed outright are not in the prediction, so then there is none.
+    removed = any(layer.action == "remove" for layer in plan.layers)
     tokens = walk.tokens
     predicted = (int(tokens.valid.sum()) / tokens.predicted_tokens) * sum(
         0.5 * sum(value**2 for value in observer.values[index][name][rank:])
@@ -111,7 +113,10 @@ def fisher(plan: SurgeryPlan, context: SurgeryContext) -> SurgeryPlan:
         for name, rank in by_name.items()
     )
     return replace(
-        plan, layers=layers, parameters=plan.parameters + spent - planned, predicted_loss_rise=round(predicted, 6)
+        plan,
+        layers=layers,
+        parameters=plan.parameters + spent - planned,
+        predicted_loss_rise=None if removed else round(predicted, 6),
     )
 
 
