@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from layer_surgery.allocator import release_freed_memory
+from layer_surgery.allocator import map_large_blocks, release_freed_memory
 from layer_surgery.checkpoint import Checkpoint, build_skeleton
 from layer_surgery.errors import NumericalError
 from layer_surgery.modeling_layer_surgery import replace_linears
@@ -32,6 +32,8 @@ class StreamedModel:
             parameter.numel() * dtype.itemsize for layer in self.layers for parameter in layer.parameters()
         )
         self._resident: dict[int, dict[str, Tensor]] | None = {} if layer_bytes <= resident_bytes else None
+        if self._resident is None and device.type == "cpu":
+            map_large_blocks()
         self._replaced: dict[int, Callable[[], dict[str, Tensor]]] = {}
         self._load_outside()
 

@@ -60,23 +60,28 @@ def print_comparison(
     console: Console, first: EvaluationResult, second: EvaluationResult | None, titles: tuple[str, str, str]
 ) -> None:
     """Print one evaluation, or two side by side with the change."""
-    table = Table(box=None, pad_edge=False, title_justify="left")
-    table.add_column("", overflow="fold")
-    for title in titles if second is not None else titles[:1]:
-        table.add_column(escape(title), justify="right", overflow="fold")
+    rows: list[list[str]] = []
     for label, attribute in (("layers", "layers"), ("parameters", "parameters"), ("bytes", "size_bytes")):
         a = getattr(first, attribute)
-        cells = [f"{a:,}"]
+        cells = [label, f"{a:,}"]
         if second is not None:
             b = getattr(second, attribute)
             cells += [f"{b:,}", f"{(b / a - 1) * 100:+.1f} %"]
-        table.add_row(label, *cells)
+        rows.append(cells)
     for name, a in first.perplexity.items():
-        cells = [_with_error(a.value, a.stderr)]
+        cells = [f"perplexity, {escape(name)}\n  ({a.tokens:,} tokens)", _with_error(a.value, a.stderr)]
         if second is not None:
             b = second.perplexity[name]
             cells += [_with_error(b.value, b.stderr), f"x {b.value / a.value:.3f}"]
-        table.add_row(f"perplexity, {escape(name)}\n  ({a.tokens:,} tokens)", *cells)
+        rows.append(cells)
+    table = Table(box=None, pad_edge=False, title_justify="left")
+    table.add_column("", overflow="fold")
+    for column, title in enumerate(titles if second is not None else titles[:1], start=1):
+        # Names may be folded on a narrow terminal; numbers must not be.
+        width = max(len(row[column]) for row in rows)
+        table.add_column(escape(title), justify="right", overflow="fold", min_width=width)
+    for cells in rows:
+        table.add_row(*cells)
     console.print(table)
 
 
