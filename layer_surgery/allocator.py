@@ -1,7 +1,7 @@
 """Give freed memory back to the system, so that it does not pile up while layers come and go (glibc only).
 
-glibc keeps freed blocks of up to 32 MiB for itself, and layers whose tensors differ in size fragment them. Measured on a
-model of 48 layers: resident memory grew by a third of a layer with every layer that had come and gone.
+glibc keeps freed blocks of up to 32 MiB for itself, and layers whose tensors differ in size fragment them. Measured on
+a model of 48 layers: resident memory grew by a third of a layer with every layer that had come and gone.
 """
 
 from __future__ import annotations
