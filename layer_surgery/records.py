@@ -58,7 +58,8 @@ class SurgeryPlan:
     parameter_bound: int = 0
     """The budget: `parameters` is never above it, and below it by less than one rank."""
     predicted_loss_rise: float | None = None
-    """Second-order prediction for the calibration data, nats per token with loss, where the method makes one."""
+    """Second-order prediction for the calibration data, nats per token with loss, where the method makes one. Good for
+    comparing plans; for changes as large as most of a layer it is well above the measured rise."""
     schema_version: int = SCHEMA_VERSION
 
     @property

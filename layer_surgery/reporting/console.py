@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -32,12 +30,6 @@ def print_report(console: Console, report: SurgeryReport) -> None:
     if plan.low_rank:
         print_ranks(console, plan)
     print_comparison(console, report.before, report.after, ("before", "after", "change"))
-    if plan.predicted_loss_rise is not None:
-        console.print(
-            f"predicted rise of the loss on the calibration data: {plan.predicted_loss_rise:+.3f} nats per token "
-            f"(perplexity x {math.exp(plan.predicted_loss_rise):.3f})",
-            highlight=False,
-        )
     if report.output is None:
         console.print("dry run: nothing was written", highlight=False)
     else:
