@@ -111,7 +111,8 @@ def _is_ours(entry: Path) -> bool:
     """Whether an entry of an output directory is one that this module may have written there."""
     if entry.is_dir():
         return entry.name == TEMPLATES_FOLDER
-    own = (*COMPANIONS, "*.safetensors", INDEX_FILE, "config.json", REPORT_FILE, "*.py")
+    code = ("modeling_*.py", "configuration_*.py", "tokenization_*.py")
+    own = (*COMPANIONS, *code, "*.safetensors", INDEX_FILE, "config.json", REPORT_FILE)
     return any(fnmatch(entry.name, pattern) for pattern in own)
 
 

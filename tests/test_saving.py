@@ -567,3 +567,10 @@ def test_weights_that_are_not_finite_are_never_written(tmp_path: Path) -> None:
 
 def test_saving_module_has_no_other_name_for_its_files() -> None:
     assert (saving.SINGLE_FILE, saving.INDEX_FILE) == ("model.safetensors", "model.safetensors.index.json")
+
+
+def test_a_script_of_the_users_is_never_replaced(tmp_path: Path, existing: Path) -> None:
+    (existing / "analyse.py").write_text("print('mine')")
+    with pytest.raises(OutputError, match=r"holds analyse\.py"):
+        remove(saved_model(tmp_path / "model"), existing, overwrite=True)
+    assert (existing / "analyse.py").read_text() == "print('mine')"

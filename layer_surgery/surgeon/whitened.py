@@ -92,7 +92,7 @@ def fisher(plan: SurgeryPlan, context: SurgeryContext) -> SurgeryPlan:
     with walk.new_store(walk.settings.boundary_memory_bytes) as gradient:
         walk.losses(walk.forward(path, keep=True), gradient=(gradient, 0))
         walk.backward(path, (gradient, 0), stop=min(limits), observers=[observer], watch=limits)
-    ranks = {layer.index: layer.ranks for layer in plan.low_rank}
+    ranks = planned = {layer.index: layer.ranks for layer in plan.low_rank}
     if not context.ranks_fixed:
         ranks = _best_ranks(plan, sizes, limits, observer.values)
     for index in ranks:
@@ -101,8 +101,6 @@ def fisher(plan: SurgeryPlan, context: SurgeryContext) -> SurgeryPlan:
             left, right = tensors[f"{name}.out_factor.weight"], tensors[f"{name}.in_factor.weight"]
             context.factors.write(index, {name: Factors(left[:, :rank], right[:rank])})
     layers = [replace(layer, ranks=ranks.get(layer.index, {})) for layer in plan.layers]
-    spent = sum(rank * sum(sizes[i][name]) for i, by_name in ranks.items() for name, rank in by_name.items())
-    planned = sum(r * sum(sizes[layer.index][name]) for layer in plan.low_rank for name, r in layer.ranks.items())
     # The moments are means over all tokens, prompts included (they get gradients through attention); a loss is a mean
     # over the tokens that carry it. Layers removed outright are not in the prediction, so then there is none.
     removed = any(layer.action == "remove" for layer in plan.layers)
@@ -115,7 +113,7 @@ def fisher(plan: SurgeryPlan, context: SurgeryContext) -> SurgeryPlan:
     return replace(
         plan,
         layers=layers,
-        parameters=plan.parameters + spent - planned,
+        parameters=plan.parameters + _cost(ranks, sizes) - _cost(planned, sizes),
         predicted_loss_rise=None if removed else round(predicted, 6),
     )
 
@@ -143,13 +141,19 @@ def _best_ranks(
     """Return ranks by one knapsack over all matrices, within the plan's bound."""
     keys = [(index, name) for index in sizes for name in sizes[index]]
     costs = [sum(sizes[index][name]) for index, name in keys]
-    planned = sum(layer.ranks[name] * sum(sizes[layer.index][name]) for layer in plan.low_rank for name in layer.ranks)
-    budget = planned + plan.parameter_bound - plan.parameters
+    budget = (
+        _cost({layer.index: layer.ranks for layer in plan.low_rank}, sizes) + plan.parameter_bound - plan.parameters
+    )
     ranks = knapsack([values[i][n] for i, n in keys], costs, [limits[i][n] for i, n in keys], budget)
     result: dict[int, dict[str, int]] = {index: {} for index in sizes}
     for (index, name), rank in zip(keys, ranks, strict=True):
         result[index][name] = rank
     return result
+
+
+def _cost(ranks: Mapping[int, Mapping[str, int]], sizes: Mapping[int, Mapping[str, tuple[int, int]]]) -> int:
+    """Return the parameters of all factors."""
+    return sum(rank * sum(sizes[index][name]) for index in ranks for name, rank in ranks[index].items())
 
 
 def _finite(moment: Tensor, index: int, name: str) -> Tensor:
