@@ -45,7 +45,7 @@ def compress(
     layers: Sequence[int] | None = None,
     scorer: str = _COMPRESS.scorer,
     method: str | None = None,
-    calibration: str | Path = _CALIBRATION.source,
+    calibration: str | Path | Sequence[str | Path] = _CALIBRATION.sources,
     samples: int = _CALIBRATION.samples,
     sequence_length: int = _CALIBRATION.sequence_length,
     text_column: str | None = None,
@@ -69,7 +69,9 @@ def compress(
         target_parameters: the same budget as a fraction of all parameters; excludes `keep`.
         layers: the layers to operate on, counted from 0, instead of the scorer's choice.
         scorer, method: names, see `layer-surgery compress --help`.
-        calibration: `"bundled"`, a file, or a hub data set; `samples` sequences of `sequence_length` tokens.
+        calibration: `"bundled"`, a file, or a hub data set; `samples` sequences of `sequence_length` tokens. Several
+            are mixed, for example `["task.jsonl:2", "bundled:1"]`: two thirds of the sequences come from the first.
+            A weight (default 1) is a share of sequences, not of the tokens that carry loss.
         eval_data: texts for perplexity before and after; None or empty measures size only.
         plan: a plan, or the file of a plan or a `surgery.json`, to apply as it is.
         runtime: `device`, `dtype`, `seed`, `batch_size`, `trust_remote_code`, `scratch`, ... (`RuntimeConfig`).
@@ -89,7 +91,7 @@ def compress(
         plan=_plan(plan),
         plan_name=f"--plan {plan}" if isinstance(plan, str | Path) else "the given plan",
         calibration=CalibrationConfig(
-            source=str(calibration), column=text_column, samples=samples, sequence_length=sequence_length
+            sources=_sources(calibration), column=text_column, samples=samples, sequence_length=sequence_length
         ),
         evaluation=_evaluation(eval_data, text_column, sequence_length, eval_windows),
         runtime=_runtime(runtime),
@@ -106,7 +108,7 @@ def score(
     *,
     scorer: str = _COMPRESS.scorer,
     target_layers: int | None = None,
-    calibration: str | Path = _CALIBRATION.source,
+    calibration: str | Path | Sequence[str | Path] = _CALIBRATION.sources,
     samples: int = _CALIBRATION.samples,
     sequence_length: int = _CALIBRATION.sequence_length,
     text_column: str | None = None,
@@ -123,7 +125,7 @@ def score(
         scorer=scorer,
         target_layers=target_layers,
         calibration=CalibrationConfig(
-            source=str(calibration), column=text_column, samples=samples, sequence_length=sequence_length
+            sources=_sources(calibration), column=text_column, samples=samples, sequence_length=sequence_length
         ),
         runtime=_runtime(runtime),
         tokenizer=tokenizer,
@@ -189,13 +191,15 @@ def _runtime(options: RuntimeOptions) -> RuntimeConfig:
     return RuntimeConfig(**plain)
 
 
+def _sources(sources: str | Path | Sequence[str | Path] | None) -> tuple[str, ...]:
+    return tuple(map(str, [sources] if isinstance(sources, str | Path) else sources or ()))
+
+
 def _evaluation(
     sources: str | Path | Sequence[str | Path] | None, column: str | None, sequence_length: int, windows: int | None
 ) -> EvaluationConfig:
-    if isinstance(sources, str | Path):
-        sources = [sources]
     return EvaluationConfig(
-        sources=tuple(str(source) for source in sources or ()),
+        sources=_sources(sources),
         column=column,
         sequence_length=sequence_length,
         max_windows=windows,

@@ -152,14 +152,23 @@ _RUNTIME = _options(
 _CALIBRATION = _options(
     click.option(
         "--calibration",
-        default=CalibrationConfig.source,
+        multiple=True,
+        default=CalibrationConfig.sources,
         show_default=True,
-        metavar="NAME|FILE",
+        metavar="NAME|FILE[:WEIGHT]",
         help="Calibration data: bundled, a .txt .jsonl .json .csv .parquet file, or a hub data set "
         "(wikitext2, c4, gsm8k, OWNER/NAME[#CONFIG][@SPLIT]). Rows with prompt and answer, or chat messages, carry "
-        "loss on the answer only.",
+        "loss on the answer only. May be given several times to mix sources: --calibration task.jsonl:2 "
+        "--calibration bundled:1 takes two thirds of the sequences from task.jsonl. A weight (default "
+        f"{CalibrationConfig.DEFAULT_WEIGHT:g}) is a share of sequences, not of the tokens that carry loss; the notes "
+        "printed on the way say how many of those each source has.",
     ),
-    click.option("--samples", default=CalibrationConfig.samples, show_default=True, help="Calibration sequences."),
+    click.option(
+        "--samples",
+        default=CalibrationConfig.samples,
+        show_default=True,
+        help="Calibration sequences, from all sources together.",
+    ),
     click.option(
         "--sequence-length",
         default=CalibrationConfig.sequence_length,

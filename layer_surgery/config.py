@@ -90,16 +90,26 @@ class RuntimeConfig:
 class CalibrationConfig:
     """What is passed through the model to calibrate on."""
 
-    source: str = "bundled"
-    """`bundled`, a file (.txt .jsonl .json .csv .parquet) or a hub data set (OWNER/NAME)."""
+    DEFAULT_WEIGHT = 1.0
+
+    sources: tuple[str, ...] = ("bundled",)
+    """Each is `bundled`, a file (.txt .jsonl .json .csv .parquet) or a hub data set (OWNER/NAME), and may end in
+    `:WEIGHT`, its share of the sequences (a number above 0; see DEFAULT_WEIGHT)."""
     column: str | None = None
     samples: int = 128
-    """Sequences."""
+    """Sequences, from all sources together."""
     sequence_length: int = 256
     """Tokens in a sequence."""
 
     def __post_init__(self) -> None:
         _at_least("--samples", self.samples, 1)
+        if not self.sources:
+            raise UserError("--calibration names no data; give a name or a file, or leave it out for the bundled text.")
+        if self.samples < len(self.sources):
+            raise UserError(
+                f"--samples is {self.samples}, but --calibration names {len(self.sources)} sources, and each gives at "
+                f"least one sequence; allowed: {len(self.sources)} or more."
+            )
         _at_least("--sequence-length", self.sequence_length, 2)
 
 

@@ -19,6 +19,7 @@ from layer_surgery.config import (
     EvaluationConfig,
     RuntimeConfig,
 )
+from layer_surgery.data import weighted_sources
 from layer_surgery.errors import CheckpointError, OutputError, PlanError
 from layer_surgery.operated import operated_checkpoint
 from layer_surgery.provenance import peak_device_memory_bytes, peak_memory_bytes, provenance
@@ -53,7 +54,7 @@ def run_score(
 ) -> LayerScores:
     """Rank the decoder layers of a model."""
     entry = SCORERS[scorer]
-    check_column(calibration.column, [calibration.source])
+    check_column(calibration.column, _calibration_names(calibration))
     with open_session(model, tokenizer, runtime, ui or Ui(), None) as session:
         layer_count = session.checkpoint.layer_count
         if target_layers is not None and not 1 <= target_layers < layer_count:
@@ -110,7 +111,7 @@ def run_compress(
         raise OutputError("give --output (a directory for the compressed model), or --dry-run.")
     if method.name == "remove" and (config.budget.keep or config.budget.target_parameters is not None):
         raise PlanError("--method remove keeps nothing of the layers; leave out --keep and --target-parameters.")
-    check_column(config.calibration.column, [config.calibration.source, *config.evaluation.sources])
+    check_column(config.calibration.column, [*_calibration_names(config.calibration), *config.evaluation.sources])
     with ExitStack() as stack:
         staging = None
         if config.output is not None:
@@ -136,6 +137,11 @@ def run_compress(
         texts = session.evaluation_tokens(config.evaluation)
         report = run.operate(trial=trial, chooses=chooses, tokens=tokens, texts=texts, staging=staging)
     return report
+
+
+def _calibration_names(config: CalibrationConfig) -> list[str]:
+    """Return the sources without their weights; refuses wrong weights before there is anything to undo."""
+    return [source.name for source in weighted_sources(config.sources)]
 
 
 def _given_plan(config: CompressConfig) -> SurgeryPlan | None:
@@ -325,6 +331,7 @@ def _describe(tokens: PackedTokens | None) -> dict[str, Any] | None:
         "sequence_length": tokens.sequence_length,
         "tokens": int(tokens.valid.sum()),
         "predicted_tokens": tokens.predicted_tokens,
+        "sources": [asdict(source) for source in tokens.sources],
     }
 
 

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from layer_surgery.checkpoint import Checkpoint, open_checkpoint
 from layer_surgery.config import CalibrationConfig, EvaluationConfig, RuntimeConfig
-from layer_surgery.data import check_vocabulary, load_documents, pack_calibration, pack_evaluation
+from layer_surgery.data import check_vocabulary, load_documents, pack_evaluation, pack_mixture, weighted_sources
 from layer_surgery.errors import CheckpointError, DataError
 from layer_surgery.evaluation.perplexity import perplexity
 from layer_surgery.records import EvaluationResult
@@ -89,19 +89,21 @@ class Session:
 
     def calibration_tokens(self, config: CalibrationConfig) -> PackedTokens:
         """Load and pack the calibration data, and say how much of it is used."""
-        data = load_documents(config.source, column=_column(config.column, config.source), part="calibration")
-        tokens = pack_calibration(
-            data,
+        sources = weighted_sources(config.sources)
+        tokens = pack_mixture(
+            [
+                load_documents(source.name, column=_column(config.column, source.name), part="calibration")
+                for source in sources
+            ],
+            [source.weight for source in sources],
             self.need_tokenizer(),
             samples=config.samples,
             sequence_length=config.sequence_length,
             seed=self.runtime.seed,
         )
         self._check(tokens)
-        self.ui.note(
-            f"calibration: {int(tokens.valid.sum()):,} of the {tokens.tokens_available:,} tokens of '{tokens.name}', "
-            f"as {tokens.sequences} x {tokens.sequence_length}; {tokens.predicted_tokens:,} carry loss"
-        )
+        for line in _calibration_notes(tokens):
+            self.ui.note(line)
         return tokens
 
     def evaluation_tokens(self, config: EvaluationConfig) -> list[PackedTokens]:
@@ -143,6 +145,18 @@ class Session:
             parameters=checkpoint.parameters,
             size_bytes=checkpoint.size_bytes,
             perplexity=results,
+        )
+
+
+def _calibration_notes(tokens: PackedTokens) -> Iterator[str]:
+    """Yield a line for each source; in a mixture with its part of the loss, which its weight does not tell."""
+    mixed = len(tokens.sources) > 1
+    for source in tokens.sources:
+        weight = f" (weight {source.weight:g})" if mixed else ""
+        part = f", {source.predicted_tokens / tokens.predicted_tokens:.1%} of all that do" if mixed else ""
+        yield (
+            f"calibration: {source.tokens:,} of the {source.tokens_available:,} tokens of '{source.name}'{weight}, "
+            f"as {source.sequences} x {tokens.sequence_length}; {source.predicted_tokens:,} carry loss{part}"
         )
 
 

@@ -9,6 +9,25 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
+class SourceShare:
+    """What one source gives to the calibration data."""
+
+    name: str
+    """What the user called the source."""
+    weight: float
+    """What its number of sequences was made proportional to."""
+    sequences: int
+    tokens_available: int
+    """How many tokens the source has."""
+    tokens: int
+    """How many of them are in its sequences."""
+    predicted_tokens: int
+    """How many of these carry loss."""
+    sha256: str
+    """Hash of its sequences by themselves, as in `PackedTokens`."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class PackedTokens:
     """Sequences of one length, with masks.
 
@@ -16,7 +35,7 @@ class PackedTokens:
     """
 
     name: str
-    """What the user called the data (a name or a file)."""
+    """What the user called the data (a name or a file; all of them with their weights for a mixture)."""
     token_ids: Tensor
     """[N, S] int64."""
     loss_mask: Tensor
@@ -26,9 +45,11 @@ class PackedTokens:
     """[N, S] bool. False for right padding, which no statistic may see. Causal attention keeps padding on the
     right from touching anything to its left, so no attention mask is needed."""
     tokens_available: int
-    """How many tokens the source has; those used are `valid.sum()`."""
+    """How many tokens the sources have; those used are `valid.sum()`."""
     sha256: str
     """Hash of token ids and masks: the identity of the data for provenance and caches."""
+    sources: tuple[SourceShare, ...] = ()
+    """What each source gives, in the user's order; for calibration data only."""
 
     @property
     def sequences(self) -> int:

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from layer_surgery.data import Chat, Example, LoadedData, Text, check_vocabulary, pack_calibration, pack_evaluation
 from layer_surgery.data.encoding import leading_bos
-from layer_surgery.data.packing import _packed
+from layer_surgery.data.packing import packed_tokens
 from layer_surgery.errors import CheckpointError, DataError
 from layer_surgery.tokens import PackedTokens
 
@@ -462,6 +462,6 @@ def test_hash_depends_on_every_part() -> None:
         (ids, mask, ~mask),
         (ids.view(2, 2), mask.view(2, 2), every.view(2, 2)),
     ]
-    hashes = [_packed("x", *variant, available=4).sha256 for variant in variants]
+    hashes = [packed_tokens("x", *variant, available=4).sha256 for variant in variants]
     assert len(set(hashes)) == len(variants) and all(len(digest) == 64 for digest in hashes)
-    assert _packed("y", *variants[0], available=9).sha256 == hashes[0]
+    assert packed_tokens("y", *variants[0], available=9).sha256 == hashes[0]

@@ -73,13 +73,13 @@ def main() -> None:
     parser.add_argument("--keep", type=float, default=0.2)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--calibration", default="bundled")
+    parser.add_argument("--calibration", action="append", default=[], metavar="SOURCE[:WEIGHT]")
     parser.add_argument("--report", type=Path, default=ROOT / "reports" / "main_job" / "speed.json")
     arguments = parser.parse_args()
     times: dict[str, list[float]] = {"grasp": [], "grasp_sequential": [], "one whole pass": []}
     quality: dict[str, dict[str, float]] = {}
     with open_session(arguments.model, None, RuntimeConfig(device=arguments.device), Ui(note=print), None) as session:
-        tokens = session.calibration_tokens(CalibrationConfig(source=arguments.calibration))
+        tokens = session.calibration_tokens(CalibrationConfig(sources=tuple(arguments.calibration or ["bundled"])))
         texts = session.evaluation_tokens(
             EvaluationConfig(sources=tuple(arguments.eval_data or ["bundled"]), max_windows=arguments.eval_windows)
         )

@@ -96,13 +96,15 @@ def main() -> None:
     parser.add_argument("--target-layers", type=int, nargs="+", default=[11, 10, 9, 8])
     parser.add_argument("--keep", type=float, nargs="+", default=[0.0, 0.1, 0.3])
     parser.add_argument("--scorers", nargs="+", default=["block_influence", "perplexity"])
-    parser.add_argument("--calibration", default="bundled")
+    parser.add_argument("--calibration", action="append", default=[], metavar="SOURCE[:WEIGHT]")
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--report", type=Path, default=ROOT / "reports" / "main_job" / "table.json")
     arguments = parser.parse_args()
     runtime = RuntimeConfig()
     with open_session(arguments.model, None, runtime, Ui(note=print), None) as session:
-        tokens = session.calibration_tokens(CalibrationConfig(source=arguments.calibration, samples=arguments.samples))
+        tokens = session.calibration_tokens(
+            CalibrationConfig(sources=tuple(arguments.calibration or ["bundled"]), samples=arguments.samples)
+        )
         evaluation = EvaluationConfig(
             sources=tuple(arguments.eval_data or ["bundled"]), max_windows=arguments.eval_windows
         )

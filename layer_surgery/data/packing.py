@@ -24,6 +24,21 @@ if TYPE_CHECKING:
 _LARGEST_SEED = 2**63 - 1
 
 
+class TooFewSequencesError(DataError):
+    """A source makes fewer sequences than are to be drawn from it."""
+
+    def __init__(self, data: LoadedData, tokens: int, count: int, samples: int, sequence_length: int) -> None:
+        unit = "windows" if data.kind == "text" else f"rows of whole {data.kind}s"
+        lower = f"lower --samples to at most {count}, or lower" if count else "lower"
+        self.count = count
+        """How many sequences there are."""
+        self.found = (
+            f"{data.name} has {tokens:,} tokens, which make {count:,} {unit} at --sequence-length {sequence_length}"
+        )
+        """The first half of the message, for those who know better than `--samples` what to do."""
+        super().__init__(f"{self.found}, fewer than --samples {samples}; {lower} --sequence-length, or pass more data.")
+
+
 def pack_calibration(
     data: LoadedData, tokenizer: PreTrainedTokenizerBase, *, samples: int, sequence_length: int, seed: int
 ) -> PackedTokens:
@@ -38,7 +53,8 @@ def pack_calibration(
     prompt/answer example begins with BOS (if the tokenizer adds it) and ends with EOS (if there is one).
 
     Raises:
-        DataError: an argument out of range; fewer sequences than `samples`; an example longer than `sequence_length`.
+        DataError: an argument out of range; fewer sequences than `samples` (`TooFewSequencesError`); an example longer
+            than `sequence_length`.
     """
     _require("samples", samples, 1)
     _require("sequence_length", sequence_length, 2)
@@ -49,7 +65,7 @@ def pack_calibration(
         body = sequence_length - (bos is not None)
         count = len(stream) // body
         if count < samples:
-            _refuse_too_few(data, len(stream), count, samples, sequence_length)
+            raise TooFewSequencesError(data, len(stream), count, samples, sequence_length)
         chosen = torch.randperm(count, generator=generator)[:samples]
         return _packed_windows(data.name, stream[: count * body].view(count, body)[chosen], bos, len(stream))
     examples = encode_examples(tokenizer, data)
@@ -58,7 +74,7 @@ def pack_calibration(
     rows = list(islice(_fill_rows((examples[i] for i in order), sequence_length), samples))
     available = sum(map(len, examples))
     if len(rows) < samples:
-        _refuse_too_few(data, available, len(rows), samples, sequence_length)
+        raise TooFewSequencesError(data, available, len(rows), samples, sequence_length)
     return _packed_rows(data.name, rows, tokenizer, sequence_length, available)
 
 
@@ -115,15 +131,6 @@ def _require(argument: str, value: int, smallest: int, largest: int | None = Non
         raise DataError(f"{argument} (--{argument.replace('_', '-')}) is {value}, but must be {allowed}.")
 
 
-def _refuse_too_few(data: LoadedData, tokens: int, count: int, samples: int, sequence_length: int) -> None:
-    unit = "windows" if data.kind == "text" else f"rows of whole {data.kind}s"
-    lower = f"lower --samples to at most {count}, or lower --sequence-length" if count else "lower --sequence-length"
-    raise DataError(
-        f"{data.name} has {tokens:,} tokens, which make {count:,} {unit} at --sequence-length {sequence_length}, fewer "
-        f"than --samples {samples}; {lower}, or pass more data."
-    )
-
-
 def _require_fit(data: LoadedData, examples: list[EncodedExample], sequence_length: int) -> None:
     longest, number = max((len(example), -number) for number, example in enumerate(examples, start=1))
     if longest > sequence_length:
@@ -156,7 +163,7 @@ def _packed_windows(name: str, windows: Tensor, bos: int | None, available: int,
         valid[-1, -padding:] = False
     loss_mask = valid.clone()
     loss_mask[:, 0] = False
-    return _packed(name, windows.contiguous(), loss_mask, valid, available)
+    return packed_tokens(name, windows.contiguous(), loss_mask, valid, available)
 
 
 def _packed_rows(
@@ -174,7 +181,7 @@ def _packed_rows(
         token_ids[number, : len(ids)] = torch.tensor(ids)
         loss_mask[number, : len(ids)] = torch.tensor([loss for example in row for loss in example.carries_loss])
         valid[number, : len(ids)] = True
-    return _packed(name, token_ids, loss_mask, valid, available)
+    return packed_tokens(name, token_ids, loss_mask, valid, available)
 
 
 def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -182,7 +189,8 @@ def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return next(int(token) for token in ids if token is not None)
 
 
-def _packed(name: str, token_ids: Tensor, loss_mask: Tensor, valid: Tensor, available: int) -> PackedTokens:
+def packed_tokens(name: str, token_ids: Tensor, loss_mask: Tensor, valid: Tensor, available: int) -> PackedTokens:
+    """Put sequences and masks, each `[N, S]`, into a record with the hash of what is in them."""
     digest = hashlib.sha256(f"{token_ids.shape[0]}x{token_ids.shape[1]}".encode())
     digest.update(token_ids.numpy().astype("<i8").tobytes())
     digest.update(loss_mask.numpy().tobytes())

@@ -1,0 +1,107 @@
+"""Several sources in one set of packed sequences."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from decimal import ROUND_DOWN, Context, Decimal
+from fractions import Fraction
+from typing import TYPE_CHECKING
+
+import torch
+
+from layer_surgery.data.documents import LoadedData
+from layer_surgery.data.packing import TooFewSequencesError, pack_calibration, packed_tokens
+from layer_surgery.data.weights import WeightedSource, apportion
+from layer_surgery.errors import DataError
+from layer_surgery.tokens import PackedTokens, SourceShare
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_SEEDS = 2**63 - 1
+
+
+def pack_mixture(
+    data: Sequence[LoadedData],
+    weights: Sequence[float],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    samples: int,
+    sequence_length: int,
+    seed: int,
+) -> PackedTokens:
+    """Pack `samples` sequences in all, divided among the sources by weight and put in an order chosen by `seed`.
+
+    A weight is a share of *sequences*. It is not a share of the loss: a row of a text has loss on nearly all of its
+    tokens, a row of task examples on its answers only. `PackedTokens.sources` says how it came out.
+
+    Each source is packed by `pack_calibration`, with a seed of its own, so kinds may be mixed: masks go by row. A lone
+    source is packed with `seed` itself, whatever its weight.
+
+    Args:
+        data: at least one source.
+        weights: one for each source, finite and above 0.
+        samples: at least as many as there are sources.
+
+    Raises:
+        DataError: as `pack_calibration`; it names the source.
+    """
+    if len(data) == 1:
+        tokens = pack_calibration(data[0], tokenizer, samples=samples, sequence_length=sequence_length, seed=seed)
+        return replace(tokens, sources=(_share(tokens, weights[0]),))
+    generator = torch.Generator().manual_seed(seed)
+    seeds = torch.randint(_SEEDS, (len(data),), generator=generator).tolist()
+    parts = []
+    for position, share in enumerate(apportion(weights, samples)):
+        try:
+            parts.append(
+                pack_calibration(
+                    data[position], tokenizer, samples=share, sequence_length=sequence_length, seed=seeds[position]
+                )
+            )
+        except TooFewSequencesError as error:
+            raise DataError(
+                f"{error.found}, fewer than its share of --samples {samples}, which is {share}; "
+                f"{_advice(weights, position, samples, error.count)}, or pass more data."
+            ) from error
+    order = torch.randperm(samples, generator=generator)
+    mixed = packed_tokens(
+        " + ".join(str(WeightedSource(part.name, weight)) for part, weight in zip(parts, weights, strict=True)),
+        torch.cat([part.token_ids for part in parts])[order],
+        torch.cat([part.loss_mask for part in parts])[order],
+        torch.cat([part.valid for part in parts])[order],
+        sum(part.tokens_available for part in parts),
+    )
+    return replace(mixed, sources=tuple(_share(part, weight) for part, weight in zip(parts, weights, strict=True)))
+
+
+def _share(part: PackedTokens, weight: float) -> SourceShare:
+    return SourceShare(
+        name=part.name,
+        weight=weight,
+        sequences=part.sequences,
+        tokens_available=part.tokens_available,
+        tokens=int(part.valid.sum()),
+        predicted_tokens=part.predicted_tokens,
+        sha256=part.sha256,
+    )
+
+
+def _advice(weights: Sequence[float], position: int, samples: int, count: int) -> str:
+    """What to do about a source of which there are only `count` sequences.
+
+    Its share is at most its quota (`samples` x weight / sum of weights) rounded up, or the one that each source gets,
+    so both limits are where the quota is `count`.
+    """
+    if count == 0:
+        return "lower --sequence-length"
+    weight, total = Fraction(weights[position]), sum(map(Fraction, weights))
+    most = max(len(weights), math.floor(count * total / weight))
+    limit = count * (total - weight) / (samples - count)
+    rounded = Context(prec=3, rounding=ROUND_DOWN).divide(Decimal(limit.numerator), Decimal(limit.denominator))
+    return (
+        f"lower --samples to at most {most}, or its weight (now {weights[position]:g}) to at most {float(rounded):g}, "
+        "or lower --sequence-length"
+    )
