@@ -153,7 +153,7 @@ def _calibration_notes(tokens: PackedTokens) -> Iterator[str]:
     mixed = len(tokens.sources) > 1
     for source in tokens.sources:
         weight = f" (weight {source.weight:g})" if mixed else ""
-        part = f", {source.predicted_tokens / tokens.predicted_tokens:.1%} of all that do" if mixed else ""
+        part = f", {100 * source.predicted_tokens / tokens.predicted_tokens:.1f} % of all that do" if mixed else ""
         yield (
             f"calibration: {source.tokens:,} of the {source.tokens_available:,} tokens of '{source.name}'{weight}, "
             f"as {source.sequences} x {tokens.sequence_length}; {source.predicted_tokens:,} carry loss{part}"

@@ -94,8 +94,16 @@ def test_help_lists_every_command(run: CommandLine) -> None:
 
 def test_help_of_compress_states_the_defaults_of_the_configuration(run: CommandLine) -> None:
     text = " ".join(run("compress", "--help").out.split())
-    assert "Calibration sequences. [default: 128]" in text
+    assert "Calibration sequences, from all sources together. [default: 128]" in text
     assert "[default: 0.1]" in text
+
+
+def test_help_shows_how_to_mix_sources_and_what_weights_are(run: CommandLine) -> None:
+    for command in ("compress", "score"):
+        text = " ".join(run(command, "--help").out.split())
+        assert "--calibration NAME|FILE[:WEIGHT] " in text
+        assert "--calibration task.jsonl:2 --calibration bundled:1" in text
+        assert "A weight (default 1) is a share of sequences, not of the tokens that carry loss" in text
 
 
 def test_version_is_that_of_the_package(run: CommandLine) -> None:
