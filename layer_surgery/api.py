@@ -11,9 +11,16 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from layer_surgery.checkpoint import open_checkpoint
-from layer_surgery.config import BudgetConfig, CalibrationConfig, CompressConfig, EvaluationConfig, RuntimeConfig
+from layer_surgery.config import (
+    BudgetConfig,
+    CalibrationConfig,
+    CompressConfig,
+    EvaluationConfig,
+    RefitConfig,
+    RuntimeConfig,
+)
 from layer_surgery.pipeline import run_compress, run_evaluate, run_score
-from layer_surgery.records import EvaluationResult, LayerScores, SurgeryPlan, SurgeryReport
+from layer_surgery.records import EvaluationResult, LayerScores, RefitScope, SurgeryPlan, SurgeryReport
 from layer_surgery.session import Model, Ui
 
 
@@ -28,6 +35,7 @@ class RuntimeOptions(TypedDict, total=False):
     resident_bytes: int | None
     boundary_bytes: int | None
     scratch: str | Path | None
+    cache: str | Path | None
 
 
 _CALIBRATION = CalibrationConfig()
@@ -45,6 +53,9 @@ def compress(
     layers: Sequence[int] | None = None,
     scorer: str = _COMPRESS.scorer,
     method: str | None = None,
+    refit: bool | None = None,
+    refit_scope: RefitScope = _COMPRESS.refit.scope,
+    refit_general: float = _COMPRESS.refit.general,
     calibration: str | Path | Sequence[str | Path] = _CALIBRATION.sources,
     samples: int = _CALIBRATION.samples,
     sequence_length: int = _CALIBRATION.sequence_length,
@@ -69,6 +80,9 @@ def compress(
         target_parameters: the same budget as a fraction of all parameters; excludes `keep`.
         layers: the layers to operate on, counted from 0, instead of the scorer's choice.
         scorer, method: names, see `layer-surgery compress --help`.
+        refit: re-solve what stays so that it follows the original; None leaves it to the method. `refit_scope` is `all`
+            or `operated` (low-rank layers only, so that whole layers stay as they are, bit for bit), `refit_general`
+            the share of general text among the sequences that the refit looks at.
         calibration: `"bundled"`, a file, or a hub data set; `samples` sequences of `sequence_length` tokens. Several
             are mixed, for example `["task.jsonl:2", "bundled:1"]`: two thirds of the sequences come from the first.
             A weight (default 1) is a share of sequences, not of the tokens that carry loss.
@@ -88,6 +102,7 @@ def compress(
         ),
         scorer=scorer,
         method=method,
+        refit=RefitConfig(enabled=refit, scope=refit_scope, general=refit_general),
         plan=_plan(plan),
         plan_name=f"--plan {plan}" if isinstance(plan, str | Path) else "the given plan",
         calibration=CalibrationConfig(
@@ -186,8 +201,9 @@ def _runtime(options: RuntimeOptions) -> RuntimeConfig:
     for name in ("device", "dtype"):
         if name in plain:
             plain[name] = str(plain[name]).removeprefix("torch.")
-    if plain.get("scratch") is not None:
-        plain["scratch"] = Path(plain["scratch"])
+    for name in ("scratch", "cache"):
+        if plain.get(name) is not None:
+            plain[name] = Path(plain[name]).expanduser()
     return RuntimeConfig(**plain)
 
 

@@ -80,6 +80,11 @@ class BoundaryStore:
         elif slot in self._on_disk:
             os.close(self._on_disk.pop(slot))
 
+    def exchange(self, slot: int, other: int) -> None:
+        """Let two slots that exist change places."""
+        _exchange(self._in_memory, slot, other)
+        _exchange(self._on_disk, slot, other)
+
     def close(self) -> None:
         """Free all slots."""
         for slot in [*self._in_memory, *self._on_disk]:
@@ -101,6 +106,11 @@ class BoundaryStore:
         descriptor, path = tempfile.mkstemp(prefix="layer-surgery-boundary-", dir=self._scratch)
         os.unlink(path)  # the file lives until it is closed, and no longer
         self._on_disk[slot] = descriptor
+
+
+def _exchange(slots: dict[int, Any], a: int, b: int) -> None:
+    held = {number: slots.pop(number) for number in (a, b) if number in slots}
+    slots.update({a + b - number: value for number, value in held.items()})
 
 
 def _bytes(tensor: Tensor) -> memoryview:

@@ -25,6 +25,7 @@ from layer_surgery.config import (
     CalibrationConfig,
     CompressConfig,
     EvaluationConfig,
+    RefitConfig,
     RuntimeConfig,
 )
 
@@ -176,6 +177,13 @@ _CALIBRATION = _options(
         help="Tokens in a sequence, in calibration and evaluation.",
     ),
     click.option("--text-column", metavar="NAME", help="Column that holds the text in a table file."),
+    click.option(
+        "--cache",
+        type=click.Path(path_type=Path, file_okay=False),
+        metavar="DIR",
+        help="Keep the calibration statistics here, so that another target or budget needs no new pass over the data. "
+        "They take about as much room as the model.",
+    ),
 )
 _EVALUATION = _options(
     click.option(
@@ -217,6 +225,26 @@ _EVALUATION = _options(
 )
 @click.option("--scorer", default=None, metavar="NAME", help="How layers are ranked (see below).")
 @click.option("--method", default=None, metavar="NAME", help="How low-rank components are made (see below).")
+@click.option(
+    "--refit/--no-refit",
+    default=None,
+    help="Re-solve what stays, in closed form, so that the result follows the original.  [default: with --method "
+    f"{DEFAULT_METHOD}]",
+)
+@click.option(
+    "--refit-scope",
+    default=RefitConfig.scope,
+    show_default=True,
+    metavar="all|operated",
+    help="operated: low-rank layers only; the others stay as they are, bit for bit.",
+)
+@click.option(
+    "--refit-general",
+    default=RefitConfig.general,
+    show_default=True,
+    metavar="F",
+    help="Share of general text (the bundled one) among the sequences that the refit looks at.",
+)
 @click.option(
     "--plan",
     type=click.Path(path_type=Path),

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from layer_surgery.errors import PlanError, UserError
-from layer_surgery.records import SurgeryPlan
+from layer_surgery.records import REFIT_SCOPES, RefitScope, SurgeryPlan
 
 if TYPE_CHECKING:
     import torch  # at run time only where it is needed: the command line reads defaults from here without it
@@ -38,6 +38,8 @@ class RuntimeConfig:
     None is 512 MiB on a CPU and a quarter of the free memory on CUDA."""
     scratch: Path | None = None
     """Directory for scratch files; default: beside the output, else the system's temporary directory."""
+    cache: Path | None = None
+    """Directory where calibration statistics are kept between runs; default: they are not kept."""
 
     def __post_init__(self) -> None:
         if self.dtype != "auto" and self.dtype not in DTYPES:
@@ -164,6 +166,25 @@ class BudgetConfig:
                 )
 
 
+@dataclass(frozen=True, kw_only=True)
+class RefitConfig:
+    """Whether and how what stays is re-solved after the surgery."""
+
+    enabled: bool | None = None
+    """None leaves it to the plan, if one is given and says, else to the method."""
+    scope: RefitScope = "all"
+    """`operated`: low-rank layers only. `all`: also the layer before a removed run, and all after the first cut."""
+    general: float = 0.25
+    """Share of general text (the bundled one) among the sequences that a refit looks at, so that the model does not
+    turn to the calibration data's domain alone. None is added to calibration data that has it already."""
+
+    def __post_init__(self) -> None:
+        if self.scope not in REFIT_SCOPES:
+            raise UserError(f"--refit-scope is '{self.scope}'; allowed: {', '.join(REFIT_SCOPES)}.")
+        if not 0 <= self.general <= 0.75:
+            raise UserError(f"--refit-general is {self.general}; allowed: a fraction from 0 to 0.75.")
+
+
 DEFAULT_METHOD = "fisher"
 
 
@@ -175,6 +196,7 @@ class CompressConfig:
     scorer: str = "block_influence"
     method: str | None = None
     """None is the plan's own method if a plan is given, else `DEFAULT_METHOD`."""
+    refit: RefitConfig = field(default_factory=RefitConfig)
     plan: SurgeryPlan | None = None
     """Apply this plan instead of making one."""
     plan_name: str = "--plan"

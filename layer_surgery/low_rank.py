@@ -99,24 +99,35 @@ def whitened_svd(weight: Tensor, inputs: Tensor, outputs: Tensor | None = None) 
     """Return the truncations of W [out, in] that are best in the metric `1/2 tr(B D A D^T)`, D the change of W.
 
     `inputs` is A [in, in], `outputs` is B [out, out] (None: the identity). With A = L_A L_A^T and B = L_B L_B^T, the
-    singular value decomposition U S V^T of `L_B^T W L_A` gives `W_r = L_B^-T U_r S_r V_r^T L_A^-1`. A alone is SVD-LLM
-    (https://arxiv.org/abs/2403.07378); both are a Kronecker-factored Fisher metric (https://arxiv.org/abs/2505.17974).
-    Solved in float64. A and B must be positive definite: see `shrunk`.
+    singular value decomposition U S V^T of `M = L_B^T W L_A` gives `W_r = L_B^-T U_r S_r V_r^T L_A^-1`. A alone is
+    SVD-LLM (https://arxiv.org/abs/2403.07378); both are a Kronecker-factored Fisher metric
+    (https://arxiv.org/abs/2505.17974). A and B must be positive definite: see `shrunk`.
+
+    Solved in float64, by the eigendecomposition of the smaller of `M M^T` and `M^T M`. From its vectors U follows
+    `W_r = (L_B^-T U_r) (U_r^T L_B^T W)`, and in the same way from V, so only one triangle is solved with.
     """
-    w = weight.double()
-    left_a = torch.linalg.cholesky(inputs.double())
-    whitened = w @ left_a
-    left_b = None
-    if outputs is not None:
-        left_b = torch.linalg.cholesky(outputs.double())
-        whitened = left_b.T @ whitened
-    spectrum = svd(whitened)
-    root = spectrum.s.sqrt()
-    left, right = spectrum.u * root, root[:, None] * spectrum.vh
-    right = torch.linalg.solve_triangular(left_a, right, upper=False, left=False)
-    if left_b is not None:
-        left = torch.linalg.solve_triangular(left_b.T, left, upper=True)
-    return WhitenedFactors(Factors(left, right), spectrum.s)
+    w, left_a = weight.double(), torch.linalg.cholesky(inputs.double())
+    left_b = None if outputs is None else torch.linalg.cholesky(outputs.double())
+    output_side = w if left_b is None else left_b.T @ w
+    whitened = output_side @ left_a
+    if whitened.shape[0] <= whitened.shape[1]:
+        squares, u = _leading_first(whitened @ whitened.T)
+        left = u if left_b is None else torch.linalg.solve_triangular(left_b.T, u, upper=True)
+        right = u.T @ output_side
+    else:
+        squares, v = _leading_first(whitened.T @ whitened)
+        left = w @ (left_a @ v)
+        right = torch.linalg.solve_triangular(left_a, v.T, upper=False, left=False)
+    # Both factors of the same magnitude, component by component: that suits 16-bit storage.
+    tiny = torch.finfo(torch.float64).tiny
+    balance = (right.norm(dim=1).clamp_min(tiny) / left.norm(dim=0).clamp_min(tiny)).sqrt()
+    return WhitenedFactors(Factors(left * balance, right / balance[:, None]), squares.clamp_min(0.0).sqrt())
+
+
+def _leading_first(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Return eigenvalues [k] and vectors [k, k] (columns) of a symmetric matrix, the largest first."""
+    values, vectors = torch.linalg.eigh(gram)
+    return values.flip(0), vectors.flip(1)
 
 
 def knapsack(values: Sequence[Sequence[float]], costs: Sequence[int], limits: Sequence[int], budget: int) -> list[int]:

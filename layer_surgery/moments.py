@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from layer_surgery.least_squares import add_gram
+
 
 @dataclass
 class LayerMoments:
@@ -91,4 +93,4 @@ class MomentRecorder:
         rows = values[self._valid].to(torch.promote_types(values.dtype, torch.float32))
         if name not in sums:
             sums[name] = torch.zeros(rows.shape[1], rows.shape[1], dtype=rows.dtype, device=rows.device)
-        sums[name].addmm_(rows.T, rows)
+        add_gram(sums[name], rows)

@@ -11,6 +11,7 @@ from transformers import AutoConfig
 
 from layer_surgery.architectures import per_layer_fields
 from layer_surgery.checkpoint import Checkpoint
+from layer_surgery.factors import FactorStore
 from layer_surgery.modeling_layer_surgery import (
     AUTO_MAP,
     HOW_TO_LOAD,
@@ -19,12 +20,16 @@ from layer_surgery.modeling_layer_surgery import (
     model_class_for,
 )
 from layer_surgery.records import SurgeryPlan
-from layer_surgery.surgeon.factors import FactorStore
 from layer_surgery.tensors import RenamedSource, TensorSource
 
 
-def operated_checkpoint(base: Checkpoint, plan: SurgeryPlan, factors: FactorStore) -> Checkpoint:
-    """Return the checkpoint that the plan makes of `base`: layers renumbered, linears replaced, the rest as it was."""
+def operated_checkpoint(
+    base: Checkpoint, plan: SurgeryPlan, factors: FactorStore, refitted: FactorStore | None = None
+) -> Checkpoint:
+    """Return the checkpoint that the plan makes of `base`: layers renumbered, linears replaced, the rest as it was.
+
+    `factors` holds factors of low-rank layers and new weights of whole ones; `refitted` later versions of either.
+    """
     mapping: dict[str, tuple[TensorSource, str]] = {name: (base.source, name) for name in base.other_tensors()}
     low_rank: dict[str, int] = {}
     ranks = {layer.index: layer.ranks for layer in plan.low_rank}
@@ -35,8 +40,8 @@ def operated_checkpoint(base: Checkpoint, plan: SurgeryPlan, factors: FactorStor
             local = name.removeprefix(old_prefix)
             if not any(local == f"{linear}.weight" for linear in replaced):
                 mapping[new_prefix + local] = (base.source, name)
-        if replaced:
-            source = factors.source(old_index)
+        for store in (factors, refitted) if refitted is not None else (factors,):
+            source = store.source(old_index)
             mapping |= {new_prefix + local: (source, local) for local in source.specs}
         low_rank |= {new_prefix + linear: rank for linear, rank in replaced.items()}
         low_rank |= {

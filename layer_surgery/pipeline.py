@@ -21,25 +21,25 @@ from layer_surgery.config import (
 )
 from layer_surgery.data import weighted_sources
 from layer_surgery.errors import CheckpointError, OutputError, PlanError
-from layer_surgery.operated import operated_checkpoint
+from layer_surgery.operation import RefitData, operate, refit_data, statistics_source
 from layer_surgery.provenance import peak_device_memory_bytes, peak_memory_bytes, provenance
-from layer_surgery.records import EvaluationResult, LayerScores, SurgeryPlan, SurgeryReport
+from layer_surgery.records import EvaluationResult, LayerScores, RefitScope, SurgeryPlan, SurgeryReport
 from layer_surgery.registry import Entry
 from layer_surgery.saving import REPORT_FILE, check_free_space, check_output, save_checkpoint, staged_directory
 from layer_surgery.scoring import SCORERS, ScoringContext
 from layer_surgery.session import Model, Session, Ui, calibration_walk, check_column, open_session
+from layer_surgery.statistics_cache import StatisticsSource
 from layer_surgery.surgeon import (
     METHODS,
-    FactorStore,
     LayerShape,
     Method,
     ModelShape,
-    SurgeryContext,
     check_plan,
     make_plan,
     removal_count,
 )
 from layer_surgery.tokens import PackedTokens
+from layer_surgery.walk import Walk
 
 
 def run_score(
@@ -65,7 +65,15 @@ def run_score(
         count = None if target_layers is None else layer_count - target_layers
         tokens = session.calibration_tokens(calibration) if entry.needs_data else None
         with calibration_walk(session, session.stream(session.checkpoint), tokens) as walk:
-            return entry.function(ScoringContext(walk=walk, count=count, seed=runtime.seed))
+            return entry.function(
+                ScoringContext(
+                    walk=walk,
+                    count=count,
+                    seed=runtime.seed,
+                    statistics=statistics_source(session, "", runtime.cache),
+                    keep=BudgetConfig.DEFAULT_KEEP,
+                )
+            )
 
 
 def run_evaluate(
@@ -109,8 +117,10 @@ def run_compress(
     scorer, method = SCORERS[config.scorer], METHODS[config.method or DEFAULT_METHOD]
     if config.output is None and not config.dry_run:
         raise OutputError("give --output (a directory for the compressed model), or --dry-run.")
-    if method.name == "remove" and (config.budget.keep or config.budget.target_parameters is not None):
-        raise PlanError("--method remove keeps nothing of the layers; leave out --keep and --target-parameters.")
+    if method.removes and (config.budget.keep or config.budget.target_parameters is not None):
+        raise PlanError(
+            f"--method {method.name} keeps nothing of the layers; leave out --keep and --target-parameters."
+        )
     check_column(config.calibration.column, [*_calibration_names(config.calibration), *config.evaluation.sources])
     with ExitStack() as stack:
         staging = None
@@ -132,10 +142,16 @@ def run_compress(
             )
         if staging is not None:
             check_free_space(staging, trial.parameters * session.checkpoint.dtype.itemsize)
-        needs_data = bool(trial.low_rank and method.needs_data) or (chooses and scorer.needs_data)
+        scope = run.refit_scope(trial)
+        needs_data = (
+            scope is not None
+            or (method.needs_data and bool(trial.low_rank or method.removes))
+            or (chooses and scorer.needs_data)
+        )
         tokens = session.calibration_tokens(config.calibration) if needs_data else None
+        data = refit_data(session, tokens, scope, config.refit.general) if tokens is not None and scope else None
         texts = session.evaluation_tokens(config.evaluation)
-        report = run.operate(trial=trial, chooses=chooses, tokens=tokens, texts=texts, staging=staging)
+        report = run.operate(trial=trial, chooses=chooses, tokens=tokens, data=data, texts=texts, staging=staging)
     return report
 
 
@@ -175,13 +191,29 @@ class _Compression:
         shape = model_shape(self.checkpoint)
         if self.given is not None:
             plan = check_plan(shape, self.given, self.config.plan_name)
-            if plan.low_rank and self.method.name == "remove":
-                raise PlanError(f"{self.config.plan_name} has low-rank layers, but --method remove makes none.")
+            if plan.low_rank and self.method.removes:
+                raise PlanError(
+                    f"{self.config.plan_name} has low-rank layers, but --method {self.method.name} makes none."
+                )
             return plan
         count = removal_count(self.config.budget, self.checkpoint.layer_count)
         untouched = [index for index, layer in enumerate(shape.layers) if layer.linears]
         stand_ins = (untouched + [index for index in range(len(shape.layers)) if index not in untouched])[:count]
         return make_plan(shape, self.config.budget.layers or stand_ins, self._budget(), self.method.name)
+
+    def refit_scope(self, trial: SurgeryPlan) -> RefitScope | None:
+        """Return what is refitted: as the user says, else as the given plan says, else as the method does."""
+        wanted, scope = self.config.refit.enabled, self.config.refit.scope
+        if wanted is None and self.given is not None and self.given.refit:
+            return None if self.given.refit == "none" else self.given.refit
+        if not (self.method.refits if wanted is None else wanted):
+            return None
+        if scope == "operated" and not trial.low_rank:
+            raise PlanError(
+                "--refit-scope operated refits low-rank layers, and nothing becomes low-rank here; take "
+                "--refit-scope all or --no-refit."
+            )
+        return scope
 
     def operate(
         self,
@@ -189,6 +221,7 @@ class _Compression:
         trial: SurgeryPlan,
         chooses: bool,
         tokens: PackedTokens | None,
+        data: RefitData | None,
         texts: list[PackedTokens],
         staging: Path | None,
     ) -> SurgeryReport:
@@ -198,35 +231,19 @@ class _Compression:
         self._check_hash(sha256)
         with clock.stage("evaluate_before"):
             before = session.evaluate(self.checkpoint, texts)
-        scratch = session.scratch / "factors"
-        scratch.mkdir()
-        factors = FactorStore(scratch, self.checkpoint.dtype)
         with calibration_walk(session, session.stream(self.checkpoint), tokens) as walk:
-            scores = None
-            if chooses:
-                with clock.stage("score"):
-                    scores = SCORERS[config.scorer].function(
-                        ScoringContext(
-                            walk=walk,
-                            count=count,
-                            seed=config.runtime.seed,
-                            keep_boundaries=bool(trial.low_rank) and self.method.needs_boundaries,
-                        )
-                    )
-            plan = self._plan(scores, count, sha256)
-            if plan.low_rank:
-                with clock.stage("operate"):
-                    plan = self.method.function(
-                        plan,
-                        SurgeryContext(
-                            model=walk.model,
-                            walk=walk if tokens is not None else None,
-                            factors=factors,
-                            progress=session.ui.progress,
-                            ranks_fixed=self.given is not None,
-                        ),
-                    )
-        operated = operated_checkpoint(self.checkpoint, plan, factors)
+            statistics = statistics_source(session, sha256, config.runtime.cache)
+            scores = self._scores(walk, count, statistics, trial) if chooses else None
+            operation = operate(
+                session,
+                walk,
+                self._plan(scores, count, sha256),
+                self.method,
+                statistics,
+                refit_data=data,
+                ranks_fixed=self.given is not None,
+            )
+        plan, operated = operation.plan, operation.checkpoint
         with clock.stage("evaluate_after"):
             after = session.evaluate(operated, texts)
         if staging is not None:
@@ -239,6 +256,7 @@ class _Compression:
             base_model=self._base_model(sha256),
             plan=plan,
             scores=scores,
+            refit=operation.refitted,
             before=before,
             after=after,
             timings={name: round(seconds, 3) for name, seconds in clock.seconds.items()},
@@ -253,9 +271,23 @@ class _Compression:
             (staging / REPORT_FILE).write_text(text + "\n", encoding="utf-8")
         return report
 
+    def _scores(self, walk: Walk, count: int, statistics: StatisticsSource, trial: SurgeryPlan) -> LayerScores:
+        with self.session.clock.stage("score"):
+            return SCORERS[self.config.scorer].function(
+                ScoringContext(
+                    walk=walk,
+                    count=count,
+                    seed=self.config.runtime.seed,
+                    statistics=statistics,
+                    keep=self.config.budget.keep or BudgetConfig.DEFAULT_KEEP,
+                    refit=self.refit_scope(trial) is not None,
+                    keep_boundaries=bool(trial.low_rank) and self.method.needs_boundaries,
+                )
+            )
+
     def _budget(self) -> BudgetConfig:
         budget = self.config.budget
-        return replace(budget, keep=0.0) if self.method.name == "remove" else budget
+        return replace(budget, keep=0.0) if self.method.removes else budget
 
     def _plan(self, scores: LayerScores | None, count: int, sha256: str) -> SurgeryPlan:
         shape = model_shape(self.checkpoint)

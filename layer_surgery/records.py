@@ -13,6 +13,8 @@ SCHEMA_VERSION = 1
 
 Action = Literal["keep", "remove", "low_rank"]
 ACTIONS: tuple[Action, ...] = ("keep", "remove", "low_rank")
+RefitScope = Literal["operated", "all"]
+REFIT_SCOPES: tuple[RefitScope, ...] = ("operated", "all")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +60,10 @@ class SurgeryPlan:
     parameter_bound: int = 0
     """The budget: `parameters` is never above it, and below it by less than one rank."""
     predicted_loss_rise: float | None = None
-    """Second-order prediction for the calibration data, nats per token with loss, where the method makes one. Good for
-    comparing plans; for changes as large as most of a layer it is well above the measured rise."""
+    """Second-order prediction for the calibration data, before any refit, nats per token with loss, where the method
+    makes one. Good for comparing plans; for changes as large as most of a layer it is above the measured rise."""
+    refit: Literal["", "none", "operated", "all"] = ""
+    """Which linears are re-solved afterwards: none, those of the low-rank layers, or also others. "" does not say."""
     schema_version: int = SCHEMA_VERSION
 
     @property
@@ -93,6 +97,9 @@ class SurgeryPlan:
         if not isinstance(layers, list) or not layers:
             raise PlanError(f"{origin} has no list 'layers'.")
         read = [_layer_from_dict(entry, position, origin) for position, entry in enumerate(layers)]
+        refit = data.get("refit", "")
+        if refit not in ("", "none", *REFIT_SCOPES):
+            raise PlanError(f"{origin} has refit {refit!r}; allowed: none, {', '.join(REFIT_SCOPES)}.")
         whole = sum(layer.action == "keep" for layer in read)
         if data.get("target_layers", whole) != whole:
             raise PlanError(
@@ -104,6 +111,7 @@ class SurgeryPlan:
             target_layers=whole,
             layers=read,
             base_sha256=str(data.get("base_sha256", "")),
+            refit=refit,
         )
 
     @classmethod
@@ -140,6 +148,21 @@ def _layer_from_dict(entry: Any, position: int, origin: str) -> LayerPlan:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RefitRecord:
+    """One linear that a refit has re-solved, or left as it was because no change was better."""
+
+    layer: int
+    """Index in the original."""
+    linear: str
+    ridge: float | None
+    """Chosen on held-out windows, as a multiple of the inputs' mean square; None: left as it was."""
+    error_before: float
+    """Squared error on held-out windows, as a fraction of the target's sum of squares."""
+    error_after: float
+    """The same with the ridge that was chosen, solved without these windows."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Perplexity:
     """exp(mean next-token cross-entropy), with the standard error over windows (delta method)."""
 
@@ -172,6 +195,8 @@ class SurgeryReport:
     base_model: dict[str, Any]
     plan: SurgeryPlan
     scores: LayerScores | None
+    refit: list[RefitRecord]
+    """What was re-solved after the surgery."""
     before: EvaluationResult
     after: EvaluationResult
     timings: dict[str, float]

@@ -25,6 +25,10 @@ class Entry(Generic[F]):
     """Whether the function looks at calibration data."""
     needs_boundaries: bool
     """Whether the function reads the hidden states at all layer boundaries."""
+    removes: bool = False
+    """Methods: whether the layers are removed and nothing of them is kept, so that there is no budget to spend."""
+    refits: bool = False
+    """Methods: whether a refit follows unless the user says otherwise."""
 
 
 class Registry(Generic[F]):
@@ -35,15 +39,23 @@ class Registry(Generic[F]):
         self._entries: dict[str, Entry[F]] = {}
 
     def add(
-        self, name: str, *, summary: str, source: str = "", needs_data: bool = False, needs_boundaries: bool = False
+        self,
+        name: str,
+        *,
+        summary: str,
+        source: str = "",
+        needs_data: bool = False,
+        needs_boundaries: bool = False,
+        removes: bool = False,
+        refits: bool = False,
     ) -> Callable[[F], F]:
-        """Return a decorator that registers a function under `name`."""
+        """Return a decorator that registers a function under `name`; see `Entry`."""
         if name in self._entries:
             raise ValueError(f"{self._kind} '{name}' is registered already")
 
         def register(function: F) -> F:
             self._entries[name] = Entry(
-                name, function, summary, source, needs_data or needs_boundaries, needs_boundaries
+                name, function, summary, source, needs_data or needs_boundaries, needs_boundaries, removes, refits
             )
             return function
 

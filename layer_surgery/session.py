@@ -73,6 +73,10 @@ class Session:
             progress=self.ui.progress,
         )
 
+    def new_scratch(self, name: str) -> Path:
+        """Return a new folder for scratch files."""
+        return Path(tempfile.mkdtemp(prefix=f"{name}-", dir=self.scratch))
+
     def stream(self, checkpoint: Checkpoint) -> StreamedModel:
         """Return a model to walk over, its outer weights loaded."""
         return StreamedModel(

@@ -35,6 +35,7 @@ class StreamedModel:
         if self._resident is None and device.type == "cpu":
             map_large_blocks()
         self._replaced: dict[int, Callable[[], dict[str, Tensor]]] = {}
+        self._originals: dict[tuple[int, str], nn.Module] = {}
         self._load_outside()
 
     @property
@@ -88,10 +89,21 @@ class StreamedModel:
 
         This changes the model in this object only, not the checkpoint.
         """
+        for name in ranks:
+            self._originals.setdefault((index, name), self.layers[index].get_submodule(name))
         replace_linears(self.layers[index], ranks)
         self._replaced[index] = read_factors
         if self._resident is not None:
             self._resident.pop(index, None)
+
+    def restore(self) -> None:
+        """Undo every `replace`."""
+        for (index, name), module in self._originals.items():
+            self.layers[index].set_submodule(name, module)
+            if self._resident is not None:
+                self._resident.pop(index, None)
+        self._originals.clear()
+        self._replaced.clear()
 
     def _layer_tensors(self, index: int) -> dict[str, Tensor]:
         if self._resident is not None and index in self._resident:

@@ -277,7 +277,10 @@ class Walk:
     def step_back(
         self, index: int, slot: int, gradient: tuple[BoundaryStore, int], observers: Sequence[Observer] = ()
     ) -> None:
-        """Recompute layer `index` from the boundary in `slot` and take `gradient` from after it to before it."""
+        """Recompute layer `index` from the boundary in `slot` and take `gradient` from after it to before it.
+
+        While observers leave the layer, the gradient after it is still there. Uses the slot behind `gradient` too.
+        """
         store, gradient_slot = gradient
         with self.model.layer(index) as layer, ExitStack() as watching:
             for observer in observers:
@@ -289,4 +292,5 @@ class Walk:
                     after = self._call(index, before)(layer, before)
                     after.backward(store.read(gradient_slot, rows))  # type: ignore[no-untyped-call]
                 assert before.grad is not None
-                store.write(gradient_slot, rows, before.grad)
+                store.write(gradient_slot + 1, rows, before.grad)
+        store.exchange(gradient_slot, gradient_slot + 1)

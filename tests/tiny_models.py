@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from layer_surgery.checkpoint import Checkpoint, open_checkpoint
 from layer_surgery.gradients import accumulated_gradients
 from layer_surgery.records import LayerPlan, SurgeryPlan
+from layer_surgery.statistics_cache import StatisticsSource
 from layer_surgery.streaming import StreamedModel
 from layer_surgery.surgeon import METHODS, FactorStore, SurgeryContext
 from layer_surgery.tokens import PackedTokens
@@ -268,9 +270,21 @@ def operate(
     with Walk(model, CALIBRATION if tokens is None else tokens, where) as walk:
         METHODS[plan.method].function(
             plan,
-            SurgeryContext(model=model, walk=walk, factors=factors, progress=no_progress, ranks_fixed=ranks_fixed),
+            SurgeryContext(
+                model=model,
+                walk=walk,
+                factors=factors,
+                statistics=statistics_source(scratch, checkpoint.dtype),
+                progress=no_progress,
+                ranks_fixed=ranks_fixed,
+            ),
         )
     return factors
+
+
+def statistics_source(scratch: Path, dtype: torch.dtype = torch.float64, **options: Any) -> StatisticsSource:
+    """Return a source of statistics that computes into a new folder of `scratch`."""
+    return StatisticsSource(Path(tempfile.mkdtemp(dir=scratch)), dtype, **options)
 
 
 def largest_difference(a: Tensor, b: Tensor) -> float:

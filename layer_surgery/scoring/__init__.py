@@ -1,6 +1,6 @@
 """Scorers: each ranks the decoder layers by importance. One per file; importing this package registers all."""
 
-from layer_surgery.scoring import angular, baselines, block_influence, perplexity, taylor
+from layer_surgery.scoring import angular, baselines, block_influence, fisher, perplexity, taylor
 from layer_surgery.scoring.context import SCORERS, Scorer, ScoringContext
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "angular",
     "baselines",
     "block_influence",
+    "fisher",
     "perplexity",
     "taylor",
 ]

@@ -9,6 +9,7 @@ import torch
 
 from layer_surgery.records import LayerScores
 from layer_surgery.registry import Registry
+from layer_surgery.statistics_cache import StatisticsSource
 from layer_surgery.walk import Walk
 
 
@@ -20,6 +21,11 @@ class ScoringContext:
     count: int | None
     """How many layers are to go; None if only the values are asked for."""
     seed: int
+    statistics: StatisticsSource
+    keep: float
+    """Fraction of a layer's parameters that low-rank components would get; above 0."""
+    refit: bool = True
+    """Whether a refit follows the surgery."""
     keep_boundaries: bool = False
     """Whether a later stage needs all boundaries, so that a forward walk had better keep them."""
 

@@ -1,8 +1,8 @@
 """Surgery: the plan, and the methods that make low-rank factors. Importing this package registers all methods."""
 
-from layer_surgery.surgeon import grasp, svd, whitened
+from layer_surgery.factors import FactorStore
+from layer_surgery.surgeon import grasp, laco, replaceme, svd, whitened
 from layer_surgery.surgeon.context import METHODS, Method, SurgeryContext
-from layer_surgery.surgeon.factors import FactorStore
 from layer_surgery.surgeon.plan import LayerShape, ModelShape, check_plan, make_plan, plan_parameters, removal_count
 
 __all__ = [
@@ -14,8 +14,11 @@ __all__ = [
     "SurgeryContext",
     "check_plan",
     "grasp",
+    "laco",
     "make_plan",
     "plan_parameters",
+    "refit",
+    "replaceme",
     "removal_count",
     "svd",
     "whitened",

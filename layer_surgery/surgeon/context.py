@@ -5,28 +5,30 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from layer_surgery.factors import FactorStore
 from layer_surgery.records import SurgeryPlan
 from layer_surgery.registry import Registry
+from layer_surgery.statistics_cache import StatisticsSource
 from layer_surgery.streaming import StreamedModel
-from layer_surgery.surgeon.factors import FactorStore
 from layer_surgery.walk import Progress, Walk
 
 
 @dataclass(frozen=True, kw_only=True)
 class SurgeryContext:
-    """The original model, the calibration walk over it (None if no method needs one), and where factors go."""
+    """The original model, the calibration walk over it (None if no method needs one), and where new tensors go."""
 
     model: StreamedModel
     walk: Walk | None
     factors: FactorStore
+    statistics: StatisticsSource
     progress: Progress
     ranks_fixed: bool = False
     """Whether the ranks are the user's own, so that a method must not choose better ones."""
 
 
 Method = Callable[[SurgeryPlan, SurgeryContext], SurgeryPlan]
-"""Writes the factors of every low-rank layer of the plan to `context.factors`, and returns the plan as carried out:
-the same, or with other ranks within the same bound of parameters."""
+"""Writes the factors of every low-rank layer of the plan, and new weights of other layers where it changes any, to
+`context.factors`, and returns the plan as carried out: the same, or with other ranks within the same bound."""
 
 METHODS: Registry[Method] = Registry("method")
 

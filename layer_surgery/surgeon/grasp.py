@@ -11,11 +11,11 @@ from functools import partial
 
 from torch import nn
 
+from layer_surgery.factors import FactorStore
 from layer_surgery.gradients import accumulated_gradients
 from layer_surgery.low_rank import Factors, attributed_groups, select_groups, svd
 from layer_surgery.records import LayerPlan, SurgeryPlan
 from layer_surgery.surgeon.context import METHODS, SurgeryContext, the_walk
-from layer_surgery.surgeon.factors import FactorStore
 from layer_surgery.walk import Observer, Walk
 
 URL = "https://arxiv.org/abs/2501.00339"
@@ -71,13 +71,18 @@ def grasp_sequential(plan: SurgeryPlan, context: SurgeryContext) -> SurgeryPlan:
     """
     walk = the_walk(context)
     architecture = context.model.architecture
-    for layer in sorted(plan.low_rank, key=lambda layer: -layer.index):
-        for group in (architecture.mlp, architecture.attention):
-            ranks = {name: rank for name, rank in layer.ranks.items() if name in group}
-            if ranks:
-                _operate(walk, context, layer, ranks)
-                context.model.replace(layer.index, ranks, partial(context.factors.read, layer.index))
-                walk.forget(layer.index)
+    try:
+        for layer in sorted(plan.low_rank, key=lambda layer: -layer.index):
+            for group in (architecture.mlp, architecture.attention):
+                ranks = {name: rank for name, rank in layer.ranks.items() if name in group}
+                if ranks:
+                    _operate(walk, context, layer, ranks)
+                    context.model.replace(layer.index, ranks, partial(context.factors.read, layer.index))
+                    walk.forget(layer.index)
+    finally:  # the model is the original again for whoever uses it next
+        context.model.restore()
+        if plan.low_rank:
+            walk.forget(min(layer.index for layer in plan.low_rank))
     return plan
 
 

@@ -7,7 +7,7 @@ from layer_surgery.records import SurgeryPlan
 from layer_surgery.surgeon.context import METHODS, SurgeryContext
 
 
-@METHODS.add("remove", summary="remove the layers outright; nothing takes their place (--keep 0)")
+@METHODS.add("remove", summary="remove the layers outright; nothing takes their place (--keep 0)", removes=True)
 def remove(plan: SurgeryPlan, context: SurgeryContext) -> SurgeryPlan:
     """Do nothing: a layer that is removed has no factors."""
     return plan

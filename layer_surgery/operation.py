@@ -1,0 +1,121 @@
+"""From a plan to the operated model: the method, then the refit. Used by every command that operates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from layer_surgery.checkpoint import Checkpoint
+from layer_surgery.data import load_documents, pack_evaluation
+from layer_surgery.factors import FactorStore
+from layer_surgery.operated import operated_checkpoint
+from layer_surgery.records import RefitRecord, RefitScope, SurgeryPlan
+from layer_surgery.registry import Entry
+from layer_surgery.session import Session
+from layer_surgery.statistics_cache import StatisticsSource
+from layer_surgery.surgeon import Method, SurgeryContext
+from layer_surgery.surgeon.refit import check_windows, refit
+from layer_surgery.tokens import PackedTokens
+from layer_surgery.walk import Walk
+
+GENERAL_TEXT = "bundled"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Operation:
+    """What was done, and the model that it gives. Its tensors are in scratch files of the session."""
+
+    plan: SurgeryPlan
+    checkpoint: Checkpoint
+    refitted: list[RefitRecord]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RefitData:
+    """What a refit looks at: some of the calibration windows, and general text beside them."""
+
+    scope: RefitScope
+    windows: int
+    """Number of calibration windows used, from the first on."""
+    general: PackedTokens | None
+
+
+def operate(
+    session: Session,
+    walk: Walk,
+    plan: SurgeryPlan,
+    method: Entry[Method],
+    statistics: StatisticsSource,
+    *,
+    refit_data: RefitData | None = None,
+    ranks_fixed: bool = False,
+) -> Operation:
+    """Carry out a plan on the original that `walk` walks over."""
+    directory = session.new_scratch("factors")
+    factors = FactorStore(directory, session.checkpoint.dtype)
+    if plan.low_rank or method.removes:
+        with session.clock.stage("operate"):
+            context = SurgeryContext(
+                model=walk.model,
+                walk=walk,
+                factors=factors,
+                statistics=statistics,
+                progress=session.ui.progress,
+                ranks_fixed=ranks_fixed,
+            )
+            plan = method.function(plan, context)
+    operated = operated_checkpoint(session.checkpoint, plan, factors)
+    plan = replace(plan, refit="none" if refit_data is None else refit_data.scope)
+    if refit_data is None:
+        return Operation(plan=plan, checkpoint=operated, refitted=[])
+    with session.clock.stage("refit"), _walks(session, walk, refit_data) as walks:
+        refitted = FactorStore(session.new_scratch("refitted"), session.checkpoint.dtype)
+        records = refit(plan, walks, session.stream(operated), refitted, refit_data.scope)
+    operated = operated_checkpoint(session.checkpoint, plan, factors, refitted)
+    return Operation(plan=plan, checkpoint=operated, refitted=records)
+
+
+def refit_data(session: Session, tokens: PackedTokens, scope: RefitScope, general_share: float) -> RefitData:
+    """Return what a refit of this share of general text looks at: as many windows as there are calibration sequences.
+
+    General text is the bundled text's calibration part. There is none beside calibration data that has it already.
+    Raises `DataError` for too few windows.
+    """
+    check_windows(tokens.sequences)
+    wanted = round(general_share * tokens.sequences)
+    if not wanted or any(source.name == GENERAL_TEXT for source in tokens.sources):
+        return RefitData(scope=scope, windows=tokens.sequences, general=None)
+    general = pack_evaluation(
+        load_documents(GENERAL_TEXT, part="calibration"),
+        session.need_tokenizer(),
+        sequence_length=tokens.sequence_length,
+        max_windows=wanted,
+    )
+    session.ui.note(
+        f"refit: {tokens.sequences - general.sequences} of the calibration sequences, and {general.sequences} of "
+        f"general text ('{GENERAL_TEXT}'; --refit-general 0 for none)"
+    )
+    return RefitData(scope=scope, windows=tokens.sequences - general.sequences, general=general)
+
+
+@contextmanager
+def _walks(session: Session, walk: Walk, data: RefitData) -> Iterator[list[tuple[Walk, int]]]:
+    with ExitStack() as stack:
+        walks = [(walk, data.windows)]
+        if data.general is not None:
+            other = stack.enter_context(Walk(walk.model, data.general, session.settings))
+            walks.append((other, data.general.sequences))
+        yield walks
+
+
+def statistics_source(session: Session, base_sha256: str, cache: Path | None) -> StatisticsSource:
+    """Return where this session's statistics come from."""
+    return StatisticsSource(
+        session.new_scratch("statistics"),
+        session.checkpoint.dtype,
+        cache=cache,
+        base_sha256=base_sha256,
+        note=session.ui.note,
+    )

@@ -1,0 +1,62 @@
+"""What layers cost after their best low-rank replacement, alone and together, as Fisher information predicts it."""
+
+from __future__ import annotations
+
+from layer_surgery.couplings import Couplings
+from layer_surgery.errors import PlanError
+from layer_surgery.records import LayerScores
+from layer_surgery.scoring.context import SCORERS, ScoringContext
+from layer_surgery.statistics import useful_ranks
+
+URL = "https://arxiv.org/abs/1412.1193"
+#: Share of the first layer's error that a refit of all later layers takes away, as measured on the demo checkpoint
+#: (reports/task_aware: single layers).
+ABSORBED = 1 / 3
+
+
+@SCORERS.add(
+    "fisher",
+    summary="predicted rise of the loss when layers are replaced by their best low-rank components, also jointly",
+    source=URL,
+    needs_boundaries=True,
+)
+def fisher(context: ScoringContext) -> LayerScores:
+    """Return the predicted cost of each layer alone; the order is greedy by the cost of all chosen so far together.
+
+    The cost is that of a fraction `context.keep` kept: low-rank components of the method `fisher`, chosen for each
+    layer by itself. See `couplings.py`. If a refit follows, the layers behind a cut make up for a part of its
+    error: the share is `ABSORBED` for the first layer, going down to none for the last.
+    """
+    linears = useful_ranks(context.walk.model, context.path)
+    without = [index for index, names in linears.items() if not names]
+    if without:
+        raise PlanError(
+            f"the scorer fisher needs linear layers that can be replaced, and layers {without} have none; use another, "
+            "such as --scorer block_influence."
+        )
+    couplings = context.statistics.get(context.walk, linears).couplings
+    if context.refit:
+        couplings = couplings.scaled([1 - ABSORBED * (1 - i / max(1, context.layer_count - 1)) for i in context.path])
+    values = [couplings.cost([index], context.keep) for index in context.path]
+    return LayerScores(
+        scorer="fisher",
+        source=URL,
+        quantity=f"predicted rise of the loss with a fraction {context.keep:g} kept (nats per token)",
+        values=values,
+        removal_order=greedy_order(couplings, context.keep, context.count or context.layer_count),
+        tokens=context.tokens,
+    )
+
+
+def greedy_order(couplings: Couplings, keep: float, count: int) -> list[int]:
+    """Return `count` layers, each the one that adds least to the predicted cost of those before it.
+
+    Of equals the deeper goes first.
+    """
+    coupling, order = couplings.between(keep), list[int]()
+    rest = list(couplings.layers)
+    while rest and len(order) < count:
+        added = {i: 0.5 * coupling[i, i] + sum(coupling[i, j] for j in order) for i in rest}
+        order.append(min(rest, key=lambda i: (added[i], -i)))
+        rest.remove(order[-1])
+    return order

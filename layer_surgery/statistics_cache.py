@@ -1,0 +1,151 @@
+"""Statistics on disk: a folder for each combination of checkpoint, calibration tokens and precision.
+
+Found by content (hashes), never by name. What is damaged or of another release is computed again and never trusted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from layer_surgery.couplings import Couplings
+from layer_surgery.errors import LayerSurgeryError
+from layer_surgery.factors import FactorStore
+from layer_surgery.statistics import Ranks, Statistics, collect, useful_ranks
+from layer_surgery.tokens import PackedTokens
+from layer_surgery.walk import Walk
+
+#: Raised whenever what the statistics are, or how they are computed, changes.
+SCHEMA_VERSION = 1
+RECORD_FILE = "statistics.json"
+
+
+class StatisticsSource:
+    """Gives statistics, computing what is not there: in a scratch folder, or for all layers at once in a cache."""
+
+    def __init__(
+        self,
+        scratch: Path,
+        dtype: torch.dtype,
+        *,
+        cache: Path | None = None,
+        base_sha256: str = "",
+        note: Callable[[str], None] = lambda _text: None,
+    ) -> None:
+        """Compute into `scratch`, or into a folder of `cache`; `dtype` is that of the stored components."""
+        self._scratch, self._dtype, self._cache = scratch, dtype, cache
+        self._base_sha256, self._note = base_sha256, note
+        self._statistics: Statistics | None = None
+        self._parts = 0
+
+    def get(self, walk: Walk, layers: Mapping[int, Ranks]) -> Statistics:
+        """Return statistics that hold at least these components."""
+        if self._cache is not None and self._statistics is None:
+            self._statistics = self._cached(walk)
+        if self._statistics is None or not self._statistics.covers(layers):
+            known = self._statistics
+            self._statistics = self._new(walk)
+            if known is None or self._cache is not None:
+                collect(walk, self._statistics, layers)
+            else:
+                wanted = dict(layers) | {index: ranks for index, ranks in known.ranks.items() if index not in layers}
+                collect(walk, self._statistics, wanted)
+        return self._statistics
+
+    def _new(self, walk: Walk) -> Statistics:
+        self._parts += 1
+        directory = self._scratch / f"components-{self._parts}"
+        directory.mkdir()
+        return Statistics(FactorStore(directory, self._dtype), loss_scale(walk.tokens))
+
+    def _cached(self, walk: Walk) -> Statistics:
+        assert self._cache is not None
+        identity = self._identity(walk)
+        key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:40]
+        folder = self._cache / key
+        if folder.exists():
+            try:
+                statistics = _read(folder, identity, self._dtype)
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                self._note(f"warning: the cached statistics in {folder} are not used ({error}); computing them again")
+            else:
+                self._note(f"statistics: from the cache, {folder}")
+                return statistics
+        staging = self._cache / f".{key}.partial-{os.getpid()}"
+        try:
+            staging.mkdir(parents=True)
+        except OSError as error:
+            raise LayerSurgeryError(f"--cache {self._cache} cannot be written ({error.strerror}).") from error
+        try:
+            statistics = Statistics(FactorStore(staging, self._dtype), loss_scale(walk.tokens))
+            collect(walk, statistics, useful_ranks(walk.model, range(walk.model.layer_count)))
+            _write(staging, identity, statistics)
+            shutil.rmtree(folder, ignore_errors=True)
+            staging.rename(folder)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+        statistics.components = FactorStore(folder, self._dtype)
+        return statistics
+
+    def _identity(self, walk: Walk) -> dict[str, Any]:
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "checkpoint_sha256": self._base_sha256 or walk.model.checkpoint.sha256(),
+            "data_sha256": walk.tokens.sha256,
+            "compute_dtype": str(walk.model.dtype),
+            "stored_dtype": str(self._dtype),
+            "device": walk.model.device.type,
+        }
+
+
+def loss_scale(tokens: PackedTokens) -> float:
+    """Return the number of tokens for each one that carries loss."""
+    return int(tokens.valid.sum()) / tokens.predicted_tokens
+
+
+def _write(folder: Path, identity: Mapping[str, Any], statistics: Statistics) -> None:
+    files = {path.name: _sha256(path) for path in sorted(folder.glob("*.safetensors"))}
+    record = {
+        "identity": dict(identity),
+        "loss_scale": statistics.loss_scale,
+        "sizes": statistics.sizes,
+        "values": statistics.values,
+        "ranks": statistics.ranks,
+        "couplings": statistics.couplings.to_dict(),
+        "files": files,
+    }
+    (folder / RECORD_FILE).write_text(json.dumps(record, allow_nan=False), encoding="utf-8")
+
+
+def _read(folder: Path, identity: Mapping[str, Any], dtype: torch.dtype) -> Statistics:
+    """Read a folder and check every byte of it. Raises `ValueError` and the like for what is not right."""
+    record = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
+    if record["identity"] != dict(identity):
+        raise ValueError("they were made from something else or by another release")
+    for name, sha256 in record["files"].items():
+        if Path(name).name != name or _sha256(folder / name) != sha256:
+            raise ValueError(f"{name} is damaged")
+    unlisted = {path.name for path in folder.glob("*.safetensors")} - set(record["files"])
+    if unlisted:
+        raise ValueError(f"{min(unlisted)} does not belong there")
+    by_layer = {
+        part: {int(index): entries for index, entries in record[part].items()} for part in ("sizes", "values", "ranks")
+    }
+    sizes = {i: {name: (int(out), int(in_)) for name, (out, in_) in s.items()} for i, s in by_layer["sizes"].items()}
+    values, ranks = by_layer["values"], by_layer["ranks"]
+    if not all(values[i].keys() == sizes[i].keys() == ranks[i].keys() for i in {*sizes, *values, *ranks}):
+        raise ValueError(f"{RECORD_FILE} contradicts itself")
+    couplings = Couplings.from_dict(record["couplings"])
+    return Statistics(FactorStore(folder, dtype), float(record["loss_scale"]), sizes, values, ranks, couplings)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,53 @@
+"""LaCo: removed layers are merged into the layer before them. Looks at no data.
+
+Yang et al., LaCo: Large Language Model Pruning via Layer Collapse.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from layer_surgery.errors import PlanError
+from layer_surgery.records import SurgeryPlan
+from layer_surgery.streaming import StreamedModel
+from layer_surgery.surgeon.context import METHODS, SurgeryContext
+from layer_surgery.surgeon.replaceme import removed_runs
+
+URL = "https://arxiv.org/abs/2402.11187"
+
+
+@METHODS.add(
+    "laco",
+    summary="remove; add the weight differences of each removed run to the layer before it (LaCo)",
+    source=URL,
+    removes=True,
+)
+def laco(plan: SurgeryPlan, context: SurgeryContext) -> SurgeryPlan:
+    """Put `W_l + sum_k (W_{l+k} - W_l)` in the place of each linear's W_l, l the layer before a removed run.
+
+    This is the paper's merge; which layers are merged is the plan's choice and not the paper's search by similarity.
+    """
+    model = context.model
+    runs = removed_runs(plan)
+    if runs and runs[0][0] == 0:
+        raise PlanError("--method laco needs a layer before each removed run, but layer 0 is removed.")
+    with context.progress("merging", len(runs)) as advance:
+        for first, after in runs:
+            for name in model.architecture.linears:
+                merged = {part: _merged(model, name, part, first, after) for part in ("weight", "bias")}
+                tensors = {part: tensor for part, tensor in merged.items() if tensor is not None}
+                if tensors:
+                    context.factors.write_tensors(first - 1, name, tensors)
+            advance()
+    return plan
+
+
+def _merged(model: StreamedModel, name: str, part: str, first: int, after: int) -> Tensor | None:
+    """Return the merged tensor, or None if one of the layers does not have it."""
+    names = [f"{model.checkpoint.layer_prefix(index)}{name}.{part}" for index in range(first - 1, after)]
+    if any(tensor not in model.checkpoint.source.specs for tensor in names):
+        return None
+    read = model.read_weights(names)
+    start = read[names[0]].double()
+    return start + sum((read[other].double() - start for other in names[1:]), torch.zeros_like(start))

@@ -1,0 +1,347 @@
+"""Refit: after surgery, re-solve what stays so that the operated model follows the original again. No training.
+
+The original and the operated model are walked side by side over the calibration tokens, layer by layer. A linear that
+reads the operated stream z, where the original's reads x, is re-solved by ridge least squares: those that read the
+stream (queries, keys, values, gate, up) to give what the original's give, output projections so that the residual
+stream itself comes back to the original's; before a run of removed layers, to where the original is after the run. In
+low-rank linears only the left factor is re-solved. Nothing is added to the model. Related: ReplaceMe
+(https://arxiv.org/abs/2505.02819) folds one linear map into one projection; here every later layer helps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from layer_surgery.boundaries import BoundaryStore
+from layer_surgery.errors import DataError
+from layer_surgery.factors import FactorStore
+from layer_surgery.least_squares import RidgeProblem, Solution, Sums
+from layer_surgery.modeling_layer_surgery import LowRankLinear
+from layer_surgery.records import RefitRecord, RefitScope, SurgeryPlan
+from layer_surgery.rehearsal import LayerCall, Rehearsal
+from layer_surgery.streaming import StreamedModel
+from layer_surgery.surgeon.layer_pair import (
+    ResidualScales,
+    bias_of,
+    linear_inputs,
+    linear_outputs,
+    residual_scales,
+    run_watched,
+)
+from layer_surgery.walk import Walk
+
+#: Fewest windows that a refit makes sense with: some are held out.
+LEAST_WINDOWS = 4
+#: One window in so many is held out to choose ridges on (one in two if there are fewer).
+_HELD_OUT = 8
+
+
+class _Slot(NamedTuple):
+    """Where a stream's hidden states are."""
+
+    store: BoundaryStore
+    number: int
+
+
+@dataclass
+class _Track:
+    """Some calibration tokens: the walk of the original over them, and the stream of the operated model."""
+
+    walk: Walk
+    rows: int
+    """Only the first `rows` windows are used."""
+    first_window: int
+    """Number of the first window among those of all tracks."""
+    stream: BoundaryStore
+    operated: _Slot | None = None
+    """None while the operated stream is still the original's."""
+
+    def batches(self) -> Iterator[slice]:
+        for rows in self.walk.batches():
+            if rows.start < self.rows:
+                yield slice(rows.start, min(rows.stop, self.rows))
+
+    def held_out(self, rows: slice, every: int) -> Tensor:
+        """Return which windows of a micro-batch are held out [B] bool."""
+        return torch.arange(self.first_window + rows.start, self.first_window + rows.stop) % every == every - 1
+
+
+def refit(
+    plan: SurgeryPlan,
+    walks: Sequence[tuple[Walk, int]],
+    operated: StreamedModel,
+    refitted: FactorStore,
+    scope: RefitScope,
+) -> list[RefitRecord]:
+    """Write re-solved tensors, by the original's layer indices, to `refitted`; return what was solved.
+
+    Args:
+        plan: what was done.
+        walks: over the original, each with the number of its windows to use, from the first on.
+        operated: the operated model; its layers are changed while they pass.
+        refitted: where the tensors go.
+        scope: `operated` touches low-rank layers only; `all` also the layer before a removed run and every layer after
+            the first cut.
+
+    Memory: one layer of each model, and the sums of one group of linears. Raises `DataError` for too few windows.
+    """
+    check_windows(sum(rows for _walk, rows in walks))
+    surviving = plan.surviving
+    calls = Rehearsal(operated)
+    records: list[RefitRecord] = []
+    with ExitStack() as stack:
+        tracks: list[_Track] = []
+        for walk, rows in walks:
+            walk.forward(range(walk.model.layer_count), keep=True)
+            store = stack.enter_context(walk.new_store(walk.settings.boundary_memory_bytes))
+            tracks.append(_Track(walk, rows, sum(track.rows for track in tracks), store))
+        original, progress = walks[0][0].model, walks[0][0].settings.progress
+        advance = stack.enter_context(progress("refitting", len(surviving)))
+        for position, index in enumerate(surviving):
+            after = surviving[position + 1] if position + 1 < len(surviving) else original.layer_count
+            low_rank = plan.layers[index].action == "low_rank"
+            same = tracks[0].operated is None and index == position
+            before_a_cut = after > index + 1
+            if low_rank or (scope == "all" and (before_a_cut or not same)):
+                with original.layer(index) as reference, operated.layer(position) as layer:
+                    pair = _Pair(reference, layer, index, position, after, tracks, calls, original, operated)
+                    records += pair.refit(refitted)
+                    pair.step()
+            elif not same:
+                with operated.layer(position) as layer:
+                    _step(layer, position, tracks, calls)
+            advance()
+    return records
+
+
+def check_windows(windows: int) -> None:
+    """Raise `DataError` if there are too few calibration sequences for a refit."""
+    if windows < LEAST_WINDOWS:
+        raise DataError(
+            f"--refit needs at least {LEAST_WINDOWS} calibration sequences, because it holds some out to choose its "
+            f"ridges on, but there are {windows}; raise --samples, or pass --no-refit."
+        )
+
+
+def _step(layer: nn.Module, position: int, tracks: Sequence[_Track], calls: Rehearsal) -> None:
+    """Take the operated stream of every track through a layer."""
+    with torch.no_grad():
+        for track in tracks:
+            source = track.operated or _Slot(track.walk.store, position)
+            for rows in track.batches():
+                hidden = source.store.read(source.number, rows)
+                after = calls.call(position, hidden.shape[0], hidden.shape[1])(layer, hidden)
+                track.stream.write(0, rows, after)
+            track.operated = _Slot(track.stream, 0)
+
+
+@dataclass
+class _Batch:
+    """One micro-batch on both sides."""
+
+    track: _Track
+    rows: slice
+    tokens: Tensor  # [B, S] bool: no padding
+    held_out: Tensor  # [B, S] bool, a part of `tokens`
+    reference: Tensor  # the original's stream before the layer [B, S, D]
+    operated: Tensor  # the operated stream before the layer [B, S, D]
+    reference_call: LayerCall
+    operated_call: LayerCall
+
+
+class _Pair:
+    """A layer of the original and the same layer of the operated model, whose linears are re-solved in turn."""
+
+    def __init__(
+        self,
+        reference: nn.Module,
+        layer: nn.Module,
+        index: int,
+        position: int,
+        after: int,
+        tracks: Sequence[_Track],
+        calls: Rehearsal,
+        original: StreamedModel,
+        operated: StreamedModel,
+    ) -> None:
+        self.reference, self.layer = reference, layer
+        self.index, self.position, self.after = index, position, after
+        self.tracks, self.calls, self.original = tracks, calls, original
+        self.dtype = operated.checkpoint.dtype
+        windows = sum(track.rows for track in tracks)
+        self.every = _HELD_OUT if windows >= _HELD_OUT else 2
+        self.records: list[RefitRecord] = []
+
+    def refit(self, refitted: FactorStore) -> list[RefitRecord]:
+        """Re-solve queries, keys and values; attention out; gate and up; MLP down: each sees what those before give."""
+        architecture = self.original.architecture
+        *attention, attention_out = self._present(architecture.attention) or [""]
+        *mlp, mlp_out = self._present(architecture.mlp) or [""]
+        scales = self._scales(attention_out, mlp_out)
+        self._follow_outputs(attention)
+        if scales is None:
+            self._follow_outputs([name for name in (attention_out,) if name])
+            self._follow_outputs(mlp)
+            self._follow_outputs([name for name in (mlp_out,) if name])
+        else:
+            self._follow_stream_after_attention(attention_out, mlp_out, scales)
+            self._follow_outputs(mlp)
+            self._follow_stream_after_mlp(mlp_out, scales)
+        for record in self.records:
+            if record.ridge is not None:
+                linear = self.layer.get_submodule(record.linear)
+                part = "out_factor.weight" if isinstance(linear, LowRankLinear) else "weight"
+                tensors: dict[str, Tensor] = {part: linear.get_parameter(part)}
+                if isinstance(linear, LowRankLinear):
+                    tensors["in_factor.weight"] = linear.in_factor.weight
+                refitted.write_tensors(self.index, record.linear, tensors)
+        return self.records
+
+    def step(self) -> None:
+        """Take the operated stream through the layer as it now is."""
+        _step(self.layer, self.position, self.tracks, self.calls)
+
+    # -- what is re-solved -----------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _follow_outputs(self, names: Sequence[str]) -> None:
+        """Re-solve linears to give what the original's give, on the inputs that the operated model has for them."""
+        if not names:
+            return
+        problems = _Problems(self.layer, names)
+        for batch in self._batches():
+            targets = linear_outputs(self.reference, names, batch.reference_call, batch.reference)
+            inputs = linear_inputs(self.layer, names, batch.operated_call, batch.operated)
+            problems.add(inputs, targets, batch)
+        self._solve(problems)
+
+    @torch.no_grad()
+    def _follow_stream_after_attention(self, name: str, mlp_out: str, scales: ResidualScales) -> None:
+        """Re-solve the attention's output projection so that the stream after it is the original's."""
+        problems = _Problems(self.layer, [name])
+        bias = bias_of(self.layer, name)
+        for batch in self._batches():
+            after, seen = run_watched(self.reference, [mlp_out], batch.reference_call, batch.reference)
+            target = (after - scales.mlp * seen[mlp_out] - batch.operated) / scales.attention
+            inputs = linear_inputs(self.layer, [name], batch.operated_call, batch.operated)
+            problems.add(inputs, {name: target if bias is None else target - bias}, batch)
+        self._solve(problems)
+
+    @torch.no_grad()
+    def _follow_stream_after_mlp(self, name: str, scales: ResidualScales) -> None:
+        """Re-solve the MLP's output projection so that the stream after the layer is the original's after the cut."""
+        problems = _Problems(self.layer, [name])
+        bias = bias_of(self.layer, name)
+        for batch in self._batches():
+            inputs: dict[str, Tensor] = {}
+            hook = self.layer.get_submodule(name).register_forward_pre_hook(
+                lambda _module, arguments, inputs=inputs: inputs.update({name: arguments[0]})
+            )
+            try:
+                after, seen = run_watched(self.layer, [name], batch.operated_call, batch.operated)
+            finally:
+                hook.remove()
+            aim = batch.track.walk.store.read(self.after, batch.rows)
+            target = (aim - after) / scales.mlp + seen[name]
+            problems.add(inputs, {name: target if bias is None else target - bias}, batch)
+        self._solve(problems)
+
+    def _solve(self, problems: _Problems) -> None:
+        for name, solution in problems.solve():
+            if solution.ridge is not None:
+                weight = _solved_weight(self.layer, name)
+                # Rounded as it will be stored, so that what follows sees what the saved model has.
+                weight.data = solution.weight.to(self.dtype).to(weight.dtype)
+            self.records.append(
+                RefitRecord(
+                    layer=self.index,
+                    linear=name,
+                    ridge=solution.ridge,
+                    error_before=solution.error_before,
+                    error_after=solution.error_after,
+                )
+            )
+
+    # -- the micro-batches -----------------------------------------------------------------------------------------
+
+    def _batches(self) -> Iterator[_Batch]:
+        device = self.original.device
+        for track in self.tracks:
+            source = track.operated or _Slot(track.walk.store, self.position)
+            for rows in track.batches():
+                reference = track.walk.store.read(self.index, rows)
+                shape = reference.shape[0], reference.shape[1]
+                tokens = track.walk.tokens.valid[rows]
+                held_out = tokens & track.held_out(rows, self.every)[:, None]
+                yield _Batch(
+                    track=track,
+                    rows=rows,
+                    tokens=tokens.to(device),
+                    held_out=held_out.to(device),
+                    reference=reference,
+                    operated=source.store.read(source.number, rows),
+                    reference_call=track.walk.rehearsal.call(self.index, *shape),
+                    operated_call=self.calls.call(self.position, *shape),
+                )
+
+    def _scales(self, attention_out: str, mlp_out: str) -> ResidualScales | None:
+        batch = next(self._batches())
+        return residual_scales(self.reference, attention_out, mlp_out, batch.reference_call, batch.reference)
+
+    def _present(self, names: Sequence[str]) -> list[str]:
+        """Return the names of those linears that this layer has, in both models."""
+        modules = dict(self.reference.named_modules())
+        return [name for name in names if name in modules]
+
+
+class _Problems:
+    """The least-squares problems of some linears; those that read the same input share its sums."""
+
+    def __init__(self, layer: nn.Module, names: Sequence[str]) -> None:
+        self._layer, self._names = layer, names
+        self._problems: dict[str, RidgeProblem] = {}
+        self._reads: dict[str, str] = {}
+
+    def add(self, inputs: dict[str, Tensor], targets: dict[str, Tensor], batch: _Batch) -> None:
+        """Add a micro-batch: inputs [B, S, in] and targets [B, S, out] by linear."""
+        readers: dict[int, str] = {}
+        for name in self._names:
+            linear = self._layer.get_submodule(name)
+            z = inputs[name]
+            if isinstance(linear, LowRankLinear):
+                first, z = True, linear.in_factor(z)
+            else:
+                reader = readers.setdefault(z.data_ptr(), name)
+                first = reader == name
+                self._reads[name] = reader
+            y = targets[name]
+            if name not in self._problems:
+                sizes = y.shape[-1], z.shape[-1]
+                self._problems[name] = RidgeProblem(Sums.zeros(*sizes, like=z), Sums.zeros(*sizes, like=z))
+                if not first:
+                    owner = self._problems[self._reads[name]]
+                    self._problems[name].train.inputs = owner.train.inputs
+                    self._problems[name].held_out.inputs = owner.held_out.inputs
+            problem = self._problems[name]
+            trained = batch.tokens & ~batch.held_out
+            problem.train.add(z[trained], y[trained], inputs=first)
+            problem.held_out.add(z[batch.held_out], y[batch.held_out], inputs=first)
+
+    def solve(self) -> Iterator[tuple[str, Solution]]:
+        """Yield each linear with its solution."""
+        for name in self._names:
+            reader = self._reads.get(name, name)
+            shared = None if reader == name else self._problems[reader]
+            yield name, self._problems[name].solve(_solved_weight(self._layer, name).detach(), shared)
+
+
+def _solved_weight(layer: nn.Module, name: str) -> nn.Parameter:
+    """Return the weight of a linear that a refit re-solves: its own, or its left factor [out, r]."""
+    linear = layer.get_submodule(name)
+    return linear.get_parameter("out_factor.weight" if isinstance(linear, LowRankLinear) else "weight")

@@ -1,0 +1,77 @@
+"""ReplaceMe: a run of removed layers becomes one linear map, folded into the MLP before it.
+
+Shopkhoev et al., ReplaceMe: Network Simplification via Depth Pruning and Transformer Block Linearization.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from layer_surgery.errors import PlanError
+from layer_surgery.records import SurgeryPlan
+from layer_surgery.surgeon.context import METHODS, SurgeryContext, the_walk
+from layer_surgery.surgeon.layer_pair import run_watched
+from layer_surgery.walk import Walk
+
+URL = "https://arxiv.org/abs/2505.02819"
+
+
+@METHODS.add(
+    "replaceme",
+    summary="remove; fold the best linear map for each removed run into the MLP before it (ReplaceMe)",
+    source=URL,
+    needs_boundaries=True,
+    removes=True,
+)
+def replaceme(plan: SurgeryPlan, context: SurgeryContext) -> SurgeryPlan:
+    """Solve `min_T |M T + Y - L|^2` for each removed run and put `T^T W` in the place of the MLP's output projection W.
+
+    M is the output of the MLP before the run, Y the stream that it is added to, L the stream after the run, all of the
+    original. The paper removes one contiguous block; here every run of removed layers gets its own map. Least squares
+    as in the paper, without a ridge beyond what float64 needs.
+    """
+    walk, name = the_walk(context), context.model.architecture.mlp[-1]
+    runs = removed_runs(plan)
+    if runs and runs[0][0] == 0:
+        raise PlanError("--method replaceme needs a layer before each removed run, but layer 0 is removed.")
+    walk.forward(range(context.model.layer_count), keep=True)
+    with context.progress("solving", len(runs)) as advance:
+        for first, after in runs:
+            transform = _best_map(walk, first - 1, name, after)
+            weight = f"{context.model.checkpoint.layer_prefix(first - 1)}{name}.weight"
+            stored = context.model.read_weights([weight])[weight].double()
+            context.factors.write_tensors(first - 1, name, {"weight": transform.T @ stored})
+            advance()
+    return plan
+
+
+def removed_runs(plan: SurgeryPlan) -> list[tuple[int, int]]:
+    """Return (first removed layer, first layer after it) for each run of removed layers."""
+    removed = [layer.index for layer in plan.layers if layer.action == "remove"]
+    firsts = [index for index in removed if index - 1 not in removed]
+    lasts = [index for index in removed if index + 1 not in removed]
+    return [(first, last + 1) for first, last in zip(firsts, lasts, strict=True)]
+
+
+@torch.no_grad()
+def _best_map(walk: Walk, index: int, name: str, after: int) -> Tensor:
+    """Return T [D, D] float64 with `M T ~ L - Y` over the valid calibration tokens."""
+    gram: Tensor | float = 0.0
+    products: Tensor | float = 0.0
+    with walk.model.layer(index) as layer:
+        if getattr(layer.get_submodule(name), "bias", None) is not None:
+            raise PlanError("--method replaceme folds a map into a projection without bias; this model's have one.")
+        for rows in walk.batches():
+            hidden = walk.store.read(index, rows)
+            call = walk.rehearsal.call(index, hidden.shape[0], hidden.shape[1])
+            output, seen = run_watched(layer, [name], call, hidden)
+            valid = walk.tokens.valid[rows].to(hidden.device)
+            mlp = seen[name][valid].double()
+            wanted = walk.store.read(after, rows)[valid].double() - (output[valid].double() - mlp)
+            gram = gram + mlp.T @ mlp
+            products = products + mlp.T @ wanted
+    assert isinstance(gram, Tensor) and isinstance(products, Tensor)
+    gram.diagonal().add_(1e-9 * float(gram.diagonal().mean()))
+    solution: Tensor = torch.linalg.solve(gram, products)
+    return solution
