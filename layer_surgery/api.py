@@ -36,6 +36,7 @@ class RuntimeOptions(TypedDict, total=False):
     boundary_bytes: int | None
     scratch: str | Path | None
     cache: str | Path | None
+    memory_limit: int | None
 
 
 _CALIBRATION = CalibrationConfig()

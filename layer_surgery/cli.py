@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shlex
 import signal
 import sys
@@ -123,6 +124,16 @@ def _layer_list(_context: click.Context, _parameter: click.Parameter, value: str
         raise click.BadParameter(f"'{value}' is not a list of layer numbers; give for example 3,5,7.") from None
 
 
+def _bytes(_context: click.Context, _parameter: click.Parameter, value: str | None) -> int | None:
+    if value is None:
+        return None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", value.strip(), re.IGNORECASE)
+    if match is None:
+        raise click.BadParameter(f"'{value}' is not a size; give for example 8GB or 500MiB.")
+    number, unit, binary = match.groups()
+    return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(unit.upper() or " "))
+
+
 _RUNTIME = _options(
     click.option(
         "--device",
@@ -144,6 +155,12 @@ _RUNTIME = _options(
         default=RuntimeConfig.batch_size,
         show_default=True,
         help="Sequences at a time; changes speed, not results.",
+    ),
+    click.option(
+        "--memory-limit",
+        callback=_bytes,
+        metavar="SIZE",
+        help="Most memory that layers and hidden states may take on the device, such as 8GB. [default: what is free]",
     ),
     click.option("--seed", default=RuntimeConfig.seed, show_default=True, help="Seed of every random choice."),
     click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the checkpoint."),

@@ -38,6 +38,8 @@ class RuntimeConfig:
     None is 512 MiB on a CPU and a quarter of the free memory on CUDA."""
     scratch: Path | None = None
     """Directory for scratch files; default: beside the output, else the system's temporary directory."""
+    memory_limit: int | None = None
+    """Bytes that layers, boundaries and sums may take on the device; default: what is free."""
     cache: Path | None = None
     """Directory where calibration statistics are kept between runs; default: they are not kept."""
 
@@ -46,6 +48,8 @@ class RuntimeConfig:
             raise UserError(f"--dtype is '{self.dtype}'; allowed: auto, {', '.join(DTYPES)}.")
         _at_least("--batch-size", self.batch_size, 1)
         _at_least("--seed", self.seed, 0)
+        if self.memory_limit is not None:
+            _at_least("--memory-limit", self.memory_limit, 1)
         if self.seed >= 1 << 63:
             raise UserError(f"--seed is {self.seed}; allowed: 0 to {(1 << 63) - 1}.")
 
@@ -73,6 +77,8 @@ class RuntimeConfig:
         if device.type == "cuda":
             free, _total = torch.cuda.mem_get_info(device)
             resident, boundary = free // 2, free // 4
+        if self.memory_limit is not None:
+            resident, boundary = min(resident, self.memory_limit // 2), min(boundary, self.memory_limit // 4)
         return (
             resident if self.resident_bytes is None else self.resident_bytes,
             boundary if self.boundary_bytes is None else self.boundary_bytes,
@@ -193,7 +199,7 @@ class CompressConfig:
     """One compression."""
 
     budget: BudgetConfig = field(default_factory=BudgetConfig)
-    scorer: str = "block_influence"
+    scorer: str = "fisher"
     method: str | None = None
     """None is the plan's own method if a plan is given, else `DEFAULT_METHOD`."""
     refit: RefitConfig = field(default_factory=RefitConfig)

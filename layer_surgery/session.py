@@ -18,6 +18,7 @@ from layer_surgery.config import CalibrationConfig, EvaluationConfig, RuntimeCon
 from layer_surgery.data import check_vocabulary, load_documents, pack_evaluation, pack_mixture, weighted_sources
 from layer_surgery.errors import CheckpointError, DataError
 from layer_surgery.evaluation.perplexity import perplexity
+from layer_surgery.provenance import free_memory_bytes
 from layer_surgery.records import EvaluationResult
 from layer_surgery.streaming import StreamedModel
 from layer_surgery.tokens import PackedTokens
@@ -72,6 +73,12 @@ class Session:
             scratch=self.scratch,
             progress=self.ui.progress,
         )
+
+    def available_bytes(self) -> int | None:
+        """Return how much memory the user allows, else what is free on the device; None where that is not known."""
+        if self.runtime.memory_limit is not None:
+            return self.runtime.memory_limit
+        return free_memory_bytes(self.device)
 
     def new_scratch(self, name: str) -> Path:
         """Return a new folder for scratch files."""

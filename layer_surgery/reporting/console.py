@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -30,10 +32,27 @@ def print_report(console: Console, report: SurgeryReport) -> None:
     if plan.low_rank:
         print_ranks(console, plan)
     print_comparison(console, report.before, report.after, ("before", "after", "change"))
+    print_prediction(console, report)
     if report.output is None:
         console.print("dry run: nothing was written", highlight=False)
     else:
         console.print(f"saved to [bold]{escape(report.output)}[/] (report: surgery.json)", highlight=False)
+
+
+def print_prediction(console: Console, report: SurgeryReport) -> None:
+    """Print the predicted rise of the loss beside the measured one."""
+    predicted = report.plan.predicted_loss_rise
+    if predicted is None or not report.before.perplexity:
+        return
+    measured = ", ".join(
+        f"{math.log(report.after.perplexity[name].value / before.value):+.3f} on {escape(name)}"
+        for name, before in report.before.perplexity.items()
+    )
+    refit = ", before the refit" if report.refit else ""
+    console.print(
+        f"loss (nats per token): predicted {predicted:+.3f} on the calibration data{refit}; measured {measured}",
+        highlight=False,
+    )
 
 
 def print_ranks(console: Console, plan: SurgeryPlan) -> None:
