@@ -9,8 +9,8 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from layer_surgery.architectures import per_layer_fields
 from layer_surgery.checkpoint import Checkpoint
+from layer_surgery.layer_config import surviving_fields
 from layer_surgery.modeling_layer_surgery import (
     AUTO_MAP,
     HOW_TO_LOAD,
@@ -44,7 +44,7 @@ def operated_checkpoint(base: Checkpoint, plan: SurgeryPlan, factors: FactorStor
             for name, rank in base.low_rank.items()
             if name.startswith(old_prefix)
         }
-    fields = surviving_fields(base, plan.surviving)
+    fields = surviving_fields(base.config, base.config_fields, plan.surviving)
     config, model_class = _config_and_class(base, fields, low_rank)
     return Checkpoint(
         name=f"{base.name} after surgery",
@@ -56,22 +56,6 @@ def operated_checkpoint(base: Checkpoint, plan: SurgeryPlan, factors: FactorStor
         model_class=model_class,
         directory=base.directory,
     )
-
-
-def surviving_fields(base: Checkpoint, surviving: list[int]) -> dict[str, Any]:
-    """Return the original's configuration with the layer count and every per-layer list cut to the survivors.
-
-    Lists that the architecture derives from a pattern (every n-th layer is different) are written out, because the
-    pattern does not hold for what is left.
-    """
-    fields = dict(base.config_fields)
-    complete = base.config.to_dict()
-    complete = complete.get("base_config", complete)  # a low-rank checkpoint's configuration is nested
-    for name in per_layer_fields(complete, base.layer_count):
-        fields[name] = [complete[name][index] for index in surviving]
-    fields["num_hidden_layers"] = len(surviving)
-    fields.pop("_name_or_path", None)
-    return fields
 
 
 def nested_config(fields: dict[str, Any], low_rank: dict[str, int]) -> dict[str, Any]:

@@ -26,7 +26,9 @@ from layer_surgery.records import EvaluationResult, LayerScores, SurgeryPlan, Su
 from layer_surgery.registry import Entry
 from layer_surgery.saving import REPORT_FILE, check_free_space, check_output, save_checkpoint, staged_directory
 from layer_surgery.scoring import SCORERS, ScoringContext
+from layer_surgery.selfcheck import check_survivors
 from layer_surgery.session import Model, Session, Ui, calibration_walk, check_column, open_session
+from layer_surgery.streaming import StreamedModel
 from layer_surgery.surgeon import (
     METHODS,
     FactorStore,
@@ -188,6 +190,7 @@ class _Compression:
     ) -> SurgeryReport:
         session, config, clock = self.session, self.config, self.session.clock
         count = len(trial.operated)
+        session.stream(self.checkpoint)  # proves, before anything else is done, that it can be walked over
         sha256 = self._hash()
         self._check_hash(sha256)
         with clock.stage("evaluate_before"):
@@ -208,6 +211,7 @@ class _Compression:
                         )
                     )
             plan = self._plan(scores, count, sha256)
+            self._check_survivors(plan, walk.model, factors)
             if plan.low_rank:
                 with clock.stage("operate"):
                     plan = self.method.function(
@@ -258,6 +262,15 @@ class _Compression:
             return replace(plan, base_sha256=sha256, method=self.method.name)
         chosen = self.config.budget.layers or (scores.removal_order[:count] if scores else ())
         return replace(make_plan(shape, chosen, self._budget(), self.method.name), base_sha256=sha256)
+
+    def _check_survivors(self, plan: SurgeryPlan, model: StreamedModel, factors: FactorStore) -> None:
+        """Check that the layers that stay are not changed by the going of others, before anything is computed."""
+        if len(plan.surviving) == len(plan.layers):
+            return
+        kept = [replace(layer, action="keep", ranks={}) if layer.ranks else layer for layer in plan.layers]
+        rest = operated_checkpoint(self.checkpoint, replace(plan, layers=kept), factors)
+        operated = StreamedModel(rest, device=model.device, dtype=model.dtype)
+        check_survivors(model, operated, plan.surviving)
 
     def _hash(self) -> str:
         tensors = len(self.checkpoint.source.specs)

@@ -387,7 +387,7 @@ DAMAGES: list[tuple[Callable[[Path], None], str]] = [
     (config_without_type, "has no model_type"),
     (config_of_impossible_sizes, "config.json"),
     (config_of_unknown_type, "llamma"),
-    (config_of_another_type, "the architecture 'gpt2' is not supported. Supported: cohere, gemma"),
+    (config_of_another_type, "lacks "),
     (more_layers, "'model.layers.4.input_layernorm.weight'"),
     (other_width, "has shape"),
     (without_tensor, "'model.norm.weight'"),
@@ -395,7 +395,7 @@ DAMAGES: list[tuple[Callable[[Path], None], str]] = [
     (truncated, "model.safetensors is truncated or damaged"),
     (no_weights, "has no model.safetensors"),
     (quantised, "is quantised (gptq); operate on the unquantised checkpoint"),
-    (adapter, "is a PEFT adapter, not a model; merge it"),
+    (adapter, "is a PEFT adapter for someone/model, not a model; merge it"),
     (no_tokenizer, "tokenizer"),
     (damaged_tokenizer, "tokenizer"),
 ]
@@ -449,12 +449,12 @@ def test_an_encoder_decoder_is_refused(run: CommandLine, tmp_path: Path) -> None
 
 
 def test_an_unsupported_architecture_is_refused_with_what_is_supported(tmp_path: Path) -> None:
-    config = AutoConfig.for_model("gpt_neox", vocab_size=64, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
+    config = AutoConfig.for_model("xlm", vocab_size=64, emb_dim=16, n_layers=2, n_heads=2)
     model = AutoModelForCausalLM.from_config(config)
-    with pytest.raises(CheckpointError, match=r"'gpt_neox' is not supported.*Supported: .*llama.*qwen3"):
+    with pytest.raises(CheckpointError, match=r"'xlm' is not supported.*cannot be guessed.*Supported: .*llama.*qwen3"):
         layer_surgery.compress(model, tmp_path / "output", layers=[1])
     model.save_pretrained(tmp_path / "model")
-    with pytest.raises(CheckpointError, match=r"'gpt_neox' is not supported.*Supported: .*llama.*qwen3"):
+    with pytest.raises(CheckpointError, match=r"'xlm' is not supported.*cannot be guessed.*Supported: .*llama.*qwen3"):
         layer_surgery.compress(tmp_path / "model", tmp_path / "output", layers=[1])
 
 
