@@ -92,6 +92,17 @@ def check_causal_lm(config: Any, fields: Mapping[str, Any], where: str) -> None:
         )
 
 
+def check_layers_stand_alone(config: Any, where: str) -> None:
+    """Refuse a model whose layers take keys and values from other layers (small Gemma 3n and 4)."""
+    shared = getattr(config, "num_kv_shared_layers", None)
+    if shared:
+        raise CheckpointError(
+            f"{where} has layers that use the keys and values of earlier ones (num_kv_shared_layers is {shared}), so "
+            f"its layers cannot be looked at or removed one by one; such models ({config.model_type}) are not "
+            "supported."
+        )
+
+
 def check_tensors(
     skeleton: PreTrainedModel,
     stored: Mapping[str, TensorSpec],

@@ -15,7 +15,13 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from layer_surgery.admission import check_causal_lm, check_directory, check_not_quantised, check_tensors
+from layer_surgery.admission import (
+    check_causal_lm,
+    check_directory,
+    check_layers_stand_alone,
+    check_not_quantised,
+    check_tensors,
+)
 from layer_surgery.architectures import Architecture, base_model_type
 from layer_surgery.conversion import as_in_model, with_conv1d_transposed
 from layer_surgery.errors import CheckpointError
@@ -216,6 +222,7 @@ def _from_directory(name: str, directory: Path, trust_remote_code: bool) -> Chec
     else:
         config = _stock_config(directory, trust_remote_code)
     check_causal_lm(config, fields, str(directory))
+    check_layers_stand_alone(config, str(directory))
     files = checkpoint_files(directory)
     return Checkpoint(
         name=name,
@@ -272,6 +279,7 @@ def _from_memory(model: PreTrainedModel) -> Checkpoint:
     # As save_pretrained does: a model made from its configuration has neither there.
     fields["architectures"] = fields.get("architectures") or [type(model).__name__]
     check_causal_lm(model.config, fields, f"the {type(model).__name__}")
+    check_layers_stand_alone(model.config, f"the {type(model).__name__}")
     fields["dtype"] = str(model.dtype).removeprefix("torch.")
     tensors = model.state_dict()
     if any(tensor.is_meta for tensor in tensors.values()):

@@ -6,6 +6,7 @@ import re
 
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from layer_surgery.architectures import ARCHITECTURES, Architecture, base_model_type
 from layer_surgery.errors import CheckpointError, nearest_name
@@ -29,8 +30,22 @@ def architecture_of(model: PreTrainedModel) -> Architecture:
     Raises `CheckpointError` if the type is neither listed nor built as can be guessed.
     """
     model_type = base_model_type(model.config)
-    listed = ARCHITECTURES.get(model_type)
-    return listed if listed is not None else guess_architecture(model, model_type)
+    if is_stock(model) and model_type in ARCHITECTURES and _fits(ARCHITECTURES[model_type], model):
+        return ARCHITECTURES[model_type]
+    return guess_architecture(model, model_type)
+
+
+def _fits(entry: Architecture, model: PreTrainedModel) -> bool:
+    """Whether modules are called what the table says: another version of transformers may call them otherwise."""
+    modules = dict(model.named_modules())
+    layers = modules.get(entry.layers)
+    return isinstance(layers, nn.ModuleList) and any(f"{entry.layers}.0.{name}" in modules for name in entry.linears)
+
+
+def is_stock(model: PreTrainedModel) -> bool:
+    """Whether the model is transformers' own for its configuration, and not made by code that came with it."""
+    base_class = getattr(model.config, "base_class", type(model.config))
+    return base_class in MODEL_FOR_CAUSAL_LM_MAPPING
 
 
 def guess_architecture(model: PreTrainedModel, model_type: str) -> Architecture:
@@ -53,7 +68,8 @@ def guess_architecture(model: PreTrainedModel, model_type: str) -> Architecture:
             f"{nearest_name(model_type, ARCHITECTURES)} Supported: {', '.join(sorted(ARCHITECTURES))}."
         )
     layers = found[outermost[0]]
-    attention, mlp = _guess_linears(layers)
+    # A low-rank checkpoint is loaded on top of a class of transformers; see modeling_layer_surgery.py.
+    attention, mlp = _guess_linears(layers) if is_stock(model) else ((), ())
     return Architecture(model_type=model_type, layers=outermost[0], attention=attention, mlp=mlp, guessed=True)
 
 

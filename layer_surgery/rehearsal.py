@@ -126,15 +126,20 @@ class Rehearsal:
     def _rehearse(self, token_ids: Tensor) -> tuple[Tensor, list[LayerCall]]:
         """Return the first boundary and what each layer is called with."""
         if self._layers_return_tuples is None:
-            # Some models unpack what a layer returns and some do not; only one of the two works.
-            for tuples in (False, True):
-                self._layers_return_tuples = tuples
-                try:
-                    return self._record(token_ids)
-                except Exception:  # whatever a model raises that gets the other kind
-                    if tuples:
-                        raise
+            return self._rehearse_first(token_ids)
         return self._record(token_ids)
+
+    def _rehearse_first(self, token_ids: Tensor) -> tuple[Tensor, list[LayerCall]]:
+        """Find out whether the model unpacks what a layer returns: only one of the two works."""
+        failures = []
+        for tuples in (False, True):
+            self._layers_return_tuples = tuples
+            try:
+                return self._record(token_ids)
+            except Exception as error:  # whatever a model raises that gets the other kind
+                failures.append(error)
+        self._layers_return_tuples = None
+        raise failures[0]
 
     def _record(self, token_ids: Tensor) -> tuple[Tensor, list[LayerCall]]:
         seen: list[Tensor] = []
