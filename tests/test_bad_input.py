@@ -371,6 +371,58 @@ def adapter(path: Path) -> None:
     (path / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "someone/model"}')
 
 
+def adapter_beside_a_configuration(path: Path) -> None:
+    (path / "model.safetensors").unlink()
+    (path / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "someone/model"}')
+
+
+def fp8_config(path: Path) -> None:
+    edit_json(path / "config.json", quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]})
+
+
+def awq_beside(path: Path) -> None:
+    (path / "quant_config.json").write_text('{"w_bit": 4}')
+
+
+def gptq_tensors(path: Path) -> None:
+    def pack(tensors: dict[str, torch.Tensor]) -> None:
+        name = "model.layers.0.mlp.up_proj"
+        tensors[f"{name}.qweight"] = tensors.pop(f"{name}.weight").to(torch.int32)
+
+    edit_tensors(path, pack)
+
+
+def fp8_tensors(path: Path) -> None:
+    def cast(tensors: dict[str, torch.Tensor]) -> None:
+        name = "model.layers.0.mlp.up_proj.weight"
+        tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+
+    edit_tensors(path, cast)
+
+
+def shared_keys_and_values(path: Path) -> None:
+    edit_json(path / "config.json", model_type="gemma4_text", architectures=None, num_kv_shared_layers=1)
+    edit_json(path / "config.json", layer_types=["full_attention"] * 4)
+
+
+def multimodal(path: Path) -> None:
+    text = {**json.loads((path / "config.json").read_text()), "model_type": "gemma3_text"}
+    architectures = ["Gemma3ForConditionalGeneration"]
+    (path / "config.json").write_text(
+        json.dumps({"model_type": "gemma3", "architectures": architectures, "text_config": text})
+    )
+
+
+def multimodal_that_loads_as_a_causal_lm(path: Path) -> None:
+    (path / "config.json").write_text(
+        json.dumps({"model_type": "qwen3_5", "architectures": ["Qwen3_5ForConditionalGeneration"]})
+    )
+
+
+def encoder_with_a_head(path: Path) -> None:
+    edit_json(path / "config.json", model_type="bert", architectures=["BertLMHeadModel"])
+
+
 def no_tokenizer(path: Path) -> None:
     for file in path.glob("tokenizer*"):
         file.unlink()
@@ -396,6 +448,18 @@ DAMAGES: list[tuple[Callable[[Path], None], str]] = [
     (no_weights, "has no model.safetensors"),
     (quantised, "is quantised (gptq); operate on the unquantised checkpoint"),
     (adapter, "is a PEFT adapter for someone/model, not a model; merge it"),
+    (adapter_beside_a_configuration, "is a PEFT adapter for someone/model, not a model; merge it"),
+    (fp8_config, "is quantised (fp8); operate on the unquantised checkpoint"),
+    (awq_beside, "is quantised (awq); operate on the unquantised checkpoint"),
+    (gptq_tensors, "is quantised (it has 'model.layers.0.mlp.up_proj.qweight'); operate on the unquantised checkpoint"),
+    (fp8_tensors, "is quantised ('model.layers.0.mlp.up_proj.weight' is float8_e4m3fn)"),
+    (shared_keys_and_values, "layers that use the keys and values of earlier ones (num_kv_shared_layers is 1)"),
+    (
+        multimodal,
+        "is multimodal (architectures: Gemma3ForConditionalGeneration, model_type: gemma3; parts: text",
+    ),
+    (multimodal_that_loads_as_a_causal_lm, "is multimodal (architectures: Qwen3_5ForConditionalGeneration"),
+    (encoder_with_a_head, "is not a causal language model (architectures: BertLMHeadModel, model_type: bert)"),
     (no_tokenizer, "tokenizer"),
     (damaged_tokenizer, "tokenizer"),
 ]

@@ -153,7 +153,7 @@ def without_layers(model: PreTrainedModel, removed: Iterable[int]) -> PreTrained
     kept = [index for index in range(len(layers)) if index not in set(removed)]
     copied.config.num_hidden_layers = len(kept)
     for name in ("layer_types", "no_rope_layers"):
-        if getattr(copied.config, name, None) is not None:
+        if len(getattr(copied.config, name, None) or []) == len(layers):
             setattr(copied.config, name, [getattr(copied.config, name)[index] for index in kept])
     parent, _, name = architecture_of(model).layers.rpartition(".")
     setattr(copied.get_submodule(parent), name, nn.ModuleList([layers[index] for index in kept]))
