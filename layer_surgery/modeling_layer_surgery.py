@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.pytorch_utils import Conv1D
 
 MODEL_TYPE = "layer_surgery"
 HOW_TO_LOAD = (
@@ -71,12 +72,16 @@ def replace_linears(model: nn.Module, ranks: dict[str, int]) -> None:
     """Replace, in place, every linear named in `ranks` by a `LowRankLinear` of that rank (weights not set)."""
     for name, rank in ranks.items():
         linear = model.get_submodule(name)
-        if not isinstance(linear, nn.Linear):
+        if isinstance(linear, Conv1D):  # GPT-2's linear, whose weight is [in, out]
+            in_features, out_features = linear.weight.shape
+        elif isinstance(linear, nn.Linear):
+            out_features, in_features = linear.weight.shape
+        else:
             raise ValueError(f"low_rank names '{name}', which is a {type(linear).__name__} and not a linear layer")
         parent, _, child = name.rpartition(".")
         replacement = LowRankLinear(
-            linear.in_features,
-            linear.out_features,
+            in_features,
+            out_features,
             rank,
             bias=linear.bias is not None,
             device=linear.weight.device,

@@ -21,14 +21,17 @@ from layer_surgery.config import (
 )
 from layer_surgery.data import weighted_sources
 from layer_surgery.errors import CheckpointError, OutputError, PlanError
+from layer_surgery.operated import operated_checkpoint
 from layer_surgery.operation import RefitData, operate, refit_data, statistics_source
 from layer_surgery.provenance import peak_device_memory_bytes, peak_memory_bytes, provenance
 from layer_surgery.records import EvaluationResult, LayerScores, RefitScope, SurgeryPlan, SurgeryReport
 from layer_surgery.registry import Entry
 from layer_surgery.saving import REPORT_FILE, check_free_space, check_output, save_checkpoint, staged_directory
 from layer_surgery.scoring import SCORERS, ScoringContext
+from layer_surgery.selfcheck import check_survivors
 from layer_surgery.session import Model, Session, Ui, calibration_walk, check_column, open_session
 from layer_surgery.statistics_cache import StatisticsSource
+from layer_surgery.streaming import StreamedModel
 from layer_surgery.surgeon import (
     METHODS,
     LayerShape,
@@ -227,6 +230,7 @@ class _Compression:
     ) -> SurgeryReport:
         session, config, clock = self.session, self.config, self.session.clock
         count = len(trial.operated)
+        session.stream(self.checkpoint)  # proves, before anything else is done, that it can be walked over
         sha256 = self._hash()
         self._check_hash(sha256)
         with clock.stage("evaluate_before"):
@@ -234,10 +238,12 @@ class _Compression:
         with calibration_walk(session, session.stream(self.checkpoint), tokens) as walk:
             statistics = statistics_source(session, sha256, config.runtime.cache)
             scores = self._scores(walk, count, statistics, trial) if chooses else None
+            plan = self._plan(scores, count, sha256)
+            self._check_survivors(plan, walk.model)
             operation = operate(
                 session,
                 walk,
-                self._plan(scores, count, sha256),
+                plan,
                 self.method,
                 statistics,
                 refit_data=data,
@@ -296,6 +302,15 @@ class _Compression:
             return replace(plan, base_sha256=sha256, method=self.method.name)
         chosen = self.config.budget.layers or (scores.removal_order[:count] if scores else ())
         return replace(make_plan(shape, chosen, self._budget(), self.method.name), base_sha256=sha256)
+
+    def _check_survivors(self, plan: SurgeryPlan, model: StreamedModel) -> None:
+        """Check that the layers that stay are not changed by the going of others, before anything is computed."""
+        if len(plan.surviving) == len(plan.layers):
+            return
+        kept = [replace(layer, action="keep", ranks={}) if layer.ranks else layer for layer in plan.layers]
+        rest = operated_checkpoint(self.checkpoint, replace(plan, layers=kept))
+        operated = StreamedModel(rest, device=model.device, dtype=model.dtype)
+        check_survivors(model, operated, plan.surviving)
 
     def _hash(self) -> str:
         tensors = len(self.checkpoint.source.specs)

@@ -20,6 +20,7 @@ from layer_surgery.errors import CheckpointError, DataError
 from layer_surgery.evaluation.perplexity import perplexity
 from layer_surgery.provenance import free_memory_bytes
 from layer_surgery.records import EvaluationResult
+from layer_surgery.selfcheck import check_walk
 from layer_surgery.streaming import StreamedModel
 from layer_surgery.tokens import PackedTokens
 from layer_surgery.walk import Progress, Walk, WalkSettings, no_progress
@@ -63,6 +64,7 @@ class Session:
     clock: Clock
     resident_bytes: int
     boundary_bytes: int
+    _proven: list[Checkpoint] = field(default_factory=list)
 
     @property
     def settings(self) -> WalkSettings:
@@ -85,13 +87,18 @@ class Session:
         return Path(tempfile.mkdtemp(prefix=f"{name}-", dir=self.scratch))
 
     def stream(self, checkpoint: Checkpoint) -> StreamedModel:
-        """Return a model to walk over, its outer weights loaded."""
-        return StreamedModel(
+        """Return a model to walk over, its outer weights loaded; the first time, prove that it can be walked over."""
+        model = StreamedModel(
             checkpoint,
             device=self.device,
             dtype=self.runtime.torch_dtype(self.device, checkpoint.dtype),
             resident_bytes=self.resident_bytes,
         )
+        if not any(proven is checkpoint for proven in self._proven):
+            with self.clock.stage("self_check"):
+                check_walk(model)
+            self._proven.append(checkpoint)
+        return model
 
     def need_tokenizer(self) -> PreTrainedTokenizerBase:
         if self.tokenizer is None:
@@ -138,7 +145,8 @@ class Session:
 
     def _check(self, tokens: PackedTokens) -> None:
         check_vocabulary(tokens, int(self.checkpoint.skeleton.get_input_embeddings().weight.shape[0]))
-        longest = getattr(self.checkpoint.config, "max_position_embeddings", None)
+        config = self.checkpoint.config
+        longest = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
         if longest is not None and tokens.sequence_length > longest:
             raise DataError(
                 f"--sequence-length is {tokens.sequence_length}, but {self.checkpoint.name} takes at most {longest}."
@@ -183,11 +191,29 @@ def open_session(
         if tokenizer is None and checkpoint.directory is not None:
             tokenizer = load_tokenizer(checkpoint)
         _check_tokenizer(checkpoint, tokenizer)
+    _say_what_is_special(checkpoint, ui)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     parent = runtime.scratch or scratch_parent
     with tempfile.TemporaryDirectory(prefix=".layer-surgery-", dir=parent) as scratch:
         yield Session(checkpoint, tokenizer, runtime, device, Path(scratch), ui, clock, *runtime.memory(device))
+
+
+def _say_what_is_special(checkpoint: Checkpoint, ui: Ui) -> None:
+    architecture = checkpoint.architecture
+    if architecture.guessed:
+        kind = type(checkpoint.layers[0]).__name__
+        linears = ", ".join(architecture.linears)
+        ui.note(
+            f"the architecture '{architecture.model_type}' is not listed; guessing that its decoder layers are "
+            f"'{architecture.layers}' ({checkpoint.layer_count} x {kind}), "
+            + (f"with the linears {linears}" if linears else "which can be removed but not made low-rank")
+        )
+    if checkpoint.left_out:
+        ui.note(
+            f"{len(checkpoint.left_out)} tensors that transformers does not use (the first is "
+            f"'{checkpoint.left_out[0]}'; heads that predict further tokens are such) are left out of the result"
+        )
 
 
 def _check_tokenizer(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase | None) -> None:

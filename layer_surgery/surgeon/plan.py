@@ -23,7 +23,7 @@ class LayerShape:
 
     @property
     def fixed(self) -> int:
-        """Parameters that a low-rank layer keeps as they are: norms and biases."""
+        """Parameters that a low-rank layer keeps as they are: norms, biases, experts."""
         return self.parameters - sum(out * in_ for out, in_ in self.linears.values())
 
 
@@ -74,7 +74,10 @@ def make_plan(shape: ModelShape, chosen: Sequence[int], budget: BudgetConfig, me
     rest = shape.parameters - operated_parameters
     bound = _parameter_bound(budget, shape.parameters, operated_parameters)
     if done and bound != rest:
-        raise PlanError(f"layers {done} are low-rank already; choose others, or remove them with --keep 0.")
+        raise PlanError(
+            f"layers {done} have no linears that can be made low-rank (or are low-rank already); choose others, or "
+            "remove them with --keep 0."
+        )
     if bound == rest:
         layers = [LayerPlan(index=i, action="remove" if i in chosen else "keep") for i in range(len(shape.layers))]
         return _plan(method, layers, rest, bound)
@@ -105,8 +108,9 @@ def uniform_ranks(
         whole = sum(layer.parameters for layer in operated)
         option, low = ("--keep", least / whole) if by_keep else ("--target-parameters", (rest + least) / total)
         raise PlanError(
-            f"the budget cannot be reached: these layers' norms and biases and one rank in each of their linears take "
-            f"{least:,} parameters, but {max(0, available):,} are allowed; reachable: {option} {_up(low)} to 1, or "
+            f"the budget cannot be reached: what stays whole in these layers (norms, biases, experts) and one rank in "
+            f"each of their linears take {least:,} parameters, but {max(0, available):,} are allowed; reachable: "
+            f"{option} {_up(low)} to 1, or "
             "--keep 0 to remove the layers outright."
         )
     spendable = available - fixed

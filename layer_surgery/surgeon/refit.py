@@ -23,6 +23,7 @@ from layer_surgery.errors import DataError
 from layer_surgery.factors import FactorStore
 from layer_surgery.least_squares import RidgeProblem, Solution, Sums
 from layer_surgery.modeling_layer_surgery import LowRankLinear
+from layer_surgery.moments import rows_of
 from layer_surgery.records import RefitRecord, RefitScope, SurgeryPlan
 from layer_surgery.rehearsal import LayerCall, Rehearsal
 from layer_surgery.streaming import StreamedModel
@@ -136,7 +137,7 @@ def _step(layer: nn.Module, position: int, tracks: Sequence[_Track], calls: Rehe
             source = track.operated or _Slot(track.walk.store, position)
             for rows in track.batches():
                 hidden = source.store.read(source.number, rows)
-                after = calls.call(position, hidden.shape[0], hidden.shape[1])(layer, hidden)
+                after = calls.call(position, track.walk.tokens.token_ids[rows])(layer, hidden)
                 track.stream.write(0, rows, after)
             track.operated = _Slot(track.stream, 0)
 
@@ -275,8 +276,7 @@ class _Pair:
         for track in self.tracks:
             source = track.operated or _Slot(track.walk.store, self.position)
             for rows in track.batches():
-                reference = track.walk.store.read(self.index, rows)
-                shape = reference.shape[0], reference.shape[1]
+                ids = track.walk.tokens.token_ids[rows]
                 tokens = track.walk.tokens.valid[rows]
                 held_out = tokens & track.held_out(rows, self.every)[:, None]
                 yield _Batch(
@@ -284,10 +284,10 @@ class _Pair:
                     rows=rows,
                     tokens=tokens.to(device),
                     held_out=held_out.to(device),
-                    reference=reference,
+                    reference=track.walk.store.read(self.index, rows),
                     operated=source.store.read(source.number, rows),
-                    reference_call=track.walk.rehearsal.call(self.index, *shape),
-                    operated_call=self.calls.call(self.position, *shape),
+                    reference_call=track.walk.rehearsal.call(self.index, ids),
+                    operated_call=self.calls.call(self.position, ids),
                 )
 
     def _scales(self, attention_out: str, mlp_out: str) -> ResidualScales | None:
@@ -330,8 +330,8 @@ class _Problems:
                     self._problems[name].held_out.inputs = owner.held_out.inputs
             problem = self._problems[name]
             trained = batch.tokens & ~batch.held_out
-            problem.train.add(z[trained], y[trained], inputs=first)
-            problem.held_out.add(z[batch.held_out], y[batch.held_out], inputs=first)
+            for sums, mask in ((problem.train, trained), (problem.held_out, batch.held_out)):
+                sums.add(rows_of(z, mask), rows_of(y, mask), inputs=first)
 
     def solve(self) -> Iterator[tuple[str, Solution]]:
         """Yield each linear with its solution."""
