@@ -17,8 +17,6 @@ from layer_surgery.checkpoint import Checkpoint, open_checkpoint
 from layer_surgery.config import CalibrationConfig, EvaluationConfig, RuntimeConfig
 from layer_surgery.data import check_vocabulary, load_documents, pack_calibration, pack_evaluation
 from layer_surgery.errors import CheckpointError, DataError
-from layer_surgery.evaluation.perplexity import perplexity
-from layer_surgery.records import EvaluationResult
 from layer_surgery.streaming import StreamedModel
 from layer_surgery.tokens import PackedTokens
 from layer_surgery.walk import Progress, Walk, WalkSettings, no_progress
@@ -130,20 +128,6 @@ class Session:
             raise DataError(
                 f"--sequence-length is {tokens.sequence_length}, but {self.checkpoint.name} takes at most {longest}."
             )
-
-    def evaluate(self, checkpoint: Checkpoint, texts: list[PackedTokens]) -> EvaluationResult:
-        """Measure size, and perplexity on each text."""
-        results = {}
-        if texts:
-            model = self.stream(checkpoint)
-            for tokens in texts:
-                results[tokens.name] = perplexity(model, tokens, self.settings)
-        return EvaluationResult(
-            layers=checkpoint.layer_count,
-            parameters=checkpoint.parameters,
-            size_bytes=checkpoint.size_bytes,
-            perplexity=results,
-        )
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from layer_surgery.allocator import map_large_blocks, release_freed_memory
 from layer_surgery.checkpoint import Checkpoint, build_skeleton
@@ -92,6 +93,12 @@ class StreamedModel:
         self._replaced[index] = read_factors
         if self._resident is not None:
             self._resident.pop(index, None)
+
+    def load_whole(self) -> PreTrainedModel:
+        """Give every layer its weights for good and return the model, ready to run by itself: all in memory."""
+        for index, layer in enumerate(self.layers):
+            _assign(layer, self._layer_tensors(index))
+        return self.model
 
     def _layer_tensors(self, index: int) -> dict[str, Tensor]:
         if self._resident is not None and index in self._resident:

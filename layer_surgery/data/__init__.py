@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from layer_surgery.data.bundled import bundled_tasks
 from layer_surgery.data.documents import Chat, Document, Example, Kind, LoadedData, Part, Text
 from layer_surgery.data.packing import check_vocabulary, pack_calibration, pack_evaluation
 from layer_surgery.data.sources import known_sources, load_documents
@@ -14,6 +15,7 @@ __all__ = [
     "LoadedData",
     "Part",
     "Text",
+    "bundled_tasks",
     "check_vocabulary",
     "known_sources",
     "load_documents",
