@@ -121,6 +121,9 @@ class TaskConfig:
             _at_least("--num-fewshot", self.num_fewshot, 0)
         if self.limit is not None:
             _at_least("--limit", self.limit, 1)
+        for name in self.names:
+            if name.endswith((".yaml", ".yml")) and not Path(name).is_file():
+                raise UserError(f"--tasks names the file {name}, which is not there.")
         for path in self.paths:
             if not path.is_dir():
                 raise UserError(f"--task-path {path} is not a directory; give the folder of the task's YAML files.")

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from layer_surgery.config import SpeedConfig
+from layer_surgery.evaluation.allocations import Allocations
 from layer_surgery.records import SpeedPoint
 from layer_surgery.walk import Progress
 
@@ -63,8 +64,8 @@ def measure_speed(
 def peak_memory_bytes(model: PreTrainedModel, prompt: Tensor, steps: int = 2) -> int:
     """Return the bytes of the model's weights and buffers, and the most that tensors take beside them in generation.
 
-    On a CPU the allocations are those that torch's profiler reports, so that other models and freed memory in the
-    same process do not count. Scratch memory inside of libraries is not seen.
+    On a CPU tensors are followed one by one, so that other models and freed memory in the same process do not count;
+    scratch memory inside of an operation is not seen there.
     """
     weights = _stored_bytes(model)
     if prompt.device.type == "cuda":
@@ -73,12 +74,9 @@ def peak_memory_bytes(model: PreTrainedModel, prompt: Tensor, steps: int = 2) ->
         before = torch.cuda.memory_allocated(prompt.device)
         _run(model, prompt, steps, _Timings())
         return int(weights + torch.cuda.max_memory_allocated(prompt.device) - before)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with Allocations() as allocations:
         _run(model, prompt, steps, _Timings())
-    results: Any = profiler.profiler.kineto_results  # type: ignore[union-attr]
-    events = sorted((e for e in results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns())
-    changes = np.cumsum([event.nbytes() for event in events])
-    return int(weights + max(0, changes.max(initial=0)))
+    return weights + allocations.peak_bytes
 
 
 def _run(model: PreTrainedModel, prompt: Tensor, new_tokens: int, timings: _Timings) -> None:

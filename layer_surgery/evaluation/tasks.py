@@ -82,11 +82,9 @@ class Tasks:
         return TaskOutcome(results, {name: metrics for name, metrics in items.items() if metrics})
 
     def _known(self, name: str) -> bool:
-        return name in self._manager.task_index or (name.endswith((".yaml", ".yml")) and Path(name).is_file())
+        return name in self._manager.task_index or name.endswith((".yaml", ".yml"))
 
     def _unknown(self, name: str) -> str:
-        if name.endswith((".yaml", ".yml")):
-            return f"--tasks names the file {name}, which is not there."
         return (
             f"unknown task '{name}'.{nearest_name(name, self._manager.all_tasks)} Name tasks of lm-eval, `bundled`, a "
             "YAML file, or tasks of your own with --task-path DIR."
