@@ -261,6 +261,7 @@ class _Compression:
         with clock.stage("evaluate_after"):
             evaluator.measure("after", operated)
             comparison = evaluator.compare()
+            device_peak = peak_device_memory_bytes(session.device)  # the next measurement begins to count anew
             evaluator.measure_speed()
         if staging is not None:
             with clock.stage("save"):
@@ -279,7 +280,7 @@ class _Compression:
             failures=evaluator.failures,
             timings=_rounded(clock.seconds),
             peak_memory_bytes=peak_memory_bytes(),
-            peak_device_memory_bytes=peak_device_memory_bytes(session.device),
+            peak_device_memory_bytes=device_peak,
             calibration=_describe(tokens),
             provenance=self._provenance(),
             output=str(config.output) if staging is not None else None,

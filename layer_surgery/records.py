@@ -329,7 +329,7 @@ class SurgeryReport:
     peak_memory_bytes: int
     """Highest resident memory of the process so far, whatever it has done before this run too."""
     peak_device_memory_bytes: int | None
-    """On CUDA, the highest allocated device memory of this run."""
+    """On CUDA, the highest allocated device memory of this run, without the measurement of speed."""
     calibration: dict[str, Any] | None
     provenance: dict[str, Any]
     output: str | None = None

@@ -275,10 +275,9 @@ def test_an_unreachable_hub_is_asked_once_and_then_only_the_cache(own: Path, mon
 
 
 @pytest.mark.slow  # the index of lm-eval's own tasks takes seconds
-@pytest.mark.parametrize(("name", "nearest"), [("bundeld", "bundled"), ("hellaswagg", "hellaswag")])
-def test_an_unknown_task_is_answered_with_the_nearest(name: str, nearest: str) -> None:
-    with pytest.raises(DataError, match=f"unknown task '{name}'. Did you mean '{nearest}'"):
-        load(name)
+def test_an_unknown_task_is_answered_with_the_nearest() -> None:
+    with pytest.raises(DataError, match=r"unknown task 'hellaswagg'\. Did you mean 'hellaswag'"):
+        load("bundled", "hellaswagg")
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
-class Allocations(TorchDispatchMode):
+class Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Follows the storages of all tensors that operations return inside the block: `peak_bytes` of them at a time.
 
     Only what the block makes counts: not what was there before, and not memory that the allocator holds back. Scratch
@@ -19,7 +19,7 @@ class Allocations(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.peak_bytes = 0
         self._now = 0
         self._known: dict[int, weakref.ref[torch.UntypedStorage]] = {}

@@ -67,14 +67,16 @@ def peak_memory_bytes(model: PreTrainedModel, prompt: Tensor, steps: int = 2) ->
     On a CPU tensors are followed one by one, so that other models and freed memory in the same process do not count;
     scratch memory inside of an operation is not seen there.
     """
-    weights = _stored_bytes(model)
+    weights: int = _stored_bytes(model)
     if prompt.device.type == "cuda":
         torch.cuda.synchronize(prompt.device)
         torch.cuda.reset_peak_memory_stats(prompt.device)
-        before = torch.cuda.memory_allocated(prompt.device)
+        before: int = torch.cuda.memory_allocated(prompt.device)
         _run(model, prompt, steps, _Timings())
-        return int(weights + torch.cuda.max_memory_allocated(prompt.device) - before)
-    with Allocations() as allocations:
+        peak: int = torch.cuda.max_memory_allocated(prompt.device)
+        return weights + peak - before
+    allocations = Allocations()
+    with allocations:
         _run(model, prompt, steps, _Timings())
     return weights + allocations.peak_bytes
 
