@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 Moment = Literal["before", "after"]
 
 _LOG = logging.getLogger(__name__)
-#: Hidden states that wait for the other model may take this share of the memory that a walk may: it works meanwhile.
+#: Hidden states that wait for the other model take, all together, at most one part in so many of the memory that a walk
+#: may take: it works meanwhile.
 _WAITING_SHARE = 4
 
 
@@ -271,7 +272,7 @@ class Evaluator:
         hidden = int(checkpoint.skeleton.get_input_embeddings().weight.shape[1])
         shape = (tokens.sequences, tokens.sequence_length, hidden)
         dtype = session.runtime.torch_dtype(session.device, checkpoint.dtype)
-        memory = session.boundary_bytes // _WAITING_SHARE
+        memory = session.boundary_bytes // _WAITING_SHARE // (2 * len(self._texts))
         # In the scratch directory of the evaluator's own session, which lives as long as it.
         return self._kept.enter_context(BoundaryStore(shape, dtype, session.device, memory, self._session.scratch))
 

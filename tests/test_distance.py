@@ -97,6 +97,7 @@ def test_distance_does_not_depend_on_how_it_is_cut(
     after = without_layers(before, [1])
     reference = measured(before, after, tmp_path)
     monkeypatch.setattr(module, "LOGITS_AT_A_TIME", 61 * 5)  # five tokens at a time
+    monkeypatch.setattr(module, "_EXACT_AT_A_TIME", 61 * 2)
     other = measured(before, after, tmp_path, batch_size=batch_size, boundary_memory_bytes=0)
     for a, b in zip(reference, other, strict=True):
         assert vars(a) == pytest.approx(vars(b), rel=1e-6)

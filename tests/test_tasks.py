@@ -271,7 +271,23 @@ def test_an_unreachable_hub_is_asked_once_and_then_only_the_cache(own: Path, mon
     with pytest.raises(DataError, match="from_hub"):
         load("from_hub", own=own)
     assert len(asked) == 1
+    assert load("own_choice", "bundled", own=own)
+    assert len(asked) == 1, "what is here needs no network"
     assert huggingface_hub.constants.HF_HUB_OFFLINE is datasets.config.HF_HUB_OFFLINE is False
+
+
+def test_a_task_that_is_named_twice_is_refused() -> None:
+    with pytest.raises(DataError, match=r"more than once \(Duplicate task 'bundled_cloze'"):
+        load("bundled", "bundled_cloze")
+    assert load("bundled_cloze", "bundled_cloze")
+
+
+def test_a_task_that_runs_code_is_refused(own: Path) -> None:
+    (own / "code.yaml").write_text(
+        "task: own_code\nunsafe_code: true\n" + CHOICE.replace("task: own_choice", "") + COMMON
+    )
+    with pytest.raises(DataError, match="task 'own_code' runs code that the model writes"):
+        load("own_code", own=own)
 
 
 @pytest.mark.slow  # the index of lm-eval's own tasks takes seconds

@@ -22,8 +22,10 @@ from layer_surgery.streaming import StreamedModel
 from layer_surgery.tokens import PackedTokens
 from layer_surgery.walk import WalkSettings
 
-#: Logits of one model exist for at most this many elements at a time (64 MiB in float64; about eight such tensors).
-LOGITS_AT_A_TIME = 1 << 23
+#: Logits of one model exist for at most this many elements at a time (64 MiB in float32), and what is computed from
+#: them in float64 for at most as many as below (16 MiB; about five such tensors).
+LOGITS_AT_A_TIME = 1 << 24
+_EXACT_AT_A_TIME = 1 << 21
 
 
 @dataclass(frozen=True)
@@ -69,10 +71,16 @@ def distance(
 
 def kl_divergence(before: Tensor, after: Tensor) -> Tensor:
     """Return KL(softmax(before) || softmax(after)) of logits [..., V], as [...] float64 in nats, never below 0."""
-    p, q = before.double().log_softmax(dim=-1), after.double().log_softmax(dim=-1)
-    # A token that `before` excludes (logit -inf) contributes nothing.
-    terms = torch.where(p == -torch.inf, 0.0, p.exp() * (p - q))
-    return terms.sum(dim=-1).clamp_min(0)
+    before, after = before.unsqueeze(0), after.unsqueeze(0)  # there may be no other dimension
+    left, right = before.flatten(end_dim=-2), after.flatten(end_dim=-2)
+    step = max(1, _EXACT_AT_A_TIME // left.shape[-1])
+    pieces = []
+    for start in range(0, len(left), step):
+        p = left[start : start + step].double().log_softmax(dim=-1)
+        q = right[start : start + step].double().log_softmax(dim=-1)
+        # A token that `before` excludes (logit -inf) contributes nothing.
+        pieces.append(torch.where(p == -torch.inf, 0.0, p.exp() * (p - q)).sum(dim=-1))
+    return torch.cat(pieces).clamp_min(0).view(before.shape[1:-1])
 
 
 def check_same_vocabulary(before: StreamedModel, after: StreamedModel) -> None:

@@ -58,12 +58,12 @@ class Tasks:
             if unknown:
                 raise DataError(self._unknown(unknown[0]))
             try:
-                with _hub_or_cache():
-                    self._specs = [spec for name in config.names for spec in self._load(name)]
-                return
+                self._specs = [spec for name in dict.fromkeys(config.names) for spec in self._load(name)]
+                break
             except DataError as error:  # perhaps a group of the user's has one of lm-eval's own tasks
                 if with_defaults or isinstance(error.__cause__, ConnectionError):
                     raise
+        self._check()
 
     def run(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, progress: Progress) -> TaskOutcome:
         """Run all tasks on a model, as lm-eval's command line would with the same options."""
@@ -81,6 +81,18 @@ class Tasks:
         items = {name: _items(found, name, results[name]) for name in names}
         return TaskOutcome(results, {name: metrics for name, metrics in items.items() if metrics})
 
+    def _check(self) -> None:
+        """Raise `DataError` for what lm-eval would refuse when it is too late."""
+        try:
+            loaded = self._manager.load(self._specs)
+        except ValueError as error:
+            raise DataError(f"--tasks names a task more than once ({error}); name each once.") from error
+        for name, task in loaded["tasks"].items():
+            if getattr(task, "UNSAFE_CODE", False):
+                raise DataError(f"task '{name}' runs code that the model writes, which is not done here; leave it out.")
+            if getattr(task, "MULTIMODAL", False):
+                raise DataError(f"task '{name}' needs images or sound, but the model reads text only; leave it out.")
+
     def _known(self, name: str) -> bool:
         return name in self._manager.task_index or name.endswith((".yaml", ".yml"))
 
@@ -91,22 +103,36 @@ class Tasks:
         )
 
     def _load(self, name: str) -> list[Any]:
-        """Return the task or group, or the tasks of a tag, with data."""
+        """Return the task or group, or the tasks of a tag, with data: from here or the cache, else from the hub."""
         try:
-            loaded = self._manager.load([name])
+            with _cache_only():
+                return self._load_now(name)
         except Exception as error:  # the configuration can name any loader, and run any code of its author's
-            reason = " ".join(str(error).split())[:300]
-            if isinstance(error, ConnectionError):
-                raise DataError(
-                    f"the data of task '{name}' are neither in the local cache nor can they be had from the hub "
-                    f"({reason}); run where there is a network, or choose tasks with local data, for example "
-                    "--tasks bundled."
-                ) from error
-            raise DataError(f"task '{name}' cannot be loaded ({type(error).__name__}: {reason}).") from error
+            offline = huggingface_hub.constants.HF_HUB_OFFLINE
+            # The libraries would try an unreachable hub for half a minute a task.
+            if offline or not isinstance(error, OSError) or not _hub_answers():
+                raise _refused(name, error) from error
+        try:
+            return self._load_now(name)
+        except Exception as error:
+            raise _refused(name, error) from error
+
+    def _load_now(self, name: str) -> list[Any]:
+        loaded = self._manager.load([name])
         groups = loaded.get("groups", {})
         inside = {child for children in loaded.get("group_map", {}).values() for child in children}
         tops = [group for group_name, group in groups.items() if group_name not in inside]
         return tops or list(loaded["tasks"].values())
+
+
+def _refused(name: str, error: Exception) -> DataError:
+    reason = " ".join(str(error).split())[:300]
+    if isinstance(error, ConnectionError):
+        return DataError(
+            f"the data of task '{name}' are neither in the local cache nor can they be had from the hub ({reason}); "
+            "run where there is a network, or choose tasks with local data, for example --tasks bundled."
+        )
+    return DataError(f"task '{name}' cannot be loaded ({type(error).__name__}: {reason}).")
 
 
 def paired_tasks(before: TaskOutcome, after: TaskOutcome, seed: int) -> dict[str, dict[str, Interval]]:
@@ -174,12 +200,11 @@ def _is_number(value: Any) -> bool:
 
 
 @contextlib.contextmanager
-def _hub_or_cache() -> Iterator[None]:
-    """Where the hub cannot be reached, look only into the cache: the libraries would try for half a minute a task."""
+def _cache_only() -> Iterator[None]:
+    """Have the hub's libraries look only into their cache: what is here needs no network."""
     constants: Any = huggingface_hub.constants
     was = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
-    if not constants.HF_HUB_OFFLINE and not _hub_answers():
-        constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
     try:
         yield
     finally:
