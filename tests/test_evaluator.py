@@ -96,6 +96,23 @@ def test_the_comparison_agrees_with_what_was_measured_of_each(report: Evaluation
     assert report.comparison.tasks["bundled_agreement"]["acc"].value == pytest.approx(accuracy[1] - accuracy[0])
 
 
+def test_the_distance_is_from_the_baseline_to_the_model(original: Path, operated: Path, text: Path) -> None:
+    report = layer_surgery.evaluate(
+        operated, baseline=original, eval_data=text, sequence_length=SEQUENCE, eval_windows=4, continuations=0
+    )
+    tokenizer = tiny_tokenizer()
+    ids = torch.tensor(tokenizer(text.read_text(encoding="utf-8"))["input_ids"])
+    windows = ids[: 4 * SEQUENCE].view(4, SEQUENCE)
+    with torch.no_grad():
+        p, q = (
+            layer_surgery.load(path)(windows).logits[:, :-1].double().log_softmax(-1) for path in (original, operated)
+        )
+    expected = float((p.exp() * (p - q)).sum(-1).mean())
+    assert float((q.exp() * (q - p)).sum(-1).mean()) != pytest.approx(expected, rel=1e-3)
+    assert report.comparison is not None
+    assert report.comparison.kl_divergence[str(text)].mean == pytest.approx(expected, rel=1e-5)
+
+
 def test_continuations_are_those_of_each_model(report: EvaluationReport, original: Path, operated: Path) -> None:
     for continuation in report.continuations:
         ids = torch.tensor([tiny_tokenizer()(continuation.prompt)["input_ids"]])

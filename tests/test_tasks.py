@@ -29,13 +29,14 @@ from layer_surgery.evaluation.harness import HarnessModel
 from layer_surgery.evaluation.tasks import TaskOutcome, Tasks, paired_tasks
 from layer_surgery.walk import no_progress
 
+# The choices of an item are of the same words, so that none is likelier for being short.
 ITEMS = [
-    {"context": "the quick", "choices": ["brown fox", "lazy dog", "answer"], "answer": 0},
-    {"context": "the answer is", "choices": ["one two", "the other thing", "jumps over"], "answer": 1},
-    {"context": "one two three", "choices": ["four", "fox", "over"], "answer": 0},
-    {"context": "jumps over the", "choices": ["thing", "three", "lazy dog"], "answer": 2},
-    {"context": "the lazy", "choices": ["dog", "quick brown", "is"], "answer": 0},
-    {"context": "the other", "choices": ["two", "thing", "four"], "answer": 1},
+    {"context": context, "choices": [" ".join(words[k:] + words[:k]) for k in range(3)], "answer": number % 3}
+    for number, (context, words) in enumerate(
+        (context, words.split())
+        for context in ("the quick", "the answer is", "jumps over the", "one two")
+        for words in ("brown fox dog", "other thing is", "three four one", "over lazy the")
+    )
 ]
 COMMON = """
 custom_dataset: !function items.load
@@ -136,7 +137,7 @@ def test_accuracy_is_that_of_likelihoods_computed_by_hand(own: Path, seed: int) 
     assert outcome.items["own_choice"]["acc"].tolist() == expected
     assert result.metrics["acc"].value == pytest.approx(np.mean(expected))
     assert result.metrics["acc"].stderr == pytest.approx(np.std(expected, ddof=1) / np.sqrt(len(ITEMS)))
-    assert (result.items, result.num_fewshot, result.version, result.group) == (6, 0, "3", False)
+    assert (result.items, result.num_fewshot, result.version, result.group) == (16, 0, "3", False)
 
 
 def test_perplexity_by_task_is_that_of_likelihoods_computed_by_hand(own: Path, model: PreTrainedModel) -> None:
@@ -175,12 +176,12 @@ def test_the_same_tasks_can_be_run_on_one_model_after_another(own: Path, model: 
 
 
 def test_the_difference_between_models_is_paired_by_item(own: Path, model: PreTrainedModel) -> None:
-    before, after = run(("own_choice",), own, model), run(("own_choice",), own, model_with_vocabulary(seed=1))
+    before, after = run(("own_choice",), own, model), run(("own_choice",), own, model_with_vocabulary(seed=2))
     interval = paired_tasks(before, after, seed=0)["own_choice"]["acc"]
     values = [outcome.results["own_choice"].metrics["acc"].value for outcome in (before, after)]
-    assert interval.value == pytest.approx(values[1] - values[0])
+    assert interval.value == pytest.approx(values[1] - values[0]) != 0
     assert interval.low <= interval.value <= interval.high
-    assert interval.pairs == 6
+    assert interval.pairs == 16
     nothing = paired_tasks(before, before, seed=0)["own_choice"]["acc"]
     assert (nothing.value, nothing.low, nothing.high) == (0, 0, 0)
 
@@ -231,8 +232,8 @@ def test_nothing_goes_to_stdout_and_every_answer_advances_the_progress(
     names = ("own_choice", "own_rolling", "own_generate")
     Tasks(TaskConfig(names=names, paths=(own,)), bundled_tasks()).run(model, tiny_tokenizer(), progress)
     assert capfd.readouterr().out == ""
-    assert sorted(total for _, total in seen) == [6, 6, 18]
-    assert len(ticks) == 30
+    assert sorted(total for _, total in seen) == [16, 16, 48]
+    assert len(ticks) == 80
 
 
 @pytest.mark.parametrize(("length", "expected"), [(60, 2), (15, 11), (1, 64)])
