@@ -13,13 +13,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from layer_surgery import __version__
+from layer_surgery.cli_evaluation import EVALUATION as _EVALUATION
+from layer_surgery.cli_evaluation import combine as _options
 from layer_surgery.config import (
     DEFAULT_METHOD,
     BudgetConfig,
@@ -30,13 +32,12 @@ from layer_surgery.config import (
     RuntimeConfig,
 )
 
-F = TypeVar("F", bound=Callable[..., Any])
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
 
 def main() -> NoReturn:
     """Run the command line; exit code 2 for a mistake in what was asked, 1 for a failure."""
-    from layer_surgery.errors import LayerSurgeryError
+    from layer_surgery.errors import LayerSurgeryError, describe
 
     debug = "--debug" in sys.argv
     _quiet_libraries(debug)
@@ -64,7 +65,7 @@ def main() -> NoReturn:
     except Exception as error:
         if debug:
             raise
-        click.echo(f"error: {_describe(error)} (--debug shows where)", err=True)
+        click.echo(f"error: {describe(error)} (--debug shows where)", err=True)
         sys.exit(1)
 
 
@@ -102,17 +103,6 @@ def cli() -> None:
 
     MODEL is a local directory or a hub name. Nothing is downloaded unless a hub name is given.
     """
-
-
-def _options(*options: Callable[[F], F]) -> Callable[[F], F]:
-    """Return a decorator that adds all `options`, shown in this order."""
-
-    def decorate(function: F) -> F:
-        for option in reversed(options):
-            function = option(function)
-        return function
-
-    return decorate
 
 
 def _layer_list(_context: click.Context, _parameter: click.Parameter, value: str | None) -> tuple[int, ...] | None:
@@ -202,19 +192,6 @@ _CALIBRATION = _options(
         "They take about as much room as the model.",
     ),
 )
-_EVALUATION = _options(
-    click.option(
-        "--eval-data",
-        multiple=True,
-        default=EvaluationConfig.sources,
-        show_default=True,
-        metavar="NAME|FILE",
-        help="Text to measure perplexity on; may be given several times.",
-    ),
-    click.option(
-        "--eval-windows", type=int, metavar="N", help="Use only the first N windows of each text. [default: all]"
-    ),
-)
 
 
 @cli.command(cls=_WithNames, context_settings=CONTEXT)
@@ -270,7 +247,6 @@ _EVALUATION = _options(
 )
 @_CALIBRATION
 @_EVALUATION
-@click.option("--no-eval", is_flag=True, help="Do not measure perplexity before and after.")
 @click.option("--dry-run", is_flag=True, help="Do everything but the writing.")
 @click.option("--overwrite", is_flag=True, help="Replace the output directory if it holds a model already.")
 @_RUNTIME
@@ -288,6 +264,7 @@ def compress(model: str, no_eval: bool, as_json: bool, debug: bool, **options: A
         _print_json(report_dict(report))
     else:
         print_report(Console(highlight=False, soft_wrap=True), report)
+    _check_complete(report.failures)
 
 
 @cli.command(cls=_WithNames, context_settings=CONTEXT)
@@ -307,7 +284,7 @@ def score(model: str, as_json: bool, debug: bool, **options: Any) -> None:
     from layer_surgery.reporting.console import print_scores
 
     with _ui() as ui:
-        scores = api.score(model, ui=ui, **_given(options))
+        scores = api.score(model, ui=ui, command=_command_line(), **_given(options))
     if as_json:
         _print_json(asdict(scores))
     else:
@@ -325,21 +302,28 @@ def score(model: str, as_json: bool, debug: bool, **options: Any) -> None:
 )
 @click.option("--text-column", metavar="NAME", help="Column that holds the text in a table file.")
 @_RUNTIME
-def evaluate(model: str, as_json: bool, debug: bool, **options: Any) -> None:
-    """Measure the size and perplexity of MODEL, alone or beside a baseline."""
+def evaluate(model: str, no_eval: bool, as_json: bool, debug: bool, **options: Any) -> None:
+    """Measure MODEL, alone or beside a baseline: size, perplexity, distance, tasks, speed and memory."""
     from layer_surgery import api
-    from layer_surgery.reporting.console import print_comparison
+    from layer_surgery.reporting.console import print_evaluation
 
+    if no_eval:
+        options["eval_data"] = None
     with _ui() as ui:
-        result, baseline = api.evaluate(model, ui=ui, **_given(options))
+        report = api.evaluate(model, ui=ui, command=_command_line(), **_given(options))
     if as_json:
-        _print_json({"model": asdict(result), "baseline": asdict(baseline) if baseline is not None else None})
-        return
-    console = Console(highlight=False, soft_wrap=True)
-    if baseline is None:
-        print_comparison(console, result, None, (model, "", ""))
+        _print_json(report.to_dict())
     else:
-        print_comparison(console, baseline, result, ("baseline", "model", "change"))
+        print_evaluation(Console(highlight=False, soft_wrap=True), report, model)
+    _check_complete(report.failures)
+
+
+def _check_complete(failures: list[Any]) -> None:
+    """Have the command fail, after all that was found has been printed, if an evaluation did."""
+    from layer_surgery.errors import LayerSurgeryError
+
+    if failures:
+        raise LayerSurgeryError("; ".join(f"{failure.stage} failed: {failure.error}" for failure in failures))
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:
@@ -383,21 +367,19 @@ def _command_line() -> str:
     return shlex.join(["layer-surgery", *sys.argv[1:]])
 
 
-def _describe(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    if "out of memory" in text.lower():
-        return f"out of memory ({text[:200]}); try a smaller --batch-size or --sequence-length"
-    return f"{type(error).__name__}: {text[:500]}"
-
-
 def _quiet_libraries(debug: bool) -> None:
     """Keep the libraries' own chatter off the terminal: what matters is checked here and said once."""
     if debug:
+        logging.basicConfig(level=logging.INFO)
+        logging.getLogger("layer_surgery").setLevel(logging.DEBUG)
         return
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # bars of our own stand in the place of lm-eval's
+    for name in ("transformers", "lm_eval", "datasets", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 if __name__ == "__main__":

@@ -18,13 +18,15 @@ from layer_surgery.config import (
     CompressConfig,
     EvaluationConfig,
     RuntimeConfig,
+    as_json,
 )
 from layer_surgery.data import weighted_sources
 from layer_surgery.errors import CheckpointError, OutputError, PlanError
+from layer_surgery.evaluator import Evaluator
 from layer_surgery.operated import operated_checkpoint
 from layer_surgery.operation import RefitData, operate, refit_data, statistics_source
 from layer_surgery.provenance import peak_device_memory_bytes, peak_memory_bytes, provenance
-from layer_surgery.records import EvaluationResult, LayerScores, RefitScope, SurgeryPlan, SurgeryReport
+from layer_surgery.records import EvaluationReport, LayerScores, RefitScope, SurgeryPlan, SurgeryReport
 from layer_surgery.registry import Entry
 from layer_surgery.saving import REPORT_FILE, check_free_space, check_output, save_checkpoint, staged_directory
 from layer_surgery.scoring import SCORERS, ScoringContext
@@ -54,6 +56,7 @@ def run_score(
     runtime: RuntimeConfig,
     tokenizer: PreTrainedTokenizerBase | None = None,
     ui: Ui | None = None,
+    command: str | None = None,
 ) -> LayerScores:
     """Rank the decoder layers of a model."""
     entry = SCORERS[scorer]
@@ -68,7 +71,7 @@ def run_score(
         count = None if target_layers is None else layer_count - target_layers
         tokens = session.calibration_tokens(calibration) if entry.needs_data else None
         with calibration_walk(session, session.stream(session.checkpoint), tokens) as walk:
-            return entry.function(
+            scores = entry.function(
                 ScoringContext(
                     walk=walk,
                     count=count,
@@ -77,6 +80,14 @@ def run_score(
                     keep=BudgetConfig.DEFAULT_KEEP,
                 )
             )
+        settings = {
+            "model": session.checkpoint.name,
+            "scorer": scorer,
+            "target_layers": target_layers,
+            "calibration": as_json(calibration),
+            "runtime": as_json(runtime),
+        }
+        return replace(scores, provenance=_run_provenance(session, command, settings))
 
 
 def run_evaluate(
@@ -87,24 +98,49 @@ def run_evaluate(
     runtime: RuntimeConfig,
     tokenizer: PreTrainedTokenizerBase | None = None,
     ui: Ui | None = None,
-) -> tuple[EvaluationResult, EvaluationResult | None]:
-    """Measure a model and, with `baseline`, another one on the same tokens."""
+    command: str | None = None,
+) -> EvaluationReport:
+    """Measure a model and, with `baseline`, another one on the same data."""
     check_column(evaluation.column, evaluation.sources)
     with ExitStack() as stack:
         session = stack.enter_context(open_session(model, tokenizer, runtime, ui or Ui(), None))
         texts = session.evaluation_tokens(evaluation)
         other = None
         if baseline is not None:
-            other = stack.enter_context(open_session(baseline, tokenizer, runtime, Ui(), None))
-            for ours, theirs in zip(texts, other.evaluation_tokens(evaluation), strict=True):
-                if ours.sha256 != theirs.sha256:
-                    raise CheckpointError(
-                        f"{session.checkpoint.name} and the baseline {other.checkpoint.name} tokenise '{ours.name}' "
-                        "differently, so their perplexities cannot be compared; evaluate each by itself."
-                    )
-            other = replace(other, ui=session.ui)
-        result = session.evaluate(session.checkpoint, texts)
-        return result, other.evaluate(other.checkpoint, texts) if other is not None else None
+            opened = stack.enter_context(open_session(baseline, tokenizer, runtime, Ui(), None))
+            _check_same_tokens(session, opened, texts, evaluation)
+            other = replace(opened, ui=session.ui)
+        evaluator = stack.enter_context(Evaluator(session, evaluation, texts, baseline=other))
+        if other is not None:
+            evaluator.measure("before", other.checkpoint)
+        evaluator.measure("after", session.checkpoint)
+        comparison = evaluator.compare() if other is not None else None
+        evaluator.measure_speed()
+        settings = {
+            "model": session.checkpoint.name,
+            "baseline": other.checkpoint.name if other is not None else None,
+            "evaluation": as_json(evaluation),
+            "runtime": as_json(runtime),
+        }
+        return EvaluationReport(
+            model=evaluator.result("after"),
+            baseline=evaluator.result("before") if other is not None else None,
+            comparison=comparison,
+            continuations=evaluator.side_by_side(),
+            failures=evaluator.failures,
+            timings=_rounded(session.clock.seconds),
+            provenance=_run_provenance(session, command, settings),
+        )
+
+
+def _check_same_tokens(session: Session, other: Session, texts: list[PackedTokens], config: EvaluationConfig) -> None:
+    """Raise `CheckpointError` unless both models read the texts as the same tokens."""
+    for ours, theirs in zip(texts, other.evaluation_tokens(config), strict=True):
+        if ours.sha256 != theirs.sha256:
+            raise CheckpointError(
+                f"{session.checkpoint.name} and the baseline {other.checkpoint.name} tokenise '{ours.name}' "
+                "differently, so their perplexities cannot be compared; evaluate each by itself."
+            )
 
 
 def run_compress(
@@ -154,7 +190,10 @@ def run_compress(
         tokens = session.calibration_tokens(config.calibration) if needs_data else None
         data = refit_data(session, tokens, scope, config.refit.general) if tokens is not None and scope else None
         texts = session.evaluation_tokens(config.evaluation)
-        report = run.operate(trial=trial, chooses=chooses, tokens=tokens, data=data, texts=texts, staging=staging)
+        evaluator = stack.enter_context(Evaluator(session, config.evaluation, texts, baseline=session))
+        report = run.operate(
+            trial=trial, chooses=chooses, tokens=tokens, data=data, evaluator=evaluator, staging=staging
+        )
     return report
 
 
@@ -225,7 +264,7 @@ class _Compression:
         chooses: bool,
         tokens: PackedTokens | None,
         data: RefitData | None,
-        texts: list[PackedTokens],
+        evaluator: Evaluator,
         staging: Path | None,
     ) -> SurgeryReport:
         session, config, clock = self.session, self.config, self.session.clock
@@ -234,7 +273,7 @@ class _Compression:
         sha256 = self._hash()
         self._check_hash(sha256)
         with clock.stage("evaluate_before"):
-            before = session.evaluate(self.checkpoint, texts)
+            evaluator.measure("before", self.checkpoint)
         with calibration_walk(session, session.stream(self.checkpoint), tokens) as walk:
             statistics = statistics_source(session, sha256, config.runtime.cache)
             scores = self._scores(walk, count, statistics, trial) if chooses else None
@@ -251,7 +290,10 @@ class _Compression:
             )
         plan, operated = operation.plan, operation.checkpoint
         with clock.stage("evaluate_after"):
-            after = session.evaluate(operated, texts)
+            evaluator.measure("after", operated)
+            comparison = evaluator.compare()
+            device_peak = peak_device_memory_bytes(session.device)  # the next measurement begins to count anew
+            evaluator.measure_speed()
         if staging is not None:
             with clock.stage("save"):
                 save_checkpoint(
@@ -263,11 +305,14 @@ class _Compression:
             plan=plan,
             scores=scores,
             refit=operation.refitted,
-            before=before,
-            after=after,
-            timings={name: round(seconds, 3) for name, seconds in clock.seconds.items()},
+            before=evaluator.result("before"),
+            after=evaluator.result("after"),
+            comparison=comparison,
+            continuations=evaluator.side_by_side(),
+            failures=evaluator.failures,
+            timings=_rounded(clock.seconds),
             peak_memory_bytes=peak_memory_bytes(),
-            peak_device_memory_bytes=peak_device_memory_bytes(session.device),
+            peak_device_memory_bytes=device_peak,
             calibration=_describe(tokens),
             provenance=self._provenance(),
             output=str(config.output) if staging is not None else None,
@@ -338,14 +383,7 @@ class _Compression:
         }
 
     def _provenance(self) -> dict[str, Any]:
-        session = self.session
-        dtype = self.config.runtime.torch_dtype(session.device, self.checkpoint.dtype)
-        return provenance(session.device) | {
-            "command": self.config.command,
-            "seed": self.config.runtime.seed,
-            "compute_dtype": str(dtype).removeprefix("torch."),
-            "config": self.config.describe(),
-        }
+        return _run_provenance(self.session, self.config.command, self.config.describe())
 
 
 def model_shape(checkpoint: Checkpoint) -> ModelShape:
@@ -367,6 +405,20 @@ def report_dict(report: SurgeryReport) -> dict[str, Any]:
     data = report.to_dict()
     data.pop("output")
     return data
+
+
+def _run_provenance(session: Session, command: str | None, settings: dict[str, Any]) -> dict[str, Any]:
+    dtype = session.runtime.torch_dtype(session.device, session.checkpoint.dtype)
+    return provenance(session.device) | {
+        "command": command,
+        "seed": session.runtime.seed,
+        "compute_dtype": str(dtype).removeprefix("torch."),
+        "config": settings,
+    }
+
+
+def _rounded(seconds: dict[str, float]) -> dict[str, float]:
+    return {name: round(value, 3) for name, value in seconds.items()}
 
 
 def _describe(tokens: PackedTokens | None) -> dict[str, Any] | None:

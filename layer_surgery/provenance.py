@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("layer-surgery", "torch", "transformers", "safetensors", "tokenizers", "numpy")
+PACKAGES = ("layer-surgery", "torch", "transformers", "safetensors", "tokenizers", "numpy", "lm-eval")
 
 
 def provenance(device: torch.device) -> dict[str, Any]:
@@ -53,16 +53,18 @@ def peak_device_memory_bytes(device: torch.device) -> int | None:
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
 
-def free_memory_bytes(device: torch.device) -> int | None:
-    """Return the memory that is free on a device; for the CPU what Linux says is available, elsewhere None."""
+def available_memory_bytes(device: torch.device) -> int | None:
+    """Return how much more memory can be had on a device; None where the system does not say."""
     if device.type == "cuda":
-        free, _total = torch.cuda.mem_get_info(device)
-        return int(free)
+        return int(torch.cuda.mem_get_info(device)[0])
     try:
         with open("/proc/meminfo", encoding="utf-8") as lines:
-            return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+            for line in lines:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
     except OSError:
-        return None
+        pass
+    return None
 
 
 def _processor() -> str:

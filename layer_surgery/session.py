@@ -17,9 +17,7 @@ from layer_surgery.checkpoint import Checkpoint, open_checkpoint
 from layer_surgery.config import CalibrationConfig, EvaluationConfig, RuntimeConfig
 from layer_surgery.data import check_vocabulary, load_documents, pack_evaluation, pack_mixture, weighted_sources
 from layer_surgery.errors import CheckpointError, DataError
-from layer_surgery.evaluation.perplexity import perplexity
-from layer_surgery.provenance import free_memory_bytes
-from layer_surgery.records import EvaluationResult
+from layer_surgery.provenance import available_memory_bytes
 from layer_surgery.selfcheck import check_walk
 from layer_surgery.streaming import StreamedModel
 from layer_surgery.tokens import PackedTokens
@@ -80,7 +78,7 @@ class Session:
         """Return how much memory the user allows, else what is free on the device; None where that is not known."""
         if self.runtime.memory_limit is not None:
             return self.runtime.memory_limit
-        return free_memory_bytes(self.device)
+        return available_memory_bytes(self.device)
 
     def new_scratch(self, name: str) -> Path:
         """Return a new folder for scratch files."""
@@ -151,20 +149,6 @@ class Session:
             raise DataError(
                 f"--sequence-length is {tokens.sequence_length}, but {self.checkpoint.name} takes at most {longest}."
             )
-
-    def evaluate(self, checkpoint: Checkpoint, texts: list[PackedTokens]) -> EvaluationResult:
-        """Measure size, and perplexity on each text."""
-        results = {}
-        if texts:
-            model = self.stream(checkpoint)
-            for tokens in texts:
-                results[tokens.name] = perplexity(model, tokens, self.settings)
-        return EvaluationResult(
-            layers=checkpoint.layer_count,
-            parameters=checkpoint.parameters,
-            size_bytes=checkpoint.size_bytes,
-            perplexity=results,
-        )
 
 
 def _calibration_notes(tokens: PackedTokens) -> Iterator[str]:

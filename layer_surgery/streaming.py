@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.core_model_loading import build_glob_alternation
 
 from layer_surgery.allocator import map_large_blocks, release_freed_memory
@@ -116,6 +117,12 @@ class StreamedModel:
                 self._resident.pop(index, None)
         self._originals.clear()
         self._replaced.clear()
+
+    def load_whole(self) -> PreTrainedModel:
+        """Give every layer its weights for good and return the model, ready to run by itself: all in memory."""
+        for index, layer in enumerate(self._layers):
+            _assign(layer, self._layer_tensors(index))
+        return self.model
 
     def _layer_tensors(self, index: int) -> dict[str, Tensor]:
         if self._resident is not None and index in self._resident:

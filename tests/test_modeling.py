@@ -242,7 +242,7 @@ def test_what_was_evaluated_is_what_was_saved(tmp_path: Path) -> None:
     report = layer_surgery.compress(
         saved_model(tmp_path / "model"), tmp_path / "output", layers=[1, 2], keep=0.3, **options
     )
-    again, _ = layer_surgery.evaluate(tmp_path / "output", **options)
+    again = layer_surgery.evaluate(tmp_path / "output", **options).model
     assert again == report.after
     assert report.after.perplexity[str(text)].value != report.before.perplexity[str(text)].value
 
@@ -398,6 +398,6 @@ def test_a_damaged_configuration_is_refused(low_rank: Path, change: dict[str, An
 
 
 def test_its_perplexity_is_finite_and_of_this_model_alone(low_rank: Path, tmp_path: Path) -> None:
-    result, _ = layer_surgery.evaluate(low_rank, eval_data=[text_file(tmp_path / "text.txt")], sequence_length=16)
+    result = layer_surgery.evaluate(low_rank, eval_data=[text_file(tmp_path / "text.txt")], sequence_length=16).model
     (measured,) = result.perplexity.values()
     assert math.isfinite(measured.value) and measured.value > 1
