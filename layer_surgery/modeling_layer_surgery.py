@@ -59,6 +59,13 @@ class LowRankLinear(nn.Module):
         else:
             self.register_parameter("bias", None)
 
+    @property
+    def weight(self) -> torch.Tensor:
+        """The product of the factors [out, in], for models that use the weight of a linear without calling it (the
+        fused kernels of state-space layers do)."""
+        product: torch.Tensor = self.out_factor.weight @ self.in_factor.weight
+        return product
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map [..., in] to [..., out]."""
         y: torch.Tensor = self.out_factor(self.in_factor(x))
