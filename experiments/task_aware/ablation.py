@@ -11,7 +11,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -33,7 +33,7 @@ DAMPINGS = (1e-6, 1e-4, 1e-2, 0.1)
 @contextmanager
 def outputs_only() -> Iterator[None]:
     """Refit output projections only, as if nothing that reads the stream could be re-solved."""
-    with mock.patch.object(refit._Pair, "_follow_outputs", lambda *_: None):
+    with mock.patch.object(refit._Pair, "_follow_outputs", return_value=None):
         yield
 
 
@@ -55,6 +55,24 @@ def one_damping(share: float) -> Iterator[None]:
 
     with mock.patch.object(statistics, "shrunk", fixed):
         yield
+
+
+def parts(run: Bench, add: Callable[..., None], published: list[int], ours: list[int], keep: float) -> None:
+    """Measure one part of the method after the other."""
+    steps: list[tuple[str, dict[str, Any]]] = [
+        ("svd", {"layers": published, "method": "svd"}),
+        ("+ inputs' moments (svd_llm)", {"layers": published, "method": "svd_llm"}),
+        ("+ gradients' moments, uniform ranks", {"layers": published, "ranks_fixed": True}),
+        ("+ one knapsack over all ranks", {"layers": published}),
+        ("+ layers by coupled cost", {"layers": ours}),
+        ("+ refit of output projections", {"layers": ours, "refit": True, "general": 0.0}),
+        ("+ refit of all linears", {"layers": ours, "refit": True, "general": 0.0}),
+        ("+ a quarter of general text", {"layers": ours, "refit": True}),
+    ]
+    for name, options in steps:
+        arguments = {"method": "fisher", "keep": keep, "refit": False} | options
+        with outputs_only() if "output projections" in name else nullcontext():
+            add(run, "parts", name, lambda arguments=arguments: run.measure(**arguments))
 
 
 def main() -> None:
@@ -92,42 +110,13 @@ def main() -> None:
         print(part, setting, {n: round(v["rise"], 4) for n, v in row["extra_loss"].items()}, flush=True)
         write_report(arguments.report, {"checkpoint": arguments.model, "data": data, "rows": rows})
 
-    keep, gone = arguments.keep, 12 - arguments.target_layers
+    keep = arguments.keep
     with opened(128) as run:
         gone = run.session.checkpoint.layer_count - arguments.target_layers
         ours = run.order("fisher", gone, keep, refit=True)
         published = run.order("block_influence", gone, keep, refit=False)
         if "parts" in arguments.only:
-            add(run, "parts", "svd", lambda: run.measure(published, "svd", keep, refit=False))
-            add(
-                run,
-                "parts",
-                "+ inputs' moments (svd_llm)",
-                lambda: run.measure(published, "svd_llm", keep, refit=False),
-            )
-            add(
-                run,
-                "parts",
-                "+ gradients' moments, uniform ranks",
-                lambda: run.measure(published, "fisher", keep, refit=False, ranks_fixed=True),
-            )
-            add(
-                run,
-                "parts",
-                "+ one knapsack over all ranks",
-                lambda: run.measure(published, "fisher", keep, refit=False),
-            )
-            add(run, "parts", "+ layers by coupled cost", lambda: run.measure(ours, "fisher", keep, refit=False))
-            with outputs_only():
-                point = lambda: run.measure(ours, "fisher", keep, refit=True, general=0.0)  # noqa: E731
-                add(run, "parts", "+ refit of output projections", point)
-            add(
-                run,
-                "parts",
-                "+ refit of all linears",
-                lambda: run.measure(ours, "fisher", keep, refit=True, general=0.0),
-            )
-            add(run, "parts", "+ a quarter of general text", lambda: run.measure(ours, "fisher", keep, refit=True))
+            parts(run, add, published, ours, keep)
         for ridge in RIDGES if "ridge" in arguments.only else ():
             with one_ridge(ridge):
                 add(run, "ridge", f"{ridge:g}", lambda: run.measure(ours, "fisher", keep, refit=True))

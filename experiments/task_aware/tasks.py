@@ -3,10 +3,10 @@
     python experiments/task_aware/tasks.py --generic books.txt --domain other.txt --domain-eval other-held-out.txt \
         --blimp FOLDER --eval-data held-out.txt
 
-Three tasks of different kind. BLiMP: calibrated on grammatical sentences of every second paradigm, measured on the other
-paradigms. Copying: the bundled task as prompt and answer, loss on answers only, calibrated on half of its items and
-measured on the other half. A domain of text. For each kind of calibration data the same target, budget and method, with
-and without refit (whose general text is left out, so that only the calibration data differ).
+Three tasks of different kind. BLiMP: calibrated on grammatical sentences of every second paradigm, measured on the
+other paradigms. Copying: the bundled task as prompt and answer, loss on answers only, calibrated on half of its items
+and measured on the other half. A domain of text. For each kind of calibration data the same layers, budget and method,
+with and without refit (whose general text is left out, so that only the calibration data differ).
 """
 
 from __future__ import annotations
