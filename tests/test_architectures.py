@@ -14,6 +14,7 @@ from tiny_models import (
     make_test_plan,
     packed_tokens,
     settings,
+    statistics_source,
     streamed,
     tiny_checkpoint,
     tiny_model,
@@ -65,7 +66,12 @@ def save_operated(path: Path, output: Path, plan: Any) -> Path:
     scratch = output.parent / "factors"
     scratch.mkdir()
     factors, model = FactorStore(scratch, base.dtype), streamed(base)
-    METHODS[plan.method].function(plan, SurgeryContext(model=model, walk=None, factors=factors, progress=no_progress))
+    METHODS[plan.method].function(
+        plan,
+        SurgeryContext(
+            model=model, walk=None, factors=factors, statistics=statistics_source(scratch), progress=no_progress
+        ),
+    )
     output.mkdir()
     save_checkpoint(operated_checkpoint(base, plan, factors), output, base=base)
     return output
