@@ -52,6 +52,7 @@ def main() -> None:
     parser.add_argument("--keep", type=float, default=0.2)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--target-layers", type=int, nargs="+", default=[11, 10, 9, 8])
+    parser.add_argument("--no-refit", action="store_true", help="leave the points with a refit for a later run")
     parser.add_argument("--scorer", default="fisher")
     parser.add_argument("--report", type=Path, default=ROOT / "reports" / "task_aware" / "compare.json")
     arguments = parser.parse_args()
@@ -80,7 +81,7 @@ def main() -> None:
             print(f"seed {seed}: ours {ours}, block influence {published}", flush=True)
             for target in arguments.target_layers:
                 for method, by_influence, refit in POINTS:
-                    if (seed, target, method, by_influence, refit) in known:
+                    if (seed, target, method, by_influence, refit) in known or (refit and arguments.no_refit):
                         continue
                     layers = (published if by_influence else ours)[: depth - target]
                     same = [r for r in rows if r["method"] == method and r["layers"] == sorted(layers)]
