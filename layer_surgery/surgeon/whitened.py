@@ -18,6 +18,7 @@ from layer_surgery.moments import MomentRecorder
 from layer_surgery.records import SurgeryPlan
 from layer_surgery.statistics import check_tokens, damped, replaceable_linears, useful_rank
 from layer_surgery.surgeon.context import METHODS, SurgeryContext, the_walk
+from layer_surgery.surgeon.svd import without_parts
 from layer_surgery.walk import Observer
 
 
@@ -75,8 +76,8 @@ def fisher(plan: SurgeryPlan, context: SurgeryContext) -> SurgeryPlan:
 
     Ranks that the user gave (`context.ranks_fixed`) are kept as they are.
     """
-    if not plan.low_rank:
-        return plan
+    if not any(rank for layer in plan.low_rank for rank in layer.ranks.values()):
+        return without_parts(plan, context)
     planned = {layer.index: layer.ranks for layer in plan.low_rank}
     sizes = {index: replaceable_linears(context.model, index) for index in planned}
     most = {
@@ -93,7 +94,7 @@ def fisher(plan: SurgeryPlan, context: SurgeryContext) -> SurgeryPlan:
     layers = [replace(layer, ranks=dict(ranks.get(layer.index, {}))) for layer in plan.layers]
     # Layers removed outright are not in the prediction, so then there is none.
     removed = any(layer.action == "remove" for layer in plan.layers)
-    whole = sum(p.numel() for index in ranks for p in context.model.layers[index].parameters())
+    whole = sum(out * in_ for index in ranks for name, (out, in_) in sizes[index].items() if name in ranks[index])
     predicted = statistics.couplings.cost(list(ranks), _cost(ranks, sizes) / whole)
     return replace(
         plan,
