@@ -91,15 +91,17 @@ def fisher(plan: SurgeryPlan, context: SurgeryContext) -> SurgeryPlan:
     for index in ranks:
         context.factors.write(index, statistics.factors(index, ranks[index]))
     layers = [replace(layer, ranks=dict(ranks.get(layer.index, {}))) for layer in plan.layers]
-    # Layers removed outright are not in the prediction, so then there is none.
-    removed = any(layer.action == "remove" for layer in plan.layers)
+    # The prediction knows neither layers removed outright nor layers of which some linears stay dense.
+    unknown = any(layer.action == "remove" for layer in plan.layers) or any(
+        ranks[index].keys() != sizes[index].keys() for index in ranks
+    )
     whole = sum(p.numel() for index in ranks for p in context.model.layers[index].parameters())
     predicted = statistics.couplings.cost(list(ranks), _cost(ranks, sizes) / whole)
     return replace(
         plan,
         layers=layers,
         parameters=plan.parameters + _cost(ranks, sizes) - _cost(planned, sizes),
-        predicted_loss_rise=None if removed else round(predicted, 6),
+        predicted_loss_rise=None if unknown else round(predicted, 6),
     )
 
 
