@@ -33,6 +33,7 @@ from layer_surgery.surgeon.layer_pair import (
     linear_outputs,
     residual_scales,
     run_watched,
+    wide,
 )
 from layer_surgery.walk import Walk
 
@@ -228,7 +229,8 @@ class _Pair:
         bias = bias_of(self.layer, name)
         for batch in self._batches():
             after, seen = run_watched(self.reference, [mlp_out], batch.reference_call, batch.reference)
-            target = (after - scales.mlp * seen[mlp_out] - batch.operated) / scales.attention
+            # The stream is large and what is added to it small: the difference is taken in float32 or better.
+            target = (wide(after) - scales.mlp * wide(seen[mlp_out]) - wide(batch.operated)) / scales.attention
             inputs = linear_inputs(self.layer, [name], batch.operated_call, batch.operated)
             problems.add(inputs, {name: target if bias is None else target - bias}, batch)
         self._solve(problems)
@@ -248,7 +250,7 @@ class _Pair:
             finally:
                 hook.remove()
             aim = batch.track.walk.store.read(self.after, batch.rows)
-            target = (aim - after) / scales.mlp + seen[name]
+            target = (wide(aim) - wide(after)) / scales.mlp + wide(seen[name])
             problems.add(inputs, {name: target if bias is None else target - bias}, batch)
         self._solve(problems)
 
