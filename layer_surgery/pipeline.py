@@ -28,7 +28,7 @@ from layer_surgery.registry import Entry
 from layer_surgery.saving import REPORT_FILE, check_free_space, check_output, save_checkpoint, staged_directory
 from layer_surgery.scoring import SCORERS, ScoringContext
 from layer_surgery.session import Model, Session, Ui, calibration_walk, check_column, open_session
-from layer_surgery.statistics_cache import StatisticsSource
+from layer_surgery.statistics_cache import StatisticsSource, check_cache
 from layer_surgery.surgeon import (
     METHODS,
     LayerShape,
@@ -54,6 +54,7 @@ def run_score(
 ) -> LayerScores:
     """Rank the decoder layers of a model."""
     entry = SCORERS[scorer]
+    check_cache(runtime.cache)
     check_column(calibration.column, _calibration_names(calibration))
     with open_session(model, tokenizer, runtime, ui or Ui(), None) as session:
         layer_count = session.checkpoint.layer_count
@@ -121,6 +122,7 @@ def run_compress(
         raise PlanError(
             f"--method {method.name} keeps nothing of the layers; leave out --keep and --target-parameters."
         )
+    check_cache(config.runtime.cache)
     check_column(config.calibration.column, [*_calibration_names(config.calibration), *config.evaluation.sources])
     with ExitStack() as stack:
         staging = None
