@@ -32,7 +32,7 @@ from layer_surgery.saving import REPORT_FILE, check_free_space, check_output, sa
 from layer_surgery.scoring import SCORERS, Scorer, ScoringContext
 from layer_surgery.selfcheck import check_survivors
 from layer_surgery.session import Model, Session, Ui, calibration_walk, check_column, open_session
-from layer_surgery.statistics_cache import StatisticsSource
+from layer_surgery.statistics_cache import StatisticsSource, check_cache
 from layer_surgery.streaming import StreamedModel
 from layer_surgery.surgeon import (
     METHODS,
@@ -63,6 +63,7 @@ def run_score(
     entry = SCORERS[scorer]
     if remove != "layer" and not entry.parts:
         raise PlanError(f"--scorer {scorer} ranks whole layers; leave out --remove {remove}.")
+    check_cache(runtime.cache)
     check_column(calibration.column, _calibration_names(calibration))
     with open_session(model, tokenizer, runtime, ui or Ui(), None) as session:
         layer_count = session.checkpoint.layer_count
@@ -165,6 +166,7 @@ def run_compress(
             f"--method {method.name} keeps nothing of the layers; leave out --keep and --target-parameters."
         )
     _check_part(config, scorer, method)
+    check_cache(config.runtime.cache)
     check_column(config.calibration.column, [*_calibration_names(config.calibration), *config.evaluation.sources])
     with ExitStack() as stack:
         staging = None

@@ -34,6 +34,7 @@ from layer_surgery.surgeon.layer_pair import (
     linear_outputs,
     residual_scales,
     run_watched,
+    wide,
 )
 from layer_surgery.walk import Walk
 
@@ -235,11 +236,12 @@ class _Pair:
         bias = bias_of(self.layer, name)
         for batch in self._batches():
             if self._gone(mlp_out):
-                aim = batch.track.walk.store.read(self.after, batch.rows)
+                aim = wide(batch.track.walk.store.read(self.after, batch.rows))
             else:
                 after, seen = run_watched(self.reference, [mlp_out], batch.reference_call, batch.reference)
-                aim = after - scales.mlp * seen[mlp_out]
-            target = (aim - batch.operated) / scales.attention
+                aim = wide(after) - scales.mlp * wide(seen[mlp_out])
+            # The stream is large and what is added to it small: the difference is taken in float32 or better.
+            target = (aim - wide(batch.operated)) / scales.attention
             inputs = linear_inputs(self.layer, [name], batch.operated_call, batch.operated)
             problems.add(inputs, {name: target if bias is None else target - bias}, batch)
         self._solve(problems)
@@ -261,7 +263,7 @@ class _Pair:
             finally:
                 hook.remove()
             aim = batch.track.walk.store.read(self.after, batch.rows)
-            target = (aim - after) / scales.mlp + seen[name]
+            target = (wide(aim) - wide(after)) / scales.mlp + wide(seen[name])
             problems.add(inputs, {name: target if bias is None else target - bias}, batch)
         self._solve(problems)
 

@@ -92,15 +92,18 @@ def fisher(plan: SurgeryPlan, context: SurgeryContext) -> SurgeryPlan:
     for index in ranks:
         context.factors.write(index, statistics.factors(index, ranks[index]))
     layers = [replace(layer, ranks=dict(ranks.get(layer.index, {}))) for layer in plan.layers]
-    # Layers removed outright are not in the prediction, so then there is none.
-    removed = any(layer.action == "remove" for layer in plan.layers)
-    whole = sum(out * in_ for index in ranks for name, (out, in_) in sizes[index].items() if name in ranks[index])
+    # The prediction knows neither layers removed outright nor plans of which other linears than usual are low-rank.
+    usual = {index: replaceable_linears(context.model, index, context.statistics.part) for index in ranks}
+    unknown = any(layer.action == "remove" for layer in plan.layers) or any(
+        ranks[index].keys() != usual[index].keys() for index in ranks
+    )
+    whole = sum(out * in_ for index in ranks for out, in_ in usual[index].values())
     predicted = statistics.couplings.cost(list(ranks), _cost(ranks, sizes) / whole)
     return replace(
         plan,
         layers=layers,
         parameters=plan.parameters + _cost(ranks, sizes) - _cost(planned, sizes),
-        predicted_loss_rise=None if removed else round(predicted, 6),
+        predicted_loss_rise=None if unknown else round(predicted, 6),
     )
 
 
