@@ -115,6 +115,7 @@ def check_survivors(base: StreamedModel, operated: StreamedModel, surviving: Seq
     settings of the modules, the shapes of all weights, and masks and position embeddings.
     """
     _check_outside(base.checkpoint, operated.checkpoint)
+    removed = sorted({*range(base.layer_count)} - {*surviving})
     ids = _sequences(base)[1]
     before, after = Rehearsal(base), Rehearsal(operated)
     for new, old in enumerate(surviving):
@@ -123,8 +124,8 @@ def check_survivors(base: StreamedModel, operated: StreamedModel, surviving: Seq
             change = "it is called with another mask or other positions"
         if change:
             raise PlanError(
-                f"layer {old} of {base.checkpoint.name} would not stay what it is if these layers were removed: as "
-                f"layer {new}, {change}; choose other layers, or keep low-rank components in all of them (--keep)."
+                f"layer {old} of {base.checkpoint.name} would not stay what it is if layers {removed} were removed: as "
+                f"layer {new}, {change}; choose other --layers, or keep low-rank components in all of them (--keep)."
             )
     if getattr(base.model.config, "scale_attn_by_inverse_layer_idx", False) and list(surviving) != [
         *range(len(surviving))

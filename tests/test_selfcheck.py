@@ -31,7 +31,7 @@ from layer_surgery.checkpoint import open_checkpoint
 from layer_surgery.errors import CheckpointError, PlanError
 from layer_surgery.operated import operated_checkpoint
 from layer_surgery.rehearsal import LayerCall
-from layer_surgery.selfcheck import check_survivors, check_walk
+from layer_surgery.selfcheck import _difference, check_survivors, check_walk
 from layer_surgery.streaming import StreamedModel
 from layer_surgery.surgeon import FactorStore
 
@@ -186,6 +186,25 @@ def test_a_scale_by_the_number_of_the_layer_is_found(tmp_path: Path) -> None:
     survivors_of(model, [3], tmp_path)
     with pytest.raises(PlanError, match=r"'attn\.scaling' is"):
         survivors_of(model, [1], tmp_path)
+
+
+def test_other_positions_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What layers are called with is compared too: here the frequencies of the rotary embedding."""
+    cut = operated.surviving_fields
+
+    def with_other_frequencies(config: Any, stored: dict[str, Any], surviving: list[int]) -> dict[str, Any]:
+        return cut(config, stored, surviving) | {"rope_parameters": {"rope_type": "default", "rope_theta": 77.0}}
+
+    monkeypatch.setattr(operated, "surviving_fields", with_other_frequencies)
+    with pytest.raises(PlanError, match="as layer 0, it is called with another mask or other positions"):
+        survivors_of(tiny_model(), [0], tmp_path)
+
+
+def test_another_shape_is_found() -> None:
+    before, after = nn.Module(), nn.Module()
+    before.scale, after.scale = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(3))
+    assert _difference(before, before, 1, 0) == ""
+    assert _difference(before, after, 1, 0) == "'scale' has another shape"
 
 
 def test_something_for_each_layer_outside_the_layers_is_found(tmp_path: Path) -> None:

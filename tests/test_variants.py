@@ -263,6 +263,28 @@ def test_a_guess_of_a_listed_type_is_its_entry(model_type: str, monkeypatch: pyt
     assert (guess.attention[-1], guess.mlp[-1]) == (entry.attention[-1], entry.mlp[-1])
 
 
+@pytest.mark.parametrize("name", ["mlp.wo", "mlp.extra", "somewhere"])
+def test_linears_that_cannot_be_told_apart_are_not_named(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Two that may write to the residual stream, and one that is neither attention nor MLP; a third MLP is fine."""
+    monkeypatch.delitem(ARCHITECTURES, "llama")
+    model = tiny_model()
+    parent, _, child = name.rpartition(".")
+    for layer in decoder_layers(model):
+        layer.get_submodule(parent).add_module(child, torch.nn.Linear(4, 4))
+    guess = architecture_of(model)
+    assert guess.guessed and guess.layers == "model.layers"
+    assert bool(guess.linears) == (name == "mlp.extra")
+
+
+def test_a_matrix_that_is_no_linear_keeps_all_linears_from_being_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever it is for, what it does with the other matrices is not known."""
+    monkeypatch.delitem(ARCHITECTURES, "llama")
+    model = tiny_model()
+    assert architecture_of(model).linears
+    decoder_layers(model)[2].register_parameter("extra", torch.nn.Parameter(torch.ones(2, 2)))
+    assert not architecture_of(model).linears
+
+
 def test_a_type_that_cannot_be_walked_is_refused_by_name(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_config(config_of("rwkv"))
     with pytest.raises(CheckpointError, match=r"cannot be run one after another.*'rwkv', of which the layers"):
