@@ -23,7 +23,7 @@ from layer_surgery.config import (
     TaskConfig,
 )
 from layer_surgery.pipeline import run_compress, run_evaluate, run_score
-from layer_surgery.records import EvaluationReport, LayerScores, RefitScope, SurgeryPlan, SurgeryReport
+from layer_surgery.records import EvaluationReport, LayerScores, Part, RefitScope, SurgeryPlan, SurgeryReport
 from layer_surgery.session import Model, Ui
 
 
@@ -76,6 +76,7 @@ def compress(
     keep: float | None = None,
     target_parameters: float | None = None,
     layers: Sequence[int] | None = None,
+    remove: Part = "layer",
     scorer: str = _COMPRESS.scorer,
     method: str | None = None,
     refit: bool | None = None,
@@ -104,6 +105,7 @@ def compress(
         keep: fraction of the operated layers' parameters to spend on low-rank components (default 0.1; 0 removes).
         target_parameters: the same budget as a fraction of all parameters; excludes `keep`.
         layers: the layers to operate on, counted from 0, instead of the scorer's choice.
+        remove: `"layer"`, or only their `"attention"` or `"mlp"`; the budget is then of these.
         scorer, method: names, see `layer-surgery compress --help`.
         refit: re-solve what stays so that it follows the original; None leaves it to the method. `refit_scope` is `all`
             or `operated` (low-rank layers only, so that whole layers stay as they are, bit for bit), `refit_general`
@@ -126,6 +128,7 @@ def compress(
             keep=keep,
             target_parameters=target_parameters,
             layers=tuple(layers) if layers is not None else None,
+            remove=remove,
         ),
         scorer=scorer,
         method=method,
@@ -150,6 +153,7 @@ def score(
     *,
     scorer: str = _COMPRESS.scorer,
     target_layers: int | None = None,
+    remove: Part = "layer",
     calibration: str | Path | Sequence[str | Path] = _CALIBRATION.sources,
     samples: int = _CALIBRATION.samples,
     sequence_length: int = _CALIBRATION.sequence_length,
@@ -167,6 +171,7 @@ def score(
         model,
         scorer=scorer,
         target_layers=target_layers,
+        remove=remove,
         calibration=CalibrationConfig(
             sources=_sources(calibration), column=text_column, samples=samples, sequence_length=sequence_length
         ),

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from layer_surgery.records import Part
+
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
@@ -25,6 +27,10 @@ class Architecture:
     mlp: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
     guessed: bool = False
     """Not from the table."""
+
+    def linears_of(self, part: Part) -> tuple[str, ...]:
+        """Return the linears of a part of a layer, or of all of it."""
+        return self.linears if part == "layer" else self.attention if part == "attention" else self.mlp
 
     @property
     def linears(self) -> tuple[str, ...]:

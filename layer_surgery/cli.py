@@ -124,6 +124,13 @@ def _bytes(_context: click.Context, _parameter: click.Parameter, value: str | No
     return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(unit.upper() or " "))
 
 
+_REMOVE = click.option(
+    "--remove",
+    default=BudgetConfig.remove,
+    show_default=True,
+    metavar="layer|attention|mlp",
+    help="Operate on whole layers, or only on their attention or their MLP; the budget is then of these.",
+)
 _RUNTIME = _options(
     click.option(
         "--device",
@@ -217,6 +224,7 @@ _CALIBRATION = _options(
     metavar="I,J,...",
     help="The layers to operate on, counted from 0, instead of the scorer's choice.",
 )
+@_REMOVE
 @click.option("--scorer", default=None, metavar="NAME", help="How layers are ranked (see below).")
 @click.option("--method", default=None, metavar="NAME", help="How low-rank components are made (see below).")
 @click.option(
@@ -276,6 +284,7 @@ def compress(model: str, no_eval: bool, as_json: bool, debug: bool, **options: A
     metavar="N",
     help="Choose the layers for this target (greedy and block scorers need it).",
 )
+@_REMOVE
 @_CALIBRATION
 @_RUNTIME
 def score(model: str, as_json: bool, debug: bool, **options: Any) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from layer_surgery.errors import PlanError, UserError
-from layer_surgery.records import REFIT_SCOPES, RefitScope, SurgeryPlan
+from layer_surgery.records import PARTS, REFIT_SCOPES, Part, RefitScope, SurgeryPlan
 
 if TYPE_CHECKING:
     import torch  # at run time only where it is needed: the command line reads defaults from here without it
@@ -246,8 +246,12 @@ class BudgetConfig:
     """Fraction of the operated layers' parameters to spend on low-rank components; None means 0.1."""
     target_parameters: float | None = None
     """The same budget as a fraction of all the model's parameters; excludes `keep`."""
+    remove: Part = "layer"
+    """What is operated on: whole layers, or only their attention or their MLP. The budget is of these parameters."""
 
     def __post_init__(self) -> None:
+        if self.remove not in PARTS:
+            raise PlanError(f"--remove is '{self.remove}'; allowed: {', '.join(PARTS)}.")
         if self.keep is not None and self.target_parameters is not None:
             raise PlanError("--keep and --target-parameters are the same budget in two units; give only one of them.")
         if self.keep is not None and not (math.isfinite(self.keep) and 0 <= self.keep <= 1):

@@ -33,8 +33,9 @@ class Couplings:
     matrices: list[list[list[float]]] = field(default_factory=list)
 
     def between(self, keep: float) -> dict[tuple[int, int], float]:
-        """Return K for a fraction kept, linearly between the levels; at 1 nothing is lost."""
-        levels = [*LEVELS, 1.0]
+        """Return K for a fraction kept, linearly between the levels; at 1 (and above: factors may be larger than what
+        they replace) nothing is lost."""
+        levels, keep = [*LEVELS, 1.0], min(keep, 1.0)
         above = next((k for k, level in enumerate(levels) if level >= keep), len(levels) - 1)
         below = max(above - 1, 0)
         width = levels[above] - levels[below]

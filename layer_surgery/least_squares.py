@@ -67,7 +67,7 @@ class RidgeProblem:
     _decomposition: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
 
     def solve(self, weight: Tensor, shared: RidgeProblem | None = None) -> Solution:
-        """Return `W' = W + R Z^T (Z Z^T + ridge)^-1`, with R the remaining error `Y - Z W^T`.
+        """Return `W' = W + R^T Z (Z^T Z + ridge)^-1`, with R the remaining error `Y - Z W^T`.
 
         The ridge is the one of `RIDGES`, or infinity, whose solution on the training tokens has the least held-out
         error; the solution returned uses all tokens. One eigendecomposition serves all ridges; `shared` is a problem
@@ -88,19 +88,18 @@ class RidgeProblem:
             quadratic = ((coordinates @ held_inputs) * coordinates).sum()
             return self.held_out.targets - 2 * float((coordinates * held_products).sum()) + float(quadratic)
 
-        before = best_error = error(start)
-        best: float | None = None
-        for ridge in RIDGES if scale > 0 else ():
-            candidate = error(start + remaining / (eigenvalues + ridge * scale))
-            if candidate < best_error:
-                best, best_error = ridge, candidate
-        norm = self.held_out.targets or 1.0
-        if best is None:
+        before, norm = error(start), self.held_out.targets or 1.0
+        ridges = RIDGES if scale > 0 else ()
+        errors = {ridge: error(start + remaining / (eigenvalues + ridge * scale)) for ridge in ridges}
+        best = min(errors, key=lambda ridge: errors[ridge], default=None)
+        # Less than the sums' own rounding is no gain: a small ridge would blow it up where inputs hardly ever point.
+        rounding = 8 * torch.finfo(source.train.inputs.dtype).eps * norm
+        if best is None or errors[best] >= before - rounding:
             return Solution(w, None, before / norm, before / norm)
         inputs = train_inputs + source.held_out.inputs.double()
         remaining = train_products + self.held_out.products.double() - w @ inputs
         change = _solve_damped(inputs, best * float(inputs.diagonal().mean()), remaining.T).T
-        return Solution(w + change, best, before / norm, best_error / norm)
+        return Solution(w + change, best, before / norm, errors[best] / norm)
 
     def _decomposed(self) -> tuple[Tensor, Tensor]:
         if self._decomposition is None:

@@ -14,6 +14,7 @@ stops on it with an error, where it would otherwise fill the replaced weights wi
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ AUTO_MAP = {
 
 
 class LowRankLinear(nn.Module):
-    """`y = out_factor(in_factor(x)) + bias`: a linear layer of rank r as two bias-free linear layers.
+    """`y = out_factor(in_factor(x)) + bias`: a linear layer of rank r as two bias-free linear layers; r may be 0.
 
     Shapes: in_factor.weight [r, in], out_factor.weight [out, r], bias [out] or None.
     """
@@ -52,12 +53,21 @@ class LowRankLinear(nn.Module):
         self.in_features = in_features
         self.out_features = out_features
         self.rank = rank
-        self.in_factor = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
-        self.out_factor = nn.Linear(rank, out_features, bias=False, device=device, dtype=dtype)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # rank 0 has no elements to initialise
+            self.in_factor = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
+            self.out_factor = nn.Linear(rank, out_features, bias=False, device=device, dtype=dtype)
         if bias:
             self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype))
         else:
             self.register_parameter("bias", None)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The product of the factors [out, in], for models that use the weight of a linear without calling it (the
+        fused kernels of state-space layers do)."""
+        product: torch.Tensor = self.out_factor.weight @ self.in_factor.weight
+        return product
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map [..., in] to [..., out]."""

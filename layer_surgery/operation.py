@@ -12,7 +12,7 @@ from layer_surgery.data import load_documents, pack_evaluation
 from layer_surgery.errors import UserError
 from layer_surgery.factors import FactorStore
 from layer_surgery.operated import operated_checkpoint
-from layer_surgery.records import RefitRecord, RefitScope, SurgeryPlan
+from layer_surgery.records import Part, RefitRecord, RefitScope, SurgeryPlan
 from layer_surgery.registry import Entry
 from layer_surgery.session import Session
 from layer_surgery.statistics_cache import StatisticsSource
@@ -130,12 +130,13 @@ def _walks(session: Session, walk: Walk, data: RefitData) -> Iterator[list[tuple
         yield walks
 
 
-def statistics_source(session: Session, base_sha256: str, cache: Path | None) -> StatisticsSource:
+def statistics_source(session: Session, base_sha256: str, cache: Path | None, part: Part = "layer") -> StatisticsSource:
     """Return where this session's statistics come from."""
     return StatisticsSource(
         session.new_scratch("statistics"),
         session.checkpoint.dtype,
         cache=cache,
         base_sha256=base_sha256,
+        part=part,
         note=session.ui.note,
     )

@@ -26,13 +26,13 @@ from layer_surgery.evaluator import Evaluator
 from layer_surgery.operated import operated_checkpoint
 from layer_surgery.operation import RefitData, operate, refit_data, statistics_source
 from layer_surgery.provenance import peak_device_memory_bytes, peak_memory_bytes, provenance
-from layer_surgery.records import EvaluationReport, LayerScores, RefitScope, SurgeryPlan, SurgeryReport
+from layer_surgery.records import EvaluationReport, LayerScores, Part, RefitScope, SurgeryPlan, SurgeryReport
 from layer_surgery.registry import Entry
 from layer_surgery.saving import REPORT_FILE, check_free_space, check_output, save_checkpoint, staged_directory
-from layer_surgery.scoring import SCORERS, ScoringContext
+from layer_surgery.scoring import SCORERS, Scorer, ScoringContext
 from layer_surgery.selfcheck import check_survivors
 from layer_surgery.session import Model, Session, Ui, calibration_walk, check_column, open_session
-from layer_surgery.statistics_cache import StatisticsSource
+from layer_surgery.statistics_cache import StatisticsSource, check_cache
 from layer_surgery.streaming import StreamedModel
 from layer_surgery.surgeon import (
     METHODS,
@@ -53,6 +53,7 @@ def run_score(
     scorer: str,
     target_layers: int | None,
     calibration: CalibrationConfig,
+    remove: Part = "layer",
     runtime: RuntimeConfig,
     tokenizer: PreTrainedTokenizerBase | None = None,
     ui: Ui | None = None,
@@ -60,6 +61,9 @@ def run_score(
 ) -> LayerScores:
     """Rank the decoder layers of a model."""
     entry = SCORERS[scorer]
+    if remove != "layer" and not entry.parts:
+        raise PlanError(f"--scorer {scorer} ranks whole layers; leave out --remove {remove}.")
+    check_cache(runtime.cache)
     check_column(calibration.column, _calibration_names(calibration))
     with open_session(model, tokenizer, runtime, ui or Ui(), None) as session:
         layer_count = session.checkpoint.layer_count
@@ -76,7 +80,7 @@ def run_score(
                     walk=walk,
                     count=count,
                     seed=runtime.seed,
-                    statistics=statistics_source(session, "", runtime.cache),
+                    statistics=statistics_source(session, "", runtime.cache, remove),
                     keep=BudgetConfig.DEFAULT_KEEP,
                 )
             )
@@ -84,6 +88,7 @@ def run_score(
             "model": session.checkpoint.name,
             "scorer": scorer,
             "target_layers": target_layers,
+            "remove": remove,
             "calibration": as_json(calibration),
             "runtime": as_json(runtime),
         }
@@ -160,6 +165,8 @@ def run_compress(
         raise PlanError(
             f"--method {method.name} keeps nothing of the layers; leave out --keep and --target-parameters."
         )
+    _check_part(config, scorer, method)
+    check_cache(config.runtime.cache)
     check_column(config.calibration.column, [*_calibration_names(config.calibration), *config.evaluation.sources])
     with ExitStack() as stack:
         staging = None
@@ -202,14 +209,27 @@ def _calibration_names(config: CalibrationConfig) -> list[str]:
     return [source.name for source in weighted_sources(config.sources)]
 
 
+def _check_part(config: CompressConfig, scorer: Entry[Scorer], method: Entry[Method]) -> None:
+    part = config.budget.remove
+    if part == "layer":
+        return
+    if method.removes and method.name != "remove":
+        raise PlanError(f"--method {method.name} works on whole layers; leave out --remove {part}.")
+    if config.plan is None and config.budget.layers is None and not scorer.parts:
+        able = ", ".join(entry.name for entry in SCORERS if entry.parts)
+        raise PlanError(
+            f"--scorer {scorer.name} ranks whole layers; for --remove {part} take one of {able}, or name --layers."
+        )
+
+
 def _given_plan(config: CompressConfig) -> SurgeryPlan | None:
     if config.plan is None:
         return None
     budget = config.budget
-    if (budget.target_layers, budget.layers, budget.keep, budget.target_parameters) != (None, None, None, None):
+    if budget != BudgetConfig():
         raise PlanError(
-            "--plan says already which layers and ranks; leave out --target-layers, --layers, --keep and "
-            "--target-parameters."
+            "--plan says already which layers and ranks; leave out --target-layers, --layers, --keep, "
+            "--target-parameters and --remove."
         )
     return config.plan
 
@@ -230,9 +250,9 @@ class _Compression:
 
         It tells how many layers go, whether anything becomes low-rank, and about how large the result is.
         """
-        shape = model_shape(self.checkpoint)
+        shape = model_shape(self.checkpoint, self.config.budget.remove)
         if self.given is not None:
-            plan = check_plan(shape, self.given, self.config.plan_name)
+            plan = check_plan(model_shape(self.checkpoint), self.given, self.config.plan_name)
             if plan.low_rank and self.method.removes:
                 raise PlanError(
                     f"{self.config.plan_name} has low-rank layers, but --method {self.method.name} makes none."
@@ -275,7 +295,7 @@ class _Compression:
         with clock.stage("evaluate_before"):
             evaluator.measure("before", self.checkpoint)
         with calibration_walk(session, session.stream(self.checkpoint), tokens) as walk:
-            statistics = statistics_source(session, sha256, config.runtime.cache)
+            statistics = statistics_source(session, sha256, config.runtime.cache, config.budget.remove)
             scores = self._scores(walk, count, statistics, trial) if chooses else None
             plan = self._plan(scores, count, sha256)
             self._check_survivors(plan, walk.model)
@@ -341,10 +361,10 @@ class _Compression:
         return replace(budget, keep=0.0) if self.method.removes else budget
 
     def _plan(self, scores: LayerScores | None, count: int, sha256: str) -> SurgeryPlan:
-        shape = model_shape(self.checkpoint)
         if self.given is not None:
-            plan = check_plan(shape, self.given, self.config.plan_name)
+            plan = check_plan(model_shape(self.checkpoint), self.given, self.config.plan_name)
             return replace(plan, base_sha256=sha256, method=self.method.name)
+        shape = model_shape(self.checkpoint, self.config.budget.remove)
         chosen = self.config.budget.layers or (scores.removal_order[:count] if scores else ())
         return replace(make_plan(shape, chosen, self._budget(), self.method.name), base_sha256=sha256)
 
@@ -386,17 +406,25 @@ class _Compression:
         return _run_provenance(self.session, self.config.command, self.config.describe())
 
 
-def model_shape(checkpoint: Checkpoint) -> ModelShape:
-    """Return the sizes that planning needs. Linears that are low-rank already cannot be replaced again."""
+def model_shape(checkpoint: Checkpoint, part: Part = "layer") -> ModelShape:
+    """Return the sizes that planning needs, of all layers or of a part of each.
+
+    Linears that are low-rank already cannot be replaced again.
+    """
     layers = []
     for index in range(checkpoint.layer_count):
         prefix = checkpoint.layer_prefix(index)
         linears = {}
-        for name in checkpoint.architecture.linears:
+        for name in checkpoint.architecture.linears_of(part):
             spec = checkpoint.source.specs.get(f"{prefix}{name}.weight")
             if spec is not None:
                 linears[name] = (spec.shape[0], spec.shape[1])
-        layers.append(LayerShape(linears=linears, parameters=checkpoint.layer_parameters(index)))
+        parameters = checkpoint.layer_parameters(index)
+        if part != "layer":
+            parameters = sum(
+                p.numel() for name in linears for p in checkpoint.layers[index].get_submodule(name).parameters()
+            )
+        layers.append(LayerShape(linears=linears, parameters=parameters))
     return ModelShape(layers=layers, parameters=checkpoint.parameters)
 
 

@@ -13,6 +13,9 @@ SCHEMA_VERSION = 1
 
 Action = Literal["keep", "remove", "low_rank"]
 ACTIONS: tuple[Action, ...] = ("keep", "remove", "low_rank")
+Part = Literal["layer", "attention", "mlp"]
+"""What of a layer is operated on."""
+PARTS: tuple[Part, ...] = ("layer", "attention", "mlp")
 RefitScope = Literal["operated", "all"]
 REFIT_SCOPES: tuple[RefitScope, ...] = ("operated", "all")
 
@@ -44,7 +47,8 @@ class LayerPlan:
     index: int
     action: Action
     ranks: dict[str, int] = field(default_factory=dict)
-    """Rank of each linear, by its name within the layer; for `low_rank` only."""
+    """Rank of each linear, by its name within the layer; for `low_rank` only. Others of the layer stay whole; of one
+    with rank 0 only the bias stays."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,8 +144,8 @@ def _layer_from_dict(entry: Any, position: int, origin: str) -> LayerPlan:
     if action not in ACTIONS:
         raise PlanError(f"{origin}: layer {position} has action {action!r}; allowed: {', '.join(ACTIONS)}.")
     ranks = entry.get("ranks") or {}
-    if not isinstance(ranks, dict) or not all(type(rank) is int and rank > 0 for rank in ranks.values()):
-        raise PlanError(f"{origin}: the ranks of layer {position} must be whole numbers above 0, by linear.")
+    if not isinstance(ranks, dict) or not all(type(rank) is int and rank >= 0 for rank in ranks.values()):
+        raise PlanError(f"{origin}: the ranks of layer {position} must be whole numbers from 0 on, by linear.")
     if bool(ranks) != (action == "low_rank"):
         raise PlanError(
             f"{origin}: layer {position} has action {action!r} and {len(ranks)} ranks; only low_rank has any."

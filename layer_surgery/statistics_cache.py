@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,8 +17,9 @@ from typing import Any
 import torch
 
 from layer_surgery.couplings import Couplings
-from layer_surgery.errors import LayerSurgeryError
+from layer_surgery.errors import UserError
 from layer_surgery.factors import FactorStore
+from layer_surgery.records import Part
 from layer_surgery.statistics import Ranks, Statistics, collect, useful_ranks
 from layer_surgery.tokens import PackedTokens
 from layer_surgery.walk import Walk
@@ -37,9 +39,14 @@ class StatisticsSource:
         *,
         cache: Path | None = None,
         base_sha256: str = "",
+        part: Part = "layer",
         note: Callable[[str], None] = lambda _text: None,
     ) -> None:
-        """Compute into `scratch`, or into a folder of `cache`; `dtype` is that of the stored components."""
+        """Compute into `scratch`, or into a folder of `cache`; `dtype` is that of the stored components.
+
+        `part` of the layers is what costs are measured for.
+        """
+        self.part = part
         self._scratch, self._dtype, self._cache = scratch, dtype, cache
         self._base_sha256, self._note = base_sha256, note
         self._statistics: Statistics | None = None
@@ -53,10 +60,10 @@ class StatisticsSource:
             known = self._statistics
             self._statistics = self._new(walk)
             if known is None or self._cache is not None:
-                collect(walk, self._statistics, layers)
+                collect(walk, self._statistics, layers, self.part)
             else:
                 wanted = dict(layers) | {index: ranks for index, ranks in known.ranks.items() if index not in layers}
-                collect(walk, self._statistics, wanted)
+                collect(walk, self._statistics, wanted, self.part)
         return self._statistics
 
     def _new(self, walk: Walk) -> Statistics:
@@ -65,7 +72,8 @@ class StatisticsSource:
         directory.mkdir()
         return Statistics(FactorStore(directory, self._dtype), loss_scale(walk.tokens))
 
-    def _cached(self, walk: Walk) -> Statistics:
+    def _cached(self, walk: Walk) -> Statistics | None:
+        """Return the statistics of all layers; None, with a warning, if they are not there and cannot be kept."""
         assert self._cache is not None
         identity = self._identity(walk)
         key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:40]
@@ -75,20 +83,26 @@ class StatisticsSource:
                 statistics = _read(folder, identity, self._dtype)
             except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
                 self._note(f"warning: the cached statistics in {folder} are not used ({error}); computing them again")
+                shutil.rmtree(folder, ignore_errors=True)
             else:
                 self._note(f"statistics: from the cache, {folder}")
                 return statistics
-        staging = self._cache / f".{key}.partial-{os.getpid()}"
+        staging = self._cache / f".{key}.partial-{secrets.token_hex(4)}"
         try:
             staging.mkdir(parents=True)
         except OSError as error:
-            raise LayerSurgeryError(f"--cache {self._cache} cannot be written ({error.strerror}).") from error
+            self._note(f"warning: statistics are not kept: --cache {self._cache} cannot be written ({error.strerror})")
+            self._cache = None
+            return None
         try:
             statistics = Statistics(FactorStore(staging, self._dtype), loss_scale(walk.tokens))
-            collect(walk, statistics, useful_ranks(walk.model, range(walk.model.layer_count)))
+            linears = useful_ranks(walk.model, range(walk.model.layer_count), self.part)
+            collect(walk, statistics, linears, self.part)
             _write(staging, identity, statistics)
-            shutil.rmtree(folder, ignore_errors=True)
-            staging.rename(folder)
+            try:
+                staging.rename(folder)
+            except OSError:  # another run has put the same there in the meantime and may be reading it
+                folder = Path(shutil.move(staging, self._scratch / key))
         finally:
             shutil.rmtree(staging, ignore_errors=True)
         statistics.components = FactorStore(folder, self._dtype)
@@ -98,11 +112,21 @@ class StatisticsSource:
         return {
             "schema_version": SCHEMA_VERSION,
             "checkpoint_sha256": self._base_sha256 or walk.model.checkpoint.sha256(),
+            "part": self.part,
             "data_sha256": walk.tokens.sha256,
             "compute_dtype": str(walk.model.dtype),
             "stored_dtype": str(self._dtype),
             "device": walk.model.device.type,
         }
+
+
+def check_cache(cache: Path | None) -> None:
+    """Raise `UserError` if a cache is neither a directory nor can be made. One that is read-only may be of use."""
+    if cache is None or cache.is_dir():
+        return
+    nearest = next(place for place in cache.absolute().parents if place.exists())
+    if cache.exists() or not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(f"--cache {cache} is no directory and cannot be made one; give another directory.")
 
 
 def loss_scale(tokens: PackedTokens) -> float:
@@ -121,12 +145,16 @@ def _write(folder: Path, identity: Mapping[str, Any], statistics: Statistics) ->
         "couplings": statistics.couplings.to_dict(),
         "files": files,
     }
-    (folder / RECORD_FILE).write_text(json.dumps(record, allow_nan=False), encoding="utf-8")
+    text = json.dumps({"sha256": _record_sha256(record), "record": record}, allow_nan=False)
+    (folder / RECORD_FILE).write_text(text, encoding="utf-8")
 
 
 def _read(folder: Path, identity: Mapping[str, Any], dtype: torch.dtype) -> Statistics:
     """Read a folder and check every byte of it. Raises `ValueError` and the like for what is not right."""
-    record = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
+    stored = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
+    record = stored["record"]
+    if stored["sha256"] != _record_sha256(record):
+        raise ValueError(f"{RECORD_FILE} is damaged")
     if record["identity"] != dict(identity):
         raise ValueError("they were made from something else or by another release")
     for name, sha256 in record["files"].items():
@@ -144,6 +172,10 @@ def _read(folder: Path, identity: Mapping[str, Any], dtype: torch.dtype) -> Stat
         raise ValueError(f"{RECORD_FILE} contradicts itself")
     couplings = Couplings.from_dict(record["couplings"])
     return Statistics(FactorStore(folder, dtype), float(record["loss_scale"]), sizes, values, ranks, couplings)
+
+
+def _record_sha256(record: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:

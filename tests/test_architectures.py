@@ -17,6 +17,7 @@ from tiny_models import (
     make_test_plan,
     packed_tokens,
     settings,
+    statistics_source,
     streamed,
     tiny_checkpoint,
     tiny_model,
@@ -107,7 +108,10 @@ def operated(base: Checkpoint, plan: SurgeryPlan, scratch: Path) -> Checkpoint:
     """Apply a plan that looks at no data."""
     scratch.mkdir(parents=True)
     factors, model = FactorStore(scratch, base.dtype), streamed(base, dtype=base.dtype)
-    METHODS[plan.method].function(plan, SurgeryContext(model=model, walk=None, factors=factors, progress=no_progress))
+    context = SurgeryContext(
+        model=model, walk=None, factors=factors, statistics=statistics_source(scratch), progress=no_progress
+    )
+    METHODS[plan.method].function(plan, context)
     return operated_checkpoint(base, plan, factors)
 
 

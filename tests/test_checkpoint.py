@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub.constants
 import pytest
@@ -101,7 +102,8 @@ def test_a_model_in_memory_is_not_changed(tmp_path: Path, tied: bool) -> None:
 
 def test_a_model_in_memory_saves_its_class_and_dtype_in_the_configuration(tmp_path: Path) -> None:
     model = model_with_vocabulary().to(torch.bfloat16)
-    layer_surgery.compress(model, tmp_path / "output", tokenizer=tiny_tokenizer(), layers=[1], keep=0, eval_data=None)
+    options: dict[str, Any] = {"layers": [1], "keep": 0, "refit": False, "eval_data": None}
+    layer_surgery.compress(model, tmp_path / "output", tokenizer=tiny_tokenizer(), **options)
     loaded = layer_surgery.load(tmp_path / "output")
     assert loaded.config.architectures == ["LlamaForCausalLM"]
     assert loaded.dtype == torch.bfloat16
@@ -111,11 +113,10 @@ def test_a_low_rank_model_in_memory_can_be_operated_on_again(tmp_path: Path) -> 
     saved_model(tmp_path / "model")
     layer_surgery.compress(tmp_path / "model", tmp_path / "once", layers=[1], keep=0.3, method="svd", eval_data=None)
     model = layer_surgery.load(tmp_path / "once")
-    report = layer_surgery.compress(
-        model, tmp_path / "twice", tokenizer=tiny_tokenizer(), layers=[3], keep=0, eval_data=None
-    )
+    options: dict[str, Any] = {"layers": [3], "keep": 0, "refit": False, "eval_data": None}
+    report = layer_surgery.compress(model, tmp_path / "twice", tokenizer=tiny_tokenizer(), **options)
     assert layer_surgery.load(tmp_path / "twice").num_parameters() == report.plan.parameters
-    layer_surgery.compress(tmp_path / "once", tmp_path / "from disk", layers=[3], keep=0, eval_data=None)
+    layer_surgery.compress(tmp_path / "once", tmp_path / "from disk", **options)
     disk, memory = tensors_of(tmp_path / "from disk"), tensors_of(tmp_path / "twice")
     assert disk.keys() == memory.keys()
     assert all(torch.equal(disk[name], memory[name]) for name in disk)

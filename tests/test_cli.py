@@ -142,7 +142,7 @@ def test_compress_prints_a_report_and_says_where_it_went(
     assert "2 of 4 layers whole" in outcome.out
     assert "perplexity" in outcome.out and "change" in outcome.out
     assert f"saved to {output}" in outcome.out
-    assert [line.split(":")[0] for line in outcome.error_lines] == ["calibration", "evaluation"]
+    assert [line.split(":")[0] for line in outcome.error_lines] == ["calibration", "refit", "evaluation"]
     assert (output / "surgery.json").is_file()
 
 
@@ -153,15 +153,16 @@ def test_compress_json_is_the_report_on_disk(
     outcome = run("compress", model, "--target-layers", 2, *data, "--eval-data", text, "--output", output, "--json")
     assert outcome.code == 0
     assert strict_json(outcome.out) == strict_json((output / "surgery.json").read_text())
-    assert [line.split(":")[0] for line in outcome.error_lines] == ["calibration", "evaluation"]
+    assert [line.split(":")[0] for line in outcome.error_lines] == ["calibration", "refit", "evaluation"]
 
 
 def test_the_report_holds_the_command_line(
     run: CommandLine, model: Path, data: list[str | Path], tmp_path: Path
 ) -> None:
-    run("compress", model, "--layers", "1", "--keep", 0, "--no-eval", "--output", tmp_path / "my output", "--seed", 5)
+    options = ["--layers", 1, "--keep", 0, "--no-refit", "--no-eval", "--seed", 5]
+    run("compress", model, "--output", tmp_path / "my output", *options)
     provenance = strict_json((tmp_path / "my output" / "surgery.json").read_text())["provenance"]
-    expected = f"layer-surgery compress {model} --layers 1 --keep 0 --no-eval --output '{tmp_path}/my output' --seed 5"
+    expected = f"layer-surgery compress {model} --output '{tmp_path}/my output' {' '.join(map(str, options))}"
     assert provenance["command"].replace("'", "") == expected.replace("'", "")
     assert provenance["seed"] == 5
     assert provenance["config"]["budget"]["layers"] == [1]
@@ -261,7 +262,8 @@ def test_a_dry_run_says_the_numbers_and_writes_nothing(
 def test_names_that_look_like_markup_are_printed_as_they_are(run: CommandLine, tmp_path: Path) -> None:
     path, text = saved_model(tmp_path / "[red]model"), text_file(tmp_path / "[blue]text.txt")
     output = tmp_path / "[bold]output"
-    compressed = run("compress", path, "--layers", 1, "--keep", 0, *SHORT, "--eval-data", text, "--output", output)
+    removal = ["--layers", 1, "--keep", 0, "--no-refit"]
+    compressed = run("compress", path, *removal, *SHORT, "--eval-data", text, "--output", output)
     evaluated = run("evaluate", output, *SHORT, "--eval-data", text)
     assert (compressed.code, evaluated.code) == (0, 0)
     shown = ["".join(text.split()) for text in (compressed.out, compressed.err, evaluated.out)]  # long names are folded
@@ -284,7 +286,8 @@ def test_an_existing_output_is_a_mistake_of_the_user(run: CommandLine, model: Pa
 
 
 def test_overwrite_replaces_it(run: CommandLine, model: Path, tmp_path: Path) -> None:
-    arguments = ["compress", model, "--layers", 1, "--keep", 0, "--no-eval", "--output", tmp_path / "output"]
+    arguments = ["compress", model, "--layers", 1, "--keep", 0, "--no-refit", "--no-eval"]
+    arguments += ["--output", tmp_path / "output"]
     assert run(*arguments).code == 0
     before = listing(tmp_path)
     assert run(*arguments).code == 2
@@ -299,7 +302,7 @@ def test_overwrite_replaces_it(run: CommandLine, model: Path, tmp_path: Path) ->
     [
         ("layer_surgery.saving.StreamedSafetensors.write", OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))),
         (
-            "layer_surgery.surgeon.factors.save_file",
+            "layer_surgery.factors.save_file",
             SafetensorError("I/O error: No space left on device"),
         ),
         ("layer_surgery.pipeline.report_dict", OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))),
@@ -338,7 +341,7 @@ def test_running_out_of_memory_says_what_to_do(
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
 
-    monkeypatch.setattr("layer_surgery.pipeline.operated_checkpoint", fail)
+    monkeypatch.setattr("layer_surgery.operation.operated_checkpoint", fail)
     outcome = run("compress", model, "--layers", 1, "--method", "svd", "--no-eval", "--output", tmp_path / "output")
     assert outcome.code == 1
     assert "--batch-size" in outcome.err
@@ -351,7 +354,7 @@ def test_an_interruption_is_no_error(
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("layer_surgery.pipeline.operated_checkpoint", stop)
+    monkeypatch.setattr("layer_surgery.operation.operated_checkpoint", stop)
     outcome = run("compress", model, "--layers", 1, "--method", "svd", "--no-eval", "--output", tmp_path / "output")
     assert outcome.code == 130
     assert outcome.error_lines[-1] == "interrupted; nothing half-written is left."

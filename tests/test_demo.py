@@ -52,7 +52,7 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, S
     """Compress the demo model to nine layers by each way."""
     directory = tmp_path_factory.mktemp("demo")
     ways: dict[str, dict[str, Any]] = {
-        "removed": {"keep": 0},
+        "removed": {"keep": 0, "refit": False},
         "svd": {"keep": 0.1},
         "grasp": {"keep": 0.1, "method": "grasp"},
     }

@@ -40,8 +40,8 @@ COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", 
 
 
 def remove(model: Path | PreTrainedModel, output: Path, layers: tuple[int, ...] = (1, 2), **options: Any) -> Path:
-    """Remove layers outright and return the output directory."""
-    layer_surgery.compress(model, output, layers=layers, keep=0, eval_data=None, **options)
+    """Remove layers outright, leave the others as they are, and return the output directory."""
+    layer_surgery.compress(model, output, layers=layers, keep=0, refit=False, eval_data=None, **options)
     return output
 
 
@@ -470,7 +470,7 @@ STAGES = [
     "layer_surgery.session.perplexity",
     "layer_surgery.scoring.block_influence.CosineObserver.boundaries",
     "layer_surgery.surgeon.grasp.attributed_groups",
-    "layer_surgery.pipeline.operated_checkpoint",
+    "layer_surgery.operation.operated_checkpoint",
     "layer_surgery.pipeline.save_checkpoint",
     "layer_surgery.saving.StreamedSafetensors.write",
     "layer_surgery.saving._copy_companions",

@@ -16,6 +16,7 @@ from tiny_models import (
     packed_tokens,
     settings,
     snapshot,
+    statistics_source,
     streamed,
     tiny_checkpoint,
     tiny_model,
@@ -34,7 +35,7 @@ from layer_surgery.tokens import PackedTokens
 from layer_surgery.walk import Walk
 
 TOKENS = packed_tokens(5, 11, padding=True, excluded=0.2)
-DATA_SCORERS = ["block_influence", "angular", "taylor", "perplexity"]
+DATA_SCORERS = ["block_influence", "angular", "taylor", "perplexity", "fisher"]
 
 
 def score(
@@ -47,10 +48,15 @@ def score(
     seed: int = 0,
     batch_size: int = 2,
     on_disk: bool = False,
+    keep: float = 0.1,
+    refit: bool = True,
 ) -> LayerScores:
     where = settings(scratch, batch_size=batch_size, boundary_memory_bytes=0 if on_disk else 1 << 29)
     with Walk(streamed(model, resident_bytes=0 if on_disk else 1 << 29), tokens, where) as walk:
-        return SCORERS[name].function(ScoringContext(walk=walk, count=count, seed=seed))
+        context = ScoringContext(
+            walk=walk, count=count, seed=seed, statistics=statistics_source(scratch), keep=keep, refit=refit
+        )
+        return SCORERS[name].function(context)
 
 
 def mean_loss(model: PreTrainedModel, tokens: PackedTokens = TOKENS) -> float:
@@ -170,7 +176,7 @@ def with_identity_layer(index: int, layers: int = 5) -> PreTrainedModel:
 
 
 @pytest.mark.parametrize("index", [0, 2, 4])
-@pytest.mark.parametrize("scorer", ["block_influence", "angular"])
+@pytest.mark.parametrize("scorer", ["block_influence", "angular", "fisher"])
 def test_an_identity_layer_is_worth_nothing_and_goes_first(tmp_path: Path, scorer: str, index: int) -> None:
     scores = score(scorer, with_identity_layer(index), tmp_path, count=1)
     assert scores.values[index] == pytest.approx(0, abs=1e-7)
@@ -231,7 +237,7 @@ def test_an_unknown_scorer_is_answered_with_the_nearest() -> None:
 
 
 def test_an_unknown_scorer_unlike_any_is_answered_with_all() -> None:
-    with pytest.raises(UserError, match=r"Known: angular, block_influence, last, perplexity"):
+    with pytest.raises(UserError, match=r"Known: angular, block_influence, fisher, last, perplexity"):
         SCORERS["zzz"]
 
 
@@ -270,8 +276,10 @@ def test_scoring_leaves_a_users_model_untouched(tmp_path: Path, scorer: str) -> 
 
 @pytest.mark.parametrize("scorer", DATA_SCORERS)
 def test_scoring_leaves_no_hook_and_no_boundary_file(tmp_path: Path, scorer: str) -> None:
-    model = streamed(tiny_model())
+    model, statistics = streamed(tiny_model()), statistics_source(tmp_path)
+    before = list(tmp_path.iterdir())
     with Walk(model, TOKENS, settings(tmp_path, boundary_memory_bytes=0)) as walk:
-        SCORERS[scorer].function(ScoringContext(walk=walk, count=2, seed=0))
+        context = ScoringContext(walk=walk, count=2, seed=0, statistics=statistics, keep=0.1)
+        SCORERS[scorer].function(context)
         assert hooks_on(model.model) == []
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == before

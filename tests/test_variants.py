@@ -31,6 +31,7 @@ import layer_surgery
 from layer_surgery.architectures import ARCHITECTURES, Architecture
 from layer_surgery.checkpoint import open_checkpoint
 from layer_surgery.errors import CheckpointError, PlanError
+from layer_surgery.moments import MomentRecorder
 from layer_surgery.operated import operated_checkpoint
 from layer_surgery.recognition import architecture_of
 from layer_surgery.saving import save_checkpoint
@@ -164,6 +165,25 @@ def test_fisher_runs_on_layers_with_experts_and_without_attention(tmp_path: Path
         METHODS["fisher"].function(plan, context)
     result = streamed(operated_checkpoint(base, plan, factors), dtype=torch.float32)
     assert largest_difference(walked_logits(result, TOKENS, settings(tmp_path)), logits_of(model)) < 1e-3
+
+
+@pytest.mark.parametrize("form", ["flat", "heads_last", "heads_first"])
+def test_moments_of_a_linear_do_not_depend_on_the_form_of_its_input(form: str) -> None:
+    """Padding is left out whether a linear is called with [B, S, D], [B S, D], [B, S, H, D] or [B, H, S, D]."""
+    valid = torch.tensor([[True, True, True, False], [True, False, False, False], [True, True, True, True]])
+    x = torch.randn(3, 4, 6, generator=torch.Generator().manual_seed(0))
+    given = {
+        "flat": x.flatten(0, 1),
+        "heads_last": x.unflatten(-1, (2, 3)),
+        "heads_first": x.unflatten(-1, (2, 3)).transpose(1, 2),
+    }[form]
+    linear = torch.nn.Linear(given.shape[-1], 2)
+    recorder = MomentRecorder({"linear": linear}, gradients=False)
+    with recorder.recording() as moments:
+        recorder.start_batch(valid)
+        linear(given)
+    rows = x[valid].reshape(-1, given.shape[-1])
+    torch.testing.assert_close(moments.inputs["linear"], rows.T @ rows)
 
 
 def test_experts_stay_whole_and_the_message_says_so(tmp_path: Path) -> None:

@@ -37,6 +37,10 @@ POINTS = [
 ]
 
 
+#: Methods that look at no data: measured once for each choice of layers.
+WITHOUT_DATA = ("remove", "laco", "svd")
+
+
 def main() -> None:
     """Measure all points."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -48,6 +52,7 @@ def main() -> None:
     parser.add_argument("--keep", type=float, default=0.2)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--target-layers", type=int, nargs="+", default=[11, 10, 9, 8])
+    parser.add_argument("--no-refit", action="store_true", help="leave the points with a refit for a later run")
     parser.add_argument("--scorer", default="fisher")
     parser.add_argument("--report", type=Path, default=ROOT / "reports" / "task_aware" / "compare.json")
     arguments = parser.parse_args()
@@ -76,10 +81,14 @@ def main() -> None:
             print(f"seed {seed}: ours {ours}, block influence {published}", flush=True)
             for target in arguments.target_layers:
                 for method, by_influence, refit in POINTS:
-                    if (seed, target, method, by_influence, refit) in known:
+                    if (seed, target, method, by_influence, refit) in known or (refit and arguments.no_refit):
                         continue
                     layers = (published if by_influence else ours)[: depth - target]
-                    row = run.measure(layers, method, arguments.keep, refit=refit)
+                    same = [r for r in rows if r["method"] == method and r["layers"] == sorted(layers)]
+                    if method in WITHOUT_DATA and not refit and same:
+                        row = dict(same[0])
+                    else:
+                        row = run.measure(layers, method, arguments.keep, refit=refit)
                     row |= {"seed": seed, "target_layers": target, "published_layers": by_influence}
                     row |= {"statistics_seconds": statistics_seconds}
                     rows.append(row)

@@ -47,14 +47,23 @@ class Bench:
         return SCORERS[scorer].function(context).removal_order[:count]
 
     def measure(
-        self, layers: Sequence[int], method: str, keep: float, *, refit: bool, general: float = 0.25
+        self,
+        layers: Sequence[int],
+        method: str,
+        keep: float,
+        *,
+        refit: bool,
+        general: float = 0.25,
+        ranks_fixed: bool = False,
     ) -> dict[str, Any]:
         """Operate and evaluate; return sizes, losses and times."""
         keep = 0.0 if method in REMOVING else keep
         plan = make_plan(model_shape(self.session.checkpoint), layers, BudgetConfig(keep=keep), method)
         data = refit_data(self.session, self.tokens, "all", general) if refit else None
         start = time.perf_counter()
-        done = operate(self.session, self.walk, plan, METHODS[method], self.statistics, refit_data=data)
+        done = operate(
+            self.session, self.walk, plan, METHODS[method], self.statistics, refit_data=data, ranks_fixed=ranks_fixed
+        )
         seconds = time.perf_counter() - start
         losses = evaluate(self.session, done.checkpoint, self.texts)
         return {

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 from layer_surgery.rehearsal import LayerCall
 
-#: How far `out = in + s * attention + t * mlp` may be off, relative to the change, to be taken for true.
+#: How far `out = in + s * attention + t * mlp` may be off, relative to the change, to be taken for true, beside the
+#: rounding of a stream that may be much larger than its change; and in any case (with a norm in between it is 0.3).
 _TOLERANCE = 0.02
+_LARGEST_TOLERANCE = 0.15
 
 
 class _Reached(Exception):
@@ -92,14 +94,22 @@ def residual_scales(
     if not torch.isfinite(gram).all() or float(torch.linalg.det(gram)) <= 0:
         return None
     scales = torch.linalg.solve(gram, parts.T @ change)
-    off = float((parts @ scales - change).norm() / change.norm().clamp_min(1e-30))
-    return ResidualScales(float(scales[0]), float(scales[1])) if off < _TOLERANCE else None
+    size = change.norm().clamp_min(1e-30)
+    off = float((parts @ scales - change).norm() / size)
+    rounding = torch.finfo(after.dtype).eps * float(after.double().norm() / size)
+    tolerance = min(_TOLERANCE + rounding, _LARGEST_TOLERANCE)
+    return ResidualScales(float(scales[0]), float(scales[1])) if off < tolerance else None
 
 
 def bias_of(layer: nn.Module, name: str) -> Tensor | None:
     """Return the bias [out] of a linear, or None."""
     bias: Tensor | None = getattr(layer.get_submodule(name), "bias", None)
     return bias
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """Return the tensor in float32 (float64 if it is)."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def without_bias(layer: nn.Module, name: str, output: Tensor) -> Tensor:

@@ -34,6 +34,7 @@ from layer_surgery.surgeon.layer_pair import (
     linear_outputs,
     residual_scales,
     run_watched,
+    wide,
 )
 from layer_surgery.walk import Walk
 
@@ -213,6 +214,7 @@ class _Pair:
     @torch.no_grad()
     def _follow_outputs(self, names: Sequence[str]) -> None:
         """Re-solve linears to give what the original's give, on the inputs that the operated model has for them."""
+        names = [name for name in names if not self._gone(name)]
         if not names:
             return
         problems = _Problems(self.layer, names)
@@ -224,12 +226,22 @@ class _Pair:
 
     @torch.no_grad()
     def _follow_stream_after_attention(self, name: str, mlp_out: str, scales: ResidualScales) -> None:
-        """Re-solve the attention's output projection so that the stream after it is the original's."""
+        """Re-solve the attention's output projection so that the stream after it is the original's.
+
+        If nothing is left of the MLP, so that the stream after the layer is.
+        """
+        if self._gone(name):
+            return
         problems = _Problems(self.layer, [name])
         bias = bias_of(self.layer, name)
         for batch in self._batches():
-            after, seen = run_watched(self.reference, [mlp_out], batch.reference_call, batch.reference)
-            target = (after - scales.mlp * seen[mlp_out] - batch.operated) / scales.attention
+            if self._gone(mlp_out):
+                aim = wide(batch.track.walk.store.read(self.after, batch.rows))
+            else:
+                after, seen = run_watched(self.reference, [mlp_out], batch.reference_call, batch.reference)
+                aim = wide(after) - scales.mlp * wide(seen[mlp_out])
+            # The stream is large and what is added to it small: the difference is taken in float32 or better.
+            target = (aim - wide(batch.operated)) / scales.attention
             inputs = linear_inputs(self.layer, [name], batch.operated_call, batch.operated)
             problems.add(inputs, {name: target if bias is None else target - bias}, batch)
         self._solve(problems)
@@ -237,6 +249,8 @@ class _Pair:
     @torch.no_grad()
     def _follow_stream_after_mlp(self, name: str, scales: ResidualScales) -> None:
         """Re-solve the MLP's output projection so that the stream after the layer is the original's after the cut."""
+        if self._gone(name):
+            return
         problems = _Problems(self.layer, [name])
         bias = bias_of(self.layer, name)
         for batch in self._batches():
@@ -249,7 +263,7 @@ class _Pair:
             finally:
                 hook.remove()
             aim = batch.track.walk.store.read(self.after, batch.rows)
-            target = (aim - after) / scales.mlp + seen[name]
+            target = (wide(aim) - wide(after)) / scales.mlp + wide(seen[name])
             problems.add(inputs, {name: target if bias is None else target - bias}, batch)
         self._solve(problems)
 
@@ -298,6 +312,10 @@ class _Pair:
         """Return the names of those linears that this layer has, in both models."""
         modules = dict(self.reference.named_modules())
         return [name for name in names if name in modules]
+
+    def _gone(self, name: str) -> bool:
+        """Whether nothing is left of a linear."""
+        return bool(getattr(self.layer.get_submodule(name), "rank", 1) == 0)
 
 
 class _Problems:

@@ -6,12 +6,13 @@ Shopkhoev et al., ReplaceMe: Network Simplification via Depth Pruning and Transf
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from layer_surgery.errors import PlanError
 from layer_surgery.records import SurgeryPlan
+from layer_surgery.statistics import check_tokens
 from layer_surgery.surgeon.context import METHODS, SurgeryContext, the_walk
-from layer_surgery.surgeon.layer_pair import run_watched
+from layer_surgery.surgeon.layer_pair import residual_scales, run_watched
 from layer_surgery.walk import Walk
 
 URL = "https://arxiv.org/abs/2505.02819"
@@ -25,16 +26,17 @@ URL = "https://arxiv.org/abs/2505.02819"
     removes=True,
 )
 def replaceme(plan: SurgeryPlan, context: SurgeryContext) -> SurgeryPlan:
-    """Solve `min_T |M T + Y - L|^2` for each removed run and put `T^T W` in the place of the MLP's output projection W.
+    """Solve `min_T |s M T + Y - L|^2` for each removed run; `T^T W` takes the place of the MLP's output projection W.
 
-    M is the output of the MLP before the run, Y the stream that it is added to, L the stream after the run, all of the
-    original. The paper removes one contiguous block; here every run of removed layers gets its own map. Least squares
-    as in the paper, without a ridge beyond what float64 needs.
+    M is the output of the MLP before the run, s what the architecture multiplies it with (mostly 1), Y the stream that
+    it is added to, L the stream after the run, all of the original. The paper removes one contiguous block; here every
+    run of removed layers gets its own map. Least squares as in the paper, without a ridge beyond what float64 needs.
     """
     walk, name = the_walk(context), context.model.architecture.mlp[-1]
     runs = removed_runs(plan)
     if runs and runs[0][0] == 0:
         raise PlanError("--method replaceme needs a layer before each removed run, but layer 0 is removed.")
+    check_tokens(walk.tokens, context.model.hidden_size, "replaceme")
     walk.forward(range(context.model.layer_count), keep=True)
     with context.progress("solving", len(runs)) as advance:
         for first, after in runs:
@@ -56,18 +58,17 @@ def removed_runs(plan: SurgeryPlan) -> list[tuple[int, int]]:
 
 @torch.no_grad()
 def _best_map(walk: Walk, index: int, name: str, after: int) -> Tensor:
-    """Return T [D, D] float64 with `M T ~ L - Y` over the valid calibration tokens."""
+    """Return T [D, D] float64 with `s M T ~ L - Y` over the valid calibration tokens."""
     gram: Tensor | float = 0.0
     products: Tensor | float = 0.0
     with walk.model.layer(index) as layer:
-        if getattr(layer.get_submodule(name), "bias", None) is not None:
-            raise PlanError("--method replaceme folds a map into a projection without bias; this model's have one.")
+        scale = _mlp_scale(walk, index, name, layer)
         for rows in walk.batches():
             hidden = walk.store.read(index, rows)
             call = walk.rehearsal.call(index, walk.tokens.token_ids[rows])
             output, seen = run_watched(layer, [name], call, hidden)
             valid = walk.tokens.valid[rows].to(hidden.device)
-            mlp = seen[name][valid].double()
+            mlp = scale * seen[name][valid].double()
             wanted = walk.store.read(after, rows)[valid].double() - (output[valid].double() - mlp)
             gram = gram + mlp.T @ mlp
             products = products + mlp.T @ wanted
@@ -75,3 +76,24 @@ def _best_map(walk: Walk, index: int, name: str, after: int) -> Tensor:
     gram.diagonal().add_(1e-9 * float(gram.diagonal().mean()))
     solution: Tensor = torch.linalg.solve(gram, products)
     return solution
+
+
+def _mlp_scale(walk: Walk, index: int, name: str, layer: nn.Module) -> float:
+    """Return what a layer multiplies the output of its MLP with; `PlanError` if a map cannot be folded into it."""
+    projection = layer.get_submodule(name)
+    if not isinstance(projection, nn.Linear):
+        raise PlanError(
+            f"--method replaceme folds a map into '{name}' of layer {index}, which is low-rank already; choose other "
+            "layers."
+        )
+    if projection.bias is not None:
+        raise PlanError("--method replaceme folds a map into a projection without bias; this model's have one.")
+    hidden = walk.store.read(index, next(walk.batches()))
+    call = walk.rehearsal.call(index, hidden.shape[0], hidden.shape[1])
+    scales = residual_scales(layer, walk.model.architecture.attention[-1], name, call, hidden)
+    if scales is None:
+        raise PlanError(
+            "--method replaceme needs layers that add their MLP's output to the stream as it is, and "
+            f"{walk.model.architecture.model_type} has a norm in between; use another method."
+        )
+    return scales.mlp
