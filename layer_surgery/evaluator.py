@@ -16,7 +16,7 @@ from layer_surgery.config import EvaluationConfig
 from layer_surgery.data import bundled_tasks
 from layer_surgery.errors import CheckpointError, DataError, describe
 from layer_surgery.evaluation.continuations import continuations, encode_prompt, prompts_from
-from layer_surgery.evaluation.costs import flops_per_token, kv_cache_bytes_per_token
+from layer_surgery.evaluation.costs import token_costs
 from layer_surgery.evaluation.distance import FinalStates, distance
 from layer_surgery.evaluation.paired import perplexity_change
 from layer_surgery.evaluation.perplexity import perplexity, summarise, window_losses
@@ -24,6 +24,7 @@ from layer_surgery.evaluation.speed import measure_speed
 from layer_surgery.provenance import available_memory_bytes
 from layer_surgery.records import Comparison, Continuation, EvaluationResult, Perplexity, StageFailure
 from layer_surgery.session import Session
+from layer_surgery.streaming import StreamedModel
 from layer_surgery.tokens import PackedTokens
 from layer_surgery.walk import Losses
 
@@ -167,7 +168,7 @@ class Evaluator:
         with self._attempt(f"perplexity {moment}", required=required):
             model = session.stream(measured.checkpoint)
             for tokens in self._texts:
-                keep = self._new_store(session, measured.checkpoint, tokens) if self._distance else None
+                keep = self._new_store(model, session, tokens) if self._distance else None
                 losses = window_losses(model, tokens, session.settings, keep)
                 found[tokens.name] = summarise(losses, tokens)
                 measured.losses[tokens.name] = losses
@@ -268,13 +269,11 @@ class Evaluator:
     def _whole_bytes(session: Session, checkpoint: Checkpoint) -> int:
         return checkpoint.parameters * session.runtime.torch_dtype(session.device, checkpoint.dtype).itemsize
 
-    def _new_store(self, session: Session, checkpoint: Checkpoint, tokens: PackedTokens) -> BoundaryStore:
-        hidden = int(checkpoint.skeleton.get_input_embeddings().weight.shape[1])
-        shape = (tokens.sequences, tokens.sequence_length, hidden)
-        dtype = session.runtime.torch_dtype(session.device, checkpoint.dtype)
+    def _new_store(self, model: StreamedModel, session: Session, tokens: PackedTokens) -> BoundaryStore:
+        shape = (tokens.sequences, tokens.sequence_length, model.hidden_size)
         memory = session.boundary_bytes // _WAITING_SHARE // (2 * len(self._texts))
         # In the scratch directory of the evaluator's own session, which lives as long as it.
-        return self._kept.enter_context(BoundaryStore(shape, dtype, session.device, memory, self._session.scratch))
+        return self._kept.enter_context(BoundaryStore(shape, model.dtype, model.device, memory, self._session.scratch))
 
     @staticmethod
     def _final(measured: _Measured, name: str) -> FinalStates:
@@ -296,12 +295,13 @@ class Evaluator:
 
 def size_and_costs(checkpoint: Checkpoint, context: int) -> EvaluationResult:
     """Return what can be said of a model without running it; operations are counted behind `context` tokens."""
+    costs = token_costs(checkpoint, context)
     return EvaluationResult(
         layers=checkpoint.layer_count,
         parameters=checkpoint.parameters,
         size_bytes=checkpoint.size_bytes,
-        kv_cache_bytes_per_token=kv_cache_bytes_per_token(checkpoint),
-        flops_per_token=flops_per_token(checkpoint, context),
+        kv_cache_bytes_per_token=costs.kv_cache_bytes,
+        flops_per_token=costs.flops,
         flops_context_tokens=context,
     )
 

@@ -12,15 +12,19 @@ from typing import Any
 import pytest
 import torch
 from tiny_checkpoints import CommandLine, model_with_vocabulary, saved_model, strict_json, text_file
+from tiny_models import streamed
 from tiny_tokenizer import tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 import layer_surgery
 from layer_surgery import EvaluationReport
+from layer_surgery.architectures import ARCHITECTURES
 from layer_surgery.errors import CheckpointError, DataError, LayerSurgeryError, NumericalError
 from layer_surgery.streaming import StreamedModel
 
 SEQUENCE = 16
+#: With layers of several kinds, of which the tiny configurations have six.
+SIX_LAYERS = ("gpt_neo", "lfm2", "granitemoehybrid", "qwen3_next", "qwen3_5_text", "gemma4_text")
 
 
 @pytest.fixture
@@ -130,6 +134,36 @@ def test_a_model_against_itself_is_at_distance_zero(original: Path, text: Path) 
     ratio = report.comparison.perplexity[name].ratio
     assert (ratio.value, ratio.low, ratio.high) == (1, 1, 1)
     assert all(continuation.before == continuation.after for continuation in report.continuations)
+
+
+@pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
+def test_every_architecture_can_be_evaluated(model_type: str, text: Path, tmp_path: Path) -> None:
+    layers = 6 if model_type in SIX_LAYERS else 4
+    path = saved_model(tmp_path / "model", model=model_with_vocabulary(model_type, layers=layers))
+    report = layer_surgery.evaluate(
+        path,
+        baseline=path,
+        eval_data=text,
+        sequence_length=SEQUENCE,
+        eval_windows=2,
+        tasks="bundled_agreement",
+        limit=2,
+        speed=True,
+        speed_lengths=[4],
+        speed_new_tokens=2,
+        speed_repeats=1,
+        continuations=1,
+    )
+    assert report.failures == []
+    assert report.comparison is not None
+    assert report.comparison.kl_divergence[str(text)].maximum == 0
+    assert report.comparison.top1_agreement[str(text)].value == 1
+    assert report.model.tasks and report.model.speed and report.continuations
+    ids = torch.arange(3, 14)[None]
+    loaded = AutoModelForCausalLM.from_pretrained(path)
+    whole = streamed(path, dtype=torch.float32).load_whole()
+    with torch.no_grad():
+        assert torch.allclose(whole(ids).logits, loaded(ids).logits, rtol=1e-5, atol=1e-5)
 
 
 def test_compress_and_evaluate_measure_the_same(

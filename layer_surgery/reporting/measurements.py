@@ -60,8 +60,10 @@ def _sizes(results: list[EvaluationResult]) -> Iterator[Row]:
         ("KV cache bytes/token", "kv_cache_bytes_per_token"),
         ("FLOPs/token", "flops_per_token"),
     ):
-        values = [float(getattr(result, attribute)) for result in results]
-        yield label, [f"{value:,.0f}" for value in values], _percent(values)
+        values = [getattr(result, attribute) for result in results]
+        known = [float(value) for value in values if value is not None]
+        cells = ["-" if value is None else f"{value:,}" for value in values]
+        yield label, cells, _percent(known) if len(known) == len(values) else ""
 
 
 def _perplexities(results: list[EvaluationResult], comparison: Comparison | None) -> Iterator[Row]:
