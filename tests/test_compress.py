@@ -160,6 +160,23 @@ def test_a_plan_brings_its_method(model: Path, tmp_path: Path, options: dict[str
     assert listing(tmp_path / "grasp")["model.safetensors"] == listing(tmp_path / "again")["model.safetensors"]
 
 
+@pytest.mark.parametrize("changes", [{}, {"keep": 0}, {"refit_scope": "operated"}, {"refit": False}], ids=str)
+def test_a_plan_brings_its_refit(model: Path, tmp_path: Path, options: dict[str, Any], changes: dict[str, Any]) -> None:
+    options = options | {"method": "fisher", "eval_data": None} | changes
+    first = layer_surgery.compress(model, tmp_path / "first", **options)
+    data = {name: options[name] for name in ("calibration", "samples", "sequence_length")}
+    plan = tmp_path / "first" / "surgery.json"
+    again = layer_surgery.compress(model, tmp_path / "again", plan=plan, eval_data=None, **data)
+    scope = "none" if options.get("refit") is False else options.get("refit_scope", "all")
+    assert first.plan.refit == again.plan.refit == scope
+    assert again.refit == first.refit and bool(first.refit) is (scope != "none")
+    assert listing(tmp_path / "first")["model.safetensors"] == listing(tmp_path / "again")["model.safetensors"]
+    if scope != "none":
+        plain = layer_surgery.compress(model, tmp_path / "plain", plan=plan, refit=False, eval_data=None, **data)
+        assert plain.plan.refit == "none" and plain.refit == []
+        assert listing(tmp_path / "plain")["model.safetensors"] != listing(tmp_path / "again")["model.safetensors"]
+
+
 @pytest.fixture
 def plan(compressed: tuple[Path, SurgeryReport], tmp_path: Path) -> tuple[Path, dict[str, Any]]:
     """Return a plan in a file of its own, and what is in it, for a test to edit."""
@@ -283,13 +300,99 @@ def test_everything_kept_is_the_original_model(model: Path, tmp_path: Path, opti
     assert after.value == pytest.approx(before.value, rel=1e-4)
 
 
+# The refit
+
+
+def test_the_default_method_refits_and_says_what_it_gained(
+    model: Path, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    options = {name: value for name, value in options.items() if name != "method"}
+    layer_surgery.compress(model, tmp_path / "output", **options)
+    report = read_report(tmp_path / "output")
+    assert report["plan"]["method"] == "fisher" and report["plan"]["refit"] == "all"
+    assert "refit" in report["timings"]
+    first = min(layer["index"] for layer in report["plan"]["layers"] if layer["action"] == "low_rank")
+    assert {record["layer"] for record in report["refit"]} == set(range(first, 5))
+    for record in report["refit"]:
+        assert record.keys() == {"layer", "linear", "ridge", "error_before", "error_after"}
+        assert record["error_after"] <= record["error_before"]
+    assert any(record["error_after"] < record["error_before"] for record in report["refit"])
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS.names if name != "fisher"])
+def test_other_methods_refit_where_asked_to(model: Path, options: dict[str, Any], method: str) -> None:
+    options = options | {"method": method, "eval_data": None, "dry_run": True}
+    if METHODS[method].removes:
+        options |= {"keep": None, "layers": [2, 3]}
+    assert layer_surgery.compress(model, **options).refit == []
+    assert layer_surgery.compress(model, **options, refit=True).refit
+
+
+def test_whole_layers_stay_bit_for_bit_where_asked_to(model: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    options = options | {"method": "fisher", "eval_data": None}
+    report = layer_surgery.compress(model, tmp_path / "output", refit_scope="operated", **options)
+    original, operated = tensors_of(model), tensors_of(tmp_path / "output")
+    low_rank = tuple(f"model.layers.{layer.index}." for layer in report.plan.low_rank)
+    for name, tensor in original.items():
+        if not name.startswith(low_rank):
+            assert torch.equal(operated[name], tensor), name
+    assert {record.layer for record in report.refit} == {layer.index for layer in report.plan.low_rank}
+
+
+def test_general_text_is_looked_at_unless_it_is_there_or_not_wanted(
+    model: Path, options: dict[str, Any], text: Path
+) -> None:
+    options = options | {"method": "fisher", "eval_data": None, "dry_run": True, "samples": 8}
+
+    def notes(**changes: Any) -> list[str]:
+        found: list[str] = []
+        layer_surgery.compress(model, ui=layer_surgery.session.Ui(note=found.append), **options | changes)
+        return [note for note in found if note.startswith("refit")]
+
+    (note,) = notes()
+    assert note.startswith("refit: 6 of the calibration sequences, and 2 of general text ('bundled'")
+    (note,) = notes(refit_general=0.5)
+    assert note.startswith("refit: 4 of the calibration sequences, and 4 of general text")
+    assert notes(refit_general=0) == []
+    assert notes(calibration="bundled") == []
+    assert notes(calibration=[f"{text}:3", "bundled:1"]) == []
+    assert notes(refit=False) == []
+
+
+def test_the_refit_takes_what_is_left_of_little_general_text(model: Path, options: dict[str, Any]) -> None:
+    """Long windows: the general text is packed as the calibration data is, and fewer windows are no error."""
+    options = options | {"method": "fisher", "eval_data": None, "dry_run": True, "samples": 8, "sequence_length": 64}
+    assert layer_surgery.compress(model, **options).refit
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_short_numbers_do_for_everything(model: Path, tmp_path: Path, options: dict[str, Any], dtype: str) -> None:
+    report = layer_surgery.compress(model, tmp_path / "output", **options | {"method": "fisher", "dtype": dtype})
+    assert report.refit and layer_surgery.load(tmp_path / "output").num_parameters() == report.plan.parameters
+
+
+def test_a_mixture_with_mostly_masked_examples_does_for_everything(
+    model: Path, tmp_path: Path, options: dict[str, Any], text: Path
+) -> None:
+    examples = tmp_path / "task.jsonl"
+    lines = [{"prompt": f"the quick brown fox number {k}?", "answer": "one"} for k in range(40)]
+    examples.write_text("\n".join(json.dumps(line) for line in lines))
+    options = options | {"method": "fisher", "scorer": "fisher", "samples": 9, "batch_size": 4, "dry_run": True}
+    options |= {"sequence_length": 32}
+    for data in (examples, [f"{examples}:2", f"{text}:1"]):
+        report = layer_surgery.compress(model, **options | {"calibration": data})
+        assert report.refit and report.plan.predicted_loss_rise is not None
+
+
 # The same again
 
 
-@pytest.mark.parametrize("method", ["svd", "grasp"])
+@pytest.mark.parametrize("method", ["svd", "grasp", "fisher", "replaceme", "laco"])
 def test_the_same_inputs_and_seed_give_the_same_files(
     model: Path, tmp_path: Path, options: dict[str, Any], method: str
 ) -> None:
+    if METHODS[method].removes:
+        options = options | {"keep": None, "layers": [2, 3]}
     reports = [
         layer_surgery.compress(model, tmp_path / name, **options | {"method": method, "seed": 3})
         for name in ("first", "second")

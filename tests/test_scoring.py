@@ -31,6 +31,7 @@ from layer_surgery.errors import UserError
 from layer_surgery.records import LayerScores
 from layer_surgery.registry import Registry
 from layer_surgery.scoring import SCORERS, ScoringContext
+from layer_surgery.statistics import useful_ranks
 from layer_surgery.tokens import PackedTokens
 from layer_surgery.walk import Walk
 
@@ -162,6 +163,27 @@ def test_perplexity_values_are_the_rise_of_the_loss_without_each_layer(tmp_path:
 def test_perplexity_without_a_count_ranks_all_layers_by_their_rise(tmp_path: Path) -> None:
     scores = score("perplexity", tiny_model(layers=5), tmp_path)
     assert scores.removal_order == sorted(range(5), key=lambda k: scores.values[k])
+
+
+@pytest.mark.parametrize("refit", [False, True])
+@pytest.mark.parametrize("keep", [0.1, 0.2])
+def test_fisher_values_are_the_costs_alone_and_the_order_is_by_costs_together(
+    tmp_path: Path, keep: float, refit: bool
+) -> None:
+    """With a refit to follow, layers far in front of the end have less of their error left."""
+    model = tiny_model(layers=5)
+    streaming = streamed(model)
+    with Walk(streaming, TOKENS, settings(tmp_path)) as walk:
+        couplings = statistics_source(tmp_path).get(walk, useful_ranks(streaming, range(5))).couplings
+    if refit:
+        couplings = couplings.scaled([2 / 3, 3 / 4, 5 / 6, 11 / 12, 1.0])
+    expected: list[int] = []
+    while len(expected) < 3:
+        rest = [k for k in range(5) if k not in expected]
+        expected.append(min(rest, key=lambda k: couplings.cost([*expected, k], keep)))
+    scores = score("fisher", model, tmp_path, count=3, keep=keep, refit=refit)
+    assert scores.values == pytest.approx([couplings.cost([k], keep) for k in range(5)], rel=1e-9)
+    assert scores.removal_order == expected
 
 
 # Layers that do nothing

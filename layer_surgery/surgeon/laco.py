@@ -32,6 +32,12 @@ def laco(plan: SurgeryPlan, context: SurgeryContext) -> SurgeryPlan:
     runs = removed_runs(plan)
     if runs and runs[0][0] == 0:
         raise PlanError("--method laco needs a layer before each removed run, but layer 0 is removed.")
+    for index in [index for first, after in runs for index in range(first - 1, after)]:
+        prefix = model.checkpoint.layer_prefix(index)
+        if any(name.startswith(prefix) for name in model.checkpoint.low_rank):
+            raise PlanError(
+                f"--method laco adds up whole weights, and layer {index} is low-rank already; choose other layers."
+            )
     with context.progress("merging", len(runs)) as advance:
         for first, after in runs:
             for name in model.architecture.linears:
