@@ -88,8 +88,9 @@ def _mlp_scale(walk: Walk, index: int, name: str, layer: nn.Module) -> float:
         )
     if projection.bias is not None:
         raise PlanError("--method replaceme folds a map into a projection without bias; this model's have one.")
-    hidden = walk.store.read(index, next(walk.batches()))
-    call = walk.rehearsal.call(index, hidden.shape[0], hidden.shape[1])
+    rows = next(walk.batches())
+    hidden = walk.store.read(index, rows)
+    call = walk.rehearsal.call(index, walk.tokens.token_ids[rows])
     scales = residual_scales(layer, walk.model.architecture.attention[-1], name, call, hidden)
     if scales is None:
         raise PlanError(
