@@ -157,7 +157,7 @@ _RUNTIME = _options(
         "--memory-limit",
         callback=_bytes,
         metavar="SIZE",
-        help="Stay below this where a choice is to be made of what is kept in memory, such as 8GB, and refuse a refit that "
+        help="Stay below this, such as 8GB, where there is a choice of what to keep in memory, and refuse a refit that "
         "does not fit.  [default: what is free]",
     ),
     click.option("--seed", default=RuntimeConfig.seed, show_default=True, help="Seed of every random choice."),
