@@ -109,7 +109,7 @@ def compress(
         scorer, method: names, see `layer-surgery compress --help`.
         refit: re-solve what stays so that it follows the original; None leaves it to the method. `refit_scope` is `all`
             or `operated` (low-rank layers only, so that whole layers stay as they are, bit for bit), `refit_general`
-            the share of general text among the sequences that the refit looks at.
+            the number of sequences of general text that the refit looks at for each calibration sequence.
         calibration: `"bundled"`, a file, or a hub data set; `samples` sequences of `sequence_length` tokens. Several
             are mixed, for example `["task.jsonl:2", "bundled:1"]`: two thirds of the sequences come from the first.
             A weight (default 1) is a share of sequences, not of the tokens that carry loss.

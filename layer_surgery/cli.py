@@ -246,7 +246,7 @@ _CALIBRATION = _options(
     default=RefitConfig.general,
     show_default=True,
     metavar="F",
-    help="Share of general text (the bundled one) among the sequences that the refit looks at.",
+    help="Sequences of general text (the bundled one) that the refit looks at, for each calibration sequence.",
 )
 @click.option(
     "--plan",

@@ -275,14 +275,14 @@ class RefitConfig:
     scope: RefitScope = "all"
     """`operated`: low-rank layers only. `all`: also the layer before a removed run, and all after the first cut."""
     general: float = 0.25
-    """Share of general text (the bundled one) among the sequences that a refit looks at, so that the model does not
-    turn to the calibration data's domain alone. None is added to calibration data that has it already."""
+    """Sequences of general text (the bundled one) that a refit looks at, for each calibration sequence, so that the
+    model does not turn to the calibration data's domain alone. None beside calibration data that has it already."""
 
     def __post_init__(self) -> None:
         if self.scope not in REFIT_SCOPES:
             raise UserError(f"--refit-scope is '{self.scope}'; allowed: {', '.join(REFIT_SCOPES)}.")
-        if not 0 <= self.general <= 0.75:
-            raise UserError(f"--refit-general is {self.general}; allowed: a fraction from 0 to 0.75.")
+        if not 0 <= self.general <= 1:
+            raise UserError(f"--refit-general is {self.general}; allowed: a fraction from 0 to 1.")
 
 
 DEFAULT_METHOD = "fisher"

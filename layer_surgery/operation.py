@@ -35,12 +35,11 @@ class Operation:
 
 @dataclass(frozen=True, kw_only=True)
 class RefitData:
-    """What a refit looks at: some of the calibration windows, and general text beside them."""
+    """What a refit looks at, and what it may change."""
 
     scope: RefitScope
-    windows: int
-    """Number of calibration windows used, from the first on."""
     general: PackedTokens | None
+    """None if there is none beside the calibration tokens."""
 
 
 def operate(
@@ -79,16 +78,16 @@ def operate(
 
 
 def refit_data(session: Session, tokens: PackedTokens, scope: RefitScope, general_share: float) -> RefitData:
-    """Return what a refit of this share of general text looks at: as many windows as there are calibration sequences.
+    """Return what a refit looks at: the calibration sequences, and as a share of their number general text.
 
-    General text is the bundled text's calibration part. There is none beside calibration data that has it already.
+    That is the bundled text's calibration part. There is none beside calibration data that has it already.
     Raises `DataError` for too few windows.
     """
     check_windows(tokens.sequences)
     _check_memory(session)
     wanted = round(general_share * tokens.sequences)
     if not wanted or any(source.name == GENERAL_TEXT for source in tokens.sources):
-        return RefitData(scope=scope, windows=tokens.sequences, general=None)
+        return RefitData(scope=scope, general=None)
     general = pack_evaluation(
         load_documents(GENERAL_TEXT, part="calibration"),
         session.need_tokenizer(),
@@ -96,10 +95,10 @@ def refit_data(session: Session, tokens: PackedTokens, scope: RefitScope, genera
         max_windows=wanted,
     )
     session.ui.note(
-        f"refit: {tokens.sequences - general.sequences} of the calibration sequences, and {general.sequences} of "
-        f"general text ('{GENERAL_TEXT}'; --refit-general 0 for none)"
+        f"refit: on the calibration sequences and {general.sequences} of general text ('{GENERAL_TEXT}'; "
+        "--refit-general 0 for none)"
     )
-    return RefitData(scope=scope, windows=tokens.sequences - general.sequences, general=general)
+    return RefitData(scope=scope, general=general)
 
 
 def _check_memory(session: Session) -> None:
@@ -123,7 +122,7 @@ def _check_memory(session: Session) -> None:
 @contextmanager
 def _walks(session: Session, walk: Walk, data: RefitData) -> Iterator[list[tuple[Walk, int]]]:
     with ExitStack() as stack:
-        walks = [(walk, data.windows)]
+        walks = [(walk, walk.tokens.sequences)]
         if data.general is not None:
             other = stack.enter_context(Walk(walk.model, data.general, session.settings))
             walks.append((other, data.general.sequences))

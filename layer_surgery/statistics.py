@@ -6,7 +6,7 @@ its leading components, as many as can be of use, so that another target, budget
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -25,6 +25,8 @@ from layer_surgery.walk import Observer, Walk
 
 Ranks = Mapping[str, int]
 Size = tuple[int, int]  # (out, in)
+#: How often ranks are chosen anew after what they leave of each other.
+_ROUNDS = 4
 
 
 @dataclass
@@ -41,6 +43,8 @@ class Statistics:
     ranks: dict[int, dict[str, int]] = field(default_factory=dict)
     """How many components of each are kept."""
     couplings: Couplings = field(default_factory=Couplings)
+    fed_by: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """For each output projection, the linears whose outputs it reads."""
 
     def covers(self, layers: Mapping[int, Ranks]) -> bool:
         """Whether all of these components are there."""
@@ -75,18 +79,31 @@ class Statistics:
         return self.best_ranks({index: self.sizes[index]}, max(least, int(keep * parameters)))[index]
 
     def best_ranks(self, linears: Mapping[int, Iterable[str]], budget: int) -> dict[int, dict[str, int]]:
-        """Return a rank for each of these linears by one knapsack, with at most `budget` parameters in all factors."""
+        """Return a rank for each of these linears by one knapsack, with at most `budget` parameters in all factors.
+
+        A component of an output projection is worth `1/2 value^2` only as far as what feeds it is still there, so the
+        knapsack is solved again with what the last solution leaves of its inputs.
+        """
         keys = [(index, name) for index, names in linears.items() for name in names]
-        chosen = knapsack(
-            [self.values[index][name] for index, name in keys],
-            [sum(self.sizes[index][name]) for index, name in keys],
-            [self.ranks[index][name] for index, name in keys],
-            budget,
-        )
+        costs = [sum(self.sizes[index][name]) for index, name in keys]
+        limits = [self.ranks[index][name] for index, name in keys]
+        faithful = dict.fromkeys(keys, 1.0)
+        ranks: dict[tuple[int, str], int] = {}
+        for _ in range(_ROUNDS):
+            values = [[v * faithful[i, name] ** 0.5 for v in self.values[i][name]] for i, name in keys]
+            ranks = dict(zip(keys, knapsack(values, costs, limits, budget), strict=True))
+            for i, name in keys:
+                feeding = [(i, other) for other in self.fed_by.get(name, ()) if (i, other) in ranks]
+                faithful[i, name] = min((self._kept_share(*key, ranks[key]) for key in feeding), default=1.0)
         result: dict[int, dict[str, int]] = {index: {} for index in linears}
-        for (index, name), rank in zip(keys, chosen, strict=True):
+        for (index, name), rank in ranks.items():
             result[index][name] = rank
         return result
+
+    def _kept_share(self, index: int, name: str, rank: int) -> float:
+        """Return how much of a linear's worth its first components hold, 0 to 1."""
+        worth = [value**2 for value in self.values[index][name]]
+        return sum(worth[:rank]) / (sum(worth) or 1.0)
 
 
 def replaceable_linears(model: StreamedModel, index: int, part: Part = "layer") -> dict[str, Size]:

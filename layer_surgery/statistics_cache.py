@@ -70,7 +70,7 @@ class StatisticsSource:
         self._parts += 1
         directory = self._scratch / f"components-{self._parts}"
         directory.mkdir()
-        return Statistics(FactorStore(directory, self._dtype), loss_scale(walk.tokens))
+        return Statistics(FactorStore(directory, self._dtype), loss_scale(walk.tokens), fed_by=_fed_by(walk))
 
     def _cached(self, walk: Walk) -> Statistics | None:
         """Return the statistics of all layers; None, with a warning, if they are not there and cannot be kept."""
@@ -86,6 +86,7 @@ class StatisticsSource:
                 shutil.rmtree(folder, ignore_errors=True)
             else:
                 self._note(f"statistics: from the cache, {folder}")
+                statistics.fed_by = _fed_by(walk)
                 return statistics
         staging = self._cache / f".{key}.partial-{secrets.token_hex(4)}"
         try:
@@ -95,7 +96,7 @@ class StatisticsSource:
             self._cache = None
             return None
         try:
-            statistics = Statistics(FactorStore(staging, self._dtype), loss_scale(walk.tokens))
+            statistics = Statistics(FactorStore(staging, self._dtype), loss_scale(walk.tokens), fed_by=_fed_by(walk))
             linears = useful_ranks(walk.model, range(walk.model.layer_count), self.part)
             collect(walk, statistics, linears, self.part)
             _write(staging, identity, statistics)
@@ -127,6 +128,11 @@ def check_cache(cache: Path | None) -> None:
     nearest = next(place for place in cache.absolute().parents if place.exists())
     if cache.exists() or not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         raise UserError(f"--cache {cache} is no directory and cannot be made one; give another directory.")
+
+
+def _fed_by(walk: Walk) -> dict[str, tuple[str, ...]]:
+    architecture = walk.model.architecture
+    return {names[-1]: names[:-1] for names in (architecture.attention, architecture.mlp) if names}
 
 
 def loss_scale(tokens: PackedTokens) -> float:

@@ -90,7 +90,7 @@ WRONG_OPTIONS: list[tuple[str, ...]] = [
     ("--target-layers 2 --refit-scope some", "--refit-scope is 'some'; allowed: operated, all"),
     ("--target-layers 2 --keep 0 --refit-scope operated", "nothing becomes low-rank here", "--no-refit"),
     ("--target-layers 2 --method laco --refit --refit-scope operated", "nothing becomes low-rank here"),
-    ("--target-layers 2 --refit-general 0.8", "--refit-general is 0.8; allowed: a fraction from 0 to 0.75"),
+    ("--target-layers 2 --refit-general 1.5", "--refit-general is 1.5; allowed: a fraction from 0 to 1"),
     ("--target-layers 2 --refit-general nan", "--refit-general is nan; allowed"),
     ("--target-layers 2 --samples 3 --sequence-length 16", "--refit needs at least 4", "there are 3", "--no-refit"),
     ("--target-layers 2 --samples 4 --sequence-length 5", "as the model is wide, 32", "are 20", "--samples 7"),

@@ -350,9 +350,9 @@ def test_general_text_is_looked_at_unless_it_is_there_or_not_wanted(
         return [note for note in found if note.startswith("refit")]
 
     (note,) = notes()
-    assert note.startswith("refit: 6 of the calibration sequences, and 2 of general text ('bundled'")
+    assert note.startswith("refit: on the calibration sequences and 2 of general text ('bundled'")
     (note,) = notes(refit_general=0.5)
-    assert note.startswith("refit: 4 of the calibration sequences, and 4 of general text")
+    assert note.startswith("refit: on the calibration sequences and 4 of general text")
     assert notes(refit_general=0) == []
     assert notes(calibration="bundled") == []
     assert notes(calibration=[f"{text}:3", "bundled:1"]) == []

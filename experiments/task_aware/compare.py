@@ -30,7 +30,6 @@ POINTS = [
     ("grasp", True, False),
     ("svd_llm", True, False),
     ("fisher", True, False),
-    ("grasp", False, False),
     ("fisher", False, False),
     ("remove", False, True),
     ("fisher", False, True),
