@@ -15,9 +15,9 @@ $(READY): pyproject.toml constraints.txt
 	HF_HUB_OFFLINE= $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-# Compress the checkpoint that ships with the project from 12 to 9 layers, offline, and print the cost.
+# Compress the checkpoint that ships with the project from 12 to 9 layers, offline, and print the cost, also in tasks.
 demo: $(READY)
-	$(BIN)/layer-surgery compress experiments/demo/checkpoint --target-layers 9 --output experiments/demo/output --overwrite
+	$(BIN)/layer-surgery compress experiments/demo/checkpoint --target-layers 9 --tasks bundled --output experiments/demo/output --overwrite
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2
@@ -30,6 +30,7 @@ check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python calibration_data/build_tasks.py --check
 	$(BIN)/python calibration_data/build_manifest.py --check
 
 clean:

@@ -43,6 +43,7 @@ def build(directory: Path, tokenizer: Path | None, present: dict[str, Any] | Non
         "source": "text written for this project",
         "tokenizer": identity,
         "parts": parts,
+        "tasks": _tasks(directory / "tasks"),
         "totals": _totals(list(parts.values())),
     }
 
@@ -64,6 +65,17 @@ def _part(directory: Path, count: CountTokens | None, known: dict[str, int]) -> 
             }
         )
     return {"documents": documents, **_totals(documents), "number": len(documents)}
+
+
+def _tasks(directory: Path) -> dict[str, Any]:
+    """The lm-eval tasks (see build_tasks.py): configurations and items."""
+    files = [
+        {"file": path.name, "sha256": hashlib.sha256(content := path.read_bytes()).hexdigest()}
+        | ({"items": len(content.splitlines())} if path.suffix == ".jsonl" else {})
+        for path in sorted(directory.glob("*"), key=lambda path: path.name)
+        if path.is_file()
+    ]
+    return {"files": files, "items": sum(file.get("items", 0) for file in files)}
 
 
 def _totals(entries: list[dict[str, Any]]) -> dict[str, int]:

@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from layer_surgery.api import compress, evaluate, load, score
     from layer_surgery.errors import LayerSurgeryError, UserError
     from layer_surgery.records import (
+        Comparison,
+        EvaluationReport,
         EvaluationResult,
         LayerPlan,
         LayerScores,
@@ -24,6 +26,8 @@ _HOMES = {
     "layer_surgery.api": ("compress", "evaluate", "load", "score"),
     "layer_surgery.errors": ("LayerSurgeryError", "UserError"),
     "layer_surgery.records": (
+        "Comparison",
+        "EvaluationReport",
         "EvaluationResult",
         "LayerPlan",
         "LayerScores",
@@ -35,6 +39,8 @@ _HOMES = {
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "Comparison",
+    "EvaluationReport",
     "EvaluationResult",
     "LayerPlan",
     "LayerScores",

@@ -15,12 +15,15 @@ from layer_surgery.config import (
     BudgetConfig,
     CalibrationConfig,
     CompressConfig,
+    ContinuationConfig,
     EvaluationConfig,
     RefitConfig,
     RuntimeConfig,
+    SpeedConfig,
+    TaskConfig,
 )
 from layer_surgery.pipeline import run_compress, run_evaluate, run_score
-from layer_surgery.records import EvaluationResult, LayerScores, RefitScope, SurgeryPlan, SurgeryReport
+from layer_surgery.records import EvaluationReport, LayerScores, Part, RefitScope, SurgeryPlan, SurgeryReport
 from layer_surgery.session import Model, Ui
 
 
@@ -36,6 +39,28 @@ class RuntimeOptions(TypedDict, total=False):
     boundary_bytes: int | None
     scratch: str | Path | None
     cache: str | Path | None
+    memory_limit: int | None
+
+
+class EvaluationOptions(TypedDict, total=False):
+    """What is measured beside perplexity; see `EvaluationConfig` and its parts for what is meant and the defaults."""
+
+    distance: bool
+    tasks: str | Sequence[str]
+    task_path: str | Path | Sequence[str | Path]
+    num_fewshot: int | None
+    limit: int | None
+    speed: bool
+    speed_batch_sizes: Sequence[int]
+    speed_lengths: Sequence[int]
+    speed_new_tokens: int
+    speed_repeats: int
+    continuations: int | None
+    prompts: str | Sequence[str]
+
+
+class Options(RuntimeOptions, EvaluationOptions, total=False):
+    """Keyword arguments of the functions that evaluate."""
 
 
 _CALIBRATION = CalibrationConfig()
@@ -51,6 +76,7 @@ def compress(
     keep: float | None = None,
     target_parameters: float | None = None,
     layers: Sequence[int] | None = None,
+    remove: Part = "layer",
     scorer: str = _COMPRESS.scorer,
     method: str | None = None,
     refit: bool | None = None,
@@ -68,7 +94,7 @@ def compress(
     tokenizer: PreTrainedTokenizerBase | None = None,
     ui: Ui | None = None,
     command: str | None = None,
-    **runtime: Unpack[RuntimeOptions],
+    **options: Unpack[Options],
 ) -> SurgeryReport:
     """Remove the least important decoder layers of a causal LM and save the result.
 
@@ -79,6 +105,7 @@ def compress(
         keep: fraction of the operated layers' parameters to spend on low-rank components (default 0.1; 0 removes).
         target_parameters: the same budget as a fraction of all parameters; excludes `keep`.
         layers: the layers to operate on, counted from 0, instead of the scorer's choice.
+        remove: `"layer"`, or only their `"attention"` or `"mlp"`; the budget is then of these.
         scorer, method: names, see `layer-surgery compress --help`.
         refit: re-solve what stays so that it follows the original; None leaves it to the method. `refit_scope` is `all`
             or `operated` (low-rank layers only, so that whole layers stay as they are, bit for bit), `refit_general`
@@ -88,9 +115,11 @@ def compress(
             A weight (default 1) is a share of sequences, not of the tokens that carry loss.
         eval_data: texts for perplexity before and after; None or empty measures size only.
         plan: a plan, or the file of a plan or a `surgery.json`, to apply as it is.
-        runtime: `device`, `dtype`, `seed`, `batch_size`, `trust_remote_code`, `scratch`, ... (`RuntimeConfig`).
+        options: what is measured beside perplexity: `distance`, `tasks`, `task_path`, `num_fewshot`, `limit`, `speed`,
+            `speed_batch_sizes`, `continuations`, `prompts`, ... (`EvaluationOptions`), and `device`, `dtype`, `seed`,
+            `batch_size`, `trust_remote_code`, `scratch`, ... (`RuntimeConfig`).
 
-    Returns: the report that is also saved as `surgery.json`.
+    Returns: the report that is also saved as `surgery.json`. An evaluation that failed is in its `failures`.
     Raises: `layer_surgery.errors.UserError` for what cannot be done as asked, before anything is written.
     """
     config = CompressConfig(
@@ -99,6 +128,7 @@ def compress(
             keep=keep,
             target_parameters=target_parameters,
             layers=tuple(layers) if layers is not None else None,
+            remove=remove,
         ),
         scorer=scorer,
         method=method,
@@ -108,8 +138,8 @@ def compress(
         calibration=CalibrationConfig(
             sources=_sources(calibration), column=text_column, samples=samples, sequence_length=sequence_length
         ),
-        evaluation=_evaluation(eval_data, text_column, sequence_length, eval_windows),
-        runtime=_runtime(runtime),
+        evaluation=_evaluation(eval_data, text_column, sequence_length, eval_windows, options),
+        runtime=_runtime(options),
         output=Path(os.path.abspath(Path(output).expanduser())) if output is not None else None,
         dry_run=dry_run,
         overwrite=overwrite,
@@ -123,12 +153,14 @@ def score(
     *,
     scorer: str = _COMPRESS.scorer,
     target_layers: int | None = None,
+    remove: Part = "layer",
     calibration: str | Path | Sequence[str | Path] = _CALIBRATION.sources,
     samples: int = _CALIBRATION.samples,
     sequence_length: int = _CALIBRATION.sequence_length,
     text_column: str | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     ui: Ui | None = None,
+    command: str | None = None,
     **runtime: Unpack[RuntimeOptions],
 ) -> LayerScores:
     """Rank the decoder layers by importance. With `target_layers`, greedy and block scorers choose that many.
@@ -139,12 +171,14 @@ def score(
         model,
         scorer=scorer,
         target_layers=target_layers,
+        remove=remove,
         calibration=CalibrationConfig(
             sources=_sources(calibration), column=text_column, samples=samples, sequence_length=sequence_length
         ),
         runtime=_runtime(runtime),
         tokenizer=tokenizer,
         ui=ui,
+        command=command,
     )
 
 
@@ -158,16 +192,21 @@ def evaluate(
     text_column: str | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     ui: Ui | None = None,
-    **runtime: Unpack[RuntimeOptions],
-) -> tuple[EvaluationResult, EvaluationResult | None]:
-    """Measure size and perplexity of a model, and of a `baseline` on the same tokens. Arguments as for `compress`."""
+    command: str | None = None,
+    **options: Unpack[Options],
+) -> EvaluationReport:
+    """Measure a model, and a `baseline` on the same data. Arguments as for `compress`.
+
+    The report's `model` is measured after its `baseline`. An evaluation that failed is in `failures`.
+    """
     return run_evaluate(
         model,
         baseline=baseline,
-        evaluation=_evaluation(eval_data, text_column, sequence_length, eval_windows),
-        runtime=_runtime(runtime),
+        evaluation=_evaluation(eval_data, text_column, sequence_length, eval_windows, options),
+        runtime=_runtime(options),
         tokenizer=tokenizer,
         ui=ui,
+        command=command,
     )
 
 
@@ -195,9 +234,9 @@ def _plan(plan: str | Path | SurgeryPlan | dict[str, Any] | None) -> SurgeryPlan
     return SurgeryPlan.from_dict(plan) if isinstance(plan, dict) else SurgeryPlan.read(Path(plan))
 
 
-def _runtime(options: RuntimeOptions) -> RuntimeConfig:
-    """Take torch's own devices and dtypes too."""
-    plain: dict[str, Any] = dict(options)
+def _runtime(options: Any) -> RuntimeConfig:
+    """Take the options that are of the runtime, and torch's own devices and dtypes too."""
+    plain: dict[str, Any] = {name: value for name, value in options.items() if name not in _EVALUATION_NAMES}
     for name in ("device", "dtype"):
         if name in plain:
             plain[name] = str(plain[name]).removeprefix("torch.")
@@ -211,12 +250,48 @@ def _sources(sources: str | Path | Sequence[str | Path] | None) -> tuple[str, ..
     return tuple(map(str, [sources] if isinstance(sources, str | Path) else sources or ()))
 
 
+_EVALUATION_NAMES = EvaluationOptions.__annotations__.keys()
+#: Options of the measurement of speed, and their fields in `SpeedConfig`.
+_SPEED = {
+    "speed": "measure",
+    "speed_batch_sizes": "batch_sizes",
+    "speed_lengths": "prompt_lengths",
+    "speed_new_tokens": "new_tokens",
+    "speed_repeats": "repeats",
+}
+
+
 def _evaluation(
-    sources: str | Path | Sequence[str | Path] | None, column: str | None, sequence_length: int, windows: int | None
+    sources: str | Path | Sequence[str | Path] | None,
+    column: str | None,
+    sequence_length: int,
+    windows: int | None,
+    options: Options,
 ) -> EvaluationConfig:
+    speed = {field: _tuple(options[name]) for name, field in _SPEED.items() if name in options}  # type: ignore[literal-required]
     return EvaluationConfig(
         sources=_sources(sources),
         column=column,
         sequence_length=sequence_length,
         max_windows=windows,
+        distance=options.get("distance", _EVALUATION.distance),
+        tasks=TaskConfig(
+            names=tuple(_several(options.get("tasks"))),
+            paths=tuple(Path(path).expanduser() for path in _several(options.get("task_path"))),
+            num_fewshot=options.get("num_fewshot"),
+            limit=options.get("limit"),
+        ),
+        speed=SpeedConfig(**speed),
+        continuations=ContinuationConfig(
+            count=options.get("continuations"), prompts=tuple(_several(options.get("prompts")))
+        ),
     )
+
+
+def _several(value: Any) -> Sequence[Any]:
+    """Return one string or path, or several, or None, as a sequence."""
+    return [value] if isinstance(value, str | Path) else list(value or ())
+
+
+def _tuple(value: Any) -> Any:
+    return value if isinstance(value, bool | int) else tuple(value)

@@ -9,21 +9,28 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from layer_surgery.errors import CheckpointError, nearest_name
-
-#: Configuration fields that hold one entry per decoder layer; other list fields of that length whose name says
-#: "layer" are treated the same.
-PER_LAYER_FIELDS = ("layer_types", "mlp_layer_types", "no_rope_layers")
+from layer_surgery.records import Part
 
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """Names of the modules that surgery touches; linears are named relative to their decoder layer."""
+    """Names of the modules that surgery touches; linears are named relative to their decoder layer.
+
+    Layers of one model may differ: a layer has those of the named linears that exist in it. The last one of `attention`
+    and of `mlp` that a layer has is the projection that writes to the residual stream.
+    """
 
     model_type: str
     layers: str = "model.layers"
+    """Where the list of decoder layers is."""
     attention: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
     mlp: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+    guessed: bool = False
+    """Not from the table."""
+
+    def linears_of(self, part: Part) -> tuple[str, ...]:
+        """Return the linears of a part of a layer, or of all of it."""
+        return self.linears if part == "layer" else self.attention if part == "attention" else self.mlp
 
     @property
     def linears(self) -> tuple[str, ...]:
@@ -34,6 +41,13 @@ class Architecture:
 _FUSED_QKV = ("self_attn.qkv_proj", "self_attn.o_proj")
 _FUSED_GATE_UP = ("mlp.gate_up_proj", "mlp.down_proj")
 _TWO_LAYER_MLP = ("mlp.c_fc", "mlp.c_proj")
+_SELF_ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+_GATED_MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+_OPT_ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj")
+_BLOOM_ATTENTION = ("self_attention.query_key_value", "self_attention.dense")
+_FOUR_H_MLP = ("mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
+_SHARED_EXPERT = ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj", "mlp.shared_expert.down_proj")
+_SHARED_EXPERTS = ("mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj", "mlp.shared_experts.down_proj")
 
 #: Every entry has a contract test (tests/test_architectures.py). To add one, add a line here.
 ARCHITECTURES: dict[str, Architecture] = {
@@ -46,6 +60,8 @@ ARCHITECTURES: dict[str, Architecture] = {
         Architecture(model_type="gemma"),
         Architecture(model_type="gemma2"),
         Architecture(model_type="gemma3_text"),
+        Architecture(model_type="gemma4_text"),
+        Architecture(model_type="olmo"),
         Architecture(model_type="olmo2"),
         Architecture(model_type="olmo3"),
         Architecture(model_type="granite"),
@@ -55,33 +71,84 @@ ARCHITECTURES: dict[str, Architecture] = {
         Architecture(model_type="starcoder2", mlp=_TWO_LAYER_MLP),
         Architecture(model_type="phi3", attention=_FUSED_QKV, mlp=_FUSED_GATE_UP),
         Architecture(model_type="glm4", mlp=_FUSED_GATE_UP),
+        Architecture(model_type="phi", attention=(*_SELF_ATTENTION[:3], "self_attn.dense"), mlp=("mlp.fc1", "mlp.fc2")),
+        # Older families, each with names of its own.
+        Architecture(
+            model_type="gpt2", layers="transformer.h", attention=("attn.c_attn", "attn.c_proj"), mlp=_TWO_LAYER_MLP
+        ),
+        Architecture(
+            model_type="gpt_neo",
+            layers="transformer.h",
+            attention=tuple(f"attn.attention.{name}_proj" for name in ("q", "k", "v", "out")),
+            mlp=_TWO_LAYER_MLP,
+        ),
+        Architecture(
+            model_type="gpt_neox",
+            layers="gpt_neox.layers",
+            attention=("attention.query_key_value", "attention.dense"),
+            mlp=_FOUR_H_MLP,
+        ),
+        Architecture(
+            model_type="gptj",
+            layers="transformer.h",
+            attention=tuple(f"attn.{name}_proj" for name in ("q", "k", "v", "out")),
+            mlp=("mlp.fc_in", "mlp.fc_out"),
+        ),
+        Architecture(model_type="opt", layers="model.decoder.layers", attention=_OPT_ATTENTION, mlp=("fc1", "fc2")),
+        Architecture(model_type="bloom", layers="transformer.h", attention=_BLOOM_ATTENTION, mlp=_FOUR_H_MLP),
+        Architecture(model_type="falcon", layers="transformer.h", attention=_BLOOM_ATTENTION, mlp=_FOUR_H_MLP),
+        Architecture(
+            model_type="mpt",
+            layers="transformer.blocks",
+            attention=("attn.Wqkv", "attn.out_proj"),
+            mlp=("ffn.up_proj", "ffn.down_proj"),
+        ),
+        # Mixtures of experts: the experts of a layer are one tensor and stay whole; shared experts are linears.
+        Architecture(model_type="mixtral", mlp=()),
+        Architecture(model_type="gpt_oss", mlp=()),
+        Architecture(model_type="qwen2_moe", mlp=_GATED_MLP + _SHARED_EXPERT),
+        Architecture(model_type="qwen3_moe"),
+        Architecture(
+            model_type="deepseek_v3",
+            attention=(
+                "self_attn.q_proj",
+                "self_attn.q_a_proj",
+                "self_attn.q_b_proj",
+                "self_attn.kv_a_proj_with_mqa",
+                "self_attn.kv_b_proj",
+                "self_attn.o_proj",
+            ),
+            mlp=_GATED_MLP + _SHARED_EXPERTS,
+        ),
+        # Hybrids: some layers have linear attention, a convolution or a state space in the place of attention.
+        Architecture(
+            model_type="qwen3_next",
+            attention=("linear_attn.in_proj_qkvz", "linear_attn.in_proj_ba", "linear_attn.out_proj", *_SELF_ATTENTION),
+            mlp=_GATED_MLP + _SHARED_EXPERT,
+        ),
+        Architecture(
+            model_type="qwen3_5_text",
+            attention=(
+                *(f"linear_attn.in_proj_{name}" for name in ("qkv", "z", "b", "a")),
+                "linear_attn.out_proj",
+                *_SELF_ATTENTION,
+            ),
+        ),
+        Architecture(
+            model_type="lfm2",
+            attention=("conv.in_proj", "conv.out_proj", *_OPT_ATTENTION),
+            mlp=tuple(f"feed_forward.w{number}" for number in (1, 3, 2)),
+        ),
+        Architecture(
+            model_type="granitemoehybrid",
+            attention=("mamba.in_proj", "mamba.out_proj", *_SELF_ATTENTION),
+            mlp=("shared_mlp.input_linear", "shared_mlp.output_linear"),
+        ),
     )
 }
-
-
-def architecture_of(config: Any) -> Architecture:
-    """Return the entry for a transformers configuration, or raise `CheckpointError` that lists what is supported."""
-    model_type = base_model_type(config)
-    if model_type not in ARCHITECTURES:
-        raise CheckpointError(
-            f"the architecture '{model_type}' is not supported.{nearest_name(model_type, ARCHITECTURES)} "
-            f"Supported: {', '.join(sorted(ARCHITECTURES))}."
-        )
-    return ARCHITECTURES[model_type]
 
 
 def base_model_type(config: Any) -> str:
     """Return the `model_type` of the stock architecture, also for a checkpoint with low-rank layers."""
     base_class = getattr(config, "base_class", None)
     return str(base_class.model_type if base_class is not None else config.model_type)
-
-
-def per_layer_fields(fields: dict[str, Any], layer_count: int) -> list[str]:
-    """Return the names in a configuration dictionary that hold one entry per decoder layer."""
-    return [
-        name
-        for name, value in fields.items()
-        if isinstance(value, list | tuple)
-        and len(value) == layer_count
-        and (name in PER_LAYER_FIELDS or "layer" in name)
-    ]

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import hashlib
 import json
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,12 +12,22 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from layer_surgery.architectures import Architecture, architecture_of, base_model_type
+from layer_surgery.admission import (
+    check_causal_lm,
+    check_directory,
+    check_layers_stand_alone,
+    check_not_quantised,
+    check_tensors,
+)
+from layer_surgery.architectures import Architecture, base_model_type
+from layer_surgery.conversion import as_in_model, with_conv1d_transposed
 from layer_surgery.errors import CheckpointError
 from layer_surgery.modeling_layer_surgery import MODEL_TYPE, LayerSurgeryConfig, model_class_for
+from layer_surgery.recognition import architecture_of
+from layer_surgery.skeleton import make_skeleton
 from layer_surgery.tensors import (
     SafetensorsSource,
     StateDictSource,
@@ -48,6 +56,10 @@ class Checkpoint:
     low_rank: dict[str, int]
     """Rank of every linear that is stored as factors; empty for a plain checkpoint."""
     source: TensorSource
+    """The tensors as the model has them (see conversion.py), whatever their form in files."""
+    left_out: tuple[str, ...] = ()
+    """Stored tensors that transformers' model class has no place for and ignores, as heads that predict further
+    tokens."""
     directory: Path | None = None
     files: tuple[Path, ...] = ()
     trust_remote_code: bool = False
@@ -57,9 +69,10 @@ class Checkpoint:
     generation_config: Any = None
     """Of a model in memory; one in a directory is copied as a file."""
 
-    @property
+    @functools.cached_property
     def architecture(self) -> Architecture:
-        return architecture_of(self.config)
+        """What its modules are called; raises `CheckpointError` for an architecture that cannot be operated on."""
+        return architecture_of(self.skeleton)
 
     @property
     def layer_count(self) -> int:
@@ -150,50 +163,19 @@ def open_checkpoint(
             )
         directory = _local_directory(str(model), revision)
         checkpoint = _from_directory(str(model), directory, trust_remote_code)
-    _check_tensors(checkpoint)
+    _settle(checkpoint)
     return checkpoint
 
 
 def build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """Make the model with parameters on the meta device and real non-persistent buffers (rotary frequencies, ...).
-
-    `dtype` is that of computation, by default that of the checkpoint: some architectures keep constants in it (Gemma's
-    scale of the embeddings).
-    """
-    model_class = checkpoint.model_class
-    config = copy.deepcopy(checkpoint.config)  # transformers writes the dtype into the configuration that it is given
-    dtype = dtype or config.dtype
-    with torch.device("meta"):
-        if model_class is None:
-            from transformers import AutoModelForCausalLM
-
-            model = AutoModelForCausalLM.from_config(
-                config, trust_remote_code=checkpoint.trust_remote_code or None, dtype=dtype
-            )
-        else:
-            model = model_class._from_config(config, dtype=dtype)
-    model.requires_grad_(False)
-    model.eval()
-    _make_buffers(model, checkpoint.buffers)
-    return model
-
-
-def _make_buffers(model: PreTrainedModel, given: dict[str, torch.Tensor]) -> None:
-    """Give the non-persistent buffers their values, as `from_pretrained` does after building on the meta device."""
-    owners: dict[int, nn.Module] = {}
-    for name, buffer in list(model.named_non_persistent_buffers()):
-        owner_name, _, buffer_name = name.rpartition(".")
-        owner = model.get_submodule(owner_name)
-        owner.register_buffer(buffer_name, torch.empty_like(buffer, device="cpu"), persistent=False)
-        owners[id(owner)] = owner
-    for owner in owners.values():
-        model._init_weights(owner)
-    fresh = dict(model.named_non_persistent_buffers())
-    for name, value in given.items():
-        if fresh[name].dtype != value.dtype:
-            continue  # a constant in the dtype of computation: the fresh one is not rounded to the model's
-        owner_name, _, buffer_name = name.rpartition(".")
-        model.get_submodule(owner_name).register_buffer(buffer_name, value.detach().clone().cpu(), persistent=False)
+    """Make the model of a checkpoint without its weights; `dtype` is that of computation (see skeleton.py)."""
+    return make_skeleton(
+        checkpoint.config,
+        checkpoint.model_class,
+        dtype=dtype,
+        trust_remote_code=checkpoint.trust_remote_code,
+        buffers=checkpoint.buffers,
+    )
 
 
 def _local_directory(model: str, revision: str | None) -> Path:
@@ -222,21 +204,15 @@ def _local_directory(model: str, revision: str | None) -> Path:
 
 
 def _from_directory(name: str, directory: Path, trust_remote_code: bool) -> Checkpoint:
+    check_directory(directory)
     config_file = directory / "config.json"
-    if (directory / "adapter_config.json").is_file() and not config_file.is_file():
-        raise CheckpointError(f"{directory} is a PEFT adapter, not a model; merge it into its base model first.")
-    if not config_file.is_file():
-        raise CheckpointError(f"{directory} has no config.json; is it a model directory?")
     try:
-        fields = json.loads(config_file.read_text(encoding="utf-8"))
+        # transformers writes infinities as objects, which only its own reader turns back.
+        fields = PreTrainedConfig._decode_special_floats(json.loads(config_file.read_text(encoding="utf-8")))
         model_type = fields["model_type"]
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{config_file} is damaged or has no model_type ({error}).") from error
-    if fields.get("quantization_config"):
-        raise CheckpointError(
-            f"{directory} is quantised ({fields['quantization_config'].get('quant_method', 'unknown method')}); "
-            "operate on the unquantised checkpoint and quantise the result."
-        )
+    check_not_quantised(fields, directory)
     low_rank: dict[str, int] = {}
     model_class: type[PreTrainedModel] | None = None
     if model_type == MODEL_TYPE:
@@ -245,7 +221,8 @@ def _from_directory(name: str, directory: Path, trust_remote_code: bool) -> Chec
         low_rank, fields = config.low_rank, _base_fields(config, fields)
     else:
         config = _stock_config(directory, trust_remote_code)
-    _check_causal_lm(config, fields, directory)
+    check_causal_lm(config, fields, str(directory))
+    check_layers_stand_alone(config, str(directory))
     files = checkpoint_files(directory)
     return Checkpoint(
         name=name,
@@ -262,11 +239,7 @@ def _from_directory(name: str, directory: Path, trust_remote_code: bool) -> Chec
 
 def _low_rank_config(config_file: Path, fields: dict[str, Any]) -> Any:
     try:
-        config = LayerSurgeryConfig.from_dict(fields)
-        architecture_of(config)
-        return config
-    except CheckpointError:
-        raise
+        return LayerSurgeryConfig.from_dict(fields)
     except Exception as error:  # transformers raises many types here, each about this one file
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"{config_file} is damaged ({type(error).__name__}: {reason}).") from error
@@ -293,33 +266,20 @@ def _stock_config(directory: Path, trust_remote_code: bool) -> Any:
         raise CheckpointError(f"transformers cannot read {directory / 'config.json'}: {reason[:300]}") from error
 
 
-def _check_causal_lm(config: Any, fields: dict[str, Any], directory: Path) -> None:
-    names = fields.get("architectures") or []
-    not_causal = getattr(config, "is_encoder_decoder", False) or (
-        bool(names) and not any(n.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")) for n in names)
-    )
-    base_class = getattr(config, "base_class", type(config))
-    if not_causal or (base_class not in MODEL_FOR_CAUSAL_LM_MAPPING and not fields.get("auto_map")):
-        raise CheckpointError(
-            f"{directory} is not a causal language model (architectures: {', '.join(names) or 'none'}, "
-            f"model_type: {fields['model_type']}); only decoder-only language models have layers to operate on."
-        )
-    architecture_of(config)
-
-
 def _from_memory(model: PreTrainedModel) -> Checkpoint:
     known = {*MODEL_FOR_CAUSAL_LM_MAPPING.values()}
     if not known.intersection(type(model).__mro__):
         raise CheckpointError(
             f"a {type(model).__name__} is not a causal language model; load it with AutoModelForCausalLM."
         )
-    architecture_of(model.config)
     fields = model.config.to_dict()
     low_rank = dict(getattr(model.config, "low_rank", {}) or {})
     if low_rank:
         fields = _base_fields(model.config, fields)
     # As save_pretrained does: a model made from its configuration has neither there.
     fields["architectures"] = fields.get("architectures") or [type(model).__name__]
+    check_causal_lm(model.config, fields, f"the {type(model).__name__}")
+    check_layers_stand_alone(model.config, f"the {type(model).__name__}")
     fields["dtype"] = str(model.dtype).removeprefix("torch.")
     tensors = model.state_dict()
     if any(tensor.is_meta for tensor in tensors.values()):
@@ -337,8 +297,9 @@ def _from_memory(model: PreTrainedModel) -> Checkpoint:
     )
 
 
-def _check_tensors(checkpoint: Checkpoint) -> None:
-    """Compare names and shapes of the stored tensors with those that the architecture has."""
+def _settle(checkpoint: Checkpoint) -> None:
+    """Put the stored tensors into the form that the model has, and compare them with what it calls for."""
+    where = str(checkpoint.directory or checkpoint.name)
     try:
         skeleton = checkpoint.skeleton
     except Exception as error:  # an architecture raises what it likes about sizes that do not go together
@@ -347,34 +308,12 @@ def _check_tensors(checkpoint: Checkpoint) -> None:
             f"the model that the configuration of {checkpoint.name} describes cannot be built "
             f"({type(error).__name__}: {reason})."
         ) from error
-    expected = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
-    tied = getattr(skeleton, "all_tied_weights_keys", {}) or {}
-    stored = checkpoint.source.specs
-    missing = sorted(name for name in expected if name not in stored and name not in tied)
-    where = checkpoint.directory or checkpoint.name
-    if missing:
-        raise CheckpointError(
-            f"{where} lacks {len(missing)} of the tensors that its config.json calls for, the first being "
-            f"'{missing[0]}'; is the download complete and does num_hidden_layers ({checkpoint.layer_count}) fit?"
-        )
-    for name, shape in expected.items():
-        if name in stored and stored[name].shape != shape:
-            raise CheckpointError(
-                f"tensor '{name}' in {where} has shape {list(stored[name].shape)}, but config.json calls for "
-                f"{list(shape)}; the checkpoint and its configuration do not belong together."
-            )
-    ignorable = getattr(skeleton, "_keys_to_ignore_on_load_unexpected", None) or []
-    extra = sorted(
-        name
-        for name in stored
-        if name not in expected and "rotary_emb.inv_freq" not in name and not _matches(name, ignorable)
+    _ = checkpoint.architecture
+    without_place: list[str] = []
+    if checkpoint.directory is None:
+        checkpoint.source = with_conv1d_transposed(checkpoint.source, skeleton)
+    else:
+        checkpoint.source, without_place = as_in_model(checkpoint.source, skeleton)
+    checkpoint.left_out = check_tensors(
+        skeleton, checkpoint.source.specs, without_place, where=where, layer_count=checkpoint.layer_count
     )
-    if extra:
-        raise CheckpointError(
-            f"{where} has {len(extra)} tensors that its architecture does not know, the first being '{extra[0]}'; "
-            "operating on it would lose them."
-        )
-
-
-def _matches(name: str, patterns: list[str]) -> bool:
-    return any(re.search(pattern, name) for pattern in patterns)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shlex
 import signal
 import sys
@@ -12,13 +13,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from layer_surgery import __version__
+from layer_surgery.cli_evaluation import EVALUATION as _EVALUATION
+from layer_surgery.cli_evaluation import combine as _options
 from layer_surgery.config import (
     DEFAULT_METHOD,
     BudgetConfig,
@@ -29,13 +32,12 @@ from layer_surgery.config import (
     RuntimeConfig,
 )
 
-F = TypeVar("F", bound=Callable[..., Any])
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
 
 def main() -> NoReturn:
     """Run the command line; exit code 2 for a mistake in what was asked, 1 for a failure."""
-    from layer_surgery.errors import LayerSurgeryError
+    from layer_surgery.errors import LayerSurgeryError, describe
 
     debug = "--debug" in sys.argv
     _quiet_libraries(debug)
@@ -63,7 +65,7 @@ def main() -> NoReturn:
     except Exception as error:
         if debug:
             raise
-        click.echo(f"error: {_describe(error)} (--debug shows where)", err=True)
+        click.echo(f"error: {describe(error)} (--debug shows where)", err=True)
         sys.exit(1)
 
 
@@ -103,17 +105,6 @@ def cli() -> None:
     """
 
 
-def _options(*options: Callable[[F], F]) -> Callable[[F], F]:
-    """Return a decorator that adds all `options`, shown in this order."""
-
-    def decorate(function: F) -> F:
-        for option in reversed(options):
-            function = option(function)
-        return function
-
-    return decorate
-
-
 def _layer_list(_context: click.Context, _parameter: click.Parameter, value: str | None) -> tuple[int, ...] | None:
     if value is None:
         return None
@@ -123,6 +114,23 @@ def _layer_list(_context: click.Context, _parameter: click.Parameter, value: str
         raise click.BadParameter(f"'{value}' is not a list of layer numbers; give for example 3,5,7.") from None
 
 
+def _bytes(_context: click.Context, _parameter: click.Parameter, value: str | None) -> int | None:
+    if value is None:
+        return None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", value.strip(), re.IGNORECASE)
+    if match is None:
+        raise click.BadParameter(f"'{value}' is not a size; give for example 8GB or 500MiB.")
+    number, unit, binary = match.groups()
+    return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(unit.upper() or " "))
+
+
+_REMOVE = click.option(
+    "--remove",
+    default=BudgetConfig.remove,
+    show_default=True,
+    metavar="layer|attention|mlp",
+    help="Operate on whole layers, or only on their attention or their MLP; the budget is then of these.",
+)
 _RUNTIME = _options(
     click.option(
         "--device",
@@ -144,6 +152,12 @@ _RUNTIME = _options(
         default=RuntimeConfig.batch_size,
         show_default=True,
         help="Sequences at a time; changes speed, not results.",
+    ),
+    click.option(
+        "--memory-limit",
+        callback=_bytes,
+        metavar="SIZE",
+        help="Most memory that layers and hidden states may take on the device, such as 8GB. [default: what is free]",
     ),
     click.option("--seed", default=RuntimeConfig.seed, show_default=True, help="Seed of every random choice."),
     click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the checkpoint."),
@@ -185,19 +199,6 @@ _CALIBRATION = _options(
         "They take about as much room as the model.",
     ),
 )
-_EVALUATION = _options(
-    click.option(
-        "--eval-data",
-        multiple=True,
-        default=EvaluationConfig.sources,
-        show_default=True,
-        metavar="NAME|FILE",
-        help="Text to measure perplexity on; may be given several times.",
-    ),
-    click.option(
-        "--eval-windows", type=int, metavar="N", help="Use only the first N windows of each text. [default: all]"
-    ),
-)
 
 
 @cli.command(cls=_WithNames, context_settings=CONTEXT)
@@ -223,6 +224,7 @@ _EVALUATION = _options(
     metavar="I,J,...",
     help="The layers to operate on, counted from 0, instead of the scorer's choice.",
 )
+@_REMOVE
 @click.option("--scorer", default=None, metavar="NAME", help="How layers are ranked (see below).")
 @click.option("--method", default=None, metavar="NAME", help="How low-rank components are made (see below).")
 @click.option(
@@ -253,7 +255,6 @@ _EVALUATION = _options(
 )
 @_CALIBRATION
 @_EVALUATION
-@click.option("--no-eval", is_flag=True, help="Do not measure perplexity before and after.")
 @click.option("--dry-run", is_flag=True, help="Do everything but the writing.")
 @click.option("--overwrite", is_flag=True, help="Replace the output directory if it holds a model already.")
 @_RUNTIME
@@ -271,6 +272,7 @@ def compress(model: str, no_eval: bool, as_json: bool, debug: bool, **options: A
         _print_json(report_dict(report))
     else:
         print_report(Console(highlight=False, soft_wrap=True), report)
+    _check_complete(report.failures)
 
 
 @cli.command(cls=_WithNames, context_settings=CONTEXT)
@@ -282,6 +284,7 @@ def compress(model: str, no_eval: bool, as_json: bool, debug: bool, **options: A
     metavar="N",
     help="Choose the layers for this target (greedy and block scorers need it).",
 )
+@_REMOVE
 @_CALIBRATION
 @_RUNTIME
 def score(model: str, as_json: bool, debug: bool, **options: Any) -> None:
@@ -290,7 +293,7 @@ def score(model: str, as_json: bool, debug: bool, **options: Any) -> None:
     from layer_surgery.reporting.console import print_scores
 
     with _ui() as ui:
-        scores = api.score(model, ui=ui, **_given(options))
+        scores = api.score(model, ui=ui, command=_command_line(), **_given(options))
     if as_json:
         _print_json(asdict(scores))
     else:
@@ -308,21 +311,28 @@ def score(model: str, as_json: bool, debug: bool, **options: Any) -> None:
 )
 @click.option("--text-column", metavar="NAME", help="Column that holds the text in a table file.")
 @_RUNTIME
-def evaluate(model: str, as_json: bool, debug: bool, **options: Any) -> None:
-    """Measure the size and perplexity of MODEL, alone or beside a baseline."""
+def evaluate(model: str, no_eval: bool, as_json: bool, debug: bool, **options: Any) -> None:
+    """Measure MODEL, alone or beside a baseline: size, perplexity, distance, tasks, speed and memory."""
     from layer_surgery import api
-    from layer_surgery.reporting.console import print_comparison
+    from layer_surgery.reporting.console import print_evaluation
 
+    if no_eval:
+        options["eval_data"] = None
     with _ui() as ui:
-        result, baseline = api.evaluate(model, ui=ui, **_given(options))
+        report = api.evaluate(model, ui=ui, command=_command_line(), **_given(options))
     if as_json:
-        _print_json({"model": asdict(result), "baseline": asdict(baseline) if baseline is not None else None})
-        return
-    console = Console(highlight=False, soft_wrap=True)
-    if baseline is None:
-        print_comparison(console, result, None, (model, "", ""))
+        _print_json(report.to_dict())
     else:
-        print_comparison(console, baseline, result, ("baseline", "model", "change"))
+        print_evaluation(Console(highlight=False, soft_wrap=True), report, model)
+    _check_complete(report.failures)
+
+
+def _check_complete(failures: list[Any]) -> None:
+    """Have the command fail, after all that was found has been printed, if an evaluation did."""
+    from layer_surgery.errors import LayerSurgeryError
+
+    if failures:
+        raise LayerSurgeryError("; ".join(f"{failure.stage} failed: {failure.error}" for failure in failures))
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:
@@ -366,21 +376,19 @@ def _command_line() -> str:
     return shlex.join(["layer-surgery", *sys.argv[1:]])
 
 
-def _describe(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    if "out of memory" in text.lower():
-        return f"out of memory ({text[:200]}); try a smaller --batch-size or --sequence-length"
-    return f"{type(error).__name__}: {text[:500]}"
-
-
 def _quiet_libraries(debug: bool) -> None:
     """Keep the libraries' own chatter off the terminal: what matters is checked here and said once."""
     if debug:
+        logging.basicConfig(level=logging.INFO)
+        logging.getLogger("layer_surgery").setLevel(logging.DEBUG)
         return
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # bars of our own stand in the place of lm-eval's
+    for name in ("transformers", "lm_eval", "datasets", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 if __name__ == "__main__":

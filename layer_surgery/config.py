@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from layer_surgery.errors import PlanError, UserError
-from layer_surgery.records import REFIT_SCOPES, RefitScope, SurgeryPlan
+from layer_surgery.records import PARTS, REFIT_SCOPES, Part, RefitScope, SurgeryPlan
 
 if TYPE_CHECKING:
     import torch  # at run time only where it is needed: the command line reads defaults from here without it
@@ -38,6 +38,8 @@ class RuntimeConfig:
     None is 512 MiB on a CPU and a quarter of the free memory on CUDA."""
     scratch: Path | None = None
     """Directory for scratch files; default: beside the output, else the system's temporary directory."""
+    memory_limit: int | None = None
+    """Bytes that layers, boundaries and sums may take on the device; default: what is free."""
     cache: Path | None = None
     """Directory where calibration statistics are kept between runs; default: they are not kept."""
 
@@ -46,6 +48,8 @@ class RuntimeConfig:
             raise UserError(f"--dtype is '{self.dtype}'; allowed: auto, {', '.join(DTYPES)}.")
         _at_least("--batch-size", self.batch_size, 1)
         _at_least("--seed", self.seed, 0)
+        if self.memory_limit is not None:
+            _at_least("--memory-limit", self.memory_limit, 1)
         if self.seed >= 1 << 63:
             raise UserError(f"--seed is {self.seed}; allowed: 0 to {(1 << 63) - 1}.")
 
@@ -73,6 +77,8 @@ class RuntimeConfig:
         if device.type == "cuda":
             free, _total = torch.cuda.mem_get_info(device)
             resident, boundary = free // 2, free // 4
+        if self.memory_limit is not None:
+            resident, boundary = min(resident, self.memory_limit // 2), min(boundary, self.memory_limit // 4)
         return (
             resident if self.resident_bytes is None else self.resident_bytes,
             boundary if self.boundary_bytes is None else self.boundary_bytes,
@@ -116,16 +122,106 @@ class CalibrationConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TaskConfig:
+    """Which lm-eval tasks are run."""
+
+    names: tuple[str, ...] = ()
+    """Names of tasks, groups or tags, or YAML files; `bundled` is the set that comes with the project."""
+    paths: tuple[Path, ...] = ()
+    """Directories with task configurations of the user's."""
+    num_fewshot: int | None = None
+    """Examples before each item; None is what each task says itself."""
+    limit: int | None = None
+    """Only the first items of each task; default: all."""
+
+    def __post_init__(self) -> None:
+        if self.num_fewshot is not None:
+            _at_least("--num-fewshot", self.num_fewshot, 0)
+        if self.limit is not None:
+            _at_least("--limit", self.limit, 1)
+        for name in self.names:
+            if name.endswith((".yaml", ".yml")) and not Path(name).is_file():
+                raise UserError(f"--tasks names the file {name}, which is not there.")
+        for path in self.paths:
+            if not path.is_dir():
+                raise UserError(f"--task-path {path} is not a directory; give the folder of the task's YAML files.")
+        if not self.names:
+            for option, given in (
+                ("--task-path", self.paths),
+                ("--num-fewshot", self.num_fewshot is not None),
+                ("--limit", self.limit is not None),
+            ):
+                if given:
+                    raise UserError(f"{option} says how tasks are run, but no task is named; add --tasks NAME.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeedConfig:
+    """How speed and memory of generation are measured."""
+
+    measure: bool = False
+    batch_sizes: tuple[int, ...] = (1,)
+    """Sequences at a time; every one with every length."""
+    prompt_lengths: tuple[int, ...] = (128,)
+    """Tokens."""
+    new_tokens: int = 32
+    """Tokens generated after each prompt."""
+    repeats: int = 5
+    """Runs of each model, in turns, after one that does not count."""
+
+    def __post_init__(self) -> None:
+        for option, values in (
+            ("--speed-batch-sizes", self.batch_sizes),
+            ("--speed-lengths", self.prompt_lengths),
+        ):
+            if not values:
+                raise UserError(f"{option} is empty; give for example 1,8.")
+            for value in values:
+                _at_least(option, value, 1)
+        _at_least("--speed-new-tokens", self.new_tokens, 2)
+        _at_least("--speed-repeats", self.repeats, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContinuationConfig:
+    """Greedy continuations of a few prompts, side by side."""
+
+    DEFAULT_COUNT = 3
+
+    count: int | None = None
+    """How many prompts are taken from the first evaluation text. None is 3 if the model is small enough to be in
+    memory as a whole by default (`RuntimeConfig.resident_bytes`), and none otherwise."""
+    prompts: tuple[str, ...] = ()
+    """Prompts of the user's, in the place of those from the text."""
+    prompt_tokens: int = 24
+    """Length of a prompt from the text."""
+    new_tokens: int = 32
+
+    def __post_init__(self) -> None:
+        if self.count is not None:
+            _at_least("--continuations", self.count, 0)
+        if self.count and self.prompts:
+            raise UserError("--continuations takes prompts from the text and --prompt gives them; use one of the two.")
+        if not all(prompt.strip() for prompt in self.prompts):
+            raise UserError("--prompt is empty; give some text to continue.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """What perplexity is measured on."""
+    """What is measured, and on what."""
 
     sources: tuple[str, ...] = ("bundled",)
-    """Names or files; with none, only the size is measured."""
+    """Texts for perplexity and distance: names or files; with none, neither is measured."""
     column: str | None = None
     sequence_length: int = 256
     """Tokens in a window."""
     max_windows: int | None = None
     """Take only the first windows of each text; default: all."""
+    distance: bool = True
+    """KL divergence and top-1 agreement with the original or baseline."""
+    tasks: TaskConfig = field(default_factory=TaskConfig)
+    speed: SpeedConfig = field(default_factory=SpeedConfig)
+    continuations: ContinuationConfig = field(default_factory=ContinuationConfig)
 
     def __post_init__(self) -> None:
         _at_least("--sequence-length", self.sequence_length, 2)
@@ -150,8 +246,12 @@ class BudgetConfig:
     """Fraction of the operated layers' parameters to spend on low-rank components; None means 0.1."""
     target_parameters: float | None = None
     """The same budget as a fraction of all the model's parameters; excludes `keep`."""
+    remove: Part = "layer"
+    """What is operated on: whole layers, or only their attention or their MLP. The budget is of these parameters."""
 
     def __post_init__(self) -> None:
+        if self.remove not in PARTS:
+            raise PlanError(f"--remove is '{self.remove}'; allowed: {', '.join(PARTS)}.")
         if self.keep is not None and self.target_parameters is not None:
             raise PlanError("--keep and --target-parameters are the same budget in two units; give only one of them.")
         if self.keep is not None and not (math.isfinite(self.keep) and 0 <= self.keep <= 1):
@@ -193,7 +293,7 @@ class CompressConfig:
     """One compression."""
 
     budget: BudgetConfig = field(default_factory=BudgetConfig)
-    scorer: str = "block_influence"
+    scorer: str = "fisher"
     method: str | None = None
     """None is the plan's own method if a plan is given, else `DEFAULT_METHOD`."""
     refit: RefitConfig = field(default_factory=RefitConfig)
@@ -212,7 +312,12 @@ class CompressConfig:
 
     def describe(self) -> dict[str, Any]:
         """Return the settings as plain JSON, for provenance."""
-        return {key: _plain(value) for key, value in asdict(self).items() if key != "command"}
+        return {key: value for key, value in as_json(self).items() if key != "command"}
+
+
+def as_json(config: Any) -> dict[str, Any]:
+    """Return a configuration of this module as plain JSON."""
+    return {key: _plain(value) for key, value in asdict(config).items()}
 
 
 def _plain(value: Any) -> Any:

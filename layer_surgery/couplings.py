@@ -97,7 +97,7 @@ class Responses:
             before = walk.store.read(index, rows)[chosen]
             after = before
             if layer is not None:
-                after = walk.rehearsal.call(index, before.shape[0], before.shape[1])(layer, before)
+                after = walk.rehearsal.call(index, walk.tokens.token_ids[rows][chosen])(layer, before)
             delta = after.double() - walk.store.read(index + 1, rows)[chosen].double()
             change = (delta * store.read(slot, rows)[chosen].double()).sum(dim=-1)
             parts.append(change[walk.tokens.valid[rows][chosen].to(change.device)].cpu())

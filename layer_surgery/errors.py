@@ -53,3 +53,13 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
     """Return the message for an unknown `name` of a `kind` of thing, with the nearest and all `known` names."""
     names = sorted(known)
     return f"unknown {kind} '{name}'.{nearest_name(name, names)} Known: {', '.join(names)}."
+
+
+def describe(error: Exception) -> str:
+    """Return an exception as one line for people."""
+    text = " ".join(str(error).split())
+    if isinstance(error, LayerSurgeryError):
+        return text
+    if "out of memory" in text.lower():
+        return f"out of memory ({text[:200]}); try a smaller --batch-size or --sequence-length"
+    return f"{type(error).__name__}: {text[:500]}"

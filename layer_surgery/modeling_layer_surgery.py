@@ -14,12 +14,14 @@ stops on it with an error, where it would otherwise fill the replaced weights wi
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.pytorch_utils import Conv1D
 
 MODEL_TYPE = "layer_surgery"
 HOW_TO_LOAD = (
@@ -33,7 +35,7 @@ AUTO_MAP = {
 
 
 class LowRankLinear(nn.Module):
-    """`y = out_factor(in_factor(x)) + bias`: a linear layer of rank r as two bias-free linear layers.
+    """`y = out_factor(in_factor(x)) + bias`: a linear layer of rank r as two bias-free linear layers; r may be 0.
 
     Shapes: in_factor.weight [r, in], out_factor.weight [out, r], bias [out] or None.
     """
@@ -51,12 +53,21 @@ class LowRankLinear(nn.Module):
         self.in_features = in_features
         self.out_features = out_features
         self.rank = rank
-        self.in_factor = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
-        self.out_factor = nn.Linear(rank, out_features, bias=False, device=device, dtype=dtype)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # rank 0 has no elements to initialise
+            self.in_factor = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
+            self.out_factor = nn.Linear(rank, out_features, bias=False, device=device, dtype=dtype)
         if bias:
             self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype))
         else:
             self.register_parameter("bias", None)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The product of the factors [out, in], for models that use the weight of a linear without calling it (the
+        fused kernels of state-space layers do)."""
+        product: torch.Tensor = self.out_factor.weight @ self.in_factor.weight
+        return product
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map [..., in] to [..., out]."""
@@ -71,12 +82,16 @@ def replace_linears(model: nn.Module, ranks: dict[str, int]) -> None:
     """Replace, in place, every linear named in `ranks` by a `LowRankLinear` of that rank (weights not set)."""
     for name, rank in ranks.items():
         linear = model.get_submodule(name)
-        if not isinstance(linear, nn.Linear):
+        if isinstance(linear, Conv1D):  # GPT-2's linear, whose weight is [in, out]
+            in_features, out_features = linear.weight.shape
+        elif isinstance(linear, nn.Linear):
+            out_features, in_features = linear.weight.shape
+        else:
             raise ValueError(f"low_rank names '{name}', which is a {type(linear).__name__} and not a linear layer")
         parent, _, child = name.rpartition(".")
         replacement = LowRankLinear(
-            linear.in_features,
-            linear.out_features,
+            in_features,
+            out_features,
             rank,
             bias=linear.bias is not None,
             device=linear.weight.device,

@@ -90,7 +90,25 @@ class MomentRecorder:
 
     def _add(self, sums: dict[str, Tensor], name: str, values: Tensor) -> None:
         assert self._valid is not None, "start_batch comes first"
-        rows = values[self._valid].to(torch.promote_types(values.dtype, torch.float32))
+        rows = rows_of(values, self._valid).to(torch.promote_types(values.dtype, torch.float32))
         if name not in sums:
             sums[name] = torch.zeros(rows.shape[1], rows.shape[1], dtype=rows.dtype, device=rows.device)
         add_gram(sums[name], rows)
+
+
+def rows_of(values: Tensor, valid: Tensor) -> Tensor:
+    """Return the rows [n, D] of `values` that belong to valid tokens (`valid` is [B, S]).
+
+    Architectures call linears with [B, S, D], with [B S, D] (shared experts), with [B, S, heads, D] or with
+    [B, heads, S, D] (DeepSeek's latent keys).
+    """
+    batch, length = valid.shape
+    if values.shape[:2] == valid.shape:
+        rows = values[valid]
+    elif values.dim() == 2 and values.shape[0] == batch * length:
+        rows = values[valid.flatten()]
+    elif values.dim() == 4 and (values.shape[0], values.shape[2]) == (batch, length):
+        rows = values.transpose(1, 2)[valid]
+    else:
+        raise ValueError(f"a linear was called with {list(values.shape)} for {batch} x {length} tokens")
+    return rows.reshape(-1, values.shape[-1])

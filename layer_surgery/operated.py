@@ -9,9 +9,9 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from layer_surgery.architectures import per_layer_fields
 from layer_surgery.checkpoint import Checkpoint
 from layer_surgery.factors import FactorStore
+from layer_surgery.layer_config import surviving_fields
 from layer_surgery.modeling_layer_surgery import (
     AUTO_MAP,
     HOW_TO_LOAD,
@@ -23,12 +23,10 @@ from layer_surgery.records import SurgeryPlan
 from layer_surgery.tensors import RenamedSource, TensorSource
 
 
-def operated_checkpoint(
-    base: Checkpoint, plan: SurgeryPlan, factors: FactorStore, refitted: FactorStore | None = None
-) -> Checkpoint:
+def operated_checkpoint(base: Checkpoint, plan: SurgeryPlan, *stores: FactorStore) -> Checkpoint:
     """Return the checkpoint that the plan makes of `base`: layers renumbered, linears replaced, the rest as it was.
 
-    `factors` holds factors of low-rank layers and new weights of whole ones; `refitted` later versions of either.
+    `stores` hold factors of low-rank layers and new weights of whole ones; what is in a later one counts.
     """
     mapping: dict[str, tuple[TensorSource, str]] = {name: (base.source, name) for name in base.other_tensors()}
     low_rank: dict[str, int] = {}
@@ -40,7 +38,7 @@ def operated_checkpoint(
             local = name.removeprefix(old_prefix)
             if not any(local == f"{linear}.weight" for linear in replaced):
                 mapping[new_prefix + local] = (base.source, name)
-        for store in (factors, refitted) if refitted is not None else (factors,):
+        for store in stores:
             source = store.source(old_index)
             mapping |= {new_prefix + local: (source, local) for local in source.specs}
         low_rank |= {new_prefix + linear: rank for linear, rank in replaced.items()}
@@ -49,7 +47,7 @@ def operated_checkpoint(
             for name, rank in base.low_rank.items()
             if name.startswith(old_prefix)
         }
-    fields = surviving_fields(base, plan.surviving)
+    fields = surviving_fields(base.config, base.config_fields, plan.surviving)
     config, model_class = _config_and_class(base, fields, low_rank)
     return Checkpoint(
         name=f"{base.name} after surgery",
@@ -61,22 +59,6 @@ def operated_checkpoint(
         model_class=model_class,
         directory=base.directory,
     )
-
-
-def surviving_fields(base: Checkpoint, surviving: list[int]) -> dict[str, Any]:
-    """Return the original's configuration with the layer count and every per-layer list cut to the survivors.
-
-    Lists that the architecture derives from a pattern (every n-th layer is different) are written out, because the
-    pattern does not hold for what is left.
-    """
-    fields = dict(base.config_fields)
-    complete = base.config.to_dict()
-    complete = complete.get("base_config", complete)  # a low-rank checkpoint's configuration is nested
-    for name in per_layer_fields(complete, base.layer_count):
-        fields[name] = [complete[name][index] for index in surviving]
-    fields["num_hidden_layers"] = len(surviving)
-    fields.pop("_name_or_path", None)
-    return fields
 
 
 def nested_config(fields: dict[str, Any], low_rank: dict[str, int]) -> dict[str, Any]:

@@ -9,9 +9,10 @@ from pathlib import Path
 
 from layer_surgery.checkpoint import Checkpoint
 from layer_surgery.data import load_documents, pack_evaluation
+from layer_surgery.errors import UserError
 from layer_surgery.factors import FactorStore
 from layer_surgery.operated import operated_checkpoint
-from layer_surgery.records import RefitRecord, RefitScope, SurgeryPlan
+from layer_surgery.records import Part, RefitRecord, RefitScope, SurgeryPlan
 from layer_surgery.registry import Entry
 from layer_surgery.session import Session
 from layer_surgery.statistics_cache import StatisticsSource
@@ -84,6 +85,7 @@ def refit_data(session: Session, tokens: PackedTokens, scope: RefitScope, genera
     Raises `DataError` for too few windows.
     """
     check_windows(tokens.sequences)
+    _check_memory(session)
     wanted = round(general_share * tokens.sequences)
     if not wanted or any(source.name == GENERAL_TEXT for source in tokens.sources):
         return RefitData(scope=scope, windows=tokens.sequences, general=None)
@@ -100,6 +102,24 @@ def refit_data(session: Session, tokens: PackedTokens, scope: RefitScope, genera
     return RefitData(scope=scope, windows=tokens.sequences - general.sequences, general=general)
 
 
+def _check_memory(session: Session) -> None:
+    """Raise `UserError` if one layer of each model and the sums of its widest linear do not fit."""
+    dtype = session.runtime.torch_dtype(session.device, session.checkpoint.dtype)
+    largest = max(sum(p.numel() for p in layer.parameters()) for layer in session.checkpoint.layers)
+    sums = [
+        # training and held-out sums in float32, and the solution in float64
+        2 * 4 * (in_ * in_ + out * in_) + 8 * (3 * in_ * in_ + out * in_)
+        for layer in session.checkpoint.layers
+        for out, in_ in (p.shape for p in layer.parameters() if p.dim() == 2)
+    ]
+    needed, available = 2 * largest * dtype.itemsize + max(sums, default=0), session.available_bytes()
+    if available is not None and needed > available:
+        raise UserError(
+            f"--refit holds a layer of the original, one of the result and the sums of one linear, "
+            f"{needed:,} bytes, but --memory-limit (or what is free) is {available:,}; raise it, or pass --no-refit."
+        )
+
+
 @contextmanager
 def _walks(session: Session, walk: Walk, data: RefitData) -> Iterator[list[tuple[Walk, int]]]:
     with ExitStack() as stack:
@@ -110,12 +130,13 @@ def _walks(session: Session, walk: Walk, data: RefitData) -> Iterator[list[tuple
         yield walks
 
 
-def statistics_source(session: Session, base_sha256: str, cache: Path | None) -> StatisticsSource:
+def statistics_source(session: Session, base_sha256: str, cache: Path | None, part: Part = "layer") -> StatisticsSource:
     """Return where this session's statistics come from."""
     return StatisticsSource(
         session.new_scratch("statistics"),
         session.checkpoint.dtype,
         cache=cache,
         base_sha256=base_sha256,
+        part=part,
         note=session.ui.note,
     )

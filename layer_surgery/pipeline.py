@@ -18,17 +18,22 @@ from layer_surgery.config import (
     CompressConfig,
     EvaluationConfig,
     RuntimeConfig,
+    as_json,
 )
 from layer_surgery.data import weighted_sources
 from layer_surgery.errors import CheckpointError, OutputError, PlanError
+from layer_surgery.evaluator import Evaluator
+from layer_surgery.operated import operated_checkpoint
 from layer_surgery.operation import RefitData, operate, refit_data, statistics_source
 from layer_surgery.provenance import peak_device_memory_bytes, peak_memory_bytes, provenance
-from layer_surgery.records import EvaluationResult, LayerScores, RefitScope, SurgeryPlan, SurgeryReport
+from layer_surgery.records import EvaluationReport, LayerScores, Part, RefitScope, SurgeryPlan, SurgeryReport
 from layer_surgery.registry import Entry
 from layer_surgery.saving import REPORT_FILE, check_free_space, check_output, save_checkpoint, staged_directory
-from layer_surgery.scoring import SCORERS, ScoringContext
+from layer_surgery.scoring import SCORERS, Scorer, ScoringContext
+from layer_surgery.selfcheck import check_survivors
 from layer_surgery.session import Model, Session, Ui, calibration_walk, check_column, open_session
 from layer_surgery.statistics_cache import StatisticsSource, check_cache
+from layer_surgery.streaming import StreamedModel
 from layer_surgery.surgeon import (
     METHODS,
     LayerShape,
@@ -48,12 +53,16 @@ def run_score(
     scorer: str,
     target_layers: int | None,
     calibration: CalibrationConfig,
+    remove: Part = "layer",
     runtime: RuntimeConfig,
     tokenizer: PreTrainedTokenizerBase | None = None,
     ui: Ui | None = None,
+    command: str | None = None,
 ) -> LayerScores:
     """Rank the decoder layers of a model."""
     entry = SCORERS[scorer]
+    if remove != "layer" and not entry.parts:
+        raise PlanError(f"--scorer {scorer} ranks whole layers; leave out --remove {remove}.")
     check_cache(runtime.cache)
     check_column(calibration.column, _calibration_names(calibration))
     with open_session(model, tokenizer, runtime, ui or Ui(), None) as session:
@@ -66,15 +75,24 @@ def run_score(
         count = None if target_layers is None else layer_count - target_layers
         tokens = session.calibration_tokens(calibration) if entry.needs_data else None
         with calibration_walk(session, session.stream(session.checkpoint), tokens) as walk:
-            return entry.function(
+            scores = entry.function(
                 ScoringContext(
                     walk=walk,
                     count=count,
                     seed=runtime.seed,
-                    statistics=statistics_source(session, "", runtime.cache),
+                    statistics=statistics_source(session, "", runtime.cache, remove),
                     keep=BudgetConfig.DEFAULT_KEEP,
                 )
             )
+        settings = {
+            "model": session.checkpoint.name,
+            "scorer": scorer,
+            "target_layers": target_layers,
+            "remove": remove,
+            "calibration": as_json(calibration),
+            "runtime": as_json(runtime),
+        }
+        return replace(scores, provenance=_run_provenance(session, command, settings))
 
 
 def run_evaluate(
@@ -85,24 +103,49 @@ def run_evaluate(
     runtime: RuntimeConfig,
     tokenizer: PreTrainedTokenizerBase | None = None,
     ui: Ui | None = None,
-) -> tuple[EvaluationResult, EvaluationResult | None]:
-    """Measure a model and, with `baseline`, another one on the same tokens."""
+    command: str | None = None,
+) -> EvaluationReport:
+    """Measure a model and, with `baseline`, another one on the same data."""
     check_column(evaluation.column, evaluation.sources)
     with ExitStack() as stack:
         session = stack.enter_context(open_session(model, tokenizer, runtime, ui or Ui(), None))
         texts = session.evaluation_tokens(evaluation)
         other = None
         if baseline is not None:
-            other = stack.enter_context(open_session(baseline, tokenizer, runtime, Ui(), None))
-            for ours, theirs in zip(texts, other.evaluation_tokens(evaluation), strict=True):
-                if ours.sha256 != theirs.sha256:
-                    raise CheckpointError(
-                        f"{session.checkpoint.name} and the baseline {other.checkpoint.name} tokenise '{ours.name}' "
-                        "differently, so their perplexities cannot be compared; evaluate each by itself."
-                    )
-            other = replace(other, ui=session.ui)
-        result = session.evaluate(session.checkpoint, texts)
-        return result, other.evaluate(other.checkpoint, texts) if other is not None else None
+            opened = stack.enter_context(open_session(baseline, tokenizer, runtime, Ui(), None))
+            _check_same_tokens(session, opened, texts, evaluation)
+            other = replace(opened, ui=session.ui)
+        evaluator = stack.enter_context(Evaluator(session, evaluation, texts, baseline=other))
+        if other is not None:
+            evaluator.measure("before", other.checkpoint)
+        evaluator.measure("after", session.checkpoint)
+        comparison = evaluator.compare() if other is not None else None
+        evaluator.measure_speed()
+        settings = {
+            "model": session.checkpoint.name,
+            "baseline": other.checkpoint.name if other is not None else None,
+            "evaluation": as_json(evaluation),
+            "runtime": as_json(runtime),
+        }
+        return EvaluationReport(
+            model=evaluator.result("after"),
+            baseline=evaluator.result("before") if other is not None else None,
+            comparison=comparison,
+            continuations=evaluator.side_by_side(),
+            failures=evaluator.failures,
+            timings=_rounded(session.clock.seconds),
+            provenance=_run_provenance(session, command, settings),
+        )
+
+
+def _check_same_tokens(session: Session, other: Session, texts: list[PackedTokens], config: EvaluationConfig) -> None:
+    """Raise `CheckpointError` unless both models read the texts as the same tokens."""
+    for ours, theirs in zip(texts, other.evaluation_tokens(config), strict=True):
+        if ours.sha256 != theirs.sha256:
+            raise CheckpointError(
+                f"{session.checkpoint.name} and the baseline {other.checkpoint.name} tokenise '{ours.name}' "
+                "differently, so their perplexities cannot be compared; evaluate each by itself."
+            )
 
 
 def run_compress(
@@ -122,6 +165,7 @@ def run_compress(
         raise PlanError(
             f"--method {method.name} keeps nothing of the layers; leave out --keep and --target-parameters."
         )
+    _check_part(config, scorer, method)
     check_cache(config.runtime.cache)
     check_column(config.calibration.column, [*_calibration_names(config.calibration), *config.evaluation.sources])
     with ExitStack() as stack:
@@ -153,7 +197,10 @@ def run_compress(
         tokens = session.calibration_tokens(config.calibration) if needs_data else None
         data = refit_data(session, tokens, scope, config.refit.general) if tokens is not None and scope else None
         texts = session.evaluation_tokens(config.evaluation)
-        report = run.operate(trial=trial, chooses=chooses, tokens=tokens, data=data, texts=texts, staging=staging)
+        evaluator = stack.enter_context(Evaluator(session, config.evaluation, texts, baseline=session))
+        report = run.operate(
+            trial=trial, chooses=chooses, tokens=tokens, data=data, evaluator=evaluator, staging=staging
+        )
     return report
 
 
@@ -162,14 +209,27 @@ def _calibration_names(config: CalibrationConfig) -> list[str]:
     return [source.name for source in weighted_sources(config.sources)]
 
 
+def _check_part(config: CompressConfig, scorer: Entry[Scorer], method: Entry[Method]) -> None:
+    part = config.budget.remove
+    if part == "layer":
+        return
+    if method.removes and method.name != "remove":
+        raise PlanError(f"--method {method.name} works on whole layers; leave out --remove {part}.")
+    if config.plan is None and config.budget.layers is None and not scorer.parts:
+        able = ", ".join(entry.name for entry in SCORERS if entry.parts)
+        raise PlanError(
+            f"--scorer {scorer.name} ranks whole layers; for --remove {part} take one of {able}, or name --layers."
+        )
+
+
 def _given_plan(config: CompressConfig) -> SurgeryPlan | None:
     if config.plan is None:
         return None
     budget = config.budget
-    if (budget.target_layers, budget.layers, budget.keep, budget.target_parameters) != (None, None, None, None):
+    if budget != BudgetConfig():
         raise PlanError(
-            "--plan says already which layers and ranks; leave out --target-layers, --layers, --keep and "
-            "--target-parameters."
+            "--plan says already which layers and ranks; leave out --target-layers, --layers, --keep, "
+            "--target-parameters and --remove."
         )
     return config.plan
 
@@ -190,9 +250,9 @@ class _Compression:
 
         It tells how many layers go, whether anything becomes low-rank, and about how large the result is.
         """
-        shape = model_shape(self.checkpoint)
+        shape = model_shape(self.checkpoint, self.config.budget.remove)
         if self.given is not None:
-            plan = check_plan(shape, self.given, self.config.plan_name)
+            plan = check_plan(model_shape(self.checkpoint), self.given, self.config.plan_name)
             if plan.low_rank and self.method.removes:
                 raise PlanError(
                     f"{self.config.plan_name} has low-rank layers, but --method {self.method.name} makes none."
@@ -224,22 +284,25 @@ class _Compression:
         chooses: bool,
         tokens: PackedTokens | None,
         data: RefitData | None,
-        texts: list[PackedTokens],
+        evaluator: Evaluator,
         staging: Path | None,
     ) -> SurgeryReport:
         session, config, clock = self.session, self.config, self.session.clock
         count = len(trial.operated)
+        session.stream(self.checkpoint)  # proves, before anything else is done, that it can be walked over
         sha256 = self._hash()
         self._check_hash(sha256)
         with clock.stage("evaluate_before"):
-            before = session.evaluate(self.checkpoint, texts)
+            evaluator.measure("before", self.checkpoint)
         with calibration_walk(session, session.stream(self.checkpoint), tokens) as walk:
-            statistics = statistics_source(session, sha256, config.runtime.cache)
+            statistics = statistics_source(session, sha256, config.runtime.cache, config.budget.remove)
             scores = self._scores(walk, count, statistics, trial) if chooses else None
+            plan = self._plan(scores, count, sha256)
+            self._check_survivors(plan, walk.model)
             operation = operate(
                 session,
                 walk,
-                self._plan(scores, count, sha256),
+                plan,
                 self.method,
                 statistics,
                 refit_data=data,
@@ -247,7 +310,10 @@ class _Compression:
             )
         plan, operated = operation.plan, operation.checkpoint
         with clock.stage("evaluate_after"):
-            after = session.evaluate(operated, texts)
+            evaluator.measure("after", operated)
+            comparison = evaluator.compare()
+            device_peak = peak_device_memory_bytes(session.device)  # the next measurement begins to count anew
+            evaluator.measure_speed()
         if staging is not None:
             with clock.stage("save"):
                 save_checkpoint(
@@ -259,11 +325,14 @@ class _Compression:
             plan=plan,
             scores=scores,
             refit=operation.refitted,
-            before=before,
-            after=after,
-            timings={name: round(seconds, 3) for name, seconds in clock.seconds.items()},
+            before=evaluator.result("before"),
+            after=evaluator.result("after"),
+            comparison=comparison,
+            continuations=evaluator.side_by_side(),
+            failures=evaluator.failures,
+            timings=_rounded(clock.seconds),
             peak_memory_bytes=peak_memory_bytes(),
-            peak_device_memory_bytes=peak_device_memory_bytes(session.device),
+            peak_device_memory_bytes=device_peak,
             calibration=_describe(tokens),
             provenance=self._provenance(),
             output=str(config.output) if staging is not None else None,
@@ -292,12 +361,21 @@ class _Compression:
         return replace(budget, keep=0.0) if self.method.removes else budget
 
     def _plan(self, scores: LayerScores | None, count: int, sha256: str) -> SurgeryPlan:
-        shape = model_shape(self.checkpoint)
         if self.given is not None:
-            plan = check_plan(shape, self.given, self.config.plan_name)
+            plan = check_plan(model_shape(self.checkpoint), self.given, self.config.plan_name)
             return replace(plan, base_sha256=sha256, method=self.method.name)
+        shape = model_shape(self.checkpoint, self.config.budget.remove)
         chosen = self.config.budget.layers or (scores.removal_order[:count] if scores else ())
         return replace(make_plan(shape, chosen, self._budget(), self.method.name), base_sha256=sha256)
+
+    def _check_survivors(self, plan: SurgeryPlan, model: StreamedModel) -> None:
+        """Check that the layers that stay are not changed by the going of others, before anything is computed."""
+        if len(plan.surviving) == len(plan.layers):
+            return
+        kept = [replace(layer, action="keep", ranks={}) if layer.ranks else layer for layer in plan.layers]
+        rest = operated_checkpoint(self.checkpoint, replace(plan, layers=kept))
+        operated = StreamedModel(rest, device=model.device, dtype=model.dtype)
+        check_survivors(model, operated, plan.surviving)
 
     def _hash(self) -> str:
         tensors = len(self.checkpoint.source.specs)
@@ -325,27 +403,28 @@ class _Compression:
         }
 
     def _provenance(self) -> dict[str, Any]:
-        session = self.session
-        dtype = self.config.runtime.torch_dtype(session.device, self.checkpoint.dtype)
-        return provenance(session.device) | {
-            "command": self.config.command,
-            "seed": self.config.runtime.seed,
-            "compute_dtype": str(dtype).removeprefix("torch."),
-            "config": self.config.describe(),
-        }
+        return _run_provenance(self.session, self.config.command, self.config.describe())
 
 
-def model_shape(checkpoint: Checkpoint) -> ModelShape:
-    """Return the sizes that planning needs. Linears that are low-rank already cannot be replaced again."""
+def model_shape(checkpoint: Checkpoint, part: Part = "layer") -> ModelShape:
+    """Return the sizes that planning needs, of all layers or of a part of each.
+
+    Linears that are low-rank already cannot be replaced again.
+    """
     layers = []
     for index in range(checkpoint.layer_count):
         prefix = checkpoint.layer_prefix(index)
         linears = {}
-        for name in checkpoint.architecture.linears:
+        for name in checkpoint.architecture.linears_of(part):
             spec = checkpoint.source.specs.get(f"{prefix}{name}.weight")
             if spec is not None:
                 linears[name] = (spec.shape[0], spec.shape[1])
-        layers.append(LayerShape(linears=linears, parameters=checkpoint.layer_parameters(index)))
+        parameters = checkpoint.layer_parameters(index)
+        if part != "layer":
+            parameters = sum(
+                p.numel() for name in linears for p in checkpoint.layers[index].get_submodule(name).parameters()
+            )
+        layers.append(LayerShape(linears=linears, parameters=parameters))
     return ModelShape(layers=layers, parameters=checkpoint.parameters)
 
 
@@ -354,6 +433,20 @@ def report_dict(report: SurgeryReport) -> dict[str, Any]:
     data = report.to_dict()
     data.pop("output")
     return data
+
+
+def _run_provenance(session: Session, command: str | None, settings: dict[str, Any]) -> dict[str, Any]:
+    dtype = session.runtime.torch_dtype(session.device, session.checkpoint.dtype)
+    return provenance(session.device) | {
+        "command": command,
+        "seed": session.runtime.seed,
+        "compute_dtype": str(dtype).removeprefix("torch."),
+        "config": settings,
+    }
+
+
+def _rounded(seconds: dict[str, float]) -> dict[str, float]:
+    return {name: round(value, 3) for name, value in seconds.items()}
 
 
 def _describe(tokens: PackedTokens | None) -> dict[str, Any] | None:

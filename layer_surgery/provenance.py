@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("layer-surgery", "torch", "transformers", "safetensors", "tokenizers", "numpy")
+PACKAGES = ("layer-surgery", "torch", "transformers", "safetensors", "tokenizers", "numpy", "lm-eval")
 
 
 def provenance(device: torch.device) -> dict[str, Any]:
@@ -51,6 +51,20 @@ def peak_memory_bytes() -> int:
 def peak_device_memory_bytes(device: torch.device) -> int | None:
     """Return the highest allocated memory of a CUDA device since its statistics were reset; None for a CPU."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+
+def available_memory_bytes(device: torch.device) -> int | None:
+    """Return how much more memory can be had on a device; None where the system does not say."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        with open("/proc/meminfo", encoding="utf-8") as lines:
+            for line in lines:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return None
 
 
 def _processor() -> str:

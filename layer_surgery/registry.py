@@ -27,6 +27,8 @@ class Entry(Generic[F]):
     """Whether the function reads the hidden states at all layer boundaries."""
     removes: bool = False
     """Methods: whether the layers are removed and nothing of them is kept, so that there is no budget to spend."""
+    parts: bool = False
+    """Scorers: whether the attention and the MLP of layers can be ranked too."""
     refits: bool = False
     """Methods: whether a refit follows unless the user says otherwise."""
 
@@ -47,6 +49,7 @@ class Registry(Generic[F]):
         needs_data: bool = False,
         needs_boundaries: bool = False,
         removes: bool = False,
+        parts: bool = False,
         refits: bool = False,
     ) -> Callable[[F], F]:
         """Return a decorator that registers a function under `name`; see `Entry`."""
@@ -55,7 +58,15 @@ class Registry(Generic[F]):
 
         def register(function: F) -> F:
             self._entries[name] = Entry(
-                name, function, summary, source, needs_data or needs_boundaries, needs_boundaries, removes, refits
+                name,
+                function,
+                summary,
+                source,
+                needs_data or needs_boundaries,
+                needs_boundaries,
+                removes,
+                parts,
+                refits,
             )
             return function
 

@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from layer_surgery import modeling_layer_surgery
 from layer_surgery.allocator import release_freed_memory
 from layer_surgery.checkpoint import Checkpoint
+from layer_surgery.conversion import as_stored
 from layer_surgery.errors import LayerSurgeryError, NumericalError, OutputError
 from layer_surgery.operated import nested_config
 from layer_surgery.tensors import INDEX_FILE, SAFETENSORS_DTYPES, SINGLE_FILE, SafetensorsSource, TensorSpec
@@ -157,7 +158,8 @@ def save_checkpoint(
 
 def write_shards(checkpoint: Checkpoint, directory: Path, *, shard_bytes: int, progress: Progress) -> None:
     """Write all tensors in files of at most `shard_bytes` (a larger tensor gets a file of its own), with an index."""
-    specs = checkpoint.source.specs
+    source = as_stored(checkpoint.source, checkpoint.skeleton)
+    specs = source.specs
     shards = split_shards(specs, shard_bytes)
     names = [f"model-{k + 1:05d}-of-{len(shards):05d}.safetensors" for k in range(len(shards))]
     if len(shards) == 1:
@@ -166,7 +168,7 @@ def write_shards(checkpoint: Checkpoint, directory: Path, *, shard_bytes: int, p
         for file_name, shard in zip(names, shards, strict=True):
             with StreamedSafetensors(directory / file_name, {name: specs[name] for name in shard}) as file:
                 for name in shard:
-                    tensor = checkpoint.source.read([name], torch.device("cpu"))[name]
+                    tensor = source.read([name], torch.device("cpu"))[name]
                     _check_finite(name, tensor, checkpoint.name)
                     file.write(name, tensor)
                     if tensor.nbytes >= _LARGE_BYTES:
@@ -263,11 +265,12 @@ def _shard_bytes(base: Checkpoint) -> int:
 
 def _write_config(checkpoint: Checkpoint, directory: Path) -> None:
     if checkpoint.low_rank:
-        _write_json(directory / "config.json", nested_config(checkpoint.config_fields, checkpoint.low_rank))
+        fields = nested_config(checkpoint.config_fields, checkpoint.low_rank)
         code = Path(modeling_layer_surgery.__file__)
         shutil.copyfile(code, directory / code.name)
     else:
-        _write_json(directory / "config.json", checkpoint.config_fields)
+        fields = checkpoint.config_fields
+    _write_json(directory / "config.json", PreTrainedConfig._encode_special_floats(fields))
 
 
 def _copy_companions(base: Checkpoint, directory: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:

@@ -17,8 +17,8 @@ from layer_surgery.checkpoint import Checkpoint, open_checkpoint
 from layer_surgery.config import CalibrationConfig, EvaluationConfig, RuntimeConfig
 from layer_surgery.data import check_vocabulary, load_documents, pack_evaluation, pack_mixture, weighted_sources
 from layer_surgery.errors import CheckpointError, DataError
-from layer_surgery.evaluation.perplexity import perplexity
-from layer_surgery.records import EvaluationResult
+from layer_surgery.provenance import available_memory_bytes
+from layer_surgery.selfcheck import check_walk
 from layer_surgery.streaming import StreamedModel
 from layer_surgery.tokens import PackedTokens
 from layer_surgery.walk import Progress, Walk, WalkSettings, no_progress
@@ -62,6 +62,7 @@ class Session:
     clock: Clock
     resident_bytes: int
     boundary_bytes: int
+    _proven: list[Checkpoint] = field(default_factory=list)
 
     @property
     def settings(self) -> WalkSettings:
@@ -73,18 +74,29 @@ class Session:
             progress=self.ui.progress,
         )
 
+    def available_bytes(self) -> int | None:
+        """Return how much memory the user allows, else what is free on the device; None where that is not known."""
+        if self.runtime.memory_limit is not None:
+            return self.runtime.memory_limit
+        return available_memory_bytes(self.device)
+
     def new_scratch(self, name: str) -> Path:
         """Return a new folder for scratch files."""
         return Path(tempfile.mkdtemp(prefix=f"{name}-", dir=self.scratch))
 
     def stream(self, checkpoint: Checkpoint) -> StreamedModel:
-        """Return a model to walk over, its outer weights loaded."""
-        return StreamedModel(
+        """Return a model to walk over, its outer weights loaded; the first time, prove that it can be walked over."""
+        model = StreamedModel(
             checkpoint,
             device=self.device,
             dtype=self.runtime.torch_dtype(self.device, checkpoint.dtype),
             resident_bytes=self.resident_bytes,
         )
+        if not any(proven is checkpoint for proven in self._proven):
+            with self.clock.stage("self_check"):
+                check_walk(model)
+            self._proven.append(checkpoint)
+        return model
 
     def need_tokenizer(self) -> PreTrainedTokenizerBase:
         if self.tokenizer is None:
@@ -131,25 +143,12 @@ class Session:
 
     def _check(self, tokens: PackedTokens) -> None:
         check_vocabulary(tokens, int(self.checkpoint.skeleton.get_input_embeddings().weight.shape[0]))
-        longest = getattr(self.checkpoint.config, "max_position_embeddings", None)
+        config = self.checkpoint.config
+        longest = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
         if longest is not None and tokens.sequence_length > longest:
             raise DataError(
                 f"--sequence-length is {tokens.sequence_length}, but {self.checkpoint.name} takes at most {longest}."
             )
-
-    def evaluate(self, checkpoint: Checkpoint, texts: list[PackedTokens]) -> EvaluationResult:
-        """Measure size, and perplexity on each text."""
-        results = {}
-        if texts:
-            model = self.stream(checkpoint)
-            for tokens in texts:
-                results[tokens.name] = perplexity(model, tokens, self.settings)
-        return EvaluationResult(
-            layers=checkpoint.layer_count,
-            parameters=checkpoint.parameters,
-            size_bytes=checkpoint.size_bytes,
-            perplexity=results,
-        )
 
 
 def _calibration_notes(tokens: PackedTokens) -> Iterator[str]:
@@ -176,11 +175,29 @@ def open_session(
         if tokenizer is None and checkpoint.directory is not None:
             tokenizer = load_tokenizer(checkpoint)
         _check_tokenizer(checkpoint, tokenizer)
+    _say_what_is_special(checkpoint, ui)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     parent = runtime.scratch or scratch_parent
     with tempfile.TemporaryDirectory(prefix=".layer-surgery-", dir=parent) as scratch:
         yield Session(checkpoint, tokenizer, runtime, device, Path(scratch), ui, clock, *runtime.memory(device))
+
+
+def _say_what_is_special(checkpoint: Checkpoint, ui: Ui) -> None:
+    architecture = checkpoint.architecture
+    if architecture.guessed:
+        kind = type(checkpoint.layers[0]).__name__
+        linears = ", ".join(architecture.linears)
+        ui.note(
+            f"the architecture '{architecture.model_type}' is not listed; guessing that its decoder layers are "
+            f"'{architecture.layers}' ({checkpoint.layer_count} x {kind}), "
+            + (f"with the linears {linears}" if linears else "which can be removed but not made low-rank")
+        )
+    if checkpoint.left_out:
+        ui.note(
+            f"{len(checkpoint.left_out)} tensors that transformers does not use (the first is "
+            f"'{checkpoint.left_out[0]}'; heads that predict further tokens are such) are left out of the result"
+        )
 
 
 def _check_tokenizer(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase | None) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 
 from layer_surgery.couplings import LEVELS, Couplings, Responses
@@ -17,6 +18,7 @@ from layer_surgery.errors import DataError, NumericalError
 from layer_surgery.factors import FactorStore
 from layer_surgery.low_rank import Factors, knapsack, shrunk, whitened_svd
 from layer_surgery.moments import MomentRecorder
+from layer_surgery.records import Part
 from layer_surgery.streaming import StreamedModel
 from layer_surgery.tokens import PackedTokens
 from layer_surgery.walk import Observer, Walk
@@ -87,13 +89,17 @@ class Statistics:
         return result
 
 
-def replaceable_linears(model: StreamedModel, index: int) -> dict[str, Size]:
-    """Return (out, in) of the linears of a layer that surgery can replace; those that are low-rank already are not."""
+def replaceable_linears(model: StreamedModel, index: int, part: Part = "layer") -> dict[str, Size]:
+    """Return (out, in) of the linears of a layer, or of a part of it, that surgery can replace.
+
+    Those that are low-rank already are not among them.
+    """
+    names = model.architecture.linears_of(part)
     linears = {}
     for name, module in model.layers[index].named_modules():
-        if name in model.architecture.linears and isinstance(module, nn.Linear):
+        if name in names and isinstance(module, nn.Linear):
             linears[name] = (module.out_features, module.in_features)
-    return {name: linears[name] for name in model.architecture.linears if name in linears}
+    return {name: linears[name] for name in names if name in linears}
 
 
 def useful_rank(size: Size) -> int:
@@ -102,10 +108,11 @@ def useful_rank(size: Size) -> int:
     return max(1, out * in_ // (out + in_))
 
 
-def useful_ranks(model: StreamedModel, layers: Iterable[int]) -> dict[int, dict[str, int]]:
+def useful_ranks(model: StreamedModel, layers: Iterable[int], part: Part = "layer") -> dict[int, dict[str, int]]:
     """Return the largest useful rank of every replaceable linear of some layers."""
     return {
-        index: {name: useful_rank(size) for name, size in replaceable_linears(model, index).items()} for index in layers
+        index: {name: useful_rank(size) for name, size in replaceable_linears(model, index, part).items()}
+        for index in layers
     }
 
 
@@ -120,14 +127,17 @@ def check_tokens(tokens: PackedTokens, hidden_size: int, what: str) -> None:
         )
 
 
-def collect(walk: Walk, statistics: Statistics, layers: Mapping[int, Ranks]) -> None:
-    """Fill `statistics` with the components of these linears, up to these ranks, by one forward and backward walk."""
+def collect(walk: Walk, statistics: Statistics, layers: Mapping[int, Ranks], part: Part = "layer") -> None:
+    """Fill `statistics` with the components of these linears, up to these ranks, by one forward and backward walk.
+
+    Also with the couplings of the layers, or of a part of each.
+    """
     if not layers:
         return
     check_tokens(walk.tokens, walk.model.hidden_size, "the fisher metric")
     path = list(range(walk.model.layer_count))
     with walk.new_store(walk.settings.boundary_memory_bytes) as gradient:
-        observer = _Collector(statistics, layers, Responses(walk, (gradient, 0)))
+        observer = _Collector(statistics, layers, Responses(walk, (gradient, 0)), part)
         walk.losses(walk.forward(path, keep=True), gradient=(gradient, 0))
         walk.backward(path, (gradient, 0), stop=min(layers), observers=[observer], watch=layers)
     statistics.couplings = observer.responses.couplings()
@@ -136,8 +146,8 @@ def collect(walk: Walk, statistics: Statistics, layers: Mapping[int, Ranks]) -> 
 class _Collector(Observer):
     """Decomposes the linears of each layer that it sees, on the spot, and tries the layer with the components."""
 
-    def __init__(self, statistics: Statistics, layers: Mapping[int, Ranks], responses: Responses) -> None:
-        self._statistics, self._layers, self.responses = statistics, layers, responses
+    def __init__(self, statistics: Statistics, layers: Mapping[int, Ranks], responses: Responses, part: Part) -> None:
+        self._statistics, self._layers, self.responses, self._part = statistics, layers, responses, part
         self._recorder: MomentRecorder | None = None
 
     @contextmanager
@@ -164,13 +174,19 @@ class _Collector(Observer):
         self._try(index, layer)
 
     def _try(self, index: int, layer: nn.Module) -> None:
-        """Measure what the layer's output is like with components at each level of `LEVELS`, and without the layer."""
-        self.responses.add(index, 0.0, None)
+        """Measure what comes of the layer, or of its part, with components at each level of `LEVELS`; 0 is without."""
+        sizes = self._statistics.sizes[index]
         parameters = sum(p.numel() for p in layer.parameters())
+        if self._part == "layer":
+            self.responses.add(index, 0.0, None)
+        else:
+            parameters = sum(out * in_ for out, in_ in sizes.values())
+            nothing = {name: Factors(torch.zeros(out, 0), torch.zeros(0, in_)) for name, (out, in_) in sizes.items()}
+            with _composed(layer, nothing):
+                self.responses.add(index, 0.0, layer)
         for keep in LEVELS[1:]:
             ranks = self._statistics.layer_ranks(index, keep, parameters)
-            factors = self._statistics.factors(index, ranks)
-            with _composed(layer, factors):
+            with _composed(layer, self._statistics.factors(index, ranks)):
                 self.responses.add(index, keep, layer)
 
     def batch(self, valid: Tensor) -> None:

@@ -19,6 +19,7 @@ import torch
 from layer_surgery.couplings import Couplings
 from layer_surgery.errors import UserError
 from layer_surgery.factors import FactorStore
+from layer_surgery.records import Part
 from layer_surgery.statistics import Ranks, Statistics, collect, useful_ranks
 from layer_surgery.tokens import PackedTokens
 from layer_surgery.walk import Walk
@@ -38,9 +39,14 @@ class StatisticsSource:
         *,
         cache: Path | None = None,
         base_sha256: str = "",
+        part: Part = "layer",
         note: Callable[[str], None] = lambda _text: None,
     ) -> None:
-        """Compute into `scratch`, or into a folder of `cache`; `dtype` is that of the stored components."""
+        """Compute into `scratch`, or into a folder of `cache`; `dtype` is that of the stored components.
+
+        `part` of the layers is what costs are measured for.
+        """
+        self.part = part
         self._scratch, self._dtype, self._cache = scratch, dtype, cache
         self._base_sha256, self._note = base_sha256, note
         self._statistics: Statistics | None = None
@@ -54,10 +60,10 @@ class StatisticsSource:
             known = self._statistics
             self._statistics = self._new(walk)
             if known is None or self._cache is not None:
-                collect(walk, self._statistics, layers)
+                collect(walk, self._statistics, layers, self.part)
             else:
                 wanted = dict(layers) | {index: ranks for index, ranks in known.ranks.items() if index not in layers}
-                collect(walk, self._statistics, wanted)
+                collect(walk, self._statistics, wanted, self.part)
         return self._statistics
 
     def _new(self, walk: Walk) -> Statistics:
@@ -90,7 +96,8 @@ class StatisticsSource:
             return None
         try:
             statistics = Statistics(FactorStore(staging, self._dtype), loss_scale(walk.tokens))
-            collect(walk, statistics, useful_ranks(walk.model, range(walk.model.layer_count)))
+            linears = useful_ranks(walk.model, range(walk.model.layer_count), self.part)
+            collect(walk, statistics, linears, self.part)
             _write(staging, identity, statistics)
             try:
                 staging.rename(folder)
@@ -105,6 +112,7 @@ class StatisticsSource:
         return {
             "schema_version": SCHEMA_VERSION,
             "checkpoint_sha256": self._base_sha256 or walk.model.checkpoint.sha256(),
+            "part": self.part,
             "data_sha256": walk.tokens.sha256,
             "compute_dtype": str(walk.model.dtype),
             "stored_dtype": str(self._dtype),

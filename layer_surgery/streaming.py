@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import build_glob_alternation
 
 from layer_surgery.allocator import map_large_blocks, release_freed_memory
 from layer_surgery.checkpoint import Checkpoint, build_skeleton
@@ -27,6 +29,7 @@ class StreamedModel:
         self.checkpoint, self.device, self.dtype = checkpoint, device, dtype
         self.model = build_skeleton(checkpoint, dtype)
         self.architecture = checkpoint.architecture
+        self._layers = list(self.layers)  # the layers themselves, also while others stand in their places
         self._checked: set[str] = set()
         layer_bytes = sum(
             parameter.numel() * dtype.itemsize for layer in self.layers for parameter in layer.parameters()
@@ -50,7 +53,8 @@ class StreamedModel:
 
     @property
     def hidden_size(self) -> int:
-        return int(self.model.get_input_embeddings().weight.shape[1])
+        # Not the width of the embeddings: OPT may project them.
+        return int(self.model.config.hidden_size)
 
     @property
     def vocabulary_size(self) -> int:
@@ -59,7 +63,7 @@ class StreamedModel:
     @contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:
         """Give decoder layer `index` its weights for the duration of the block, in the dtype of computation."""
-        layer = self.layers[index]
+        layer = self._layers[index]
         tensors = self._layer_tensors(index)
         try:
             _assign(layer, tensors)
@@ -81,8 +85,17 @@ class StreamedModel:
                         f"tensor '{name}' of {self.checkpoint.name} holds NaN or Inf; the checkpoint is damaged."
                     )
                 self._checked.add(name)
-            tensors[name] = tensor.to(self.dtype) if tensor.is_floating_point() else tensor
+            tensors[name] = tensor.to(self._dtype_of(name)) if tensor.is_floating_point() else tensor
         return tensors
+
+    def _dtype_of(self, name: str) -> torch.dtype:
+        """Return the dtype of computation, or that of a tensor which its architecture keeps in float32."""
+        plan = self.model._get_dtype_plan(self.dtype)
+        if not plan:
+            return self.dtype
+        pattern, key_of_group, _ = build_glob_alternation(list(plan))
+        match = pattern.search(name)
+        return plan[key_of_group[match.lastgroup]] if match else self.dtype
 
     def replace(self, index: int, ranks: dict[str, int], read_factors: Callable[[], dict[str, Tensor]]) -> None:
         """Put low-rank linears in a layer; `read_factors` gives their tensors by name within the layer.
@@ -90,8 +103,8 @@ class StreamedModel:
         This changes the model in this object only, not the checkpoint.
         """
         for name in ranks:
-            self._originals.setdefault((index, name), self.layers[index].get_submodule(name))
-        replace_linears(self.layers[index], ranks)
+            self._originals.setdefault((index, name), self._layers[index].get_submodule(name))
+        replace_linears(self._layers[index], ranks)
         self._replaced[index] = read_factors
         if self._resident is not None:
             self._resident.pop(index, None)
@@ -99,17 +112,23 @@ class StreamedModel:
     def restore(self) -> None:
         """Undo every `replace`."""
         for (index, name), module in self._originals.items():
-            self.layers[index].set_submodule(name, module)
+            self._layers[index].set_submodule(name, module)
             if self._resident is not None:
                 self._resident.pop(index, None)
         self._originals.clear()
         self._replaced.clear()
 
+    def load_whole(self) -> PreTrainedModel:
+        """Give every layer its weights for good and return the model, ready to run by itself: all in memory."""
+        for index, layer in enumerate(self._layers):
+            _assign(layer, self._layer_tensors(index))
+        return self.model
+
     def _layer_tensors(self, index: int) -> dict[str, Tensor]:
         if self._resident is not None and index in self._resident:
             return self._resident[index]
         prefix = self.checkpoint.layer_prefix(index)
-        known = self.layers[index].state_dict().keys()
+        known = self._layers[index].state_dict().keys()
         names = [prefix + name for name in known if prefix + name in self.checkpoint.source.specs]
         tensors = {name.removeprefix(prefix): tensor for name, tensor in self.read_weights(names).items()}
         if index in self._replaced:
@@ -129,6 +148,8 @@ class StreamedModel:
             owner, _, attribute = target.rpartition(".")
             setattr(self.model.get_submodule(owner), attribute, self.model.get_parameter(origin))
         for name, buffer in list(self.model.named_buffers()):
+            if buffer.is_meta:  # a stored buffer of a layer, which comes and goes with it
+                continue
             owner, _, attribute = name.rpartition(".")
             self.model.get_submodule(owner)._buffers[attribute] = buffer.to(self.device)
 

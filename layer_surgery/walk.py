@@ -171,7 +171,7 @@ class Walk:
             for rows in self.batches():
                 before = source[0].read(source[1], rows)
                 valid = self._announce(rows, observers)
-                after = self._call(index, before)(layer, before)
+                after = self._call(index, rows)(layer, before)
                 for observer in observers:
                     observer.boundaries(index, before, after, valid)
                 target[0].write(target[1], rows, after)
@@ -182,8 +182,8 @@ class Walk:
             observer.batch(valid)
         return valid
 
-    def _call(self, index: int, hidden: Tensor) -> Callable[[nn.Module, Tensor], Tensor]:
-        return self.rehearsal.call(index, hidden.shape[0], hidden.shape[1])
+    def _call(self, index: int, rows: slice) -> Callable[[nn.Module, Tensor], Tensor]:
+        return self.rehearsal.call(index, self.tokens.token_ids[rows])
 
     # -- head ------------------------------------------------------------------------------------------------------
 
@@ -289,7 +289,7 @@ class Walk:
                 with torch.enable_grad():
                     self._announce(rows, observers)
                     before = self.store.read(slot, rows).detach().requires_grad_()
-                    after = self._call(index, before)(layer, before)
+                    after = self._call(index, rows)(layer, before)
                     after.backward(store.read(gradient_slot, rows))  # type: ignore[no-untyped-call]
                 assert before.grad is not None
                 store.write(gradient_slot + 1, rows, before.grad)

@@ -26,7 +26,7 @@ from tiny_tokenizer import tiny_tokenizer
 import layer_surgery
 from layer_surgery.checkpoint import open_checkpoint
 from layer_surgery.errors import CheckpointError
-from layer_surgery.operated import surviving_fields
+from layer_surgery.layer_config import surviving_fields
 
 CPU = torch.device("cpu")
 
@@ -182,7 +182,7 @@ def test_per_layer_lists_are_cut_to_the_survivors(tmp_path: Path, model_type: st
     model = tiny_model(model_type, layers=6)
     base = open_checkpoint(tiny_checkpoint(tmp_path, model))
     surviving = [0, 2, 5]
-    fields = surviving_fields(base, surviving)
+    fields = surviving_fields(base.config, base.config_fields, surviving)
     assert fields["num_hidden_layers"] == 3
     for name in ("layer_types", "no_rope_layers"):
         whole = getattr(model.config, name, None)
@@ -197,7 +197,7 @@ def test_a_pattern_of_layers_is_written_out(tmp_path: Path) -> None:
     base = open_checkpoint(path)
     whole = list(base.config.layer_types)
     assert len(set(whole)) == 2
-    assert surviving_fields(base, [1, 2, 4])["layer_types"] == [whole[1], whole[2], whole[4]]
+    assert surviving_fields(base.config, base.config_fields, [1, 2, 4])["layer_types"] == [whole[1], whole[2], whole[4]]
 
 
 def test_plans_of_the_test_models_name_every_layer() -> None:
@@ -288,7 +288,9 @@ def test_stored_rotary_frequencies_of_old_checkpoints_are_accepted(tmp_path: Pat
     path = tiny_checkpoint(tmp_path)
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
     edit_tensors(path, lambda tensors: tensors.update({name: torch.zeros(6)}))
-    assert name in open_checkpoint(path).source.specs
+    checkpoint = open_checkpoint(path)
+    assert name not in checkpoint.source.specs  # it follows from the configuration
+    assert not checkpoint.left_out
 
 
 def test_a_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:

@@ -518,14 +518,14 @@ def test_a_plan_may_be_given_as_a_record_or_a_dictionary(
 
 
 def test_a_single_evaluation_text_needs_no_list(model: Path, text: Path) -> None:
-    result, _ = layer_surgery.evaluate(model, eval_data=str(text), sequence_length=SEQUENCE)
+    result = layer_surgery.evaluate(model, eval_data=str(text), sequence_length=SEQUENCE).model
     assert list(result.perplexity) == [str(text)]
 
 
 def test_devices_and_dtypes_may_be_torchs_own(model: Path, text: Path) -> None:
     options: dict[str, Any] = {"eval_data": text, "sequence_length": SEQUENCE}
-    ours, _ = layer_surgery.evaluate(model, device=torch.device("cpu"), dtype=torch.float32, **options)
-    assert ours == layer_surgery.evaluate(model, device="cpu", dtype="float32", **options)[0]
+    ours = layer_surgery.evaluate(model, device=torch.device("cpu"), dtype=torch.float32, **options).model
+    assert ours == layer_surgery.evaluate(model, device="cpu", dtype="float32", **options).model
 
 
 def test_a_column_applies_to_tables_and_not_to_plain_text(

@@ -23,6 +23,7 @@ from tiny_checkpoints import (
 )
 from tiny_models import decoder_layers, full_ranks, make_test_plan, packed_tokens, settings, streamed, walked_logits
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 import layer_surgery
 from layer_surgery.checkpoint import open_checkpoint
@@ -242,7 +243,7 @@ def test_what_was_evaluated_is_what_was_saved(tmp_path: Path) -> None:
     report = layer_surgery.compress(
         saved_model(tmp_path / "model"), tmp_path / "output", layers=[1, 2], keep=0.3, **options
     )
-    again, _ = layer_surgery.evaluate(tmp_path / "output", **options)
+    again = layer_surgery.evaluate(tmp_path / "output", **options).model
     assert again == report.after
     assert report.after.perplexity[str(text)].value != report.before.perplexity[str(text)].value
 
@@ -319,7 +320,33 @@ def test_pickling_its_configuration_is_not_needed_for_a_copy(low_rank: Path) -> 
 def test_modelling_file_imports_nothing_of_this_package(low_rank: Path) -> None:
     code = (low_rank / "modeling_layer_surgery.py").read_text()
     imports = [line for line in code.splitlines() if line.startswith(("import ", "from "))]
-    assert {line.split()[1].partition(".")[0] for line in imports} == {"__future__", "typing", "torch", "transformers"}
+    assert {line.split()[1].partition(".")[0] for line in imports} == {
+        "__future__",
+        "typing",
+        "warnings",
+        "torch",
+        "transformers",
+    }
+
+
+def test_its_weight_is_the_product_of_the_factors_and_lets_gradients_through() -> None:
+    """State-space layers pass the weight of a linear to a kernel and do not call the linear."""
+    linear = LowRankLinear(6, 4, 2, bias=False, dtype=torch.float64)
+    x = torch.randn(3, 6, dtype=torch.float64)
+    torch.testing.assert_close(nn.functional.linear(x, linear.weight), linear(x))
+    linear.weight.sum().backward()
+    assert all(part.weight.grad is not None for part in (linear.in_factor, linear.out_factor))
+    assert {name for name, _ in linear.named_parameters()} == {"in_factor.weight", "out_factor.weight"}
+
+
+def test_a_transposed_linear_of_gpt2_is_replaced_by_one_with_the_same_ends() -> None:
+    module = nn.Module()
+    module.linear = Conv1D(5, 3)  # from 3 to 5
+    replace_linears(module, {"linear": 2})
+    assert module.linear.in_factor.weight.shape == (2, 3)
+    assert module.linear.out_factor.weight.shape == (5, 2)
+    assert module.linear.bias.shape == (5,)
+    assert module.linear(torch.zeros(1, 3)).shape == (1, 5)
 
 
 def test_replacing_what_is_no_linear_is_refused() -> None:
@@ -398,6 +425,6 @@ def test_a_damaged_configuration_is_refused(low_rank: Path, change: dict[str, An
 
 
 def test_its_perplexity_is_finite_and_of_this_model_alone(low_rank: Path, tmp_path: Path) -> None:
-    result, _ = layer_surgery.evaluate(low_rank, eval_data=[text_file(tmp_path / "text.txt")], sequence_length=16)
+    result = layer_surgery.evaluate(low_rank, eval_data=[text_file(tmp_path / "text.txt")], sequence_length=16).model
     (measured,) = result.perplexity.values()
     assert math.isfinite(measured.value) and measured.value > 1

@@ -273,7 +273,7 @@ def test_tensors_are_read_one_at_a_time(tmp_path: Path, monkeypatch: pytest.Monk
     read, asked = checkpoint.source.read, []
 
     def note(names: list[str], device: torch.device) -> dict[str, torch.Tensor]:
-        asked.append(names)
+        asked.append(list(names))
         return read(names, device)
 
     monkeypatch.setattr(checkpoint.source, "read", note)
@@ -555,14 +555,15 @@ def test_a_disk_that_is_really_full_is_a_failure(tmp_path: Path) -> None:
 
 
 def test_weights_that_are_not_finite_are_never_written(tmp_path: Path) -> None:
-    """Without scoring and evaluation nothing but the writing looks at a layer that is kept."""
     model = model_with_vocabulary()
     with torch.no_grad():
         model.get_parameter("model.layers.3.mlp.up_proj.weight")[2, 3] = float("nan")
     path = saved_model(tmp_path / "model", model=model)
-    with pytest.raises(LayerSurgeryError, match=r"'model\.layers\.2\.mlp\.up_proj\.weight' .* NaN or Inf"):
+    with pytest.raises(LayerSurgeryError, match=r"'model\.layers\.3\.mlp\.up_proj\.weight' .* NaN or Inf"):
         remove(path, tmp_path / "output", (0,))
     assert not (tmp_path / "output").exists()
+    with pytest.raises(LayerSurgeryError, match=r"'model\.layers\.3\.mlp\.up_proj\.weight' .* NaN or Inf"):
+        write_shards(open_checkpoint(path), tmp_path, shard_bytes=1 << 30, progress=no_progress)
 
 
 def test_saving_module_has_no_other_name_for_its_files() -> None:

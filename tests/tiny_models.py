@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tiny_families import FIELDS, SIZES, VOCABULARY
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from layer_surgery.checkpoint import Checkpoint, open_checkpoint
 from layer_surgery.gradients import accumulated_gradients
+from layer_surgery.recognition import architecture_of
 from layer_surgery.records import LayerPlan, SurgeryPlan
 from layer_surgery.statistics_cache import StatisticsSource
 from layer_surgery.streaming import StreamedModel
@@ -22,45 +24,7 @@ from layer_surgery.surgeon import METHODS, FactorStore, SurgeryContext
 from layer_surgery.tokens import PackedTokens
 from layer_surgery.walk import Observer, Walk, WalkSettings, no_progress
 
-VOCABULARY = 61
 CPU = torch.device("cpu")
-
-_SIZES: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 40,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.2,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-
-#: Fields beside the sizes, by model_type: head_dim is not hidden / heads where a family lets it differ, windows are
-#: shorter than the sequences of the tests, multipliers are not 1, and biases are there where a family has them.
-_FIELDS: dict[str, dict[str, Any]] = {
-    "llama": {"head_dim": 12},
-    "mistral": {"head_dim": 12, "sliding_window": 5},
-    "qwen2": {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 3},
-    "qwen3": {"head_dim": 12, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 3},
-    "gemma": {"head_dim": 12},
-    "gemma2": {"head_dim": 12, "query_pre_attn_scalar": 12, "sliding_window": 5},
-    "gemma3_text": {"head_dim": 12, "query_pre_attn_scalar": 12, "sliding_window": 5},
-    "olmo3": {"sliding_window": 5},
-    "granite": {
-        "embedding_multiplier": 1.7,
-        "logits_scaling": 1.3,
-        "residual_multiplier": 0.6,
-        "attention_multiplier": 0.4,
-    },
-    "stablelm": {"use_qkv_bias": True},
-    "cohere": {"use_qk_norm": True},
-    "starcoder2": {"sliding_window": 5},
-    "phi3": {"sliding_window": 5, "original_max_position_embeddings": 64},
-    "glm4": {"head_dim": 12, "attention_bias": True},
-}
 
 
 def tiny_model(
@@ -75,7 +39,7 @@ def tiny_model(
     """Return a model with random weights, biases and norms, from its configuration class, in eval mode."""
     config = AutoConfig.for_model(
         model_type,
-        **_SIZES | _FIELDS.get(model_type, {}) | {"num_hidden_layers": layers, "tie_word_embeddings": tied} | fields,
+        **SIZES | FIELDS.get(model_type, {}) | {"num_hidden_layers": layers, "tie_word_embeddings": tied} | fields,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -145,7 +109,7 @@ def settings(scratch: Path, *, batch_size: int = 2, boundary_memory_bytes: int =
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    layers = model.get_submodule("model.layers")
+    layers = model.get_submodule(architecture_of(model).layers)
     assert isinstance(layers, nn.ModuleList)
     return layers
 
@@ -191,29 +155,31 @@ def without_layers(model: PreTrainedModel, removed: Iterable[int]) -> PreTrained
     kept = [index for index in range(len(layers)) if index not in set(removed)]
     copied.config.num_hidden_layers = len(kept)
     for name in ("layer_types", "no_rope_layers"):
-        if getattr(copied.config, name, None) is not None:
+        if len(getattr(copied.config, name, None) or []) == len(layers):
             setattr(copied.config, name, [getattr(copied.config, name)[index] for index in kept])
-    copied.get_submodule("model").layers = nn.ModuleList([layers[index] for index in kept])
+    parent, _, name = architecture_of(model).layers.rpartition(".")
+    setattr(copied.get_submodule(parent), name, nn.ModuleList([layers[index] for index in kept]))
     return copied
 
 
 class GradientObserver(Observer):
     """Collects the gradient of every parameter of every layer that it sees (tests can afford to keep them)."""
 
-    def __init__(self) -> None:
+    def __init__(self, layers: str = "model.layers") -> None:
+        self.layers = layers
         self.gradients: dict[str, Tensor] = {}
 
     @contextmanager
     def watching(self, index: int, layer: nn.Module) -> Iterator[None]:
         with accumulated_gradients(dict(layer.named_parameters())) as gradients:
             yield
-            self.gradients |= {f"model.layers.{index}.{name}": tensor for name, tensor in gradients.items()}
+            self.gradients |= {f"{self.layers}.{index}.{name}": tensor for name, tensor in gradients.items()}
 
 
 def walked_gradients(walk: Walk, path: list[int] | None = None) -> dict[str, Tensor]:
     """Return the gradient of the summed loss for every parameter of every layer, from one forward and backward walk."""
     path = list(range(walk.model.layer_count)) if path is None else path
-    observer = GradientObserver()
+    observer = GradientObserver(walk.model.architecture.layers)
     with walk.new_store(walk.settings.boundary_memory_bytes) as gradient:
         walk.losses(walk.forward(path, keep=True), gradient=(gradient, 0))
         walk.backward(path, (gradient, 0), observers=[observer])
@@ -246,9 +212,8 @@ def make_test_plan(
 def full_ranks(checkpoint: Checkpoint, index: int) -> dict[str, int]:
     """Return min(out, in) for every linear of a layer."""
     prefix = checkpoint.layer_prefix(index)
-    return {
-        name: min(checkpoint.source.specs[f"{prefix}{name}.weight"].shape) for name in checkpoint.architecture.linears
-    }
+    shapes = {name: checkpoint.source.specs.get(f"{prefix}{name}.weight") for name in checkpoint.architecture.linears}
+    return {name: min(spec.shape) for name, spec in shapes.items() if spec is not None}
 
 
 def operate(

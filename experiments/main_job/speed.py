@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import DEMO_CHECKPOINT, ROOT, write_report
 
 from layer_surgery.config import BudgetConfig, CalibrationConfig, EvaluationConfig, RuntimeConfig
+from layer_surgery.evaluator import size_and_perplexity
 from layer_surgery.gradients import accumulated_gradients
 from layer_surgery.operated import operated_checkpoint
 from layer_surgery.pipeline import model_shape
@@ -92,7 +93,9 @@ def main() -> None:
                     print(method, times[method][-1], flush=True)
                     if repeat == 0:
                         factors = FactorStore(Path(directory), session.checkpoint.dtype)
-                        result = session.evaluate(operated_checkpoint(session.checkpoint, plan, factors), texts)
+                        result = size_and_perplexity(
+                            session, operated_checkpoint(session.checkpoint, plan, factors), texts
+                        )
                         quality[method] = {Path(n).name: round(p.value, 4) for n, p in result.perplexity.items()}
     median = {name: statistics.median(values) for name, values in times.items()}
     whole = 2 * len(arguments.layers) * median["one whole pass"]

@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import DEMO_CHECKPOINT, ROOT, write_report
 
 from layer_surgery.config import BudgetConfig, CalibrationConfig, EvaluationConfig, RuntimeConfig
+from layer_surgery.evaluator import size_and_perplexity
 from layer_surgery.operated import operated_checkpoint
 from layer_surgery.pipeline import model_shape
 from layer_surgery.records import EvaluationResult
@@ -55,7 +56,7 @@ def measure(
                 context = SurgeryContext(model=walk.model, walk=walk, factors=factors, progress=session.ui.progress)
                 plan = METHODS[method].function(plan, context)
         seconds = time.perf_counter() - start
-        result = session.evaluate(operated_checkpoint(session.checkpoint, plan, factors), texts)
+        result = size_and_perplexity(session, operated_checkpoint(session.checkpoint, plan, factors), texts)
     return {
         "parameters": result.parameters,
         "parameter_bound": plan.parameter_bound,
@@ -109,7 +110,7 @@ def main() -> None:
             sources=tuple(arguments.eval_data or ["bundled"]), max_windows=arguments.eval_windows
         )
         texts = [replace(text, name=Path(text.name).name) for text in session.evaluation_tokens(evaluation)]
-        before = session.evaluate(session.checkpoint, texts)
+        before = size_and_perplexity(session, session.checkpoint, texts)
         rows: list[dict[str, Any]] = []
         done: dict[tuple[Any, ...], dict[str, Any]] = {}
         depth = session.checkpoint.layer_count

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from layer_surgery.data.bundled import bundled_tasks
 from layer_surgery.data.documents import Chat, Document, Example, Kind, LoadedData, Part, Text
 from layer_surgery.data.mixture import pack_mixture
 from layer_surgery.data.packing import check_vocabulary, pack_calibration, pack_evaluation
@@ -17,6 +18,7 @@ __all__ = [
     "Part",
     "Text",
     "WeightedSource",
+    "bundled_tasks",
     "check_vocabulary",
     "known_sources",
     "load_documents",

@@ -10,6 +10,8 @@ from layer_surgery.data.documents import Document, LoadedData, Part, Text
 from layer_surgery.errors import DataError
 
 BUNDLED = "bundled"
+TASKS = "tasks"
+"""Folder of the bundled tasks."""
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -54,6 +56,33 @@ def load_bundled(part: Part) -> LoadedData:
     if not documents:
         raise DataError(f"the bundled text is damaged: MANIFEST.json lists no {part} documents; {_REMEDY}.")
     return LoadedData(BUNDLED, documents, "text", f"the {part} part of the bundled text, {len(documents)} documents")
+
+
+def bundled_tasks() -> Path:
+    """Return the folder of the bundled lm-eval tasks, every file of which is as the manifest says.
+
+    Raises:
+        DataError: a file is missing, unlisted or differs from the manifest; names it.
+    """
+    directory = bundled_directory()
+    try:
+        manifest = json.loads((directory / "MANIFEST.json").read_text(encoding="utf-8"))
+        expected = {str(entry["file"]): str(entry["sha256"]) for entry in manifest["tasks"]["files"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"the bundled tasks are damaged: {directory / 'MANIFEST.json'} cannot be read; {_REMEDY}."
+        ) from error
+    folder = directory / TASKS
+    found = {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in (folder.iterdir() if folder.is_dir() else ())
+        if path.is_file()
+    }
+    for name in sorted(expected.keys() | found.keys()):
+        if found.get(name) != expected.get(name):
+            problem = "missing" if name not in found else "not as MANIFEST.json says"
+            raise DataError(f"the bundled tasks are damaged: {folder / name} is {problem}; {_REMEDY}.")
+    return folder
 
 
 _REMEDY = "reinstall Layer Surgery, or in a checkout run calibration_data/build_manifest.py if the change is meant"

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import sys
 
-import torch
-
+from layer_surgery.boundaries import BoundaryStore
 from layer_surgery.errors import DataError, NumericalError
+from layer_surgery.evaluation.ratio import mean_per_token
 from layer_surgery.records import Perplexity
 from layer_surgery.streaming import StreamedModel
 from layer_surgery.tokens import PackedTokens
@@ -20,36 +20,36 @@ def perplexity(model: StreamedModel, tokens: PackedTokens, settings: WalkSetting
     Windows do not overlap, each token is predicted at most once and weighs the same.
     Raises `NumericalError` if the loss of any window is not finite.
     """
+    return summarise(window_losses(model, tokens, settings), tokens)
+
+
+def window_losses(
+    model: StreamedModel, tokens: PackedTokens, settings: WalkSettings, keep: BoundaryStore | None = None
+) -> Losses:
+    """Return the loss of every window; with `keep`, leave the last boundary in its slot 0."""
     with Walk(model, tokens, settings) as walk:
         slot = walk.forward(list(range(model.layer_count)), keep=False)
         losses = walk.losses(slot)
-    return summarise(losses, tokens)
+        if keep is not None:
+            for rows in walk.batches():
+                keep.write(0, rows, walk.store.read(slot, rows))
+    return losses
 
 
 def summarise(losses: Losses, tokens: PackedTokens) -> Perplexity:
-    """Return the perplexity with its standard error.
-
-    The mean loss is a ratio of sums over windows, L / T. Its variance over windows is that of the ratio estimator
-    (Cochran, Sampling Techniques, 1977, section 2.11), and the delta method takes it through exp.
-    """
-    counts = losses.tokens.double()
-    windows, total = int((counts > 0).sum()), float(counts.sum())
+    """Return the perplexity with its standard error, which the delta method takes through exp."""
+    total = int(losses.tokens.sum())
     if total == 0:
         raise DataError(f"'{tokens.name}' has no token to predict.")
-    mean = float(losses.sums.sum()) / total
+    mean, stderr = mean_per_token(losses.sums, losses.tokens)
     if mean > math.log(sys.float_info.max):
         raise NumericalError(f"the perplexity on '{tokens.name}' is too large to write down (loss {mean:.0f} nats).")
     value = math.exp(mean)
-    stderr = None
-    if windows > 1:
-        residuals = losses.sums - mean * counts
-        variance = windows / (windows - 1) * float(torch.sum(residuals**2)) / total**2
-        stderr = value * math.sqrt(variance)
     return Perplexity(
         value=value,
-        stderr=stderr,
-        tokens=int(total),
-        windows=windows,
+        stderr=None if stderr is None else value * stderr,
+        tokens=total,
+        windows=int((losses.tokens > 0).sum()),
         sequence_length=tokens.sequence_length,
         data_sha256=tokens.sha256,
     )

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from layer_surgery.records import EvaluationResult, LayerScores, SurgeryPlan, SurgeryReport
+from layer_surgery.records import EvaluationReport, LayerScores, SurgeryPlan, SurgeryReport
+from layer_surgery.reporting.measurements import print_continuations, print_measurements
 
 _BLOCKS = "▏▎▍▌▋▊▉█"
 
@@ -29,11 +32,36 @@ def print_report(console: Console, report: SurgeryReport) -> None:
     )
     if plan.low_rank:
         print_ranks(console, plan)
-    print_comparison(console, report.before, report.after, ("before", "after", "change"))
+    print_measurements(console, report.before, report.after, report.comparison, ("before", "after", "change"))
+    print_prediction(console, report)
+    print_continuations(console, report.continuations, ("before", "after"))
     if report.output is None:
         console.print("dry run: nothing was written", highlight=False)
     else:
         console.print(f"saved to [bold]{escape(report.output)}[/] (report: surgery.json)", highlight=False)
+
+
+def print_prediction(console: Console, report: SurgeryReport) -> None:
+    """Print the predicted rise of the loss beside the measured one."""
+    predicted = report.plan.predicted_loss_rise
+    if predicted is None or not report.before.perplexity:
+        return
+    measured = ", ".join(
+        f"{math.log(report.after.perplexity[name].value / before.value):+.3f} on {escape(name)}"
+        for name, before in report.before.perplexity.items()
+    )
+    refit = ", before the refit" if report.refit else ""
+    console.print(
+        f"loss (nats per token): predicted {predicted:+.3f} on the calibration data{refit}; measured {measured}",
+        highlight=False,
+    )
+
+
+def print_evaluation(console: Console, report: EvaluationReport, name: str) -> None:
+    """Print what was measured of a model, alone or beside its baseline."""
+    titles = (name, "", "") if report.baseline is None else ("baseline", "model", "change")
+    print_measurements(console, report.baseline, report.model, report.comparison, titles)
+    print_continuations(console, report.continuations, ("baseline", "model"))
 
 
 def print_ranks(console: Console, plan: SurgeryPlan) -> None:
@@ -41,40 +69,17 @@ def print_ranks(console: Console, plan: SurgeryPlan) -> None:
     names = list(dict.fromkeys(name for layer in plan.low_rank for name in layer.ranks))
     table = Table(title="ranks", title_justify="left", box=None, pad_edge=False)
     table.add_column("layer", justify="right")
-    for name in names:
-        table.add_column(name.rpartition(".")[2], justify="right")
+    for title in _short(names):
+        table.add_column(title, justify="right", overflow="fold")
     for layer in plan.low_rank:
         table.add_row(str(layer.index), *(str(layer.ranks.get(name, "-")) for name in names))
     console.print(table)
 
 
-def print_comparison(
-    console: Console, first: EvaluationResult, second: EvaluationResult | None, titles: tuple[str, str, str]
-) -> None:
-    """Print one evaluation, or two side by side with the change."""
-    rows: list[list[str]] = []
-    for label, attribute in (("layers", "layers"), ("parameters", "parameters"), ("bytes", "size_bytes")):
-        a = getattr(first, attribute)
-        cells = [label, f"{a:,}"]
-        if second is not None:
-            b = getattr(second, attribute)
-            cells += [f"{b:,}", f"{(b / a - 1) * 100:+.1f} %"]
-        rows.append(cells)
-    for name, a in first.perplexity.items():
-        cells = [f"perplexity, {escape(name)}\n  ({a.tokens:,} tokens)", _with_error(a.value, a.stderr)]
-        if second is not None:
-            b = second.perplexity[name]
-            cells += [_with_error(b.value, b.stderr), f"x {b.value / a.value:.3f}"]
-        rows.append(cells)
-    table = Table(box=None, pad_edge=False, title_justify="left")
-    table.add_column("", overflow="fold")
-    for column, title in enumerate(titles if second is not None else titles[:1], start=1):
-        # Names may be folded on a narrow terminal; numbers must not be.
-        width = max(len(row[column]) for row in rows)
-        table.add_column(escape(title), justify="right", overflow="fold", min_width=width)
-    for cells in rows:
-        table.add_row(*cells)
-    console.print(table)
+def _short(names: list[str]) -> list[str]:
+    """Return the last parts of names, and of those that end alike (GPT-2's two `c_proj`) as many as tell them apart."""
+    lasts = [name.rpartition(".")[2] for name in names]
+    return [last if lasts.count(last) == 1 else name for name, last in zip(names, lasts, strict=True)]
 
 
 def print_scores(console: Console, scores: LayerScores) -> None:
@@ -98,12 +103,6 @@ def _bar(fraction: float, width: int = 24) -> str:
     eighths = round(fraction * width * 8)
     full, part = divmod(eighths, 8)
     return "█" * full + (_BLOCKS[part - 1] if part else "")
-
-
-def _with_error(value: float, stderr: float | None) -> str:
-    if stderr is None:
-        return f"{value:.4g}"
-    return f"{value:,.2f} ± {stderr:.2f}"
 
 
 def _indices(indices: list[int]) -> str:

@@ -8,7 +8,7 @@ from layer_surgery.records import LayerScores
 from layer_surgery.scoring.context import SCORERS, ScoringContext, least_first
 
 
-@SCORERS.add("random", summary="a seeded random order")
+@SCORERS.add("random", summary="a seeded random order", parts=True)
 def random(context: ScoringContext) -> LayerScores:
     """Return uniform random values from the user's seed."""
     values = torch.rand(context.layer_count, generator=context.generator(), dtype=torch.float64).tolist()
@@ -17,7 +17,7 @@ def random(context: ScoringContext) -> LayerScores:
     )
 
 
-@SCORERS.add("last", summary="the deepest layers but the final one")
+@SCORERS.add("last", summary="the deepest layers but the final one", parts=True)
 def last(context: ScoringContext) -> LayerScores:
     """Return the distance from the end; the final layer, which prepares the output, goes last of all."""
     count = context.layer_count

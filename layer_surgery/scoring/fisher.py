@@ -19,6 +19,7 @@ ABSORBED = 1 / 3
     summary="predicted rise of the loss when layers are replaced by their best low-rank components, also jointly",
     source=URL,
     needs_boundaries=True,
+    parts=True,
 )
 def fisher(context: ScoringContext) -> LayerScores:
     """Return the predicted cost of each layer alone; the order is greedy by the cost of all chosen so far together.
@@ -27,7 +28,7 @@ def fisher(context: ScoringContext) -> LayerScores:
     layer by itself. See `couplings.py`. If a refit follows, the layers behind a cut make up for a part of its
     error: the share is `ABSORBED` for the first layer, going down to none for the last.
     """
-    linears = useful_ranks(context.walk.model, context.path)
+    linears = useful_ranks(context.walk.model, context.path, context.statistics.part)
     without = [index for index, names in linears.items() if not names]
     if without:
         raise PlanError(

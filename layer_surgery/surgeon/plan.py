@@ -23,7 +23,7 @@ class LayerShape:
 
     @property
     def fixed(self) -> int:
-        """Parameters that a low-rank layer keeps as they are: norms and biases."""
+        """Parameters that a low-rank layer keeps as they are: norms, biases, experts."""
         return self.parameters - sum(out * in_ for out, in_ in self.linears.values())
 
 
@@ -63,7 +63,8 @@ def removal_count(budget: BudgetConfig, layer_count: int) -> int:
 def make_plan(shape: ModelShape, chosen: Sequence[int], budget: BudgetConfig, method: str) -> SurgeryPlan:
     """Return the plan that operates on the `chosen` layers within the budget, the same ratio for every matrix.
 
-    With a budget of 0 the layers are removed. Otherwise the rank of each linear is `floor(ratio * out * in / (out +
+    `shape` is that of the parts which `budget.remove` names. With a budget of 0 the layers are removed; of parts, all
+    linears get rank 0. Otherwise the rank of each linear is `floor(ratio * out * in / (out +
     in))` with one ratio for all, and what that leaves goes, one rank at a time, to the linears whose ideal rank was cut
     most. So parameters are never above the bound and below it by less than the cheapest rank.
     """
@@ -74,7 +75,12 @@ def make_plan(shape: ModelShape, chosen: Sequence[int], budget: BudgetConfig, me
     rest = shape.parameters - operated_parameters
     bound = _parameter_bound(budget, shape.parameters, operated_parameters)
     if done and bound != rest:
-        raise PlanError(f"layers {done} are low-rank already; choose others, or remove them with --keep 0.")
+        raise PlanError(
+            f"layers {done} have no linears that can be made low-rank (or are low-rank already); choose others, or "
+            "remove them with --keep 0."
+        )
+    if bound == rest and budget.remove != "layer":
+        return _without_parts(shape, chosen, method)
     if bound == rest:
         layers = [LayerPlan(index=i, action="remove" if i in chosen else "keep") for i in range(len(shape.layers))]
         return _plan(method, layers, rest, bound)
@@ -86,6 +92,18 @@ def make_plan(shape: ModelShape, chosen: Sequence[int], budget: BudgetConfig, me
     ]
     plan = _plan(method, layers, 0, bound)
     return replace(plan, parameters=plan_parameters(shape, plan))
+
+
+def _without_parts(shape: ModelShape, chosen: Sequence[int], method: str) -> SurgeryPlan:
+    """Return the plan that gives rank 0 to all linears of the chosen parts; their biases stay."""
+    layers = [
+        LayerPlan(index=i, action="low_rank", ranks=dict.fromkeys(shape.layers[i].linears, 0))
+        if i in chosen
+        else LayerPlan(index=i, action="keep")
+        for i in range(len(shape.layers))
+    ]
+    parameters = plan_parameters(shape, _plan(method, layers, 0, 0))
+    return _plan(method, layers, parameters, parameters)
 
 
 def uniform_ranks(
@@ -105,8 +123,9 @@ def uniform_ranks(
         whole = sum(layer.parameters for layer in operated)
         option, low = ("--keep", least / whole) if by_keep else ("--target-parameters", (rest + least) / total)
         raise PlanError(
-            f"the budget cannot be reached: these layers' norms and biases and one rank in each of their linears take "
-            f"{least:,} parameters, but {max(0, available):,} are allowed; reachable: {option} {_up(low)} to 1, or "
+            f"the budget cannot be reached: what stays whole in these layers (norms, biases, experts) and one rank in "
+            f"each of their linears take {least:,} parameters, but {max(0, available):,} are allowed; reachable: "
+            f"{option} {_up(low)} to 1, or "
             "--keep 0 to remove the layers outright."
         )
     spendable = available - fixed

@@ -23,6 +23,7 @@ from layer_surgery.errors import DataError
 from layer_surgery.factors import FactorStore
 from layer_surgery.least_squares import RidgeProblem, Solution, Sums
 from layer_surgery.modeling_layer_surgery import LowRankLinear
+from layer_surgery.moments import rows_of
 from layer_surgery.records import RefitRecord, RefitScope, SurgeryPlan
 from layer_surgery.rehearsal import LayerCall, Rehearsal
 from layer_surgery.streaming import StreamedModel
@@ -137,7 +138,7 @@ def _step(layer: nn.Module, position: int, tracks: Sequence[_Track], calls: Rehe
             source = track.operated or _Slot(track.walk.store, position)
             for rows in track.batches():
                 hidden = source.store.read(source.number, rows)
-                after = calls.call(position, hidden.shape[0], hidden.shape[1])(layer, hidden)
+                after = calls.call(position, track.walk.tokens.token_ids[rows])(layer, hidden)
                 track.stream.write(0, rows, after)
             track.operated = _Slot(track.stream, 0)
 
@@ -213,6 +214,7 @@ class _Pair:
     @torch.no_grad()
     def _follow_outputs(self, names: Sequence[str]) -> None:
         """Re-solve linears to give what the original's give, on the inputs that the operated model has for them."""
+        names = [name for name in names if not self._gone(name)]
         if not names:
             return
         problems = _Problems(self.layer, names)
@@ -224,13 +226,22 @@ class _Pair:
 
     @torch.no_grad()
     def _follow_stream_after_attention(self, name: str, mlp_out: str, scales: ResidualScales) -> None:
-        """Re-solve the attention's output projection so that the stream after it is the original's."""
+        """Re-solve the attention's output projection so that the stream after it is the original's.
+
+        If nothing is left of the MLP, so that the stream after the layer is.
+        """
+        if self._gone(name):
+            return
         problems = _Problems(self.layer, [name])
         bias = bias_of(self.layer, name)
         for batch in self._batches():
-            after, seen = run_watched(self.reference, [mlp_out], batch.reference_call, batch.reference)
+            if self._gone(mlp_out):
+                aim = wide(batch.track.walk.store.read(self.after, batch.rows))
+            else:
+                after, seen = run_watched(self.reference, [mlp_out], batch.reference_call, batch.reference)
+                aim = wide(after) - scales.mlp * wide(seen[mlp_out])
             # The stream is large and what is added to it small: the difference is taken in float32 or better.
-            target = (wide(after) - scales.mlp * wide(seen[mlp_out]) - wide(batch.operated)) / scales.attention
+            target = (aim - wide(batch.operated)) / scales.attention
             inputs = linear_inputs(self.layer, [name], batch.operated_call, batch.operated)
             problems.add(inputs, {name: target if bias is None else target - bias}, batch)
         self._solve(problems)
@@ -238,6 +249,8 @@ class _Pair:
     @torch.no_grad()
     def _follow_stream_after_mlp(self, name: str, scales: ResidualScales) -> None:
         """Re-solve the MLP's output projection so that the stream after the layer is the original's after the cut."""
+        if self._gone(name):
+            return
         problems = _Problems(self.layer, [name])
         bias = bias_of(self.layer, name)
         for batch in self._batches():
@@ -277,8 +290,7 @@ class _Pair:
         for track in self.tracks:
             source = track.operated or _Slot(track.walk.store, self.position)
             for rows in track.batches():
-                reference = track.walk.store.read(self.index, rows)
-                shape = reference.shape[0], reference.shape[1]
+                ids = track.walk.tokens.token_ids[rows]
                 tokens = track.walk.tokens.valid[rows]
                 held_out = tokens & track.held_out(rows, self.every)[:, None]
                 yield _Batch(
@@ -286,10 +298,10 @@ class _Pair:
                     rows=rows,
                     tokens=tokens.to(device),
                     held_out=held_out.to(device),
-                    reference=reference,
+                    reference=track.walk.store.read(self.index, rows),
                     operated=source.store.read(source.number, rows),
-                    reference_call=track.walk.rehearsal.call(self.index, *shape),
-                    operated_call=self.calls.call(self.position, *shape),
+                    reference_call=track.walk.rehearsal.call(self.index, ids),
+                    operated_call=self.calls.call(self.position, ids),
                 )
 
     def _scales(self, attention_out: str, mlp_out: str) -> ResidualScales | None:
@@ -300,6 +312,10 @@ class _Pair:
         """Return the names of those linears that this layer has, in both models."""
         modules = dict(self.reference.named_modules())
         return [name for name in names if name in modules]
+
+    def _gone(self, name: str) -> bool:
+        """Whether nothing is left of a linear."""
+        return bool(getattr(self.layer.get_submodule(name), "rank", 1) == 0)
 
 
 class _Problems:
@@ -332,8 +348,8 @@ class _Problems:
                     self._problems[name].held_out.inputs = owner.held_out.inputs
             problem = self._problems[name]
             trained = batch.tokens & ~batch.held_out
-            problem.train.add(z[trained], y[trained], inputs=first)
-            problem.held_out.add(z[batch.held_out], y[batch.held_out], inputs=first)
+            for sums, mask in ((problem.train, trained), (problem.held_out, batch.held_out)):
+                sums.add(rows_of(z, mask), rows_of(y, mask), inputs=first)
 
     def solve(self) -> Iterator[tuple[str, Solution]]:
         """Yield each linear with its solution."""

@@ -65,7 +65,7 @@ def _best_map(walk: Walk, index: int, name: str, after: int) -> Tensor:
         scale = _mlp_scale(walk, index, name, layer)
         for rows in walk.batches():
             hidden = walk.store.read(index, rows)
-            call = walk.rehearsal.call(index, hidden.shape[0], hidden.shape[1])
+            call = walk.rehearsal.call(index, walk.tokens.token_ids[rows])
             output, seen = run_watched(layer, [name], call, hidden)
             valid = walk.tokens.valid[rows].to(hidden.device)
             mlp = scale * seen[name][valid].double()

@@ -18,6 +18,7 @@ from layer_surgery.moments import MomentRecorder
 from layer_surgery.records import SurgeryPlan
 from layer_surgery.statistics import check_tokens, damped, replaceable_linears, useful_rank
 from layer_surgery.surgeon.context import METHODS, SurgeryContext, the_walk
+from layer_surgery.surgeon.svd import without_parts
 from layer_surgery.walk import Observer
 
 
@@ -75,8 +76,8 @@ def fisher(plan: SurgeryPlan, context: SurgeryContext) -> SurgeryPlan:
 
     Ranks that the user gave (`context.ranks_fixed`) are kept as they are.
     """
-    if not plan.low_rank:
-        return plan
+    if not any(rank for layer in plan.low_rank for rank in layer.ranks.values()):
+        return without_parts(plan, context)
     planned = {layer.index: layer.ranks for layer in plan.low_rank}
     sizes = {index: replaceable_linears(context.model, index) for index in planned}
     most = {
@@ -91,11 +92,12 @@ def fisher(plan: SurgeryPlan, context: SurgeryContext) -> SurgeryPlan:
     for index in ranks:
         context.factors.write(index, statistics.factors(index, ranks[index]))
     layers = [replace(layer, ranks=dict(ranks.get(layer.index, {}))) for layer in plan.layers]
-    # The prediction knows neither layers removed outright nor layers of which some linears stay dense.
+    # The prediction knows neither layers removed outright nor plans of which other linears than usual are low-rank.
+    usual = {index: replaceable_linears(context.model, index, context.statistics.part) for index in ranks}
     unknown = any(layer.action == "remove" for layer in plan.layers) or any(
-        ranks[index].keys() != sizes[index].keys() for index in ranks
+        ranks[index].keys() != usual[index].keys() for index in ranks
     )
-    whole = sum(p.numel() for index in ranks for p in context.model.layers[index].parameters())
+    whole = sum(out * in_ for index in ranks for out, in_ in usual[index].values())
     predicted = statistics.couplings.cost(list(ranks), _cost(ranks, sizes) / whole)
     return replace(
         plan,

@@ -1,0 +1,133 @@
+"""Speed and memory of generation: two models take turns in one run, so that what else the machine does hits both.
+
+Wall time of this machine through transformers' own modules, greedily and with a KV cache. It compares models; it is
+not what a serving engine reaches.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from layer_surgery.config import SpeedConfig
+from layer_surgery.evaluation.allocations import Allocations
+from layer_surgery.records import SpeedPoint
+from layer_surgery.walk import Progress
+
+
+@dataclass
+class _Timings:
+    """Of all runs of one model at one point, in seconds."""
+
+    prefill: list[float] = field(default_factory=list)
+    decode: list[float] = field(default_factory=list)
+    """Of all steps of a run together."""
+    steps: list[float] = field(default_factory=list)
+
+
+@torch.no_grad()
+def measure_speed(
+    models: Sequence[PreTrainedModel], config: SpeedConfig, progress: Progress, seed: int
+) -> list[list[SpeedPoint]]:
+    """Return the points of each model, in the order of `models`; every batch size with every prompt length.
+
+    The prompts are random tokens of the smallest vocabulary: the time does not depend on which tokens they are.
+    Each point begins with a run of every model that does not count.
+    """
+    points: list[list[SpeedPoint]] = [[] for _ in models]
+    shapes = [(batch, length) for batch in config.batch_sizes for length in config.prompt_lengths]
+    with progress("speed", len(shapes) * (config.repeats + 2) * len(models)) as advance:
+        for batch, length in shapes:
+            prompt = _prompt(models, batch, length, seed)
+            timings = [_Timings() for _ in models]
+            for turn in range(config.repeats + 1):
+                # The one that goes first changes, so that no model always finds the caches as the other left them.
+                order = range(len(models)) if turn % 2 == 0 else reversed(range(len(models)))
+                for k in order:
+                    _run(models[k], prompt, config.new_tokens, timings[k] if turn else _Timings())
+                    advance()
+            for k, model in enumerate(models):
+                peak = peak_memory_bytes(model, prompt)
+                points[k].append(_point(timings[k], peak, batch, length, config))
+                advance()
+    return points
+
+
+def peak_memory_bytes(model: PreTrainedModel, prompt: Tensor, steps: int = 2) -> int:
+    """Return the bytes of the model's weights and buffers, and the most that tensors take beside them in generation.
+
+    On a CPU tensors are followed one by one, so that other models and freed memory in the same process do not count;
+    scratch memory inside of an operation is not seen there.
+    """
+    weights: int = _stored_bytes(model)
+    if prompt.device.type == "cuda":
+        torch.cuda.synchronize(prompt.device)
+        torch.cuda.reset_peak_memory_stats(prompt.device)
+        before: int = torch.cuda.memory_allocated(prompt.device)
+        _run(model, prompt, steps, _Timings())
+        peak: int = torch.cuda.max_memory_allocated(prompt.device)
+        return weights + peak - before
+    allocations = Allocations()
+    with allocations:
+        _run(model, prompt, steps, _Timings())
+    return weights + allocations.peak_bytes
+
+
+def _run(model: PreTrainedModel, prompt: Tensor, new_tokens: int, timings: _Timings) -> None:
+    """Generate greedily after `prompt` [B, L]; the first token comes from the prefill."""
+    start = _now(prompt.device)
+    # As generation does: logits are needed for the last token only.
+    output: Any = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
+    token = output.logits[:, -1:].argmax(dim=-1)
+    last = _now(prompt.device)
+    timings.prefill.append(last - start)
+    begin = last
+    for _step in range(new_tokens - 1):
+        output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True, logits_to_keep=1)
+        token = output.logits[:, -1:].argmax(dim=-1)
+        now = _now(prompt.device)
+        timings.steps.append(now - last)
+        last = now
+    timings.decode.append(last - begin)
+
+
+def _point(timings: _Timings, peak: int, batch: int, length: int, config: SpeedConfig) -> SpeedPoint:
+    p50, p95 = np.quantile(timings.steps, [0.5, 0.95])
+    prefill = median(timings.prefill)
+    return SpeedPoint(
+        batch_size=batch,
+        prompt_tokens=length,
+        new_tokens=config.new_tokens,
+        repeats=config.repeats,
+        prefill_tokens_per_second=batch * length / prefill,
+        decode_tokens_per_second=batch * (config.new_tokens - 1) / median(timings.decode),
+        time_to_first_token_seconds=prefill,
+        latency_p50_seconds=float(p50),
+        latency_p95_seconds=float(p95),
+        peak_memory_bytes=peak,
+    )
+
+
+def _prompt(models: Sequence[PreTrainedModel], batch: int, length: int, seed: int) -> Tensor:
+    vocabulary = min(int(model.get_input_embeddings().weight.shape[0]) for model in models)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(vocabulary, (batch, length), generator=generator).to(models[0].device)
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _stored_bytes(model: PreTrainedModel) -> int:
+    tensors = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}
+    return sum(tensors.values())

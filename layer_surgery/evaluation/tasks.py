@@ -1,0 +1,230 @@
+"""Tasks by lm-eval (https://github.com/EleutherAI/lm-evaluation-harness), through its Python interface."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import huggingface_hub
+import numpy as np
+import torch
+from lm_eval import simple_evaluate
+from lm_eval.tasks import TaskManager
+from numpy.typing import NDArray
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from layer_surgery.config import TaskConfig
+from layer_surgery.errors import DataError, nearest_name
+from layer_surgery.evaluation.harness import HarnessModel
+from layer_surgery.evaluation.paired import paired_difference
+from layer_surgery.records import Interval, TaskMetric, TaskResult
+from layer_surgery.walk import Progress
+
+_HUB_TIMEOUT_SECONDS = 5
+
+
+@dataclass(frozen=True)
+class TaskOutcome:
+    """What one model did on the tasks."""
+
+    results: dict[str, TaskResult]
+    items: dict[str, dict[str, NDArray[np.float64]]]
+    """By task and metric, the value of every item, [N]; only for metrics that are means over items."""
+
+
+class Tasks:
+    """Tasks with their data loaded, so that nothing about them can go wrong after the first model has been run."""
+
+    def __init__(self, config: TaskConfig, bundled: Path) -> None:
+        """Load the tasks; `bundled` is the directory of those that come with the project.
+
+        Raises `DataError` for an unknown task, a damaged one, and one whose data are not here and cannot be had.
+        """
+        self._config = config
+        own = [bundled, *config.paths]
+        # lm-eval's own tasks are 15,000 files, whose index takes seconds; often nobody asks for them.
+        for with_defaults in (False, True):
+            self._manager = TaskManager(include_path=own, include_defaults=with_defaults)
+            unknown = [name for name in config.names if not self._known(name)]
+            if unknown and not with_defaults:
+                continue
+            if unknown:
+                raise DataError(self._unknown(unknown[0]))
+            try:
+                self._specs = [spec for name in dict.fromkeys(config.names) for spec in self._load(name)]
+                break
+            except DataError as error:  # perhaps a group of the user's has one of lm-eval's own tasks
+                if with_defaults or isinstance(error.__cause__, ConnectionError):
+                    raise
+        self._check()
+
+    def run(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, progress: Progress) -> TaskOutcome:
+        """Run all tasks on a model, as lm-eval's command line would with the same options."""
+        # lm-eval prints on stdout, and seeds the global generators.
+        with contextlib.redirect_stdout(io.StringIO()), _global_generators_kept(), torch.no_grad():
+            found: Any = simple_evaluate(
+                model=HarnessModel(model, tokenizer, progress),
+                tasks=self._specs,
+                task_manager=self._manager,
+                num_fewshot=self._config.num_fewshot,
+                limit=self._config.limit,
+            )
+        names = [*found["results"], *(name for name in found.get("groups", {}) if name not in found["results"])]
+        results = {name: _result(found, name) for name in names}
+        items = {name: _items(found, name, results[name]) for name in names}
+        return TaskOutcome(results, {name: metrics for name, metrics in items.items() if metrics})
+
+    def _check(self) -> None:
+        """Raise `DataError` for what lm-eval would refuse when it is too late."""
+        try:
+            loaded = self._manager.load(self._specs)
+        except ValueError as error:
+            raise DataError(f"--tasks names a task more than once ({error}); name each once.") from error
+        for name, task in loaded["tasks"].items():
+            if getattr(task, "UNSAFE_CODE", False):
+                raise DataError(f"task '{name}' runs code that the model writes, which is not done here; leave it out.")
+            if getattr(task, "MULTIMODAL", False):
+                raise DataError(f"task '{name}' needs images or sound, but the model reads text only; leave it out.")
+
+    def _known(self, name: str) -> bool:
+        return name in self._manager.task_index or name.endswith((".yaml", ".yml"))
+
+    def _unknown(self, name: str) -> str:
+        return (
+            f"unknown task '{name}'.{nearest_name(name, self._manager.all_tasks)} Name tasks of lm-eval, `bundled`, a "
+            "YAML file, or tasks of your own with --task-path DIR."
+        )
+
+    def _load(self, name: str) -> list[Any]:
+        """Return the task or group, or the tasks of a tag, with data: from here or the cache, else from the hub."""
+        try:
+            with _cache_only():
+                return self._load_now(name)
+        except Exception as error:  # the configuration can name any loader, and run any code of its author's
+            offline = huggingface_hub.constants.HF_HUB_OFFLINE
+            # The libraries would try an unreachable hub for half a minute a task.
+            if offline or not isinstance(error, OSError) or not _hub_answers():
+                raise _refused(name, error) from error
+        try:
+            return self._load_now(name)
+        except Exception as error:
+            raise _refused(name, error) from error
+
+    def _load_now(self, name: str) -> list[Any]:
+        loaded = self._manager.load([name])
+        groups = loaded.get("groups", {})
+        inside = {child for children in loaded.get("group_map", {}).values() for child in children}
+        tops = [group for group_name, group in groups.items() if group_name not in inside]
+        return tops or list(loaded["tasks"].values())
+
+
+def _refused(name: str, error: Exception) -> DataError:
+    reason = " ".join(str(error).split())[:300]
+    if isinstance(error, ConnectionError):
+        return DataError(
+            f"the data of task '{name}' are neither in the local cache nor can they be had from the hub ({reason}); "
+            "run where there is a network, or choose tasks with local data, for example --tasks bundled."
+        )
+    return DataError(f"task '{name}' cannot be loaded ({type(error).__name__}: {reason}).")
+
+
+def paired_tasks(before: TaskOutcome, after: TaskOutcome, seed: int) -> dict[str, dict[str, Interval]]:
+    """Return the difference (after - before) of every metric that is a mean over items, with its interval."""
+    return {
+        name: {
+            metric: paired_difference(values - before.items[name][metric], None, seed)
+            for metric, values in metrics.items()
+            if metric in before.items.get(name, {}) and len(values) > 1
+        }
+        for name, metrics in after.items.items()
+    }
+
+
+def _result(found: dict[str, Any], name: str) -> TaskResult:
+    values: dict[str, Any] = found["results"].get(name) or found["groups"][name]
+    better = found["higher_is_better"].get(name, {})
+    metrics = {}
+    for key, value in values.items():
+        metric, _, of_filter = key.partition(",")
+        if not of_filter or metric.endswith("_stderr") or not _is_number(value):
+            continue
+        stderr: Any = values.get(f"{metric}_stderr,{of_filter}")
+        metrics[_metric_name(metric, of_filter)] = TaskMetric(
+            value=float(value),
+            stderr=float(stderr) if _is_number(stderr) else None,
+            higher_is_better=bool(better.get(metric, True)),
+        )
+    leaves = _leaves(found, name)
+    group = leaves != [name]
+    return TaskResult(
+        metrics=metrics,
+        items=sum(found["n-samples"][leaf]["effective"] for leaf in leaves),
+        num_fewshot=None if group else found["n-shot"].get(name),
+        version=str(found["versions"].get(name, "")),
+        group=group,
+    )
+
+
+def _items(found: dict[str, Any], name: str, result: TaskResult) -> dict[str, NDArray[np.float64]]:
+    """Return the values of the items behind each metric that is their mean."""
+    items = {}
+    for metric, summary in result.metrics.items():
+        base, _, of_filter = metric.partition(",")
+        samples = [sample for leaf in _leaves(found, name) for sample in found["samples"][leaf]]
+        values = [sample.get(base) for sample in samples if sample["filter"] == (of_filter or "none")]
+        if values and all(_is_number(value) for value in values):
+            array = np.array(values, dtype=np.float64)
+            if math.isclose(float(array.mean()), summary.value, rel_tol=1e-9, abs_tol=1e-12):
+                items[metric] = array
+    return items
+
+
+def _leaves(found: dict[str, Any], name: str) -> list[str]:
+    children = found.get("group_subtasks", {}).get(name)
+    return [leaf for child in children for leaf in _leaves(found, child)] if children else [name]
+
+
+def _metric_name(metric: str, of_filter: str) -> str:
+    return metric if of_filter == "none" else f"{metric},{of_filter}"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float | np.number | bool) and math.isfinite(value)
+
+
+@contextlib.contextmanager
+def _cache_only() -> Iterator[None]:
+    """Have the hub's libraries look only into their cache: what is here needs no network."""
+    constants: Any = huggingface_hub.constants
+    was = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = was
+
+
+def _hub_answers() -> bool:
+    try:
+        huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=_HUB_TIMEOUT_SECONDS)
+    except Exception:  # of whichever HTTP library the hub's client uses
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _global_generators_kept() -> Iterator[None]:
+    state, numpy_state = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            random.setstate(state)
+            np.random.set_state(numpy_state)
