@@ -157,7 +157,8 @@ _RUNTIME = _options(
         "--memory-limit",
         callback=_bytes,
         metavar="SIZE",
-        help="Most memory that layers and hidden states may take on the device, such as 8GB. [default: what is free]",
+        help="Stay below this, such as 8GB, where there is a choice of what to keep in memory, and refuse a refit that "
+        "does not fit.  [default: what is free]",
     ),
     click.option("--seed", default=RuntimeConfig.seed, show_default=True, help="Seed of every random choice."),
     click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the checkpoint."),

@@ -1,4 +1,4 @@
-"""Composes the stages: open, evaluate, score, plan, operate, evaluate, save. The only file that does."""
+"""Composes a run: open, evaluate, score, plan, operate (operation.py), evaluate (evaluator.py), save."""
 
 from __future__ import annotations
 

@@ -27,6 +27,7 @@ from layer_surgery.config import BudgetConfig, CalibrationConfig, EvaluationConf
 from layer_surgery.evaluator import size_and_perplexity
 from layer_surgery.gradients import accumulated_gradients
 from layer_surgery.operated import operated_checkpoint
+from layer_surgery.operation import statistics_source
 from layer_surgery.pipeline import model_shape
 from layer_surgery.records import SurgeryPlan
 from layer_surgery.session import Session, Ui, calibration_walk, open_session
@@ -59,7 +60,14 @@ def operate(session: Session, tokens: PackedTokens, plan: SurgeryPlan, method: s
     start = time.perf_counter()
     with calibration_walk(session, session.stream(session.checkpoint), tokens) as walk:
         METHODS[method].function(
-            plan, SurgeryContext(model=walk.model, walk=walk, factors=factors, progress=session.ui.progress)
+            plan,
+            SurgeryContext(
+                model=walk.model,
+                walk=walk,
+                factors=factors,
+                statistics=statistics_source(session, "", None),
+                progress=session.ui.progress,
+            ),
         )
     return time.perf_counter() - start
 

@@ -13,7 +13,6 @@ import argparse
 import itertools
 import math
 import sys
-import tempfile
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -24,12 +23,12 @@ from common import DEMO_CHECKPOINT, ROOT, write_report
 
 from layer_surgery.config import BudgetConfig, CalibrationConfig, EvaluationConfig, RuntimeConfig
 from layer_surgery.evaluator import size_and_perplexity
-from layer_surgery.operated import operated_checkpoint
+from layer_surgery.operation import operate, statistics_source
 from layer_surgery.pipeline import model_shape
 from layer_surgery.records import EvaluationResult
 from layer_surgery.scoring import SCORERS, ScoringContext
 from layer_surgery.session import Session, Ui, calibration_walk, open_session
-from layer_surgery.surgeon import METHODS, FactorStore, SurgeryContext, make_plan
+from layer_surgery.surgeon import METHODS, make_plan
 from layer_surgery.tokens import PackedTokens
 
 METHOD_NAMES = ("svd", "fisher", "grasp", "grasp_sequential")
@@ -39,7 +38,10 @@ def removal_order(session: Session, tokens: PackedTokens, scorer: str, count: in
     """Return the `count` layers that a scorer removes first. Shorter targets take the beginning of the list, which is
     what a ranking and a greedy search would have given for them."""
     with calibration_walk(session, session.stream(session.checkpoint), tokens) as walk:
-        scores = SCORERS[scorer].function(ScoringContext(walk=walk, count=count, seed=0))
+        context = ScoringContext(
+            walk=walk, count=count, seed=0, statistics=statistics_source(session, "", None), keep=0.1, refit=False
+        )
+        scores = SCORERS[scorer].function(context)
     return scores.removal_order[:count]
 
 
@@ -48,18 +50,15 @@ def measure(
 ) -> dict[str, Any]:
     """Operate and evaluate one point."""
     plan = make_plan(model_shape(session.checkpoint), layers, BudgetConfig(keep=keep), method)
-    with tempfile.TemporaryDirectory(dir=session.scratch) as directory:
-        factors = FactorStore(Path(directory), session.checkpoint.dtype)
-        start = time.perf_counter()
-        if plan.low_rank:
-            with calibration_walk(session, session.stream(session.checkpoint), tokens) as walk:
-                context = SurgeryContext(model=walk.model, walk=walk, factors=factors, progress=session.ui.progress)
-                plan = METHODS[method].function(plan, context)
-        seconds = time.perf_counter() - start
-        result = size_and_perplexity(session, operated_checkpoint(session.checkpoint, plan, factors), texts)
+    start = time.perf_counter()
+    with calibration_walk(session, session.stream(session.checkpoint), tokens) as walk:
+        statistics = statistics_source(session, "", None)
+        done = operate(session, walk, plan, METHODS[method], statistics)
+    seconds = time.perf_counter() - start
+    result = size_and_perplexity(session, done.checkpoint, texts)
     return {
         "parameters": result.parameters,
-        "parameter_bound": plan.parameter_bound,
+        "parameter_bound": done.plan.parameter_bound,
         "seconds_to_operate": round(seconds, 2),
         "perplexity": {name: asdict(value) for name, value in result.perplexity.items()},
     }

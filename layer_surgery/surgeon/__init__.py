@@ -17,7 +17,6 @@ __all__ = [
     "laco",
     "make_plan",
     "plan_parameters",
-    "refit",
     "replaceme",
     "removal_count",
     "svd",
