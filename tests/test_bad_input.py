@@ -184,7 +184,7 @@ def test_the_edge_of_the_reachable_range_works(model: Path, unit: str) -> None:
         ('{"layers": [{"index": 0, "action": "remove"}]}', "is for 1 layers, but the model has 4"),
         ('{"layers": [{"index": 0, "action": "delete"}]}', "'delete'; allowed: keep, remove, low_rank"),
         ('{"layers": [{"index": 3, "action": "keep"}]}', '"index": 0'),
-        ('{"layers": [{"index": 0, "action": "low_rank", "ranks": {"mlp.up_proj": -1}}]}', "whole numbers above 0"),
+        ('{"layers": [{"index": 0, "action": "low_rank", "ranks": {"mlp.up_proj": -1}}]}', "whole numbers from 0 on"),
         ('{"layers": [{"index": 0, "action": "low_rank"}]}', "0 ranks"),
         ('{"schema_version": 99, "layers": []}', "schema version 99"),
     ],

@@ -68,7 +68,7 @@ def test_report_on_disk_is_strict_json_with_all_its_fields(compressed: tuple[Pat
     assert report["plan"]["target_layers"] == 3
     assert all(layer.keys() == {"index", "action", "ranks"} for layer in report["plan"]["layers"])
     assert [layer["index"] for layer in report["plan"]["layers"]] == [0, 1, 2, 3, 4]
-    assert report["scores"]["scorer"] == "block_influence"
+    assert report["scores"]["scorer"] == "fisher"
     assert len(report["scores"]["values"]) == 5
     assert {"open", "hash", "evaluate_before", "score", "operate", "evaluate_after", "save"} <= report["timings"].keys()
     assert report["peak_memory_bytes"] > 1 << 20

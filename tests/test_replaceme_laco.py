@@ -13,8 +13,12 @@ from tiny_models import (
     make_test_plan,
     operate,
     packed_tokens,
+    settings,
+    streamed,
     tiny_model,
+    walked_logits,
     whole_boundaries,
+    without_layers,
 )
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -27,7 +31,6 @@ from layer_surgery.saving import save_checkpoint
 from layer_surgery.surgeon import FactorStore
 from layer_surgery.surgeon.replaceme import removed_runs
 
-#: All the rows count as valid, but loss is on some only: these methods look at hidden states.
 MLP_OUT = "mlp.down_proj"
 
 
@@ -39,9 +42,11 @@ def carried_out(
     *,
     layers: int = 6,
     batch_size: int = 7,
+    dtype: torch.dtype = torch.float64,
 ) -> tuple[FactorStore, SurgeryPlan]:
     plan = make_test_plan(layers, removed=removed, method=method)
-    return operate(plan, open_checkpoint(model), scratch / method, tokens=TOKENS, batch_size=batch_size), plan
+    checkpoint, where = open_checkpoint(model), scratch / method
+    return operate(plan, checkpoint, where, tokens=TOKENS, batch_size=batch_size, dtype=dtype), plan
 
 
 def best_weight(model: PreTrainedModel, first: int, after: int, scale: float = 1.0) -> Tensor:
@@ -90,7 +95,7 @@ def test_replaceme_knows_what_an_architecture_multiplies_its_mlp_with(tmp_path: 
     assert largest_difference(factors.read(1)[f"{MLP_OUT}.weight"], expected) < 1e-5
 
 
-@pytest.mark.parametrize("model_type", ["llama", "granite", "cohere", "phi3"])
+@pytest.mark.parametrize("model_type", ["llama", "granite", "cohere", "phi3", "falcon"])
 def test_replaceme_brings_the_stream_after_the_run_nearer_than_removal(tmp_path: Path, model_type: str) -> None:
     model = tiny_model(model_type, layers=4)
     original = open_checkpoint(model)
@@ -113,8 +118,22 @@ def test_replaceme_does_not_depend_on_the_batch_size(tmp_path: Path) -> None:
 
 
 def test_replaceme_refuses_a_norm_behind_the_mlp(tmp_path: Path) -> None:
-    with pytest.raises(PlanError, match="gemma2 has a norm in between; use another method"):
+    with pytest.raises(
+        PlanError, match=r"layer 1 of this gemma2 model does not \(a norm or experts.*use another method"
+    ):
         carried_out(tiny_model("gemma2", layers=6), "replaceme", [2], tmp_path)
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss"])
+def test_replaceme_refuses_experts(tmp_path: Path, model_type: str) -> None:
+    model = tiny_model(model_type, layers=6, dtype=torch.float32)
+    with pytest.raises(PlanError, match=f"layer 1 of this {model_type} model does not"):
+        carried_out(model, "replaceme", [2], tmp_path, dtype=torch.float32)
+
+
+def test_replaceme_folds_into_a_layer_with_a_convolution_for_attention(tmp_path: Path) -> None:
+    factors, _ = carried_out(tiny_model("lfm2", layers=6), "replaceme", [2, 3], tmp_path)
+    assert factors.read(1).keys() == {"feed_forward.w2.weight"}
 
 
 def test_replaceme_refuses_a_bias(tmp_path: Path) -> None:
@@ -155,6 +174,22 @@ def test_laco_equals_a_merge_by_hand(tmp_path: Path, model_type: str) -> None:
                 for other in others:
                     weight += layers[other][name] - layers[old][name]
             assert largest_difference(tensors[f"model.layers.{new}.{name}"], weight) < 1e-12, (name, new)
+
+
+def test_laco_merges_weights_that_are_stored_the_other_way_round(tmp_path: Path) -> None:
+    """GPT-2 stores its linears as [in, out]."""
+    model = tiny_model("gpt2", layers=4)
+    factors, plan = carried_out(model, "laco", [2], tmp_path, layers=4)
+    merged = without_layers(model, [2])
+    one, two = (decoder_layers(model)[index].state_dict() for index in (1, 2))
+    state = decoder_layers(merged)[1].state_dict()
+    with torch.no_grad():
+        for name, tensor in state.items():
+            if "ln_" not in name:
+                tensor.copy_(one[name] + (two[name] - one[name]))
+        expected = merged(TOKENS.token_ids, use_cache=False).logits
+    operated = operated_checkpoint(open_checkpoint(model), plan, factors)
+    assert largest_difference(walked_logits(streamed(operated), TOKENS, settings(tmp_path)), expected) < 1e-9
 
 
 def test_laco_looks_at_no_data(tmp_path: Path) -> None:

@@ -225,12 +225,13 @@ def operate(
     batch_size: int = 2,
     on_disk: bool = False,
     ranks_fixed: bool = False,
+    dtype: torch.dtype = torch.float64,
 ) -> FactorStore:
     """Run the plan's method (over `CALIBRATION`, if nothing else is given) and return the factors that it made."""
     limit = 0 if on_disk else 1 << 29
     scratch.mkdir(exist_ok=True)
     factors = FactorStore(scratch, checkpoint.dtype)
-    model = streamed(checkpoint, resident_bytes=limit)
+    model = streamed(checkpoint, dtype=dtype, resident_bytes=limit)
     where = settings(scratch, batch_size=batch_size, boundary_memory_bytes=limit)
     with Walk(model, CALIBRATION if tokens is None else tokens, where) as walk:
         METHODS[plan.method].function(

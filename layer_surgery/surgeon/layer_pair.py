@@ -82,7 +82,7 @@ def residual_scales(
     None is for layers with a norm after the projection (Gemma 2, OLMo 2) and for those with other parts, such as
     experts. Found by running the layer, so it holds for any architecture.
     """
-    present = [name for name in (attention_out, mlp_out) if _has(layer, name)]
+    present = [name for name in (attention_out, mlp_out) if name and _has(layer, name)]
     if len(present) < 2:
         return None
     after, seen = run_watched(layer, present, call, hidden)
@@ -124,7 +124,8 @@ def _watching_outputs(
 ) -> Iterator[Mapping[str, Tensor]]:
     def take(name: str) -> Any:
         def hook(_module: nn.Module, _arguments: tuple[Tensor, ...], output: Tensor) -> None:
-            seen[name] = without_bias(layer, name, output) if stop else output
+            # A copy, because some layers (Falcon) go on adding in place.
+            seen[name] = without_bias(layer, name, output) if stop else output.clone()
             if stop and len(seen) == len(names):
                 raise _Reached
 

@@ -32,7 +32,7 @@ def replaceme(plan: SurgeryPlan, context: SurgeryContext) -> SurgeryPlan:
     it is added to, L the stream after the run, all of the original. The paper removes one contiguous block; here every
     run of removed layers gets its own map. Least squares as in the paper, without a ridge beyond what float64 needs.
     """
-    walk, name = the_walk(context), context.model.architecture.mlp[-1]
+    walk = the_walk(context)
     runs = removed_runs(plan)
     if runs and runs[0][0] == 0:
         raise PlanError("--method replaceme needs a layer before each removed run, but layer 0 is removed.")
@@ -40,7 +40,7 @@ def replaceme(plan: SurgeryPlan, context: SurgeryContext) -> SurgeryPlan:
     walk.forward(range(context.model.layer_count), keep=True)
     with context.progress("solving", len(runs)) as advance:
         for first, after in runs:
-            transform = _best_map(walk, first - 1, name, after)
+            name, transform = _best_map(walk, first - 1, after)
             weight = f"{context.model.checkpoint.layer_prefix(first - 1)}{name}.weight"
             stored = context.model.read_weights([weight])[weight].double()
             context.factors.write_tensors(first - 1, name, {"weight": transform.T @ stored})
@@ -57,12 +57,12 @@ def removed_runs(plan: SurgeryPlan) -> list[tuple[int, int]]:
 
 
 @torch.no_grad()
-def _best_map(walk: Walk, index: int, name: str, after: int) -> Tensor:
-    """Return T [D, D] float64 with `s M T ~ L - Y` over the valid calibration tokens."""
+def _best_map(walk: Walk, index: int, after: int) -> tuple[str, Tensor]:
+    """Return the MLP's output projection, and T [D, D] float64 with `s M T ~ L - Y` over the valid tokens."""
     gram: Tensor | float = 0.0
     products: Tensor | float = 0.0
     with walk.model.layer(index) as layer:
-        scale = _mlp_scale(walk, index, name, layer)
+        name, scale = _mlp_out(walk, index, layer)
         for rows in walk.batches():
             hidden = walk.store.read(index, rows)
             call = walk.rehearsal.call(index, walk.tokens.token_ids[rows])
@@ -75,26 +75,34 @@ def _best_map(walk: Walk, index: int, name: str, after: int) -> Tensor:
     assert isinstance(gram, Tensor) and isinstance(products, Tensor)
     gram.diagonal().add_(1e-9 * float(gram.diagonal().mean()))
     solution: Tensor = torch.linalg.solve(gram, products)
-    return solution
+    return name, solution
 
 
-def _mlp_scale(walk: Walk, index: int, name: str, layer: nn.Module) -> float:
-    """Return what a layer multiplies the output of its MLP with; `PlanError` if a map cannot be folded into it."""
-    projection = layer.get_submodule(name)
-    if not isinstance(projection, nn.Linear):
+def _mlp_out(walk: Walk, index: int, layer: nn.Module) -> tuple[str, float]:
+    """Return the MLP's output projection, and what the layer multiplies its output with.
+
+    Raises `PlanError` if a map cannot be folded into it.
+    """
+    architecture, modules = walk.model.architecture, dict(layer.named_modules())
+    attention_out, name = (
+        next((name for name in reversed(names) if name in modules), "")
+        for names in (architecture.attention, architecture.mlp)
+    )
+    projection = modules[name]
+    if name and not isinstance(projection, nn.Linear):
         raise PlanError(
             f"--method replaceme folds a map into '{name}' of layer {index}, which is low-rank already; choose other "
             "layers."
         )
-    if projection.bias is not None:
+    if getattr(projection, "bias", None) is not None:
         raise PlanError("--method replaceme folds a map into a projection without bias; this model's have one.")
     rows = next(walk.batches())
-    hidden = walk.store.read(index, rows)
-    call = walk.rehearsal.call(index, walk.tokens.token_ids[rows])
-    scales = residual_scales(layer, walk.model.architecture.attention[-1], name, call, hidden)
+    hidden, call = walk.store.read(index, rows), walk.rehearsal.call(index, walk.tokens.token_ids[rows])
+    scales = residual_scales(layer, attention_out, name, call, hidden)
     if scales is None:
         raise PlanError(
-            "--method replaceme needs layers that add their MLP's output to the stream as it is, and "
-            f"{walk.model.architecture.model_type} has a norm in between; use another method."
+            "--method replaceme needs a layer that adds the output of its MLP to the stream as it is, and layer "
+            f"{index} of this {architecture.model_type} model does not (a norm or experts are in between); use another "
+            "method."
         )
-    return scales.mlp
+    return name, scales.mlp
