@@ -211,7 +211,7 @@ def test_the_way_to_the_stream_is_found_or_known_not_to_be_plain_addition(tmp_pa
     model, architecture = streamed(tiny_model(model_type)), ARCHITECTURES[model_type]
     with Walk(model, TOKENS, settings(tmp_path)) as walk:
         walk.forward([0], keep=True)
-        hidden, call = walk.store.read(0, slice(0, 4)), walk.rehearsal.call(0, 4, 12)
+        hidden, call = walk.store.read(0, slice(0, 4)), walk.rehearsal.call(0, walk.tokens.token_ids[:4])
         with model.layer(0) as layer:
             scales = residual_scales(layer, architecture.attention[-1], architecture.mlp[-1], call, hidden)
     if model_type in POST_NORM:
@@ -444,7 +444,7 @@ def scales_in(model: PreTrainedModel, dtype: torch.dtype, scratch: Path) -> list
         walk.forward(range(streaming.layer_count), keep=True)
         for index in range(streaming.layer_count):
             hidden = walk.store.read(index, slice(0, 8))
-            call = walk.rehearsal.call(index, 8, 12)
+            call = walk.rehearsal.call(index, walk.tokens.token_ids[:8])
             with streaming.layer(index) as layer:
                 found.append(residual_scales(layer, "self_attn.o_proj", "mlp.down_proj", call, hidden))
     return found
