@@ -124,7 +124,8 @@ def _watching_outputs(
 ) -> Iterator[Mapping[str, Tensor]]:
     def take(name: str) -> Any:
         def hook(_module: nn.Module, _arguments: tuple[Tensor, ...], output: Tensor) -> None:
-            seen[name] = without_bias(layer, name, output) if stop else output
+            # A copy, because a layer may go on to add to the output in place (Falcon does).
+            seen[name] = without_bias(layer, name, output) if stop else output.clone()
             if stop and len(seen) == len(names):
                 raise _Reached
 
