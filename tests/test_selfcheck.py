@@ -162,7 +162,9 @@ def test_every_command_proves_the_model_before_anything_is_read_twice(
         checkpoint_module.Checkpoint, "sha256", lambda *_: pytest.fail("the checkpoint was hashed before the proof")
     )
     for run in (
-        lambda: layer_surgery.compress(tiny_model(), tmp_path / "output", layers=[1], keep=0, eval_data=None),
+        lambda: layer_surgery.compress(
+            tiny_model(), tmp_path / "output", layers=[1], keep=0, eval_data=None, refit=False
+        ),
         lambda: layer_surgery.score(tiny_model(), scorer="random"),
     ):
         with pytest.raises(CheckpointError, match="does not give what the model itself gives"):
@@ -249,5 +251,5 @@ def test_a_pattern_that_is_not_cut_is_found(
 def test_a_run_stops_before_it_computes_anything(tmp_path: Path) -> None:
     model = tiny_model("gemma4_text", layers=6)
     with pytest.raises(PlanError, match="would not stay what it is"):
-        layer_surgery.compress(model, tmp_path / "output", layers=[5], keep=0, eval_data=None)
+        layer_surgery.compress(model, tmp_path / "output", layers=[5], keep=0, eval_data=None, refit=False)
     assert not (tmp_path / "output").exists()

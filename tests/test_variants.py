@@ -17,6 +17,7 @@ from tiny_models import (
     operate,
     packed_tokens,
     settings,
+    statistics_source,
     streamed,
     tiny_checkpoint,
     tiny_model,
@@ -116,7 +117,16 @@ def operate_without_data(plan: Any, base: Any, scratch: Path) -> Any:
 
     scratch.mkdir()
     factors, model = FactorStore(scratch, base.dtype), streamed(base, dtype=base.dtype)
-    METHODS[plan.method].function(plan, SurgeryContext(model=model, walk=None, factors=factors, progress=no_progress))
+    METHODS[plan.method].function(
+        plan,
+        SurgeryContext(
+            model=model,
+            walk=None,
+            factors=factors,
+            statistics=statistics_source(scratch, base.dtype),
+            progress=no_progress,
+        ),
+    )
     return factors
 
 
@@ -161,7 +171,14 @@ def test_fisher_runs_on_layers_with_experts_and_without_attention(tmp_path: Path
     factors = FactorStore(tmp_path / "factors", base.dtype)
     streaming = streamed(base, dtype=torch.float32)
     with Walk(streaming, CALIBRATION, settings(tmp_path)) as walk:
-        context = SurgeryContext(model=streaming, walk=walk, factors=factors, progress=no_progress, ranks_fixed=True)
+        context = SurgeryContext(
+            model=streaming,
+            walk=walk,
+            factors=factors,
+            statistics=statistics_source(tmp_path, base.dtype),
+            progress=no_progress,
+            ranks_fixed=True,
+        )
         METHODS["fisher"].function(plan, context)
     result = streamed(operated_checkpoint(base, plan, factors), dtype=torch.float32)
     assert largest_difference(walked_logits(result, TOKENS, settings(tmp_path)), logits_of(model)) < 1e-3
@@ -218,7 +235,9 @@ def test_an_unlisted_type_is_guessed_and_said_to_be(tmp_path: Path, model_type: 
     assert (guess.guessed, guess.layers) == (True, layers)
     assert (tuple(group[-1] for group in (guess.attention, guess.mlp)) if guess.linears else None) == writers
     notes: list[str] = []
-    layer_surgery.compress(model, tmp_path / "output", layers=[0, 2], keep=0, eval_data=None, ui=Ui(note=notes.append))
+    layer_surgery.compress(
+        model, tmp_path / "output", layers=[0, 2], keep=0, eval_data=None, refit=False, ui=Ui(note=notes.append)
+    )
     assert (
         f"the architecture '{model_type}' is not listed; guessing that its decoder layers are '{layers}' (4 x"
         in notes[0]
@@ -233,7 +252,14 @@ def test_an_unlisted_type_is_guessed_and_said_to_be(tmp_path: Path, model_type: 
 def test_a_guess_with_linears_is_made_low_rank(tmp_path: Path, model_type: str) -> None:
     model = unlisted(model_type)
     layer_surgery.compress(
-        model, tmp_path / "output", layers=[1], keep=0.3, method="svd", eval_data=None, tokenizer=tiny_tokenizer()
+        model,
+        tmp_path / "output",
+        layers=[1],
+        keep=0.3,
+        method="svd",
+        eval_data=None,
+        refit=False,
+        tokenizer=tiny_tokenizer(),
     )
     checkpoint = open_checkpoint(tmp_path / "output")
     assert set(checkpoint.low_rank) == {
@@ -247,7 +273,13 @@ def test_a_guess_with_linears_is_made_low_rank(tmp_path: Path, model_type: str) 
 def test_a_guess_without_linears_cannot_be_made_low_rank(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match=r"no linears that can be made low-rank.*--keep 0"):
         layer_surgery.compress(
-            unlisted("olmoe"), tmp_path / "output", layers=[1], keep=0.5, eval_data=None, tokenizer=tiny_tokenizer()
+            unlisted("olmoe"),
+            tmp_path / "output",
+            layers=[1],
+            keep=0.5,
+            eval_data=None,
+            refit=False,
+            tokenizer=tiny_tokenizer(),
         )
 
 

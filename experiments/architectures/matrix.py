@@ -54,6 +54,7 @@ COLUMNS = {
     "low_rank": "low rank equals its dense product",
     "load_plain": "plain loads identically",
     "load_low_rank": "low-rank loads identically",
+    "load_refitted": "refitted loads identically",
     "generate_plain": "plain generates with cache",
     "generate_low_rank": "low-rank generates with cache",
     "lora_plain": "LoRA on plain",
@@ -104,8 +105,15 @@ class Subject:
 
     @cached_property
     def plain(self) -> Path:
-        layer_surgery.compress(self.path, self.scratch / "plain", layers=REMOVED, keep=0, eval_data=None)
+        layer_surgery.compress(self.path, self.scratch / "plain", layers=REMOVED, keep=0, refit=False, eval_data=None)
         return self.scratch / "plain"
+
+    @cached_property
+    def refitted(self) -> Path:
+        """The same with the refit that is the tool's default."""
+        output = self.scratch / "refitted"
+        layer_surgery.compress(self.path, output, layers=REMOVED, keep=0, samples=8, sequence_length=32, eval_data=None)
+        return output
 
     @cached_property
     def low_rank(self) -> Path:
@@ -119,7 +127,7 @@ class Subject:
         layers[1] = LayerPlan(index=1, action="low_rank", ranks=ranks)
         plan = SurgeryPlan(method="fisher", target_layers=len(layers) - 2, layers=layers)
         layer_surgery.compress(
-            self.path, self.scratch / "low_rank", plan=plan, samples=8, sequence_length=32, eval_data=None
+            self.path, self.scratch / "low_rank", plan=plan, samples=8, sequence_length=32, refit=False, eval_data=None
         )
         return self.scratch / "low_rank"
 
@@ -192,6 +200,7 @@ class Subject:
             "low_rank": self.low_rank_product,
             "load_plain": lambda: self.loads_identically(self.plain),
             "load_low_rank": lambda: self.loads_identically(self.low_rank),
+            "load_refitted": lambda: self.loads_identically(self.refitted),
             "generate_plain": lambda: self.generates(self.plain),
             "generate_low_rank": lambda: self.generates(self.low_rank),
             "lora_plain": lambda: self.lora(self.plain),
