@@ -180,10 +180,28 @@ def test_the_useful_rank_is_the_largest_that_saves_parameters() -> None:
         assert (rank + 1) * (out + in_) > out * in_
 
 
+def test_an_output_projection_is_worth_what_its_inputs_still_carry(tmp_path: Path) -> None:
+    """Where the budget forces the inputs down, less goes to the projection that reads them, to the same total."""
+    linears = {"mlp.gate_proj": 17, "mlp.up_proj": 17, "mlp.down_proj": 17}
+    statistics = collected(tiny_model(), tmp_path, layers={1: linears})
+    statistics.values[1]["mlp.down_proj"] = [2.0] * 32
+    for name in ("mlp.gate_proj", "mlp.up_proj"):
+        statistics.values[1][name] = [1.0] * 32
+    each = 32 + 40
+    statistics.fed_by = {}
+    alone = statistics.best_ranks({1: linears}, 20 * each)[1]
+    assert alone == {"mlp.gate_proj": 2, "mlp.up_proj": 1, "mlp.down_proj": 17}
+    statistics.fed_by = {"mlp.down_proj": ("mlp.gate_proj", "mlp.up_proj")}
+    fed = statistics.best_ranks({1: linears}, 20 * each)[1]
+    assert sum(fed.values()) == sum(alone.values())
+    assert fed["mlp.down_proj"] < alone["mlp.down_proj"]
+
+
 def test_best_ranks_spend_the_budget_where_it_is_worth_most(tmp_path: Path) -> None:
     """By brute force over all ranks: no choice of the same cost leaves less out, up to one component."""
     linears = {"mlp.up_proj": 4, "mlp.down_proj": 4}
     statistics = collected(tiny_model(), tmp_path, layers={1: linears, 2: linears})
+    statistics.fed_by = {}  # each linear by itself
     each = 32 + 40
     for budget in range(4 * each, 17 * each, 50):
         chosen = statistics.best_ranks({1: linears, 2: linears}, budget)
