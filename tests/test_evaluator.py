@@ -225,7 +225,7 @@ def test_without_a_baseline_there_is_nothing_to_compare(operated: Path, everythi
         ({"continuations": 0}, {"continuations"}),
         ({"eval_data": None}, {"perplexity", "kl_divergence", "top1_agreement", "continuations"}),
     ],
-    ids=str,
+    ids=lambda value: "-".join(sorted(value)),
 )
 def test_every_stage_can_be_switched_off(
     original: Path, operated: Path, everything: dict[str, Any], off: dict[str, Any], gone: set[str]
