@@ -171,7 +171,7 @@ def test_the_report_holds_the_command_line(
 def test_score_ranks_every_layer(run: CommandLine, model: Path, data: list[str | Path]) -> None:
     outcome = run("score", model, *data)
     assert outcome.code == 0
-    assert "block_influence" in outcome.out
+    assert "fisher" in outcome.out
     scores = strict_json(run("score", model, *data, "--json").out)
     assert len(scores["values"]) == 4
     assert sorted(scores["removal_order"]) == [0, 1, 2, 3]

@@ -21,6 +21,7 @@ LENGTH = 256
 WINDOWS = 8
 OPTIONS: dict[str, Any] = {
     "target_layers": 9,
+    "scorer": "block_influence",
     "samples": 16,
     "sequence_length": LENGTH,
     "eval_windows": WINDOWS,

@@ -467,8 +467,8 @@ def compress_over(path: Path, output: Path, text: Path) -> None:
 
 
 STAGES = [
-    "layer_surgery.session.perplexity",
-    "layer_surgery.scoring.block_influence.CosineObserver.boundaries",
+    "layer_surgery.evaluator.window_losses",
+    "layer_surgery.couplings.Responses.add",
     "layer_surgery.surgeon.grasp.attributed_groups",
     "layer_surgery.operation.operated_checkpoint",
     "layer_surgery.pipeline.save_checkpoint",
