@@ -22,9 +22,10 @@ from layer_surgery.config import (
     SpeedConfig,
     TaskConfig,
 )
-from layer_surgery.pipeline import run_compress, run_evaluate, run_score
+from layer_surgery.pipeline import run_compress
 from layer_surgery.records import EvaluationReport, LayerScores, Part, RefitScope, SurgeryPlan, SurgeryReport
 from layer_surgery.session import Model, Ui
+from layer_surgery.standalone import run_evaluate, run_score
 
 
 class RuntimeOptions(TypedDict, total=False):

@@ -2,26 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
 
 import click
 
+from layer_surgery.cli_common import combine
 from layer_surgery.config import ContinuationConfig, EvaluationConfig, SpeedConfig
-
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-def combine(*options: Callable[[F], F]) -> Callable[[F], F]:
-    """Return a decorator that adds all `options`, shown in this order."""
-
-    def decorate(function: F) -> F:
-        for option in reversed(options):
-            function = option(function)
-        return function
-
-    return decorate
 
 
 def _default(values: tuple[int, ...]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +14,16 @@ from layer_surgery.checkpoint import Checkpoint, open_checkpoint
 from layer_surgery.config import (
     DEFAULT_METHOD,
     BudgetConfig,
-    CalibrationConfig,
     CompressConfig,
-    EvaluationConfig,
-    RuntimeConfig,
-    as_json,
 )
-from layer_surgery.data import weighted_sources
 from layer_surgery.errors import CheckpointError, OutputError, PlanError
 from layer_surgery.evaluator import Evaluator
 from layer_surgery.operated import operated_checkpoint
 from layer_surgery.operation import RefitData, operate, refit_data, statistics_source
-from layer_surgery.provenance import peak_device_memory_bytes, peak_memory_bytes, provenance
-from layer_surgery.records import EvaluationReport, LayerScores, Part, RefitScope, SurgeryPlan, SurgeryReport
+from layer_surgery.provenance import peak_device_memory_bytes, peak_memory_bytes
+from layer_surgery.records import LayerScores, RefitScope, SurgeryPlan, SurgeryReport
 from layer_surgery.registry import Entry
+from layer_surgery.run_records import calibration_names, described_tokens, report_dict, rounded, run_provenance
 from layer_surgery.saving import REPORT_FILE, check_free_space, check_output, save_checkpoint, staged_directory
 from layer_surgery.scoring import SCORERS, Scorer, ScoringContext
 from layer_surgery.selfcheck import check_survivors
@@ -36,116 +32,14 @@ from layer_surgery.statistics_cache import StatisticsSource, check_cache
 from layer_surgery.streaming import StreamedModel
 from layer_surgery.surgeon import (
     METHODS,
-    LayerShape,
     Method,
-    ModelShape,
     check_plan,
     make_plan,
+    model_shape,
     removal_count,
 )
 from layer_surgery.tokens import PackedTokens
 from layer_surgery.walk import Walk
-
-
-def run_score(
-    model: Model,
-    *,
-    scorer: str,
-    target_layers: int | None,
-    calibration: CalibrationConfig,
-    remove: Part = "layer",
-    runtime: RuntimeConfig,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    ui: Ui | None = None,
-    command: str | None = None,
-) -> LayerScores:
-    """Rank the decoder layers of a model."""
-    entry = SCORERS[scorer]
-    if remove != "layer" and not entry.parts:
-        raise PlanError(f"--scorer {scorer} ranks whole layers; leave out --remove {remove}.")
-    check_cache(runtime.cache)
-    check_column(calibration.column, _calibration_names(calibration))
-    with open_session(model, tokenizer, runtime, ui or Ui(), None) as session:
-        layer_count = session.checkpoint.layer_count
-        if target_layers is not None and not 1 <= target_layers < layer_count:
-            raise PlanError(
-                f"--target-layers is {target_layers}; allowed: 1 to {layer_count - 1} "
-                f"(the model has {layer_count} layers)."
-            )
-        count = None if target_layers is None else layer_count - target_layers
-        tokens = session.calibration_tokens(calibration) if entry.needs_data else None
-        with calibration_walk(session, session.stream(session.checkpoint), tokens) as walk:
-            scores = entry.function(
-                ScoringContext(
-                    walk=walk,
-                    count=count,
-                    seed=runtime.seed,
-                    statistics=statistics_source(session, "", runtime.cache, remove),
-                    keep=BudgetConfig.DEFAULT_KEEP,
-                )
-            )
-        settings = {
-            "model": session.checkpoint.name,
-            "scorer": scorer,
-            "target_layers": target_layers,
-            "remove": remove,
-            "calibration": as_json(calibration),
-            "runtime": as_json(runtime),
-        }
-        return replace(scores, provenance=_run_provenance(session, command, settings))
-
-
-def run_evaluate(
-    model: Model,
-    *,
-    baseline: Model | None,
-    evaluation: EvaluationConfig,
-    runtime: RuntimeConfig,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    ui: Ui | None = None,
-    command: str | None = None,
-) -> EvaluationReport:
-    """Measure a model and, with `baseline`, another one on the same data."""
-    check_column(evaluation.column, evaluation.sources)
-    with ExitStack() as stack:
-        session = stack.enter_context(open_session(model, tokenizer, runtime, ui or Ui(), None))
-        texts = session.evaluation_tokens(evaluation)
-        other = None
-        if baseline is not None:
-            opened = stack.enter_context(open_session(baseline, tokenizer, runtime, Ui(), None))
-            _check_same_tokens(session, opened, texts, evaluation)
-            other = replace(opened, ui=session.ui)
-        evaluator = stack.enter_context(Evaluator(session, evaluation, texts, baseline=other))
-        if other is not None:
-            evaluator.measure("before", other.checkpoint)
-        evaluator.measure("after", session.checkpoint)
-        comparison = evaluator.compare() if other is not None else None
-        evaluator.measure_speed()
-        settings = {
-            "model": session.checkpoint.name,
-            "baseline": other.checkpoint.name if other is not None else None,
-            "evaluation": as_json(evaluation),
-            "runtime": as_json(runtime),
-        }
-        return EvaluationReport(
-            model=evaluator.result("after"),
-            baseline=evaluator.result("before") if other is not None else None,
-            comparison=comparison,
-            continuations=evaluator.side_by_side(),
-            failures=evaluator.failures,
-            timings=_rounded(session.clock.seconds),
-            provenance=_run_provenance(session, command, settings),
-        )
-
-
-def _check_same_tokens(session: Session, other: Session, texts: list[PackedTokens], config: EvaluationConfig) -> None:
-    """Raise `CheckpointError` unless both models read the texts as the same tokens."""
-    for ours, theirs in zip(texts, other.evaluation_tokens(config), strict=True):
-        if ours.sha256 != theirs.sha256:
-            raise CheckpointError(
-                f"{session.checkpoint.name} and the baseline {other.checkpoint.name} tokenise '{ours.name}' "
-                "differently, so their perplexities cannot be compared; evaluate each by itself."
-            )
 
 
 def run_compress(
@@ -167,7 +61,7 @@ def run_compress(
         )
     _check_part(config, scorer, method)
     check_cache(config.runtime.cache)
-    check_column(config.calibration.column, [*_calibration_names(config.calibration), *config.evaluation.sources])
+    check_column(config.calibration.column, [*calibration_names(config.calibration), *config.evaluation.sources])
     with ExitStack() as stack:
         staging = None
         if config.output is not None:
@@ -202,11 +96,6 @@ def run_compress(
             trial=trial, chooses=chooses, tokens=tokens, data=data, evaluator=evaluator, staging=staging
         )
     return report
-
-
-def _calibration_names(config: CalibrationConfig) -> list[str]:
-    """Return the sources without their weights; refuses wrong weights before there is anything to undo."""
-    return [source.name for source in weighted_sources(config.sources)]
 
 
 def _check_part(config: CompressConfig, scorer: Entry[Scorer], method: Entry[Method]) -> None:
@@ -330,10 +219,10 @@ class _Compression:
             comparison=comparison,
             continuations=evaluator.side_by_side(),
             failures=evaluator.failures,
-            timings=_rounded(clock.seconds),
+            timings=rounded(clock.seconds),
             peak_memory_bytes=peak_memory_bytes(),
             peak_device_memory_bytes=device_peak,
-            calibration=_describe(tokens),
+            calibration=described_tokens(tokens),
             provenance=self._provenance(),
             output=str(config.output) if staging is not None else None,
         )
@@ -403,63 +292,7 @@ class _Compression:
         }
 
     def _provenance(self) -> dict[str, Any]:
-        return _run_provenance(self.session, self.config.command, self.config.describe())
-
-
-def model_shape(checkpoint: Checkpoint, part: Part = "layer") -> ModelShape:
-    """Return the sizes that planning needs, of all layers or of a part of each.
-
-    Linears that are low-rank already cannot be replaced again.
-    """
-    layers = []
-    for index in range(checkpoint.layer_count):
-        prefix = checkpoint.layer_prefix(index)
-        linears = {}
-        for name in checkpoint.architecture.linears_of(part):
-            spec = checkpoint.source.specs.get(f"{prefix}{name}.weight")
-            if spec is not None:
-                linears[name] = (spec.shape[0], spec.shape[1])
-        parameters = checkpoint.layer_parameters(index)
-        if part != "layer":
-            parameters = sum(
-                p.numel() for name in linears for p in checkpoint.layers[index].get_submodule(name).parameters()
-            )
-        layers.append(LayerShape(linears=linears, parameters=parameters))
-    return ModelShape(layers=layers, parameters=checkpoint.parameters)
-
-
-def report_dict(report: SurgeryReport) -> dict[str, Any]:
-    """Return what `surgery.json` holds."""
-    data = report.to_dict()
-    data.pop("output")
-    return data
-
-
-def _run_provenance(session: Session, command: str | None, settings: dict[str, Any]) -> dict[str, Any]:
-    dtype = session.runtime.torch_dtype(session.device, session.checkpoint.dtype)
-    return provenance(session.device) | {
-        "command": command,
-        "seed": session.runtime.seed,
-        "compute_dtype": str(dtype).removeprefix("torch."),
-        "config": settings,
-    }
-
-
-def _rounded(seconds: dict[str, float]) -> dict[str, float]:
-    return {name: round(value, 3) for name, value in seconds.items()}
-
-
-def _describe(tokens: PackedTokens | None) -> dict[str, Any] | None:
-    if tokens is None:
-        return None
-    described = {k: v for k, v in asdict(tokens).items() if isinstance(v, str | int)}
-    return described | {
-        "sequences": tokens.sequences,
-        "sequence_length": tokens.sequence_length,
-        "tokens": int(tokens.valid.sum()),
-        "predicted_tokens": tokens.predicted_tokens,
-        "sources": [asdict(source) for source in tokens.sources],
-    }
+        return run_provenance(self.session, self.config.command, self.config.describe())
 
 
 def _check_not_same(model: Model, output: Path) -> None:

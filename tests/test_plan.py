@@ -16,7 +16,6 @@ from layer_surgery.checkpoint import open_checkpoint
 from layer_surgery.config import BudgetConfig
 from layer_surgery.errors import PlanError
 from layer_surgery.operated import operated_checkpoint
-from layer_surgery.pipeline import model_shape
 from layer_surgery.records import SCHEMA_VERSION, LayerPlan, SurgeryPlan
 from layer_surgery.surgeon import (
     FactorStore,
@@ -24,6 +23,7 @@ from layer_surgery.surgeon import (
     ModelShape,
     check_plan,
     make_plan,
+    model_shape,
     plan_parameters,
     removal_count,
 )

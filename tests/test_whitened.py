@@ -289,8 +289,7 @@ def run_fisher(
 
 
 def operated_size(checkpoint, plan) -> int:  # type: ignore[no-untyped-def]
-    from layer_surgery.pipeline import model_shape
-    from layer_surgery.surgeon import plan_parameters
+    from layer_surgery.surgeon import model_shape, plan_parameters
 
     return plan_parameters(model_shape(checkpoint), plan)
 

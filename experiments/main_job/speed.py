@@ -28,10 +28,9 @@ from layer_surgery.evaluator import size_and_perplexity
 from layer_surgery.gradients import accumulated_gradients
 from layer_surgery.operated import operated_checkpoint
 from layer_surgery.operation import statistics_source
-from layer_surgery.pipeline import model_shape
 from layer_surgery.records import SurgeryPlan
 from layer_surgery.session import Session, Ui, calibration_walk, open_session
-from layer_surgery.surgeon import METHODS, FactorStore, SurgeryContext, make_plan
+from layer_surgery.surgeon import METHODS, FactorStore, SurgeryContext, make_plan, model_shape
 from layer_surgery.tokens import PackedTokens
 from layer_surgery.walk import Observer
 

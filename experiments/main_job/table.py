@@ -24,11 +24,10 @@ from common import DEMO_CHECKPOINT, ROOT, write_report
 from layer_surgery.config import BudgetConfig, CalibrationConfig, EvaluationConfig, RuntimeConfig
 from layer_surgery.evaluator import size_and_perplexity
 from layer_surgery.operation import operate, statistics_source
-from layer_surgery.pipeline import model_shape
 from layer_surgery.records import EvaluationResult
 from layer_surgery.scoring import SCORERS, ScoringContext
 from layer_surgery.session import Session, Ui, calibration_walk, open_session
-from layer_surgery.surgeon import METHODS, make_plan
+from layer_surgery.surgeon import METHODS, make_plan, model_shape
 from layer_surgery.tokens import PackedTokens
 
 METHOD_NAMES = ("svd", "fisher", "grasp", "grasp_sequential")

@@ -24,11 +24,10 @@ from common import DEMO_CHECKPOINT, ROOT, write_report
 
 from layer_surgery.config import BudgetConfig, CalibrationConfig, RuntimeConfig
 from layer_surgery.operation import operate, refit_data
-from layer_surgery.pipeline import model_shape
 from layer_surgery.session import Session, Ui, calibration_walk, open_session
 from layer_surgery.statistics import useful_ranks
 from layer_surgery.statistics_cache import StatisticsSource
-from layer_surgery.surgeon import METHODS, make_plan
+from layer_surgery.surgeon import METHODS, make_plan, model_shape
 from layer_surgery.tokens import PackedTokens
 
 

@@ -29,9 +29,8 @@ from common import DEMO_CHECKPOINT, ROOT, write_report
 from layer_surgery.checkpoint import Checkpoint
 from layer_surgery.config import BudgetConfig
 from layer_surgery.operation import operate, refit_data
-from layer_surgery.pipeline import model_shape
 from layer_surgery.session import Session
-from layer_surgery.surgeon import METHODS, make_plan
+from layer_surgery.surgeon import METHODS, make_plan, model_shape
 from layer_surgery.tokens import PackedTokens
 from layer_surgery.walk import Walk
 

@@ -1,0 +1,55 @@
+"""What the records of every run say: its data, its times, and what made it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from layer_surgery.config import CalibrationConfig
+from layer_surgery.data import weighted_sources
+from layer_surgery.provenance import provenance
+from layer_surgery.records import SurgeryReport
+from layer_surgery.session import Session
+from layer_surgery.tokens import PackedTokens
+
+
+def calibration_names(config: CalibrationConfig) -> list[str]:
+    """Return the sources without their weights; refuses wrong weights before there is anything to undo."""
+    return [source.name for source in weighted_sources(config.sources)]
+
+
+def report_dict(report: SurgeryReport) -> dict[str, Any]:
+    """Return what `surgery.json` holds."""
+    data = report.to_dict()
+    data.pop("output")
+    return data
+
+
+def run_provenance(session: Session, command: str | None, settings: dict[str, Any]) -> dict[str, Any]:
+    """Return versions, hardware, seed, dtype, all settings and the command of a run."""
+    dtype = session.runtime.torch_dtype(session.device, session.checkpoint.dtype)
+    return provenance(session.device) | {
+        "command": command,
+        "seed": session.runtime.seed,
+        "compute_dtype": str(dtype).removeprefix("torch."),
+        "config": settings,
+    }
+
+
+def rounded(seconds: dict[str, float]) -> dict[str, float]:
+    """Return times in seconds, to the millisecond."""
+    return {name: round(value, 3) for name, value in seconds.items()}
+
+
+def described_tokens(tokens: PackedTokens | None) -> dict[str, Any] | None:
+    """Return what a record says about calibration data: names, hash and sizes."""
+    if tokens is None:
+        return None
+    described = {k: v for k, v in asdict(tokens).items() if isinstance(v, str | int)}
+    return described | {
+        "sequences": tokens.sequences,
+        "sequence_length": tokens.sequence_length,
+        "tokens": int(tokens.valid.sum()),
+        "predicted_tokens": tokens.predicted_tokens,
+        "sources": [asdict(source) for source in tokens.sources],
+    }

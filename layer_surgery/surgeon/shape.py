@@ -1,0 +1,29 @@
+"""The sizes of a checkpoint that planning needs."""
+
+from __future__ import annotations
+
+from layer_surgery.checkpoint import Checkpoint
+from layer_surgery.records import Part
+from layer_surgery.surgeon.plan import LayerShape, ModelShape
+
+
+def model_shape(checkpoint: Checkpoint, part: Part = "layer") -> ModelShape:
+    """Return the sizes that planning needs, of all layers or of a part of each.
+
+    Linears that are low-rank already cannot be replaced again.
+    """
+    layers = []
+    for index in range(checkpoint.layer_count):
+        prefix = checkpoint.layer_prefix(index)
+        linears = {}
+        for name in checkpoint.architecture.linears_of(part):
+            spec = checkpoint.source.specs.get(f"{prefix}{name}.weight")
+            if spec is not None:
+                linears[name] = (spec.shape[0], spec.shape[1])
+        parameters = checkpoint.layer_parameters(index)
+        if part != "layer":
+            parameters = sum(
+                p.numel() for name in linears for p in checkpoint.layers[index].get_submodule(name).parameters()
+            )
+        layers.append(LayerShape(linears=linears, parameters=parameters))
+    return ModelShape(layers=layers, parameters=checkpoint.parameters)
