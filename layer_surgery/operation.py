@@ -120,12 +120,11 @@ def _check_memory(session: Session) -> None:
 
 
 @contextmanager
-def _walks(session: Session, walk: Walk, data: RefitData) -> Iterator[list[tuple[Walk, int]]]:
+def _walks(session: Session, walk: Walk, data: RefitData) -> Iterator[list[Walk]]:
     with ExitStack() as stack:
-        walks = [(walk, walk.tokens.sequences)]
+        walks = [walk]
         if data.general is not None:
-            other = stack.enter_context(Walk(walk.model, data.general, session.settings))
-            walks.append((other, data.general.sequences))
+            walks.append(stack.enter_context(Walk(walk.model, data.general, session.settings)))
         yield walks
 
 

@@ -86,7 +86,6 @@ def refitted(
     *,
     tokens: PackedTokens = TOKENS,
     others: tuple[PackedTokens, ...] = (),
-    rows: int | None = None,
     scope: RefitScope = "all",
     batch_size: int = 7,
     on_disk: bool = False,
@@ -116,8 +115,7 @@ def refitted(
             )
             METHODS[plan.method].function(plan, context)
         before = operated_checkpoint(checkpoint, plan, factors)
-        walks = [(walk, tokens.sequences if rows is None else rows)]
-        walks += [(Walk(original, other, where), other.sequences) for other in others]
+        walks = [walk, *(Walk(original, other, where) for other in others)]
         operated = streamed(before, dtype=dtype, resident_bytes=limit)
         records = refit(plan, walks, operated, new, scope)
         assert hooks_on(operated.model) == hooks_on(original.model) == []
@@ -379,14 +377,6 @@ def test_two_sets_of_windows_are_as_good_as_one(tmp_path: Path) -> None:
     assert max(largest_difference(found[name], expected[name]) for name in expected) < 1e-7
 
 
-def test_windows_beyond_those_asked_for_are_not_looked_at(tmp_path: Path) -> None:
-    plan = make_test_plan(4, removed=[2], method="remove")
-    some = refitted(tiny_model(), plan, tmp_path, rows=26)
-    alone = refitted(tiny_model(), plan, tmp_path, tokens=take(TOKENS, slice(0, 26)))
-    expected, found = alone.tensors(alone.after), some.tensors(some.after)
-    assert max(largest_difference(found[name], expected[name]) for name in expected) < 1e-7
-
-
 @pytest.mark.parametrize(("windows", "enough"), [(3, False), (4, True), (8, True)])
 def test_too_few_windows_are_refused(tmp_path: Path, windows: int, enough: bool) -> None:
     plan, tokens = make_test_plan(4, removed=[2], method="remove"), packed_tokens(windows, 12)
@@ -419,7 +409,7 @@ def test_one_layer_of_each_model_has_weights_at_a_time(tmp_path: Path, monkeypat
         layer.register_forward_pre_hook(count)
     (tmp_path / "new").mkdir()
     with Walk(original, TOKENS, settings(tmp_path, boundary_memory_bytes=0)) as walk:
-        refit(plan, [(walk, 40)], operated, FactorStore(tmp_path / "new", checkpoint.dtype), "all")
+        refit(plan, [walk], operated, FactorStore(tmp_path / "new", checkpoint.dtype), "all")
     assert set(loaded) == {(1, 0), (1, 1)}
 
 

@@ -56,18 +56,11 @@ class _Track:
     """Some calibration tokens: the walk of the original over them, and the stream of the operated model."""
 
     walk: Walk
-    rows: int
-    """Only the first `rows` windows are used."""
     first_window: int
     """Number of the first window among those of all tracks."""
     stream: BoundaryStore
     operated: _Slot | None = None
     """None while the operated stream is still the original's."""
-
-    def batches(self) -> Iterator[slice]:
-        for rows in self.walk.batches():
-            if rows.start < self.rows:
-                yield slice(rows.start, min(rows.stop, self.rows))
 
     def held_out(self, rows: slice, every: int) -> Tensor:
         """Return which windows of a micro-batch are held out [B] bool."""
@@ -76,7 +69,7 @@ class _Track:
 
 def refit(
     plan: SurgeryPlan,
-    walks: Sequence[tuple[Walk, int]],
+    walks: Sequence[Walk],
     operated: StreamedModel,
     refitted: FactorStore,
     scope: RefitScope,
@@ -85,7 +78,7 @@ def refit(
 
     Args:
         plan: what was done.
-        walks: over the original, each with the number of its windows to use, from the first on.
+        walks: over the original.
         operated: the operated model; its layers are changed while they pass.
         refitted: where the tensors go.
         scope: `operated` touches low-rank layers only; `all` also the layer before a removed run and every layer after
@@ -93,17 +86,17 @@ def refit(
 
     Memory: one layer of each model, and the sums of one group of linears. Raises `DataError` for too few windows.
     """
-    check_windows(sum(rows for _walk, rows in walks))
+    check_windows(sum(walk.tokens.sequences for walk in walks))
     surviving = plan.surviving
     calls = Rehearsal(operated)
     records: list[RefitRecord] = []
     with ExitStack() as stack:
         tracks: list[_Track] = []
-        for walk, rows in walks:
+        for walk in walks:
             walk.forward(range(walk.model.layer_count), keep=True)
             store = stack.enter_context(walk.new_store(walk.settings.boundary_memory_bytes))
-            tracks.append(_Track(walk, rows, sum(track.rows for track in tracks), store))
-        original, progress = walks[0][0].model, walks[0][0].settings.progress
+            tracks.append(_Track(walk, sum(track.walk.tokens.sequences for track in tracks), store))
+        original, progress = walks[0].model, walks[0].settings.progress
         advance = stack.enter_context(progress("refitting", len(surviving)))
         for position, index in enumerate(surviving):
             after = surviving[position + 1] if position + 1 < len(surviving) else original.layer_count
@@ -136,7 +129,7 @@ def _step(layer: nn.Module, position: int, tracks: Sequence[_Track], calls: Rehe
     with torch.no_grad():
         for track in tracks:
             source = track.operated or _Slot(track.walk.store, position)
-            for rows in track.batches():
+            for rows in track.walk.batches():
                 hidden = source.store.read(source.number, rows)
                 after = calls.call(position, track.walk.tokens.token_ids[rows])(layer, hidden)
                 track.stream.write(0, rows, after)
@@ -176,7 +169,7 @@ class _Pair:
         self.index, self.position, self.after = index, position, after
         self.tracks, self.calls, self.original = tracks, calls, original
         self.dtype = operated.checkpoint.dtype
-        windows = sum(track.rows for track in tracks)
+        windows = sum(track.walk.tokens.sequences for track in tracks)
         self.every = _HELD_OUT if windows >= _HELD_OUT else 2
         self.records: list[RefitRecord] = []
 
@@ -289,7 +282,7 @@ class _Pair:
         device = self.original.device
         for track in self.tracks:
             source = track.operated or _Slot(track.walk.store, self.position)
-            for rows in track.batches():
+            for rows in track.walk.batches():
                 ids = track.walk.tokens.token_ids[rows]
                 tokens = track.walk.tokens.valid[rows]
                 held_out = tokens & track.held_out(rows, self.every)[:, None]
