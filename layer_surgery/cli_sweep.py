@@ -95,7 +95,6 @@ def sweep(model: str, no_eval: bool, as_json: bool, debug: bool, **options: Any)
     """
     from layer_surgery import api
     from layer_surgery.errors import LayerSurgeryError
-    from layer_surgery.records import StageFailure
     from layer_surgery.reporting.sweep import best_sentence, print_sweep
 
     if no_eval:
@@ -106,11 +105,9 @@ def sweep(model: str, no_eval: bool, as_json: bool, debug: bool, **options: Any)
         print_json(report.to_dict())
     else:
         print_sweep(Console(highlight=False, soft_wrap=True), report, options["output"])
-    failed = [
-        StageFailure(stage=f"the point '{point.settings.name}'", error=point.error or "")
-        for point in report.points
-        if point.status == "failed"
-    ]
-    check_complete([*report.failures, *failed])
+    check_complete(report.failures)
+    failed = sum(point.status == "failed" for point in report.points)
+    if failed:
+        raise LayerSurgeryError(f"{failed} of {len(report.points)} points failed; the same command tries them again.")
     if options["best"] is not None and report.best is not None and report.best.point is None:
         raise LayerSurgeryError(best_sentence(report.best))

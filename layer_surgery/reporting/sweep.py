@@ -14,38 +14,40 @@ from rich.table import Table
 from layer_surgery.records import EvaluationResult
 from layer_surgery.sweep_records import FRONTS, SweepBest, SweepPoint, SweepReport
 
+_LEFT = ("method", "scorer", "front")
 _SHORT = {"parameters": "size", "prefill_speed": "prefill", "decode_speed": "decoding"}
 _LEGEND = (
-    "front: no other point is as good in perplexity (of several texts the geometric mean of the ratios) and in this, "
-    "and better in one."
+    "front: no other point is at least as good in both perplexity and size (or speed), and better in one; of several "
+    "texts the geometric mean of the ratios counts."
 )
 
 
 def print_sweep(console: Console, report: SweepReport, directory: Path) -> None:
     """Print all points, the front, and which model was saved."""
     titles, rows = _table(report)
-    table = Table(box=None, pad_edge=False)
-    for number, title in enumerate(titles):
-        table.add_column(
-            escape(title), justify="left" if number in (2, 3, len(titles) - 1) else "right", overflow="fold"
-        )
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for title in titles:
+        table.add_column(escape(title), justify="left" if title in _LEFT else "right", no_wrap=True)
     for row in rows:
         table.add_row(*map(escape, row))
+    needed = sum(max(map(len, column)) + 2 for column in zip(titles, *rows, strict=True))
+    console.width = max(console.width, needed)  # a terminal that is too narrow breaks lines, but no number is cut
     console.print(table)
     console.print(_LEGEND, highlight=False)
     for point in report.points:
         if point.status == "failed":
             console.print(escape(f"failed: {point.settings.name}: {point.error}"), highlight=False)
-    if report.best is not None:
-        console.print(escape(best_sentence(report.best)), highlight=False)
+    if report.best is not None and report.best.point is not None:
+        console.print(escape(best_sentence(report.best, directory)), highlight=False)
     console.print(f"kept in [bold]{escape(str(directory))}[/] (sweep.json, sweep.csv, sweep.md)", highlight=False)
 
 
-def best_sentence(best: SweepBest) -> str:
-    """Say which point satisfies the condition, or which is nearest to it."""
+def best_sentence(best: SweepBest, directory: Path = Path()) -> str:
+    """Say which point satisfies the condition, or which is nearest to it; `directory` is the sweep's."""
     value = "" if best.value is None else f" ({best.value:.4g})"
     if best.point is not None:
-        return f"the smallest model with {best.condition} is {best.point.name}{value}, saved in {best.output}"
+        saved = directory / (best.output or "")
+        return f"the smallest model with {best.condition} is {best.point.name}{value}, saved in {saved}"
     if best.nearest is None:
         return f"no point was measured that {best.condition} could be asked of."
     return f"no point satisfies {best.condition}; the nearest is {best.nearest.name}{value}."

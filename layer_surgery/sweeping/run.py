@@ -145,9 +145,11 @@ class _Sweep:
             bench = PointBench(session, evaluator, walk, statistics, self.data, sha256)
             for number, settings in enumerate(missing, start=1):
                 session.ui.note(f"point {number} of {len(missing)}: {settings.name}")
-                point = self._copied(settings) or bench.measure(compress_config(config, settings), settings)
+                point = self._copied(settings)
+                if point is None:
+                    point = bench.measure(compress_config(config, settings), settings)
+                    session.ui.note(_outcome(point))
                 self._write(replace(self.report, points=[*self._others(settings), point]))
-                session.ui.note(_outcome(point))
 
     def _write(self, report: SweepReport) -> None:
         by_settings = {point.settings: point for point in report.points}
@@ -165,8 +167,9 @@ class _Sweep:
         """Return the results of a point that gives the same model, under these settings."""
         for other, point in self._done().items():
             if same_surgery(other) == same_surgery(settings) and point.plan is not None:
+                self.session.ui.note(f"  the same model as {other.name}, which is measured")
                 plan = replace(point.plan, method=settings.method)
-                return replace(point, method=settings.method, plan=plan)
+                return replace(point, method=settings.method, plan=plan, seconds=0.0)
         return None
 
 
