@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,9 +13,11 @@ from typing import Any
 import pytest
 import torch
 from tiny_checkpoints import CommandLine, edit_json, listing, saved_model, strict_json, tensors_of, text_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import layer_surgery
 from layer_surgery import SweepPoint, SweepReport
+from layer_surgery.boundaries import BoundaryStore
 from layer_surgery.compression import Compression
 from layer_surgery.errors import NumericalError, OutputError, UserError
 from layer_surgery.evaluator import Evaluator
@@ -21,7 +25,6 @@ from layer_surgery.sweeping.measuring import PointBench
 from layer_surgery.sweeping.state import read_sweep
 
 SEQUENCE = 16
-#: What `compress` records of a point and a sweep must have too.
 Options = dict[str, Any]
 
 
@@ -301,15 +304,33 @@ def test_a_point_that_fails_is_recorded_and_tried_again(
     assert {point["status"] for point in results(output)["points"]} == {"done"}
 
 
-def test_a_point_that_this_model_does_not_allow_fails_alone(model: Path, options: Options, tmp_path: Path) -> None:
-    # The scorer `angular` may choose a block that begins with layer 0, where laco has nothing to merge into.
-    grid = {"target_layers": 1, "method": ["laco", "remove"], "scorer": "angular"}
+def test_a_point_that_its_layers_do_not_allow_fails_alone(model: Path, options: Options, tmp_path: Path) -> None:
+    # Which layers go is known only when they are ranked, and laco has nothing to merge layer 0 into.
+    seed = next(s for s in range(99) if layer_surgery.score(model, scorer="random", seed=s).removal_order[0] == 0)
+    grid = {"target_layers": 4, "method": ["laco", "remove"], "scorer": "random", "seed": seed}
     report = layer_surgery.sweep(model, tmp_path / "output", **grid, **options)
-    point = point_of(report, method="laco")
-    if 0 in point_of(report, method="remove").layers:
-        assert point.status == "failed" and "layer 0 is removed" in str(point.error)
-    else:
-        assert point.status == "done"
+    laco, remove = (point_of(report, method=method) for method in ("laco", "remove"))
+    assert laco.status == "failed" and "layer 0 is removed" in str(laco.error)
+    assert remove.status == "done" and remove.layers == [0]
+
+
+def test_a_file_that_cannot_be_written_leaves_the_last_one_whole(
+    run: CommandLine, model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "output"
+    command: list[Any] = ["sweep", model, "--target-layers", "4", "--method", "remove", "--scorer", "last"]
+    command += ["--calibration", text, "--eval-data", text, "--samples", "8", "--sequence-length", str(SEQUENCE)]
+    assert run(*command, "--output", output).code == 0
+    before = listing(tmp_path)
+
+    def full(_descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("layer_surgery.sweeping.state.os.fsync", full)
+    outcome = run(*command, "--output", output, "--target-layers", "3")
+    assert outcome.code == 1
+    assert outcome.error_lines[-1] == f"error: writing to {output} failed (No space left on device); is the disk full?"
+    assert listing(tmp_path) == before
 
 
 # Bad input
@@ -494,14 +515,59 @@ def test_json_is_the_file_and_nothing_else(
     assert max(map(len, table.splitlines())) > 80  # no number is broken on a narrow terminal
 
 
-def test_speed_is_measured_beside_the_original(model: Path, options: Options, tmp_path: Path) -> None:
+def test_speed_and_tasks_are_measured_beside_the_original(model: Path, options: Options, tmp_path: Path) -> None:
     grid = {"target_layers": [4, 2], "method": "remove", "scorer": "last"}
-    speed = {"speed": True, "speed_lengths": [8], "speed_new_tokens": 3, "speed_repeats": 1}
-    report = layer_surgery.sweep(model, tmp_path / "output", **grid, **speed, **options)
+    more = {"speed": True, "speed_lengths": [8], "speed_new_tokens": 3, "speed_repeats": 1}
+    more |= {"tasks": "bundled_agreement", "limit": 4}
+    report = layer_surgery.sweep(model, tmp_path / "output", **grid, **more, **options)
+    assert report.original is not None and report.original.tasks
     for point in report.points:
-        assert point.result is not None
+        assert point.result is not None and point.comparison is not None
         [after], [before] = point.result.speed, point.original_speed
         assert point.decode_speed == after.decode_tokens_per_second / before.decode_tokens_per_second
         assert point.prefill_speed == after.prefill_tokens_per_second / before.prefill_tokens_per_second
-    with pytest.raises(UserError, match="--speed was"):
+        assert point.comparison.tasks.keys() == point.result.tasks.keys() == report.original.tasks.keys()
+    table = (tmp_path / "output" / "sweep.md").read_text(encoding="utf-8")
+    assert all(title in table for title in (" decoding ", " prefill ", "bundled_agreement"))
+    with pytest.raises(UserError, match=r"--tasks was .*; --speed was"):
         layer_surgery.sweep(model, tmp_path / "output", **grid, **options)
+
+
+def test_a_model_in_memory_is_the_same_as_its_files(
+    model: Path, options: Options, tmp_path: Path, measured: list[str]
+) -> None:
+    grid = {"target_layers": 3, "method": "svd", "scorer": "last"}
+    layer_surgery.sweep(model, tmp_path / "output", **grid, **options)
+    count = len(measured)
+    in_memory = AutoModelForCausalLM.from_pretrained(model)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    layer_surgery.sweep(in_memory, tmp_path / "output", tokenizer=tokenizer, **grid, **options)
+    assert len(measured) == count
+
+
+def test_what_is_kept_of_a_point_is_freed_before_the_next(
+    model: Path, options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_stores: set[int] = set()
+    at_begin: list[tuple[int, int]] = []
+    begin, close, measure = BoundaryStore.__init__, BoundaryStore.close, PointBench.measure
+
+    def opened(self: BoundaryStore, *arguments: Any, **keywords: Any) -> None:
+        open_stores.add(id(self))
+        begin(self, *arguments, **keywords)
+
+    def closed(self: BoundaryStore) -> None:
+        open_stores.discard(id(self))
+        close(self)
+
+    def watched(self: PointBench, *arguments: Any) -> SweepPoint:
+        at_begin.append((len(open_stores), len(list(self.session.scratch.iterdir()))))
+        return measure(self, *arguments)
+
+    monkeypatch.setattr(BoundaryStore, "__init__", opened)
+    monkeypatch.setattr(BoundaryStore, "close", closed)
+    monkeypatch.setattr(PointBench, "measure", watched)
+    grid = {"target_layers": [4, 3, 2], "method": "svd", "scorer": "last"}
+    layer_surgery.sweep(model, tmp_path / "output", **grid, **options)
+    assert len(at_begin) == 3 and len(set(at_begin)) == 1
+    assert not open_stores
