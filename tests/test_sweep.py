@@ -322,6 +322,7 @@ def test_a_file_that_cannot_be_written_leaves_the_last_one_whole(
     command += ["--calibration", text, "--eval-data", text, "--samples", "8", "--sequence-length", str(SEQUENCE)]
     assert run(*command, "--output", output).code == 0
     before = listing(tmp_path)
+    assert "output/sweep.json" in before
 
     def full(_descriptor: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -568,6 +569,7 @@ def test_what_is_kept_of_a_point_is_freed_before_the_next(
     monkeypatch.setattr(BoundaryStore, "close", closed)
     monkeypatch.setattr(PointBench, "measure", watched)
     grid = {"target_layers": [4, 3, 2], "method": "svd", "scorer": "last"}
-    layer_surgery.sweep(model, tmp_path / "output", **grid, **options)
+    report = layer_surgery.sweep(model, tmp_path / "output", **grid, **options)
+    assert {point.status for point in report.points} == {"done"}
     assert len(at_begin) == 3 and len(set(at_begin)) == 1
     assert not open_stores
