@@ -190,7 +190,7 @@ def sweep(
         refit: for all points; None leaves it to each method.
         overwrite: start anew in a directory that holds a sweep.
 
-    Other arguments as for `compress`.
+    Other arguments as for `compress`; of `continuations` and `prompts` only the `best` has any.
 
     Returns: the report that is also `sweep.json`. Points that failed are in it, and are tried again next time.
     Raises: `layer_surgery.errors.UserError` for what cannot be done as asked, before any work is done.

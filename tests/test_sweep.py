@@ -128,6 +128,22 @@ def test_a_point_is_what_compress_gives(
     assert point.perplexity_ratio == pytest.approx(alone.comparison.perplexity[name].ratio.value)
 
 
+@pytest.mark.parametrize("remove", ["mlp", "layer"])
+def test_with_a_cache_and_for_parts_of_layers_it_is_the_same(
+    model: Path, options: Options, tmp_path: Path, remove: Any
+) -> None:
+    more = {"remove": remove, "scorer": "fisher", "cache": tmp_path / "cache"} | options
+    grid = {"target_layers": [3], "keep": [0, 0.4], "method": ["fisher", "svd"]}
+    report = layer_surgery.sweep(model, tmp_path / "output", **grid, **more)
+    assert [point.status for point in report.points] == ["done"] * 4
+    for point in report.points:
+        settings = {"target_layers": 3, "keep": point.keep, "method": point.method}
+        alone = layer_surgery.compress(model, dry_run=True, **settings, **more)
+        assert point.plan is not None and point.plan.layers == alone.plan.layers
+        assert point.result == alone.after
+        assert point.predicted_loss_rise == pytest.approx(alone.plan.predicted_loss_rise)
+
+
 def test_every_combination_is_there_once_and_removing_methods_have_one_point(swept: tuple[Path, SweepReport]) -> None:
     settings = [point.settings for point in swept[1].points]
     assert len(set(settings)) == len(settings) == 2 * 2 * (3 + 3 + 1)
@@ -299,9 +315,12 @@ def test_a_point_that_fails_is_recorded_and_tried_again(
     assert found["svd"]["status"] == "failed" and found["svd"]["error"] == "a number of svd is not finite."
     assert found["svd"]["fronts"] == [] and found["svd"]["result"] is None
     assert found["fisher"]["status"] == "done" and found["fisher"]["fronts"] == ["parameters"]
+    other = [part if part != "svd,fisher" else "fisher" for part in command]
+    assert run(*other).code == 0  # the one that failed is not asked for
     outcome = run(*command)
     assert outcome.code == 0
     assert {point["status"] for point in results(output)["points"]} == {"done"}
+    assert len(results(output)["points"]) == 2
 
 
 def test_a_point_that_its_layers_do_not_allow_fails_alone(model: Path, options: Options, tmp_path: Path) -> None:
@@ -407,9 +426,14 @@ def test_a_directory_that_is_not_a_sweeps_is_refused(run: CommandLine, model: Pa
         (lambda path: edit_json(path, more=1), "more is unknown"),
         (lambda path: edit_json(path, identity=[1]), "identity is '[1]', which is not of its type"),
         (lambda path: edit_json(path, schema_version=2), "has schema version 2, and this release reads up to 1"),
-        (lambda path: edit_json(path, evaluation=[]), "--eval-data (sha256 of the tokens)"),
+        (lambda path: edit_json(path, evaluation=[]), "are of different lengths"),
+        (lambda path: edit_json(path, evaluation=[{}]), "evaluation has a text without a name"),
+        (lambda path: edit_json(path, identity={}), "are of different lengths"),
     ],
-    ids=["cut", "bytes", "list", "deep", "no points", "empty point", "unknown", "type", "newer", "contradicts"],
+    ids=[
+        *("cut", "bytes", "list", "deep", "no points", "empty point", "unknown", "type", "newer"),
+        *("no texts", "no name", "no identity"),
+    ],
 )
 def test_a_damaged_or_newer_file_is_one_sentence(
     run: CommandLine,

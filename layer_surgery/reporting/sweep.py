@@ -145,9 +145,9 @@ def _table(report: SweepReport) -> tuple[list[str], list[list[str]]]:
     add("parameters", f"{model['parameters']:,}", [_parameters(point, model["parameters"]) for point in points])
     for text in report.evaluation:
         name = text["name"]
-        title = "perplexity" if len(report.evaluation) == 1 else f"perplexity, {name}"
-        add(title, _perplexity(original, name), [_perplexity(point.result, name) for point in points])
-        add(f"{title}: ratio", "1", [_ratio(point, name) for point in points])
+        of_text = "" if len(report.evaluation) == 1 else f", {name}"
+        add(f"perplexity{of_text}", _perplexity(original, name), [_perplexity(point.result, name) for point in points])
+        add(f"ratio{of_text}", "1", [_ratio(point, name) for point in points])
     add("KL", "0", [_mean_of(point, "kl_divergence", "mean") for point in points])
     add("top-1", "1", [_mean_of(point, "top1_agreement", "value") for point in points])
     for task in _tasks(report):

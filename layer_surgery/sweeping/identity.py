@@ -12,6 +12,9 @@ from layer_surgery.provenance import version
 from layer_surgery.session import Session
 from layer_surgery.tokens import PackedTokens
 
+#: Under this name the identity has a hash for each text, in their order.
+EVALUATION_DATA = "--eval-data (sha256 of the tokens)"
+
 
 def sweep_identity(
     session: Session, config: SweepConfig, sha256: str, tokens: PackedTokens, texts: list[PackedTokens]
@@ -29,7 +32,7 @@ def sweep_identity(
         "--sequence-length": config.calibration.sequence_length,
         "--eval-windows": config.evaluation.max_windows,
         "--calibration (sha256 of its tokens)": tokens.sha256,
-        "--eval-data (sha256 of the tokens)": [text.sha256 for text in texts],
+        EVALUATION_DATA: [text.sha256 for text in texts],
         "--remove": config.remove,
         "--refit-scope": config.refit.scope,
         "--refit-general": config.refit.general,

@@ -100,7 +100,8 @@ class _Sweep:
             evaluation=[described_tokens(text) or {} for text in texts],
             original=known.original if known else None,
             failures=known.failures if known else [],
-            points=known.points if known else [],
+            # Those that failed are tried again if they are still asked for.
+            points=[point for point in known.points if point.status == "done"] if known else [],
             best=known.best if known else None,
             provenance=run_provenance(session, config.command, as_json(config)),
         )

@@ -14,6 +14,7 @@ from layer_surgery.reading import read_record
 from layer_surgery.reporting.sweep import csv_text, markdown_text
 from layer_surgery.saving import check_output
 from layer_surgery.sweep_records import SCHEMA_VERSION, SweepReport
+from layer_surgery.sweeping.identity import EVALUATION_DATA
 
 STATE_FILE = "sweep.json"
 BEST_FOLDER = "best"
@@ -55,12 +56,17 @@ def read_sweep(directory: Path) -> SweepReport | None:
                 f"{path} has schema version {version}, and this release reads up to {SCHEMA_VERSION}; use the newer "
                 "release, another --output, or --overwrite to start anew."
             )
-        return read_record(SweepReport, data)
+        report = read_record(SweepReport, data)
+        if not all(isinstance(text.get("name"), str) for text in report.evaluation):
+            raise ValueError("evaluation has a text without a name")
+        if len(report.evaluation) != len(report.identity.get(EVALUATION_DATA, [])):
+            raise ValueError(f"evaluation and identity.{EVALUATION_DATA} are of different lengths")
+        return report
     except OSError as error:
         raise OutputError(f"{path} cannot be read ({error.strerror}).") from error
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, OutputError):
-            raise
+    except OutputError:
+        raise
+    except (ValueError, TypeError, RecursionError) as error:
         raise OutputError(
             f"{path} is damaged ({' '.join(str(error).split())[:200]}); give another --output, or --overwrite to start "
             "anew."
