@@ -23,6 +23,9 @@ from layer_surgery.streaming import StreamedModel
 from layer_surgery.tokens import PackedTokens
 from layer_surgery.walk import Progress, Walk, WalkSettings, no_progress
 
+#: What folders with scratch files are called.
+SCRATCH_PREFIX = ".layer-surgery-"
+
 Model: TypeAlias = str | Path | PreTrainedModel
 
 
@@ -189,7 +192,7 @@ def open_session(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     parent = runtime.scratch or scratch_parent
-    with tempfile.TemporaryDirectory(prefix=".layer-surgery-", dir=parent) as scratch:
+    with tempfile.TemporaryDirectory(prefix=SCRATCH_PREFIX, dir=parent) as scratch:
         yield Session(checkpoint, tokenizer, runtime, device, Path(scratch), ui, clock, *runtime.memory(device))
 
 

@@ -414,6 +414,21 @@ def test_a_directory_that_is_not_a_sweeps_is_refused(run: CommandLine, model: Pa
             assert listing(tmp_path) == before
 
 
+def test_a_directory_that_cannot_be_made_is_refused(run: CommandLine, model: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for output in (tmp_path / "file" / "below", Path("/proc/sweep")):
+        outcome = run("sweep", model, "--target-layers", "3", "--output", output)
+        assert outcome.code == 2
+        assert outcome.error_lines[-1].startswith(f"error: --output {output} cannot be written (")
+        assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_what_a_killed_run_has_left_is_no_obstacle(model: Path, options: Options, tmp_path: Path) -> None:
+    (tmp_path / "output" / ".layer-surgery-killed").mkdir(parents=True)
+    grid = {"target_layers": 3, "method": "remove", "scorer": "last"}
+    assert layer_surgery.sweep(model, tmp_path / "output", **grid, **options).points[0].status == "done"
+
+
 @pytest.mark.parametrize(
     ("damage", "sentence"),
     [

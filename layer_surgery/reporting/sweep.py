@@ -33,7 +33,8 @@ def print_sweep(console: Console, report: SweepReport, directory: Path) -> None:
     needed = sum(max(map(len, column)) + 2 for column in zip(titles, *rows, strict=True))
     console.width = max(console.width, needed)  # a terminal that is too narrow breaks lines, but no number is cut
     console.print(table)
-    console.print(_LEGEND, highlight=False)
+    if any(point.fronts for point in report.points):
+        console.print(_LEGEND, highlight=False)
     for point in report.points:
         if point.status == "failed":
             console.print(escape(f"failed: {point.settings.name}: {point.error}"), highlight=False)

@@ -36,7 +36,7 @@ from layer_surgery.sweeping.state import (
     check_sweep_directory,
     clear_sweep,
     read_sweep,
-    scratch_parent,
+    sweep_directory,
     write_sweep,
 )
 from layer_surgery.tokens import PackedTokens
@@ -56,7 +56,10 @@ def run_sweep(
     check_column(config.calibration.column, [*calibration_names(config.calibration), *config.evaluation.sources])
     check_sweep_directory(config.output, replaces_best=condition is not None or config.overwrite)
     known = None if config.overwrite else read_sweep(config.output)
-    with open_session(model, tokenizer, config.runtime, ui, scratch_parent(config.output)) as session:
+    with (
+        sweep_directory(config.output) as directory,
+        open_session(model, tokenizer, config.runtime, ui, directory) as session,
+    ):
         report = _Sweep.begin(session, config, points, known).finished()
     if condition is not None:
         report = _with_best(model, config, condition, report, tokenizer, ui)

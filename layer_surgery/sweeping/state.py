@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
-from contextlib import suppress
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from layer_surgery.errors import LayerSurgeryError, OutputError
 from layer_surgery.reading import read_record
 from layer_surgery.reporting.sweep import csv_text, markdown_text
 from layer_surgery.saving import check_output
+from layer_surgery.session import SCRATCH_PREFIX
 from layer_surgery.sweep_records import SCHEMA_VERSION, SweepReport
 from layer_surgery.sweeping.identity import EVALUATION_DATA
 
@@ -25,22 +27,34 @@ def check_sweep_directory(directory: Path, *, replaces_best: bool) -> None:
     if directory.is_symlink() or (directory.exists() and not directory.is_dir()):
         raise OutputError(f"--output {directory} is a file or a link; give the name of a directory.")
     entries = sorted(entry.name for entry in directory.iterdir()) if directory.exists() else []
+    entries = [name for name in entries if not name.startswith(SCRATCH_PREFIX)]  # of a run that was killed
     if entries and STATE_FILE not in entries:
         raise OutputError(
             f"--output {directory} holds {entries[0]} and no {STATE_FILE}, so it is not a sweep's; give the name of a "
             "new directory, or of one that holds a sweep."
         )
-    nearest = directory if directory.exists() else next(place for place in directory.parents if place.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        raise OutputError(f"--output {directory} cannot be written; choose a directory that you may write to.")
     best = directory / BEST_FOLDER
     if best.exists() and replaces_best:
         check_output(best, overwrite=True)
 
 
-def scratch_parent(directory: Path) -> Path:
-    """Return the directory nearest to a sweep's that is there already, for scratch files."""
-    return next(place for place in (directory, *directory.parents) if place.is_dir())
+@contextmanager
+def sweep_directory(directory: Path) -> Iterator[Path]:
+    """Make the directory, or raise `OutputError`; if nothing was written there, it is gone again on exit."""
+    made = [place for place in (directory, *directory.parents) if not place.exists()]
+    try:
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=directory).close()
+        except OSError as error:
+            raise OutputError(
+                f"--output {directory} cannot be written ({error.strerror}); choose a directory that you may write to."
+            ) from error
+        yield directory
+    finally:
+        for place in made:
+            with suppress(OSError):  # holds results, or what someone else has put there meanwhile
+                place.rmdir()
 
 
 def read_sweep(directory: Path) -> SweepReport | None:
@@ -89,7 +103,6 @@ def write_sweep(directory: Path, report: SweepReport) -> None:
 
 def _replace(directory: Path, files: Mapping[str, str]) -> None:
     try:
-        directory.mkdir(parents=True, exist_ok=True)
         for name, text in files.items():
             temporary = directory / f".{name}.partial-{os.getpid()}"
             try:
