@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from layer_surgery.api import compress, evaluate, load, score
+    from layer_surgery.api import compress, evaluate, load, score, sweep
     from layer_surgery.errors import LayerSurgeryError, UserError
     from layer_surgery.records import (
         Comparison,
@@ -18,12 +18,13 @@ if TYPE_CHECKING:
         SurgeryPlan,
         SurgeryReport,
     )
+    from layer_surgery.sweep_records import SweepPoint, SweepReport
 
 __version__ = "0.1.0"
 
 # Imported on first use: torch and transformers take seconds, and `layer-surgery --help` needs neither.
 _HOMES = {
-    "layer_surgery.api": ("compress", "evaluate", "load", "score"),
+    "layer_surgery.api": ("compress", "evaluate", "load", "score", "sweep"),
     "layer_surgery.errors": ("LayerSurgeryError", "UserError"),
     "layer_surgery.records": (
         "Comparison",
@@ -35,6 +36,7 @@ _HOMES = {
         "SurgeryPlan",
         "SurgeryReport",
     ),
+    "layer_surgery.sweep_records": ("SweepPoint", "SweepReport"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
@@ -48,12 +50,15 @@ __all__ = [
     "Perplexity",
     "SurgeryPlan",
     "SurgeryReport",
+    "SweepPoint",
+    "SweepReport",
     "UserError",
     "__version__",
     "compress",
     "evaluate",
     "load",
     "score",
+    "sweep",
 ]
 
 

@@ -20,12 +20,15 @@ from layer_surgery.config import (
     RefitConfig,
     RuntimeConfig,
     SpeedConfig,
+    SweepConfig,
     TaskConfig,
 )
 from layer_surgery.pipeline import run_compress
 from layer_surgery.records import EvaluationReport, LayerScores, Part, RefitScope, SurgeryPlan, SurgeryReport
 from layer_surgery.session import Model, Ui
 from layer_surgery.standalone import run_evaluate, run_score
+from layer_surgery.sweep_records import SweepReport
+from layer_surgery.sweeping import run_sweep
 
 
 class RuntimeOptions(TypedDict, total=False):
@@ -147,6 +150,69 @@ def compress(
         command=command,
     )
     return run_compress(model, config, tokenizer=tokenizer, ui=ui)
+
+
+def sweep(
+    model: Model,
+    output: str | Path,
+    *,
+    target_layers: int | Sequence[int],
+    keep: float | Sequence[float] = SweepConfig.keeps,
+    method: str | Sequence[str] = SweepConfig.methods,
+    scorer: str | Sequence[str] = SweepConfig.scorers,
+    best: str | None = None,
+    remove: Part = "layer",
+    refit: bool | None = None,
+    refit_scope: RefitScope = _COMPRESS.refit.scope,
+    refit_general: float = _COMPRESS.refit.general,
+    calibration: str | Path | Sequence[str | Path] = _CALIBRATION.sources,
+    samples: int = _CALIBRATION.samples,
+    sequence_length: int = _CALIBRATION.sequence_length,
+    text_column: str | None = None,
+    eval_data: str | Path | Sequence[str | Path] | None = _EVALUATION.sources,
+    eval_windows: int | None = None,
+    overwrite: bool = False,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    ui: Ui | None = None,
+    command: str | None = None,
+    **options: Unpack[Options],
+) -> SweepReport:
+    """Try every combination of several `target_layers`, `keep`, `method` and `scorer`, and measure each.
+
+    Each point is what `compress` gives with the same options, but calibration data, statistics, scores and the
+    measurements of the original are shared, and no model is written but the `best`.
+
+    Args:
+        output: directory of `sweep.json`, `sweep.csv` and `sweep.md`. One that holds some of the same sweep is gone on
+            with; points of other combinations that it holds stay in the report.
+        best: save the smallest model that satisfies this in `output/best`: `"perplexity<=1.1x"` (times the original's),
+            `"perplexity<=20"`, `"kl_divergence<=0.05"`, `"top1_agreement>=0.9"`. With several texts their mean counts.
+        refit: for all points; None leaves it to each method.
+        overwrite: start anew in a directory that holds a sweep.
+
+    Other arguments as for `compress`; of `continuations` and `prompts` only the `best` has any.
+
+    Returns: the report that is also `sweep.json`. Points that failed are in it, and are tried again next time.
+    Raises: `layer_surgery.errors.UserError` for what cannot be done as asked, before any work is done.
+    """
+    config = SweepConfig(
+        target_layers=tuple(_several(target_layers)),
+        keeps=tuple(_several(keep)),
+        methods=tuple(_several(method)),
+        scorers=tuple(_several(scorer)),
+        remove=remove,
+        refit=RefitConfig(enabled=refit, scope=refit_scope, general=refit_general),
+        calibration=CalibrationConfig(
+            sources=_sources(calibration), column=text_column, samples=samples, sequence_length=sequence_length
+        ),
+        evaluation=_evaluation(eval_data, text_column, sequence_length, eval_windows, options),
+        runtime=_runtime(options),
+        output=Path(os.path.abspath(Path(output).expanduser())),
+        overwrite=overwrite,
+        best=best,
+        command=command,
+    )
+    return run_sweep(model, config, tokenizer=tokenizer, ui=ui)
 
 
 def score(
@@ -290,8 +356,8 @@ def _evaluation(
 
 
 def _several(value: Any) -> Sequence[Any]:
-    """Return one string or path, or several, or None, as a sequence."""
-    return [value] if isinstance(value, str | Path) else list(value or ())
+    """Return one value, or several, or None, as a sequence."""
+    return [value] if isinstance(value, str | Path | int | float) else list(value or ())
 
 
 def _tuple(value: Any) -> Any:

@@ -16,8 +16,9 @@ from rich.console import Console
 from layer_surgery import __version__
 from layer_surgery.cli_common import CONTEXT, WithNames, check_complete, command_line, given, print_json, progress_ui
 from layer_surgery.cli_evaluation import EVALUATION
-from layer_surgery.cli_options import CALIBRATION, REMOVE, RUNTIME, layer_list
-from layer_surgery.config import DEFAULT_METHOD, BudgetConfig, EvaluationConfig, RefitConfig
+from layer_surgery.cli_options import CALIBRATION, REFIT, REMOVE, RUNTIME, layer_list
+from layer_surgery.cli_sweep import sweep
+from layer_surgery.config import BudgetConfig, EvaluationConfig
 
 
 def main() -> NoReturn:
@@ -89,26 +90,7 @@ def cli() -> None:
 @REMOVE
 @click.option("--scorer", default=None, metavar="NAME", help="How layers are ranked (see below).")
 @click.option("--method", default=None, metavar="NAME", help="How low-rank components are made (see below).")
-@click.option(
-    "--refit/--no-refit",
-    default=None,
-    help="Re-solve what stays, in closed form, so that the result follows the original.  [default: with --method "
-    f"{DEFAULT_METHOD}]",
-)
-@click.option(
-    "--refit-scope",
-    default=RefitConfig.scope,
-    show_default=True,
-    metavar="all|operated",
-    help="operated: low-rank layers only; the others stay as they are, bit for bit.",
-)
-@click.option(
-    "--refit-general",
-    default=RefitConfig.general,
-    show_default=True,
-    metavar="F",
-    help="Sequences of general text (the bundled one) that the refit looks at, for each calibration sequence.",
-)
+@REFIT
 @click.option(
     "--plan",
     type=click.Path(path_type=Path),
@@ -187,6 +169,9 @@ def evaluate(model: str, no_eval: bool, as_json: bool, debug: bool, **options: A
     else:
         print_evaluation(Console(highlight=False, soft_wrap=True), report, model)
     check_complete(report.failures)
+
+
+cli.add_command(sweep)
 
 
 def _quiet_libraries(debug: bool) -> None:

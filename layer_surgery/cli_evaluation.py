@@ -28,7 +28,7 @@ def _numbers(_context: click.Context, _parameter: click.Parameter, value: str | 
         raise click.BadParameter(f"'{value}' is not a list of whole numbers; give for example 1,8.") from None
 
 
-EVALUATION = combine(
+MEASUREMENTS = combine(
     click.option(
         "--eval-data",
         multiple=True,
@@ -82,6 +82,9 @@ EVALUATION = combine(
     click.option(
         "--speed-repeats", default=SpeedConfig.repeats, show_default=True, help="Runs of each model, in turns."
     ),
+)
+EVALUATION = combine(
+    MEASUREMENTS,
     click.option(
         "--continuations",
         type=int,

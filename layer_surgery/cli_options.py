@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from layer_surgery.cli_common import combine
-from layer_surgery.config import BudgetConfig, CalibrationConfig, RuntimeConfig
+from layer_surgery.config import DEFAULT_METHOD, BudgetConfig, CalibrationConfig, RefitConfig, RuntimeConfig
 
 
 def layer_list(_context: click.Context, _parameter: click.Parameter, value: str | None) -> tuple[int, ...] | None:
@@ -37,6 +37,28 @@ REMOVE = click.option(
     show_default=True,
     metavar="layer|attention|mlp",
     help="Operate on whole layers, or only on their attention or their MLP; the budget is then of these.",
+)
+REFIT = combine(
+    click.option(
+        "--refit/--no-refit",
+        default=None,
+        help="Re-solve what stays, in closed form, so that the result follows the original.  [default: with --method "
+        f"{DEFAULT_METHOD}]",
+    ),
+    click.option(
+        "--refit-scope",
+        default=RefitConfig.scope,
+        show_default=True,
+        metavar="all|operated",
+        help="operated: low-rank layers only; the others stay as they are, bit for bit.",
+    ),
+    click.option(
+        "--refit-general",
+        default=RefitConfig.general,
+        show_default=True,
+        metavar="F",
+        help="Sequences of general text (the bundled one) that the refit looks at, for each calibration sequence.",
+    ),
 )
 RUNTIME = combine(
     click.option(

@@ -315,6 +315,37 @@ class CompressConfig:
         return {key: value for key, value in as_json(self).items() if key != "command"}
 
 
+@dataclass(frozen=True, kw_only=True)
+class SweepConfig:
+    """Several compressions of one model: every combination of the first four."""
+
+    target_layers: tuple[int, ...]
+    keeps: tuple[float, ...] = (BudgetConfig.DEFAULT_KEEP,)
+    methods: tuple[str, ...] = (DEFAULT_METHOD,)
+    scorers: tuple[str, ...] = (CompressConfig.scorer,)
+    remove: Part = "layer"
+    refit: RefitConfig = field(default_factory=RefitConfig)
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    output: Path
+    """Directory of the results; one that holds some of a sweep with the same settings is gone on with."""
+    overwrite: bool = False
+    best: str | None = None
+    """Save the smallest model that satisfies this, such as `perplexity<=1.1x`."""
+    command: str | None = None
+
+    def __post_init__(self) -> None:
+        for option, values in (
+            ("--target-layers", self.target_layers),
+            ("--keep", self.keeps),
+            ("--method", self.methods),
+            ("--scorer", self.scorers),
+        ):
+            if not values:
+                raise UserError(f"{option} is empty; give one value, or several with commas between them.")
+
+
 def as_json(config: Any) -> dict[str, Any]:
     """Return a configuration of this module as plain JSON."""
     return {key: _plain(value) for key, value in asdict(config).items()}

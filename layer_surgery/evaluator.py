@@ -49,12 +49,14 @@ class _Measured:
     states: dict[str, BoundaryStore] = field(default_factory=dict)
     tasks: TaskOutcome | None = None
     written: list[str] | None = None
+    kept: ExitStack = field(default_factory=ExitStack)
 
 
 class Evaluator:
     """Measures a model, then perhaps a second one on the same data, and compares them.
 
-    The models are never in memory together, except for their speed. A context manager: frees what it has kept.
+    The models are never in memory together, except for their speed. Several models after can be measured in turn, each
+    compared with the same one before: `forget("after")` in between. A context manager: frees what it has kept.
     What fails is recorded in `failures`, and the rest goes on; only if the very first measurement fails, when nothing
     can be lost, its error is raised.
     """
@@ -94,6 +96,7 @@ class Evaluator:
     def measure(self, moment: Moment, checkpoint: Checkpoint) -> None:
         """Measure size, perplexity and tasks of one model, and let it continue the prompts."""
         measured = _Measured(self._sessions[moment], checkpoint)
+        self._kept.enter_context(measured.kept)
         self._results[moment] = size_and_costs(checkpoint, self._config.sequence_length)
         perplexities = self._perplexities(moment, measured, required=not self._measured)
         self._measured[moment] = measured
@@ -147,6 +150,12 @@ class Evaluator:
         """Return all that was measured of one model so far."""
         return self._results[moment]
 
+    def forget(self, moment: Moment) -> None:
+        """Free what is kept of a model, if it was measured, so that another can be measured in its place."""
+        measured = self._measured.pop(moment, None)
+        if measured is not None:
+            measured.kept.close()
+
     def side_by_side(self) -> list[Continuation]:
         """Return what the models wrote."""
         before, after = self._measured.get("before"), self._measured["after"]
@@ -168,7 +177,7 @@ class Evaluator:
         with self._attempt(f"perplexity {moment}", required=required):
             model = session.stream(measured.checkpoint)
             for tokens in self._texts:
-                keep = self._new_store(model, session, tokens) if self._distance else None
+                keep = self._new_store(model, measured, tokens) if self._distance else None
                 losses = window_losses(model, tokens, session.settings, keep)
                 found[tokens.name] = summarise(losses, tokens)
                 measured.losses[tokens.name] = losses
@@ -269,11 +278,13 @@ class Evaluator:
     def _whole_bytes(session: Session, checkpoint: Checkpoint) -> int:
         return checkpoint.parameters * session.runtime.torch_dtype(session.device, checkpoint.dtype).itemsize
 
-    def _new_store(self, model: StreamedModel, session: Session, tokens: PackedTokens) -> BoundaryStore:
+    def _new_store(self, model: StreamedModel, measured: _Measured, tokens: PackedTokens) -> BoundaryStore:
         shape = (tokens.sequences, tokens.sequence_length, model.hidden_size)
-        memory = session.boundary_bytes // _WAITING_SHARE // (2 * len(self._texts))
+        memory = measured.session.boundary_bytes // _WAITING_SHARE // (2 * len(self._texts))
         # In the scratch directory of the evaluator's own session, which lives as long as it.
-        return self._kept.enter_context(BoundaryStore(shape, model.dtype, model.device, memory, self._session.scratch))
+        return measured.kept.enter_context(
+            BoundaryStore(shape, model.dtype, model.device, memory, self._session.scratch)
+        )
 
     @staticmethod
     def _final(measured: _Measured, name: str) -> FinalStates:

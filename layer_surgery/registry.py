@@ -31,6 +31,9 @@ class Entry(Generic[F]):
     """Scorers: whether the attention and the MLP of layers can be ranked too."""
     refits: bool = False
     """Methods: whether a refit follows unless the user says otherwise."""
+    depends_on: tuple[str, ...] = ()
+    """Scorers: the fields of the context, apart from model, data and seed, that what it returns depends on. Where
+    these are the same, one ranking serves several compressions."""
 
 
 class Registry(Generic[F]):
@@ -51,6 +54,7 @@ class Registry(Generic[F]):
         removes: bool = False,
         parts: bool = False,
         refits: bool = False,
+        depends_on: tuple[str, ...] = (),
     ) -> Callable[[F], F]:
         """Return a decorator that registers a function under `name`; see `Entry`."""
         if name in self._entries:
@@ -67,6 +71,7 @@ class Registry(Generic[F]):
                 removes,
                 parts,
                 refits,
+                depends_on,
             )
             return function
 

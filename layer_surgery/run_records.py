@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+from layer_surgery.checkpoint import Checkpoint
 from layer_surgery.config import CalibrationConfig
 from layer_surgery.data import weighted_sources
 from layer_surgery.provenance import provenance
@@ -23,6 +24,26 @@ def report_dict(report: SurgeryReport) -> dict[str, Any]:
     data = report.to_dict()
     data.pop("output")
     return data
+
+
+def checkpoint_hash(session: Session) -> str:
+    """Return the hash of the session's checkpoint."""
+    tensors = len(session.checkpoint.source.specs)
+    with session.clock.stage("hash"), session.ui.progress("hashing", tensors) as advance:
+        return session.checkpoint.sha256(advance)
+
+
+def base_model_record(checkpoint: Checkpoint, sha256: str) -> dict[str, Any]:
+    """Return what a record says about the original."""
+    return {
+        "name": checkpoint.name,
+        "model_type": checkpoint.architecture.model_type,
+        "sha256": sha256,
+        "layers": checkpoint.layer_count,
+        "parameters": checkpoint.parameters,
+        "size_bytes": checkpoint.size_bytes,
+        "dtype": str(checkpoint.dtype).removeprefix("torch."),
+    }
 
 
 def run_provenance(session: Session, command: str | None, settings: dict[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeAlias
 
@@ -22,6 +22,9 @@ from layer_surgery.selfcheck import check_walk
 from layer_surgery.streaming import StreamedModel
 from layer_surgery.tokens import PackedTokens
 from layer_surgery.walk import Progress, Walk, WalkSettings, no_progress
+
+#: What folders with scratch files are called.
+SCRATCH_PREFIX = ".layer-surgery-"
 
 Model: TypeAlias = str | Path | PreTrainedModel
 
@@ -83,6 +86,16 @@ class Session:
     def new_scratch(self, name: str) -> Path:
         """Return a new folder for scratch files."""
         return Path(tempfile.mkdtemp(prefix=f"{name}-", dir=self.scratch))
+
+    @contextmanager
+    def own_scratch(self, name: str) -> Iterator[Session]:
+        """Yield this session with a folder for scratch files that is gone on exit, and with it what was made in it."""
+        proven = len(self._proven)
+        with tempfile.TemporaryDirectory(prefix=f"{name}-", dir=self.scratch) as folder:
+            try:
+                yield replace(self, scratch=Path(folder))
+            finally:
+                del self._proven[proven:]
 
     def stream(self, checkpoint: Checkpoint) -> StreamedModel:
         """Return a model to walk over, its outer weights loaded; the first time, prove that it can be walked over."""
@@ -179,7 +192,7 @@ def open_session(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     parent = runtime.scratch or scratch_parent
-    with tempfile.TemporaryDirectory(prefix=".layer-surgery-", dir=parent) as scratch:
+    with tempfile.TemporaryDirectory(prefix=SCRATCH_PREFIX, dir=parent) as scratch:
         yield Session(checkpoint, tokenizer, runtime, device, Path(scratch), ui, clock, *runtime.memory(device))
 
 

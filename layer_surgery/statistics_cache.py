@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import secrets
 import shutil
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 
 from layer_surgery.couplings import Couplings
-from layer_surgery.errors import UserError
+from layer_surgery.errors import LayerSurgeryError, UserError
 from layer_surgery.factors import FactorStore
 from layer_surgery.records import Part
 from layer_surgery.statistics import Ranks, Statistics, collect, useful_ranks
@@ -27,6 +28,7 @@ from layer_surgery.walk import Walk
 #: Raised whenever what the statistics are, or how they are computed, changes.
 SCHEMA_VERSION = 1
 RECORD_FILE = "statistics.json"
+_LOG = logging.getLogger(__name__)
 
 
 class StatisticsSource:
@@ -51,9 +53,13 @@ class StatisticsSource:
         self._base_sha256, self._note = base_sha256, note
         self._statistics: Statistics | None = None
         self._parts = 0
+        self._trunk: StatisticsSource | None = None
+        self._failed = False
 
     def get(self, walk: Walk, layers: Mapping[int, Ranks]) -> Statistics:
         """Return statistics that hold at least these components."""
+        if self._trunk is not None and self._statistics is None:
+            self._statistics = self._trunk._whole(walk)
         if self._cache is not None and self._statistics is None:
             self._statistics = self._cached(walk)
         if self._statistics is None or not self._statistics.covers(layers):
@@ -64,6 +70,38 @@ class StatisticsSource:
             else:
                 wanted = dict(layers) | {index: ranks for index, ranks in known.ranks.items() if index not in layers}
                 collect(walk, self._statistics, wanted, self.part)
+        return self._statistics
+
+    def branch(self, scratch: Path) -> StatisticsSource:
+        """Return a source for one of several users, each of which then gets what it would get alone.
+
+        Its first statistics are those of all layers, which this source computes once. What they do not cover it
+        computes for itself, into its own `scratch`.
+        """
+        other = StatisticsSource(
+            scratch,
+            self._dtype,
+            cache=self._cache,
+            base_sha256=self._base_sha256,
+            part=self.part,
+            note=self._note,
+        )
+        other._trunk = self
+        return other
+
+    def _whole(self, walk: Walk) -> Statistics | None:
+        """Return the statistics of all layers, computed once; None if one of the layers does not allow it."""
+        if self._statistics is None and not self._failed:
+            self._failed = True
+            linears = useful_ranks(walk.model, range(walk.model.layer_count), self.part)
+            try:
+                self.get(walk, {index: ranks for index, ranks in linears.items() if ranks})
+                self._failed = False
+            except LayerSurgeryError as error:
+                _LOG.debug("there are no statistics of all layers: %s", error)
+            finally:
+                if self._failed:
+                    self._statistics = None
         return self._statistics
 
     def _new(self, walk: Walk) -> Statistics:

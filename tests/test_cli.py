@@ -64,7 +64,7 @@ def data(text: Path) -> list[str | Path]:
 # Help
 
 
-@pytest.mark.parametrize("command", [[], ["compress"], ["score"], ["evaluate"]], ids=str)
+@pytest.mark.parametrize("command", [[], ["compress"], ["score"], ["evaluate"], ["sweep"]], ids=str)
 @pytest.mark.parametrize("flag", ["--help", "-h"])
 def test_every_command_has_help(run: CommandLine, command: list[str], flag: str) -> None:
     outcome = run(*command, flag)
@@ -89,7 +89,7 @@ def test_help_of_score_lists_scorers_only(run: CommandLine) -> None:
 
 def test_help_lists_every_command(run: CommandLine) -> None:
     text = run("--help").out
-    assert all(f"\n  {name} " in text for name in ("compress", "score", "evaluate"))
+    assert all(f"\n  {name} " in text for name in ("compress", "score", "evaluate", "sweep"))
 
 
 def test_help_of_compress_states_the_defaults_of_the_configuration(run: CommandLine) -> None:

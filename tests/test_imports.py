@@ -14,11 +14,14 @@ ROOT = Path(layer_surgery.__file__).parent
 #: Each module may import only from rows below its own. A package name stands for everything in it.
 LAYERS: list[tuple[str, ...]] = [
     ("cli",),
+    ("cli_sweep",),
     ("cli_evaluation", "cli_options"),
     ("cli_common",),
     ("__init__",),
     ("api",),
+    ("sweeping",),
     ("pipeline", "standalone"),
+    ("compression",),
     ("run_records",),
     ("evaluator",),
     ("operation",),
@@ -46,11 +49,11 @@ LAYERS: list[tuple[str, ...]] = [
         "tensors",
         "tokens",
     ),
-    ("allocator", "config", "provenance"),
-    ("records",),
+    ("allocator", "config", "provenance", "sweep_records"),
+    ("reading", "records"),
     ("errors",),
 ]
-STAGES = LAYERS[9]
+STAGES = next(names for names in LAYERS if "scoring" in names)
 
 #: (importer, imported) within one row: saving reads the nested configuration.
 EXCEPTIONS = {("saving", "operated")}

@@ -47,6 +47,7 @@ def angular_distance(a: Tensor, b: Tensor) -> float:
     summary="angular distance across a contiguous block of layers, at the last token",
     source=URL,
     needs_data=True,
+    depends_on=("count",),
 )
 def angular(context: ScoringContext) -> LayerScores:
     """Return the distance that each single layer spans; the block of `count` layers that spans least goes."""

@@ -20,6 +20,7 @@ ABSORBED = 1 / 3
     source=URL,
     needs_boundaries=True,
     parts=True,
+    depends_on=("count", "keep", "refit"),
 )
 def fisher(context: ScoringContext) -> LayerScores:
     """Return the predicted cost of each layer alone; the order is greedy by the cost of all chosen so far together.

@@ -16,6 +16,7 @@ URL = "https://arxiv.org/abs/2402.09025"
     summary="greedy: remove the layer whose removal raises the loss least, repeat (SLEB)",
     source=URL,
     needs_boundaries=True,
+    depends_on=("count",),
 )
 def perplexity(context: ScoringContext) -> LayerScores:
     """Return the rise of the mean loss when each layer alone is removed; the order is greedy.
