@@ -214,6 +214,7 @@ class _Compression:
             plan=plan,
             scores=scores,
             refit=operation.refitted,
+            spectra=operation.spectra,
             before=evaluator.result("before"),
             after=evaluator.result("after"),
             comparison=comparison,
