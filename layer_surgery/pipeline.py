@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,19 +17,22 @@ from layer_surgery.config import (
     BudgetConfig,
     CompressConfig,
 )
-from layer_surgery.errors import CheckpointError, OutputError, PlanError
+from layer_surgery.errors import CheckpointError, OutputError, PlanError, describe
 from layer_surgery.evaluator import Evaluator
 from layer_surgery.operated import operated_checkpoint
 from layer_surgery.operation import RefitData, operate, refit_data, statistics_source
+from layer_surgery.origin import origin
 from layer_surgery.provenance import peak_device_memory_bytes, peak_memory_bytes
-from layer_surgery.records import LayerScores, RefitScope, SurgeryPlan, SurgeryReport
+from layer_surgery.publishing import write_page_and_card
+from layer_surgery.records import LayerScores, RefitScope, StageFailure, SurgeryPlan, SurgeryReport
 from layer_surgery.registry import Entry
 from layer_surgery.run_records import calibration_names, described_tokens, report_dict, rounded, run_provenance
-from layer_surgery.saving import REPORT_FILE, check_free_space, check_output, save_checkpoint, staged_directory
+from layer_surgery.saving import check_free_space, check_output, save_checkpoint, staged_directory
 from layer_surgery.scoring import SCORERS, Scorer, ScoringContext
 from layer_surgery.selfcheck import check_survivors
 from layer_surgery.session import Model, Session, Ui, calibration_walk, check_column, open_session
 from layer_surgery.statistics_cache import StatisticsSource, check_cache
+from layer_surgery.stored_report import REPORT_FILE
 from layer_surgery.streaming import StreamedModel
 from layer_surgery.surgeon import (
     METHODS,
@@ -40,6 +44,8 @@ from layer_surgery.surgeon import (
 )
 from layer_surgery.tokens import PackedTokens
 from layer_surgery.walk import Walk
+
+_LOG = logging.getLogger(__name__)
 
 
 def run_compress(
@@ -228,8 +234,20 @@ class _Compression:
             output=str(config.output) if staging is not None else None,
         )
         if staging is not None:
-            text = json.dumps(report_dict(report), indent=2, ensure_ascii=False, allow_nan=False)
-            (staging / REPORT_FILE).write_text(text + "\n", encoding="utf-8")
+            _write_report(report, staging)
+            report = self._with_page(report, staging)
+        return report
+
+    def _with_page(self, report: SurgeryReport, staging: Path) -> SurgeryReport:
+        """Write page and card; their failure must not lose the model, so it is recorded like that of an evaluation."""
+        assert self.config.output is not None
+        try:
+            write_page_and_card(staging, report, self.config.output.name)
+        except Exception as error:
+            _LOG.debug("the report page failed", exc_info=True)
+            failure = StageFailure(stage="report page", error=describe(error))
+            report = replace(report, failures=[*report.failures, failure])
+            _write_report(report, staging)
         return report
 
     def _scores(self, walk: Walk, count: int, statistics: StatisticsSource, trial: SurgeryPlan) -> LayerScores:
@@ -290,10 +308,16 @@ class _Compression:
             "parameters": checkpoint.parameters,
             "size_bytes": checkpoint.size_bytes,
             "dtype": str(checkpoint.dtype).removeprefix("torch."),
+            **origin(checkpoint.directory, str(getattr(checkpoint.config, "_name_or_path", ""))),
         }
 
     def _provenance(self) -> dict[str, Any]:
         return run_provenance(self.session, self.config.command, self.config.describe())
+
+
+def _write_report(report: SurgeryReport, directory: Path) -> None:
+    text = json.dumps(report_dict(report), indent=2, ensure_ascii=False, allow_nan=False)
+    (directory / REPORT_FILE).write_text(text + "\n", encoding="utf-8")
 
 
 def _check_not_same(model: Model, output: Path) -> None:

@@ -14,11 +14,12 @@ ROOT = Path(layer_surgery.__file__).parent
 #: Each module may import only from rows below its own. A package name stands for everything in it.
 LAYERS: list[tuple[str, ...]] = [
     ("cli",),
-    ("cli_evaluation", "cli_options"),
+    ("cli_evaluation", "cli_options", "cli_report"),
     ("cli_common",),
     ("__init__",),
     ("api",),
     ("pipeline", "standalone"),
+    ("publishing",),
     ("run_records",),
     ("evaluator",),
     ("operation",),
@@ -42,7 +43,10 @@ LAYERS: list[tuple[str, ...]] = [
         "least_squares",
         "layer_config",
         "modeling_layer_surgery",
+        "origin",
         "registry",
+        "spectra",
+        "stored_report",
         "tensors",
         "tokens",
     ),
@@ -50,7 +54,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("records",),
     ("errors",),
 ]
-STAGES = LAYERS[9]
+STAGES = next(names for names in LAYERS if "scoring" in names)
 
 #: (importer, imported) within one row: saving reads the nested configuration.
 EXCEPTIONS = {("saving", "operated")}

@@ -40,6 +40,8 @@ def print_report(console: Console, report: SurgeryReport) -> None:
         console.print("dry run: nothing was written", highlight=False)
     else:
         console.print(f"saved to [bold]{escape(report.output)}[/] (report: surgery.json)", highlight=False)
+        if not any(failure.stage == "report page" for failure in report.failures):
+            console.print(f"page: [bold]{escape(report.output)}/report.html[/]", highlight=False)
 
 
 def print_prediction(console: Console, report: SurgeryReport) -> None:

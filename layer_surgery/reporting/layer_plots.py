@@ -24,8 +24,10 @@ _ACTIONS = {
 #: Above this quotient of the largest and the smallest bar the axis is logarithmic.
 _LOGARITHMIC = 30
 _SERIES = [(BLUE, "o"), (VERMILLION, "s"), (GREEN, "^"), (PURPLE, "D"), (ORANGE, "v"), (MUTED, "P")]
-#: Singular values below this part of the largest are rounding.
-_FLOOR = 1e-5
+#: Singular values below this part of the largest of their panel are left out: they are worth nothing.
+_FLOOR = 3e-4
+#: Panels that fit one figure.
+_PANELS = 4
 
 
 def layer_plots(report: SurgeryReport) -> Iterator[Plot]:
@@ -102,7 +104,7 @@ def kept_ranks(report: SurgeryReport) -> Plot:
                 shade = shades[layer.index, name] / (top or 1)
                 axes.add_patch(Rectangle((column - 0.47, row - 0.44), 0.94, 0.88, facecolor=colours(shade)))
                 ink = "#ffffff" if shade < 0.55 else "#000000"
-                axes.text(column, row, str(layer.ranks[name]), ha="center", va="center", color=ink, fontsize=9.5)
+                axes.text(column, row, str(layer.ranks[name]), ha="center", va="center", color=ink, fontsize=10)
         axes.set_xlim(-0.5, len(names) - 0.5)
         axes.set_ylim(len(layers) - 0.5, -0.5)
         labels = [plain_label(name, 16) for name in short_names(names)]
@@ -134,26 +136,34 @@ _METRICS = {
 
 
 def spectra(records: Sequence[SpectrumRecord]) -> Iterator[Plot]:
-    """Yield small multiples: a panel for each linear, a line for each layer, thick as far as components were kept."""
-    metrics = list(dict.fromkeys(record.metric for record in records))
-    for metric in metrics:
-        yield _spectra([record for record in records if record.metric == metric], metric)
+    """Yield small multiples: a panel for each linear, a line for each layer, thick as far as components were kept.
+
+    Many linears make two figures, which stand side by side where there is room.
+    """
+    for metric in dict.fromkeys(record.metric for record in records):
+        found = [record for record in records if record.metric == metric]
+        names = list(dict.fromkeys(record.linear for record in found))
+        titles = dict(zip(names, short_names(names), strict=True))
+        half = len(names) if len(names) <= _PANELS else -(-len(names) // 2)
+        for number, start in enumerate(range(0, len(names), half), start=1):
+            part = {name: titles[name] for name in names[start : start + half]}
+            yield _spectra([record for record in found if record.linear in part], part, f"spectra-{metric}-{number}")
 
 
-def _spectra(records: Sequence[SpectrumRecord], metric: str) -> Plot:
-    names = list(dict.fromkeys(record.linear for record in records))
+def _spectra(records: Sequence[SpectrumRecord], titles: dict[str, str], key: str) -> Plot:
+    metric = records[0].metric
     layers = sorted({record.layer for record in records})
-    rows = -(-len(names) // 2)
+    rows = -(-len(titles) // 2)
     scattered = any(record.kept for record in records)
 
     def paint(figure: Figure) -> None:
         panels = figure.subplots(rows, 2, squeeze=False)
-        for panel, name, title in zip(panels.flat, names, short_names(names), strict=False):
+        for panel, (name, title) in zip(panels.flat, titles.items(), strict=False):
             _spectrum_panel(panel, [record for record in records if record.linear == name], layers)
             panel.set_title(plain_label(title, 26), loc="left")
-        for panel in panels.flat[len(names) :]:
+        for panel in panels.flat[len(titles) :]:
             panel.set_visible(False)
-        for panel in panels[-1]:
+        for panel in panels.flat[max(0, len(titles) - 2) : len(titles)]:
             panel.set_xlabel("component")
         if len(layers) <= len(_SERIES):
             handles = [
@@ -166,13 +176,17 @@ def _spectra(records: Sequence[SpectrumRecord], metric: str) -> Plot:
         f"layer {record.layer} {record.linear}: {record.rank} of {record.total} ({record.kept_share:.0%})"
         for record in records[:60]
     )
-    colours = "" if len(layers) <= len(_SERIES) else f" Lines go from dark (layer {layers[0]}) to bright (layer {layers[-1]})."
+    colours = (
+        ""
+        if len(layers) <= len(_SERIES)
+        else f" Lines go from dark (layer {layers[0]}) to bright (layer {layers[-1]})."
+    )
     kept = "Dots are components that were kept" if scattered else "Thick up to the dot: what was kept"
     return draw(
-        f"spectra-{metric}",
+        key,
         "Singular values, and what was kept",
-        f"Singular values of {len(records)} linears on logarithmic axes. Components kept, and their share of the sum of "
-        f"squares: {shares}.",
+        f"Singular values of {len(records)} linears on logarithmic axes. Components kept, and their share of the sum "
+        f"of squares: {shares}.",
         f"{_METRICS[metric]}. {kept}. Both axes are logarithmic.{colours}",
         height=45 + 125 * rows,
         paint=paint,

@@ -59,7 +59,8 @@ def report_page(report: SurgeryReport, name: str, *, needs_code: bool) -> str:
         task_plots=list(quality_plots.tasks(report)),
         refit=refit_sentence(report),
         loading=how_to_load(name, needs_code=needs_code),
-        sources=_sources(report),
+        sources=calibration_sources(report),
+        command=report.provenance.get("command"),
         facts=_facts(report),
         settings=json.dumps(report.provenance.get("config", {}), indent=2, ensure_ascii=False),
         seconds=report.timings,
@@ -79,7 +80,7 @@ def tiles(report: SurgeryReport) -> list[Tile]:
     for name, change in list(report.comparison.perplexity.items())[:2]:
         interval = change.ratio
         found.append(
-            Tile(f"perplexity, {name}", f"× {interval.value:.3f}", f"[{interval.low:.3f}, {interval.high:.3f}]")
+            Tile(f"perplexity, {name}", f"x {interval.value:.3f}", f"[{interval.low:.3f}, {interval.high:.3f}]")
         )
     names = [name for name, task in after.tasks.items() if task.group] or list(after.tasks)
     for name in names[:1]:
@@ -91,7 +92,7 @@ def tiles(report: SurgeryReport) -> list[Tile]:
             found.append(
                 Tile(
                     "decoding speed",
-                    f"× {new.decode_tokens_per_second / old.decode_tokens_per_second:.2f}",
+                    f"x {new.decode_tokens_per_second / old.decode_tokens_per_second:.2f}",
                     f"{old.decode_tokens_per_second:,.1f} → {new.decode_tokens_per_second:,.1f} tokens/s",
                 )
             )
@@ -162,7 +163,7 @@ def refit_sentence(report: SurgeryReport) -> str:
     )
 
 
-def _sources(report: SurgeryReport) -> list[tuple[str, str]]:
+def calibration_sources(report: SurgeryReport) -> list[tuple[str, str]]:
     """Return what the calibration data were, as pairs of a name and what is known of it."""
     calibration = report.calibration or {}
     found = [
@@ -203,5 +204,3 @@ def _facts(report: SurgeryReport) -> list[tuple[str, str]]:
         "SHA-256 of the calibration tokens": (report.calibration or {}).get("sha256"),
     }
     return [(term, str(value)) for term, value in facts.items() if value not in (None, "")]
-
-

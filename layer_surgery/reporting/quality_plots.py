@@ -109,9 +109,7 @@ def _task_scores(report: SurgeryReport, chosen: dict[str, str], labels: dict[str
             for place, (name, metric) in enumerate(chosen.items()):
                 found = result.tasks[name].metrics[metric]
                 reach = _NINETY_FIVE * (found.stderr or 0.0)
-                axes.errorbar(
-                    found.value, place + shift, xerr=reach, fmt=marker, color=colour, markersize=6, capsize=3
-                )
+                axes.errorbar(found.value, place + shift, xerr=reach, fmt=marker, color=colour, markersize=6, capsize=3)
         _names(axes, list(labels.values()))
         handles = [
             Line2D([], [], color=colour, marker=marker, linestyle="", markersize=6, label=label)
@@ -176,7 +174,7 @@ def costs(before: EvaluationResult, after: EvaluationResult) -> Plot:
     for old_point, new_point in zip(before.speed, after.speed, strict=False):
         where = f"{new_point.batch_size} x {new_point.prompt_tokens}"
         for label, attribute, colour, hatch in (
-            ("peak memory", "peak_memory_bytes", ORANGE, "...."),
+            ("peak memory", "peak_memory_bytes", ORANGE, ""),
             ("prefill speed", "prefill_tokens_per_second", GREEN, "////"),
             ("decoding speed", "decode_tokens_per_second", PURPLE, "xxxx"),
         ):
@@ -189,9 +187,10 @@ def costs(before: EvaluationResult, after: EvaluationResult) -> Plot:
         _bars(figure, bars, "% of the original")
         axes = figure.axes[0]
         axes.axvline(100, color=INK, linewidth=1.2, linestyle="--")
+        end = 1.24 * max(100.0, *(bar.value for bar in bars))
         for place, bar in enumerate(bars):
-            axes.text(bar.value, place, f"  {bar.value:.1f} %", va="center", ha="left", fontsize=9.5)
-        axes.set_xlim(0, 1.22 * max(100.0, *(bar.value for bar in bars)))
+            axes.text(end, place, f"{bar.value:.1f} %", va="center", ha="right", fontsize=10)
+        axes.set_xlim(0, end)
 
     speed = " Speed is hatched, and more of it is better; for the rest less is better." if before.speed else ""
     return draw(

@@ -6,7 +6,7 @@ import io
 import re
 import warnings
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
 import matplotlib
@@ -32,19 +32,19 @@ COLOURS = {
 #: The colours on white: what is drawn with, and what is then replaced by a variable of the style sheet.
 INK, MUTED, RULE, CARD, BLUE, VERMILLION, ORANGE, GREEN, PURPLE = (light for light, _ in COLOURS.values())
 #: Width of every figure in points: legible on a phone, and two stand side by side on a desk.
-WIDTH = 440
+WIDTH = 400
 
 _VARIABLES = {light: f"var(--{name})" for name, (light, _) in COLOURS.items()}
 _SVG, _XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text: small, selectable, in the page's font
     "text.parse_math": False,  # a name may hold a dollar sign
-    "font.size": 10.5,
-    "axes.titlesize": 10.5,
-    "axes.labelsize": 10,
-    "xtick.labelsize": 9.5,
-    "ytick.labelsize": 9.5,
-    "legend.fontsize": 9.5,
+    "font.size": 11,
+    "axes.titlesize": 11,
+    "axes.labelsize": 10.5,
+    "xtick.labelsize": 10,
+    "ytick.labelsize": 10,
+    "legend.fontsize": 10,
     "legend.frameon": False,
     "text.color": INK,
     "axes.labelcolor": MUTED,

@@ -23,12 +23,28 @@ def plain_label(text: str, longest: int = 34) -> str:
     return f"{line[:head]}…{line[len(line) - (longest - 1 - head) :]}"
 
 
+def quiet(text: str) -> str:
+    """Return text without blank lines around it, and with at most one between its lines."""
+    return re.sub(r"\n[ \t]*(?:\n[ \t]*)+\n?", "\n\n", text.strip())
+
+
+def breakable(text: str) -> str:
+    """Return `value [low, high]` with a line break before the bracket, for narrow screens, and none within it."""
+    return text.replace(" [", "\n[").replace(", ", ",\u00a0")
+
+
 def code_span(text: str) -> str:
     """Return text as code within a line of Markdown, whatever it holds; also within a table."""
     line = " ".join(printable(text).split()) or " "
     fence = "`" * (_longest_run(line) + 1)
     space = " " if "`" in (line[0], line[-1]) else ""
     return f"{fence}{space}{line}{space}{fence}".replace("|", "\\|")
+
+
+def markdown(text: str) -> str:
+    """Return text as plain text on one line of Markdown, also within a table."""
+    line = " ".join(printable(text).split())
+    return re.sub(r"([\\\\`*_\[\]<>|#~&])", r"\\\1", line)
 
 
 def code_block(text: str, language: str = "") -> str:

@@ -41,9 +41,7 @@ class GraspObserver(Observer):
                 chosen = attributed_groups(spectrum, gradients[name], rank)
                 factors: Factors = select_groups(spectrum, chosen)
                 self._factors.write(index, {name: factors})
-                self._spectra.append(
-                    spectrum_record(index, name, "weight", spectrum.s.tolist(), set(chosen.tolist()))
-                )
+                self._spectra.append(spectrum_record(index, name, "weight", spectrum.s.tolist(), set(chosen.tolist())))
 
 
 @METHODS.add(

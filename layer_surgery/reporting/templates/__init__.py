@@ -8,9 +8,9 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from layer_surgery import __version__
+from layer_surgery.provenance import version
 from layer_surgery.reporting.svg import COLOURS
-from layer_surgery.reporting.text import code_block, code_span, printable
+from layer_surgery.reporting.text import breakable, code_block, code_span, markdown, printable, quiet
 
 
 def render(template: str, /, **values: Any) -> str:
@@ -23,8 +23,14 @@ def render(template: str, /, **values: Any) -> str:
         lstrip_blocks=True,
         finalize=_finalize,
     )
-    environment.filters |= {"code": code_span, "block": code_block}
-    environment.globals |= {"colours": COLOURS, "version": __version__}
+    environment.filters |= {
+        "code": code_span,
+        "block": code_block,
+        "md": markdown,
+        "quiet": quiet,
+        "breakable": breakable,
+    }
+    environment.globals |= {"colours": COLOURS, "version": version("layer-surgery") or ""}
     return environment.get_template(template).render(**values)
 
 
