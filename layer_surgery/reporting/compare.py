@@ -36,7 +36,8 @@ class ResultRow:
     """Perplexity after over before, by text."""
     kl_divergence: dict[str, KlDivergence] = field(default_factory=dict)
     tasks: dict[str, tuple[str, TaskMetric, Interval | None]] = field(default_factory=dict)
-    """The first metric of each group of tasks, or of each task where there is no group: its name, its value after, and the paired difference."""
+    """The first metric of each group of tasks, or of each task where there is no group: its name, its value after, and
+    the paired difference."""
     decoding: float | None = None
     """Decoding speed, after over before."""
 

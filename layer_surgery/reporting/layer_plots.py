@@ -8,7 +8,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from layer_surgery.records import SpectrumRecord, SurgeryReport
 from layer_surgery.reporting.formats import number_list, short_names
@@ -222,8 +222,7 @@ def _spectrum_panel(panel: Axes, records: Sequence[SpectrumRecord], layers: Sequ
     if largest > 0:
         _logarithmic(panel)
     panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    panel.xaxis.set_minor_formatter(NullFormatter())
-    panel.tick_params(which="minor", length=0)
+    panel.xaxis.set_minor_locator(NullLocator())
     panel.set_axisbelow(True)
     panel.spines["left"].set_color(INK)
 
@@ -236,4 +235,4 @@ def _logarithmic(axes: Axes) -> None:
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(numticks=6))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_minor_locator(NullLocator())

@@ -63,7 +63,6 @@ def report_page(report: SurgeryReport, name: str, *, needs_code: bool) -> str:
         command=report.provenance.get("command"),
         facts=_facts(report),
         settings=json.dumps(report.provenance.get("config", {}), indent=2, ensure_ascii=False),
-        seconds=report.timings,
     )
 
 
@@ -201,6 +200,7 @@ def _facts(report: SurgeryReport) -> list[tuple[str, str]]:
         "python": made.get("python"),
         "packages": ", ".join(f"{package} {version}" for package, version in packages.items() if version),
         "peak memory": gigabytes,
+        "seconds": ", ".join(f"{stage.replace('_', ' ')} {value:.1f}" for stage, value in report.timings.items()),
         "SHA-256 of the calibration tokens": (report.calibration or {}).get("sha256"),
     }
     return [(term, str(value)) for term, value in facts.items() if value not in (None, "")]
