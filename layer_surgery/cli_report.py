@@ -27,14 +27,9 @@ def report(
 
     With one DIR, report.html and the model card README.md in it are made again; a card that was edited stays.
     """
-    from layer_surgery.publishing import report_on
+    from layer_surgery import api
 
-    page, notes = report_on(
-        [path.expanduser() for path in results],
-        output.expanduser() if output is not None else None,
-        base_model=base_model,
-        overwrite=overwrite,
-    )
+    page, notes = api.report(*results, output=output, base_model=base_model, overwrite=overwrite)
     for note in notes:
         click.echo(note, err=True)
     click.echo(f"page: {page}")
