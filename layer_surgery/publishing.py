@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from layer_surgery.errors import OutputError, ReportError, UserError
 from layer_surgery.modeling_layer_surgery import MODEL_TYPE
@@ -15,6 +16,9 @@ from layer_surgery.origin import is_valid_hub_id
 from layer_surgery.records import SurgeryReport
 from layer_surgery.saving import PAGE_FILES
 from layer_surgery.stored_report import read_report, report_file
+
+if TYPE_CHECKING:
+    from layer_surgery.reporting.compare import ResultRow
 
 PAGE_FILE, CARD_FILE = PAGE_FILES
 
@@ -46,13 +50,14 @@ def report_on(
     Raises: `UserError` for what is no report, or may not be written, before anything is.
     """
     _check(results, output, base_model, overwrite)
-    reports = [(_name(path), read_report(report_file(path))) for path in results]
-    if output is not None:
-        text = _compared(reports) if len(reports) > 1 else _stored_page(results[0], *reports[0])
-        _write(output, text)
+    if len(results) > 1 and output is not None:
+        _write(output, _compared(results))
         return output, []
     directory = results[0]
-    name, report = reports[0]
+    name, report = _name(directory), read_report(report_file(directory))
+    if output is not None:
+        _write(output, _stored_page(directory, name, report))
+        return output, []
     if base_model is not None:
         report = replace(report, base_model=report.base_model | {"hub_id": base_model})
     text = _stored_page(directory, name, report)
@@ -96,10 +101,18 @@ def _stored_page(path: Path, name: str, report: SurgeryReport) -> str:
         raise ReportError(f"the report of {path} contradicts itself ({error!r}); make it again.") from error
 
 
-def _compared(reports: Sequence[tuple[str, SurgeryReport]]) -> str:
-    from layer_surgery.reporting.compare import comparison_page, result_row
+def _compared(results: Sequence[Path]) -> str:
+    """Return the page that compares results; all are read before anything is drawn."""
+    from layer_surgery.reporting.compare import comparison_page
 
-    return comparison_page([result_row(name, report) for name, report in reports])
+    return comparison_page([row for path in results for row in _rows(path)])
+
+
+def _rows(path: Path) -> list[ResultRow]:
+    """Return what a comparison takes from one of its arguments."""
+    from layer_surgery.reporting.compare import result_row
+
+    return [result_row(_name(path), read_report(report_file(path)))]
 
 
 def _page(report: SurgeryReport, name: str, needs_code: bool) -> str:

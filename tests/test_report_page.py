@@ -383,7 +383,17 @@ def test_results_are_compared(
     assert page.figures[0]["title"].startswith("Perplexity against size")
     assert "1. smaller" in page.text and "2. removed" in page.text
     assert f"{report.after.parameters:,}" in page.text
+    assert page.text.count("(nothing kept)") == 1
     assert 'class="warning"' not in page.html
+    edit_json(other / "surgery.json", schema_version=99)
+    outcome = run("report", copy, other, "--output", tmp_path / "again.html")
+    assert outcome.code == 2 and str(other) in outcome.err and not (tmp_path / "again.html").exists()
+
+
+def test_equal_results_share_a_label(result: tuple[Path, SurgeryReport]) -> None:
+    row = result_row("a", result[1])
+    page = checked(comparison_page([row, row, replace(row, parameters=1)]))
+    assert "<text" in page.html and ">1, 2</text>" in page.html and ">3</text>" in page.html
 
 
 def test_results_that_should_not_be_compared_say_so(result: tuple[Path, SurgeryReport]) -> None:

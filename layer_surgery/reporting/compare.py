@@ -114,12 +114,11 @@ def _quality(rows: Sequence[ResultRow], text: str, place: int) -> Iterator[Plot]
         axes = figure.subplots()
         line = sorted((points[k][1].share, points[k][2].value) for k in best)
         axes.plot([x for x, _ in line], [y for _, y in line], color=MUTED, linewidth=1, linestyle="--")
-        for k, (number, row, ratio) in enumerate(points):
+        for k, (_, row, ratio) in enumerate(points):
             axes.plot([row.share] * 2, [ratio.low, ratio.high], color=BLUE, linewidth=1.2)
             axes.plot(row.share, ratio.value, "o", color=BLUE, markersize=7, fillstyle="full" if k in best else "none")
-            axes.annotate(
-                str(number), (row.share, ratio.value), xytext=(6, 5), textcoords="offset points", color=INK, fontsize=10
-            )
+        for (x, y), numbers in _at_one_place(points).items():
+            axes.annotate(numbers, (x, y), xytext=(6, 5), textcoords="offset points", color=INK, fontsize=10)
         axes.axhline(1, color=INK, linewidth=1)
         axes.set_xlabel("parameters, % of the original")
         axes.set_ylabel("perplexity, x the original's")
@@ -135,6 +134,14 @@ def _quality(rows: Sequence[ResultRow], text: str, place: int) -> Iterator[Plot]
         height=300,
         paint=paint,
     )
+
+
+def _at_one_place(points: Sequence[tuple[int, ResultRow, Interval]]) -> dict[tuple[float, float], str]:
+    """Return the numbers of the points at each place, so that equal results do not hide each other's."""
+    places: dict[tuple[float, float], list[int]] = {}
+    for number, row, ratio in points:
+        places.setdefault((round(row.share, 1), round(ratio.value, 3)), []).append(number)
+    return {place: ", ".join(map(str, numbers)) for place, numbers in places.items()}
 
 
 def _not_dominated(points: Sequence[tuple[float, float]]) -> set[int]:
