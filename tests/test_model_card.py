@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 from pages import NASTY, full_report
-from tiny_checkpoints import CommandLine, saved_model, text_file
+from tiny_checkpoints import CommandLine, run_stock_script, saved_model, text_file
 
 import layer_surgery
 from layer_surgery import SurgeryReport
@@ -72,6 +72,22 @@ def test_the_card_says_how_to_load_what_it_saw_and_what_made_it(result: tuple[Pa
     assert "````\nlayer-surgery compress ```model```\n````" in text
     assert "Replaced linears of 2 of 4 layers (1, 2) by low-rank components" in text
     assert "No data." in text.partition("calibrated on")[2][:20]
+
+
+@pytest.mark.slow
+def test_the_code_in_the_card_runs_where_only_transformers_is(
+    result: tuple[Path, SurgeryReport], tmp_path: Path
+) -> None:
+    shutil.copytree(result[0], tmp_path / "smaller")  # the card's name for it, relative to where the script runs
+    script = """
+import json, pathlib, re
+code = re.search(r"```python\\n(.*?)```", pathlib.Path("smaller/README.md").read_text(), re.DOTALL)[1]
+exec(code)
+tokens = tokenizer("the")["input_ids"]
+print("\\n" + json.dumps([type(model).__name__, sum(p.numel() for p in model.parameters()), len(tokens)]))
+"""
+    name, parameters, tokens = run_stock_script(script, home=tmp_path)
+    assert (name, parameters) == ("LayerSurgeryForCausalLM", result[1].after.parameters) and tokens > 0
 
 
 def test_a_plain_result_needs_no_code(model: Path, tmp_path: Path) -> None:

@@ -11,10 +11,11 @@ def how_to_load(name: str, *, needs_code: bool) -> str:
     Args:
         needs_code: whether it loads with `trust_remote_code=True` only (it has low-rank layers).
     """
+    # The tokenizer too: transformers looks at the configuration first, and asks on the terminal whether to trust it.
     where = json.dumps(name, ensure_ascii=False)
     remote = ", trust_remote_code=True" if needs_code else ""
     return (
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         f'model = AutoModelForCausalLM.from_pretrained({where}, dtype="auto"{remote})\n'
-        f"tokenizer = AutoTokenizer.from_pretrained({where})"
+        f"tokenizer = AutoTokenizer.from_pretrained({where}{remote})"
     )
