@@ -24,6 +24,7 @@ from layer_surgery.config import (
     TaskConfig,
 )
 from layer_surgery.pipeline import run_compress
+from layer_surgery.publishing import report_on
 from layer_surgery.records import EvaluationReport, LayerScores, Part, RefitScope, SurgeryPlan, SurgeryReport
 from layer_surgery.session import Model, Ui
 from layer_surgery.standalone import run_evaluate, run_score
@@ -274,6 +275,28 @@ def evaluate(
         tokenizer=tokenizer,
         ui=ui,
         command=command,
+    )
+
+
+def report(
+    *results: str | Path, output: str | Path | None = None, base_model: str | None = None, overwrite: bool = False
+) -> tuple[Path, list[str]]:
+    """Make the page of a saved result again, with its model card, or one page that compares several.
+
+    Args:
+        results: directories that `compress` has written, or their `surgery.json`.
+        output: file of the page; needed for several results. Default: `report.html` in the only one.
+        base_model: name of the original on the hub, for the model card.
+        overwrite: replace `output` if it exists, or a model card that somebody has edited.
+
+    Returns: where the page is, and notes on what was left as it is.
+    Raises: `layer_surgery.errors.UserError` for what is no report or may not be written, before anything is.
+    """
+    return report_on(
+        [Path(path).expanduser() for path in results],
+        Path(output).expanduser() if output is not None else None,
+        base_model=base_model,
+        overwrite=overwrite,
     )
 
 

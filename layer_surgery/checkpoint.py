@@ -36,7 +36,7 @@ from layer_surgery.tensors import (
 )
 
 #: Files of a hub repository that are needed; nothing else is downloaded.
-HUB_PATTERNS = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.jinja", "*.txt", "*.py", "LICENSE*"]
+HUB_PATTERNS = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.jinja", "*.txt", "*.py", "LICENSE*", "README.md"]
 #: Second copies of the weights in other formats, and everything in folders.
 HUB_IGNORED = ["consolidated*", "*/*"]
 

@@ -17,6 +17,7 @@ from layer_surgery import __version__
 from layer_surgery.cli_common import CONTEXT, WithNames, check_complete, command_line, given, print_json, progress_ui
 from layer_surgery.cli_evaluation import EVALUATION
 from layer_surgery.cli_options import CALIBRATION, REFIT, REMOVE, RUNTIME, layer_list
+from layer_surgery.cli_report import report as report_command
 from layer_surgery.cli_sweep import sweep
 from layer_surgery.config import BudgetConfig, EvaluationConfig
 
@@ -172,6 +173,7 @@ def evaluate(model: str, no_eval: bool, as_json: bool, debug: bool, **options: A
 
 
 cli.add_command(sweep)
+cli.add_command(report_command)
 
 
 def _quiet_libraries(debug: bool) -> None:
@@ -185,7 +187,7 @@ def _quiet_libraries(debug: bool) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")  # bars of our own stand in the place of lm-eval's
-    for name in ("transformers", "lm_eval", "datasets", "huggingface_hub"):
+    for name in ("transformers", "lm_eval", "datasets", "huggingface_hub", "matplotlib"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 

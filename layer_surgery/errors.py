@@ -39,6 +39,10 @@ class OutputError(UserError):
     """The output directory cannot be used."""
 
 
+class ReportError(UserError):
+    """What is to be reported on is not a report, is damaged, or is of a newer release."""
+
+
 class NumericalError(LayerSurgeryError):
     """A value that must be finite is not."""
 

@@ -12,7 +12,7 @@ from layer_surgery.data import load_documents, pack_evaluation
 from layer_surgery.errors import UserError
 from layer_surgery.factors import FactorStore
 from layer_surgery.operated import operated_checkpoint
-from layer_surgery.records import Part, RefitRecord, RefitScope, SurgeryPlan
+from layer_surgery.records import Part, RefitRecord, RefitScope, SpectrumRecord, SurgeryPlan
 from layer_surgery.registry import Entry
 from layer_surgery.session import Session
 from layer_surgery.statistics_cache import StatisticsSource
@@ -31,6 +31,7 @@ class Operation:
     plan: SurgeryPlan
     checkpoint: Checkpoint
     refitted: list[RefitRecord]
+    spectra: list[SpectrumRecord]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +56,7 @@ def operate(
     """Carry out a plan on the original that `walk` walks over."""
     directory = session.new_scratch("factors")
     factors = FactorStore(directory, session.checkpoint.dtype)
+    spectra: list[SpectrumRecord] = []
     if plan.low_rank or method.removes:
         with session.clock.stage("operate"):
             context = SurgeryContext(
@@ -64,17 +66,18 @@ def operate(
                 statistics=statistics,
                 progress=session.ui.progress,
                 ranks_fixed=ranks_fixed,
+                spectra=spectra,
             )
             plan = method.function(plan, context)
     operated = operated_checkpoint(session.checkpoint, plan, factors)
     plan = replace(plan, refit="none" if refit_data is None else refit_data.scope)
     if refit_data is None:
-        return Operation(plan=plan, checkpoint=operated, refitted=[])
+        return Operation(plan=plan, checkpoint=operated, refitted=[], spectra=spectra)
     with session.clock.stage("refit"), _walks(session, walk, refit_data) as walks:
         refitted = FactorStore(session.new_scratch("refitted"), session.checkpoint.dtype)
         records = refit(plan, walks, session.stream(operated), refitted, refit_data.scope)
     operated = operated_checkpoint(session.checkpoint, plan, factors, refitted)
-    return Operation(plan=plan, checkpoint=operated, refitted=records)
+    return Operation(plan=plan, checkpoint=operated, refitted=records, spectra=spectra)
 
 
 def refit_data(session: Session, tokens: PackedTokens, scope: RefitScope, general_share: float) -> RefitData:

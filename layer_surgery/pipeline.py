@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,11 +13,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from layer_surgery.checkpoint import Checkpoint, open_checkpoint
 from layer_surgery.compression import Compression, check_options
 from layer_surgery.config import DEFAULT_METHOD, BudgetConfig, CompressConfig
-from layer_surgery.errors import CheckpointError, OutputError, PlanError
+from layer_surgery.errors import CheckpointError, OutputError, PlanError, describe
 from layer_surgery.evaluator import Evaluator
 from layer_surgery.operation import RefitData, refit_data, statistics_source
 from layer_surgery.provenance import peak_device_memory_bytes, peak_memory_bytes
-from layer_surgery.records import LayerScores, SurgeryPlan, SurgeryReport
+from layer_surgery.publishing import write_page_and_card
+from layer_surgery.records import LayerScores, StageFailure, SurgeryPlan, SurgeryReport
 from layer_surgery.run_records import (
     base_model_record,
     calibration_names,
@@ -26,10 +28,13 @@ from layer_surgery.run_records import (
     rounded,
     run_provenance,
 )
-from layer_surgery.saving import REPORT_FILE, check_free_space, check_output, save_checkpoint, staged_directory
+from layer_surgery.saving import check_free_space, check_output, save_checkpoint, staged_directory
 from layer_surgery.session import Model, Ui, calibration_walk, check_column, open_session
 from layer_surgery.statistics_cache import check_cache
+from layer_surgery.stored_report import REPORT_FILE
 from layer_surgery.tokens import PackedTokens
+
+_LOG = logging.getLogger(__name__)
 
 
 def run_compress(
@@ -125,6 +130,7 @@ class _Run:
             plan=plan,
             scores=scores,
             refit=operation.refitted,
+            spectra=operation.spectra,
             before=evaluator.result("before"),
             after=evaluator.result("after"),
             comparison=comparison,
@@ -138,8 +144,20 @@ class _Run:
             output=str(config.output) if staging is not None else None,
         )
         if staging is not None:
-            text = json.dumps(report_dict(report), indent=2, ensure_ascii=False, allow_nan=False)
-            (staging / REPORT_FILE).write_text(text + "\n", encoding="utf-8")
+            _write_report(report, staging)
+            report = self._with_page(report, staging)
+        return report
+
+    def _with_page(self, report: SurgeryReport, staging: Path) -> SurgeryReport:
+        """Write page and card; their failure must not lose the model, so it is recorded like that of an evaluation."""
+        assert self.job.config.output is not None
+        try:
+            write_page_and_card(staging, report, self.job.config.output.name)
+        except Exception as error:
+            _LOG.debug("the report page failed", exc_info=True)
+            failure = StageFailure(stage="report page", error=describe(error))
+            report = replace(report, failures=[*report.failures, failure])
+            _write_report(report, staging)
         return report
 
 
@@ -150,6 +168,11 @@ def _check_hash(config: CompressConfig, sha256: str) -> None:
             f"{config.plan.base_sha256[:12]}, this one's {sha256[:12]}); to apply it all the same, clear "
             "base_sha256 in the plan."
         )
+
+
+def _write_report(report: SurgeryReport, directory: Path) -> None:
+    text = json.dumps(report_dict(report), indent=2, ensure_ascii=False, allow_nan=False)
+    (directory / REPORT_FILE).write_text(text + "\n", encoding="utf-8")
 
 
 def _check_not_same(model: Model, output: Path) -> None:

@@ -10,6 +10,9 @@ from typing import Any, Literal
 from layer_surgery.errors import PlanError
 
 SCHEMA_VERSION = 1
+"""Of plans and evaluations."""
+REPORT_SCHEMA_VERSION = 2
+"""Of `surgery.json`. 2 added spectra; a file of version 1 is read as one that has none."""
 
 Action = Literal["keep", "remove", "low_rank"]
 ACTIONS: tuple[Action, ...] = ("keep", "remove", "low_rank")
@@ -18,6 +21,8 @@ Part = Literal["layer", "attention", "mlp"]
 PARTS: tuple[Part, ...] = ("layer", "attention", "mlp")
 RefitScope = Literal["operated", "all"]
 REFIT_SCOPES: tuple[RefitScope, ...] = ("operated", "all")
+SpectrumMetric = Literal["fisher", "inputs", "weight"]
+"""In which metric: of the task loss, of what the linear reads, or none (the weight as it is)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,6 +171,28 @@ class RefitRecord:
     """Squared error on held-out windows, as a fraction of the target's sum of squares."""
     error_after: float
     """The same with the ridge that was chosen, solved without these windows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpectrumRecord:
+    """The singular values that a method saw when it cut a linear down, thinned out (see `spectra.py`)."""
+
+    layer: int
+    """Index in the original."""
+    linear: str
+    metric: SpectrumMetric
+    total: int
+    """Number of singular values: min(out, in)."""
+    rank: int
+    """How many components were kept."""
+    kept_share: float
+    """Share of the sum of squares of all singular values that the kept components hold, 0 to 1."""
+    components: list[int]
+    """Numbers of the components that are listed, from 1 on, ascending."""
+    values: list[float]
+    """Their singular values, descending."""
+    kept: list[bool] = field(default_factory=list)
+    """Whether each listed component was kept; empty where the kept ones are the first `rank`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -361,9 +388,11 @@ class SurgeryReport:
     """On CUDA, the highest allocated device memory of this run, without the measurement of speed."""
     calibration: dict[str, Any] | None
     provenance: dict[str, Any]
+    spectra: list[SpectrumRecord] = field(default_factory=list)
+    """Of every linear that a method cut down by a decomposition."""
     output: str | None = None
     """Directory of the saved checkpoint; None for a dry run. Not part of `surgery.json`."""
-    schema_version: int = SCHEMA_VERSION
+    schema_version: int = REPORT_SCHEMA_VERSION
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -8,6 +8,7 @@ from typing import Any
 from layer_surgery.checkpoint import Checkpoint
 from layer_surgery.config import CalibrationConfig
 from layer_surgery.data import weighted_sources
+from layer_surgery.origin import origin
 from layer_surgery.provenance import provenance
 from layer_surgery.records import SurgeryReport
 from layer_surgery.session import Session
@@ -43,6 +44,7 @@ def base_model_record(checkpoint: Checkpoint, sha256: str) -> dict[str, Any]:
         "parameters": checkpoint.parameters,
         "size_bytes": checkpoint.size_bytes,
         "dtype": str(checkpoint.dtype).removeprefix("torch."),
+        **origin(checkpoint.directory, str(getattr(checkpoint.config, "_name_or_path", ""))),
     }
 
 

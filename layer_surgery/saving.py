@@ -22,6 +22,7 @@ from layer_surgery.checkpoint import Checkpoint
 from layer_surgery.conversion import as_stored
 from layer_surgery.errors import LayerSurgeryError, NumericalError, OutputError
 from layer_surgery.operated import nested_config
+from layer_surgery.stored_report import REPORT_FILE
 from layer_surgery.tensors import INDEX_FILE, SAFETENSORS_DTYPES, SINGLE_FILE, SafetensorsSource, TensorSpec
 from layer_surgery.walk import Progress, no_progress
 
@@ -45,8 +46,8 @@ COMPANIONS = (
 )
 #: Folder of a tokenizer with several chat templates.
 TEMPLATES_FOLDER = "additional_chat_templates"
-#: The report that every output has beside its weights.
-REPORT_FILE = "surgery.json"
+#: What every output has beside its weights, made from the report.
+PAGE_FILES = ("report.html", "README.md")
 #: Freed memory goes back to the system after tensors of at least this size.
 _LARGE_BYTES = 1 << 20
 _DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
@@ -113,7 +114,7 @@ def _is_ours(entry: Path) -> bool:
     if entry.is_dir():
         return entry.name == TEMPLATES_FOLDER
     code = ("modeling_*.py", "configuration_*.py", "tokenization_*.py")
-    own = (*COMPANIONS, *code, "*.safetensors", INDEX_FILE, "config.json", REPORT_FILE)
+    own = (*COMPANIONS, *code, "*.safetensors", INDEX_FILE, "config.json", REPORT_FILE, *PAGE_FILES)
     return any(fnmatch(entry.name, pattern) for pattern in own)
 
 

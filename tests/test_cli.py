@@ -64,7 +64,7 @@ def data(text: Path) -> list[str | Path]:
 # Help
 
 
-@pytest.mark.parametrize("command", [[], ["compress"], ["score"], ["evaluate"], ["sweep"]], ids=str)
+@pytest.mark.parametrize("command", [[], ["compress"], ["score"], ["evaluate"], ["sweep"], ["report"]], ids=str)
 @pytest.mark.parametrize("flag", ["--help", "-h"])
 def test_every_command_has_help(run: CommandLine, command: list[str], flag: str) -> None:
     outcome = run(*command, flag)

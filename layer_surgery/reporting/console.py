@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from layer_surgery.records import EvaluationReport, LayerScores, SurgeryPlan, SurgeryReport
+from layer_surgery.reporting.formats import short_names
 from layer_surgery.reporting.measurements import print_continuations, print_measurements
 
 _BLOCKS = "▏▎▍▌▋▊▉█"
@@ -39,6 +40,8 @@ def print_report(console: Console, report: SurgeryReport) -> None:
         console.print("dry run: nothing was written", highlight=False)
     else:
         console.print(f"saved to [bold]{escape(report.output)}[/] (report: surgery.json)", highlight=False)
+        if not any(failure.stage == "report page" for failure in report.failures):
+            console.print(f"page: [bold]{escape(report.output)}/report.html[/]", highlight=False)
 
 
 def print_prediction(console: Console, report: SurgeryReport) -> None:
@@ -69,17 +72,11 @@ def print_ranks(console: Console, plan: SurgeryPlan) -> None:
     names = list(dict.fromkeys(name for layer in plan.low_rank for name in layer.ranks))
     table = Table(title="ranks", title_justify="left", box=None, pad_edge=False)
     table.add_column("layer", justify="right")
-    for title in _short(names):
+    for title in short_names(names):
         table.add_column(title, justify="right", overflow="fold")
     for layer in plan.low_rank:
         table.add_row(str(layer.index), *(str(layer.ranks.get(name, "-")) for name in names))
     console.print(table)
-
-
-def _short(names: list[str]) -> list[str]:
-    """Return the last parts of names, and of those that end alike (GPT-2's two `c_proj`) as many as tell them apart."""
-    lasts = [name.rpartition(".")[2] for name in names]
-    return [last if lasts.count(last) == 1 else name for name, last in zip(names, lasts, strict=True)]
 
 
 def print_scores(console: Console, scores: LayerScores) -> None:

@@ -10,7 +10,8 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from layer_surgery.records import Comparison, Continuation, EvaluationResult, Interval, SpeedPoint
+from layer_surgery.records import Comparison, Continuation, EvaluationResult, SpeedPoint
+from layer_surgery.reporting.formats import percent_change, with_error, with_interval
 
 #: Label, value of each model (the last one is the model after), change.
 Row = tuple[str, list[str], str]
@@ -25,8 +26,8 @@ def print_measurements(
 ) -> None:
     """Print one evaluation, or two side by side with the change; paired intervals stand in brackets."""
     results = [after] if before is None else [before, after]
-    rows = [*_sizes(results), *_perplexities(results, comparison), *_distances(comparison)]
-    rows += [*_tasks(results, comparison), *_speeds(results)]
+    rows = [*size_rows(results), *perplexity_rows(results, comparison), *distance_rows(comparison)]
+    rows += [*task_rows(results, comparison), *speed_rows(results)]
     table = Table(box=None, pad_edge=False, title_justify="left")
     table.add_column("", overflow="fold")
     cells = [[label, *values, change] if before is not None else [label, *values] for label, values, change in rows]
@@ -52,7 +53,8 @@ def print_continuations(console: Console, continuations: list[Continuation], tit
         console.print(table)
 
 
-def _sizes(results: list[EvaluationResult]) -> Iterator[Row]:
+def size_rows(results: list[EvaluationResult]) -> Iterator[Row]:
+    """Yield what can be said without running the models."""
     for label, attribute in (
         ("layers", "layers"),
         ("parameters", "parameters"),
@@ -63,46 +65,50 @@ def _sizes(results: list[EvaluationResult]) -> Iterator[Row]:
         values = [getattr(result, attribute) for result in results]
         known = [float(value) for value in values if value is not None]
         cells = ["-" if value is None else f"{value:,}" for value in values]
-        yield label, cells, _percent(known) if len(known) == len(values) else ""
+        yield label, cells, percent_change(known) if len(known) == len(values) else ""
 
 
-def _perplexities(results: list[EvaluationResult], comparison: Comparison | None) -> Iterator[Row]:
+def perplexity_rows(results: list[EvaluationResult], comparison: Comparison | None) -> Iterator[Row]:
+    """Yield a row for each text."""
     for name in dict.fromkeys(name for result in results for name in result.perplexity):
         found = [result.perplexity.get(name) for result in results]
         tokens = next(value.tokens for value in found if value is not None)
         change = ""
         if comparison is not None and name in comparison.perplexity:
-            change = f"x {_interval(comparison.perplexity[name].ratio, '.3f')}"
+            change = f"x {with_interval(comparison.perplexity[name].ratio, '.3f')}"
         elif len(found) == 2 and found[0] is not None and found[1] is not None:
             change = f"x {found[1].value / found[0].value:.3f}"
-        values = ["-" if value is None else _with_error(value.value, value.stderr) for value in found]
+        values = ["-" if value is None else with_error(value.value, value.stderr) for value in found]
         yield f"perplexity, {name}\n  ({tokens:,} tokens)", values, change
 
 
-def _distances(comparison: Comparison | None) -> Iterator[Row]:
+def distance_rows(comparison: Comparison | None) -> Iterator[Row]:
+    """Yield how far the models are from each other on each text."""
     if comparison is None:
         return
     for name, divergence in comparison.kl_divergence.items():
-        mean = _with_error(divergence.mean, divergence.stderr, ".4f")
+        mean = with_error(divergence.mean, divergence.stderr, ".4f")
         yield f"KL, {name} (nats)", ["", mean], ""
         yield "  99.9th percentile", ["", f"{divergence.p99_9:.3f}"], ""
         agreement = comparison.top1_agreement[name]
-        yield f"top-1, {name}", ["", _with_error(agreement.value, agreement.stderr, ".4f")], ""
+        yield f"top-1, {name}", ["", with_error(agreement.value, agreement.stderr, ".4f")], ""
 
 
-def _tasks(results: list[EvaluationResult], comparison: Comparison | None) -> Iterator[Row]:
+def task_rows(results: list[EvaluationResult], comparison: Comparison | None) -> Iterator[Row]:
+    """Yield a row for each metric of each task."""
     for name in dict.fromkeys(name for result in results for name in result.tasks):
         found = [result.tasks.get(name) for result in results]
         some = next(task for task in found if task is not None)
         for metric in some.metrics:
             values = [None if task is None else task.metrics.get(metric) for task in found]
-            cells = ["-" if value is None else _with_error(value.value, value.stderr, ".4f") for value in values]
+            cells = ["-" if value is None else with_error(value.value, value.stderr, ".4f") for value in values]
             interval = comparison.tasks.get(name, {}).get(metric) if comparison is not None else None
-            change = _interval(interval, "+.4f") if interval is not None else ""
+            change = with_interval(interval, "+.4f") if interval is not None else ""
             yield f"{name}, {metric}\n  ({some.items:,} items)", cells, change
 
 
-def _speeds(results: list[EvaluationResult]) -> Iterator[Row]:
+def speed_rows(results: list[EvaluationResult]) -> Iterator[Row]:
+    """Yield rows for each batch size and prompt length; the first has no values and says which."""
     for points in zip_longest(*(result.speed for result in results)):
         if None in points:
             continue
@@ -117,21 +123,7 @@ def _speeds(results: list[EvaluationResult]) -> Iterator[Row]:
             ("  peak memory, MB", "peak_memory_bytes", 1e-6),
         ):
             values = [getattr(point, attribute) * factor for point in points]
-            yield label, [f"{value:,.1f}" for value in values], _percent(values)
-
-
-def _percent(values: list[float]) -> str:
-    return f"{(values[1] / values[0] - 1) * 100:+.1f} %" if len(values) == 2 and values[0] else ""
-
-
-def _interval(interval: Interval, form: str) -> str:
-    return f"{interval.value:{form}} [{interval.low:{form}}, {interval.high:{form}}]"
-
-
-def _with_error(value: float, stderr: float | None, form: str = ",.2f") -> str:
-    if stderr is None:
-        return f"{value:.4g}"
-    return f"{value:{form}} ± {stderr:{form}}"
+            yield label, [f"{value:,.1f}" for value in values], percent_change(values)
 
 
 def _one_line(text: str) -> str:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from layer_surgery.factors import FactorStore
-from layer_surgery.records import SurgeryPlan
+from layer_surgery.records import SpectrumRecord, SurgeryPlan
 from layer_surgery.registry import Registry
 from layer_surgery.statistics_cache import StatisticsSource
 from layer_surgery.streaming import StreamedModel
@@ -24,6 +24,8 @@ class SurgeryContext:
     progress: Progress
     ranks_fixed: bool = False
     """Whether the ranks are the user's own, so that a method must not choose better ones."""
+    spectra: list[SpectrumRecord] = field(default_factory=list)
+    """Where methods that decompose linears leave their singular values, for the report."""
 
 
 Method = Callable[[SurgeryPlan, SurgeryContext], SurgeryPlan]

@@ -14,7 +14,8 @@ from torch import nn
 from layer_surgery.factors import FactorStore
 from layer_surgery.gradients import accumulated_gradients
 from layer_surgery.low_rank import Factors, attributed_groups, select_groups, svd
-from layer_surgery.records import LayerPlan, SurgeryPlan
+from layer_surgery.records import LayerPlan, SpectrumRecord, SurgeryPlan
+from layer_surgery.spectra import spectrum_record
 from layer_surgery.surgeon.context import METHODS, SurgeryContext, the_walk
 from layer_surgery.walk import Observer, Walk
 
@@ -24,8 +25,10 @@ URL = "https://arxiv.org/abs/2501.00339"
 class GraspObserver(Observer):
     """Turns the linears of each layer that it sees into factors, on the spot, from their summed gradients."""
 
-    def __init__(self, ranks: Mapping[int, Mapping[str, int]], factors: FactorStore) -> None:
-        self._ranks, self._factors = ranks, factors
+    def __init__(
+        self, ranks: Mapping[int, Mapping[str, int]], factors: FactorStore, spectra: list[SpectrumRecord]
+    ) -> None:
+        self._ranks, self._factors, self._spectra = ranks, factors, spectra
 
     @contextmanager
     def watching(self, index: int, layer: nn.Module) -> Iterator[None]:
@@ -38,6 +41,7 @@ class GraspObserver(Observer):
                 chosen = attributed_groups(spectrum, gradients[name], rank)
                 factors: Factors = select_groups(spectrum, chosen)
                 self._factors.write(index, {name: factors})
+                self._spectra.append(spectrum_record(index, name, "weight", spectrum.s.tolist(), set(chosen.tolist())))
 
 
 @METHODS.add(
@@ -53,7 +57,7 @@ def grasp(plan: SurgeryPlan, context: SurgeryContext) -> SurgeryPlan:
     path = list(range(context.model.layer_count))
     with walk.new_store(walk.settings.boundary_memory_bytes) as gradient:
         walk.losses(walk.forward(path, keep=True), gradient=(gradient, 0))
-        observer = GraspObserver(ranks, context.factors)
+        observer = GraspObserver(ranks, context.factors, context.spectra)
         walk.backward(path, (gradient, 0), stop=min(ranks), observers=[observer], watch=ranks)
     return plan
 
@@ -90,5 +94,5 @@ def _operate(walk: Walk, context: SurgeryContext, layer: LayerPlan, ranks: dict[
     path = list(range(context.model.layer_count))
     with walk.new_store(walk.settings.boundary_memory_bytes) as gradient:
         walk.losses(walk.forward(path, keep=True), gradient=(gradient, 0))
-        observer = GraspObserver({layer.index: ranks}, context.factors)
+        observer = GraspObserver({layer.index: ranks}, context.factors, context.spectra)
         walk.backward(path, (gradient, 0), stop=layer.index, observers=[observer], watch=[layer.index])

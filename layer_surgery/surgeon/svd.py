@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from layer_surgery.low_rank import Factors, truncated_svd
+from layer_surgery import low_rank
+from layer_surgery.low_rank import Factors, select_groups
 from layer_surgery.records import SurgeryPlan
+from layer_surgery.spectra import spectrum_record
 from layer_surgery.surgeon.context import METHODS, SurgeryContext
 
 
@@ -33,8 +35,9 @@ def svd(plan: SurgeryPlan, context: SurgeryContext) -> SurgeryPlan:
             prefix = context.model.checkpoint.layer_prefix(layer.index)
             for name, rank in layer.ranks.items():
                 weight = f"{prefix}{name}.weight"
-                context.factors.write(
-                    layer.index, {name: truncated_svd(context.model.read_weights([weight])[weight], rank)}
-                )
+                spectrum = low_rank.svd(context.model.read_weights([weight])[weight])
+                leading = torch.arange(rank, device=spectrum.s.device)
+                context.factors.write(layer.index, {name: select_groups(spectrum, leading)})
+                context.spectra.append(spectrum_record(layer.index, name, "weight", spectrum.s.tolist(), rank))
             advance()
     return plan

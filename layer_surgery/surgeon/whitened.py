@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from layer_surgery.factors import FactorStore
 from layer_surgery.low_rank import Factors, whitened_svd
 from layer_surgery.moments import MomentRecorder
-from layer_surgery.records import SurgeryPlan
+from layer_surgery.records import SpectrumRecord, SurgeryPlan
+from layer_surgery.spectra import spectrum_record
 from layer_surgery.statistics import check_tokens, damped, replaceable_linears, useful_rank
 from layer_surgery.surgeon.context import METHODS, SurgeryContext, the_walk
 from layer_surgery.surgeon.svd import without_parts
@@ -25,8 +26,10 @@ from layer_surgery.walk import Observer
 class WhitenedObserver(Observer):
     """Truncates the linears of each layer that it sees, in the metric of their inputs."""
 
-    def __init__(self, ranks: Mapping[int, Mapping[str, int]], factors: FactorStore) -> None:
-        self._ranks, self._factors = ranks, factors
+    def __init__(
+        self, ranks: Mapping[int, Mapping[str, int]], factors: FactorStore, spectra: list[SpectrumRecord]
+    ) -> None:
+        self._ranks, self._factors, self._spectra = ranks, factors, spectra
         self._recorder: MomentRecorder | None = None
 
     @contextmanager
@@ -40,8 +43,9 @@ class WhitenedObserver(Observer):
             reader = moments.reads[name]
             if reader not in inputs:
                 inputs[reader] = damped(moments.input_moment(name), moments.tokens, index, name)
-            (left, right), _ = whitened_svd(layer.get_parameter(f"{name}.weight").detach(), inputs[reader])
+            (left, right), values = whitened_svd(layer.get_parameter(f"{name}.weight").detach(), inputs[reader])
             self._factors.write(index, {name: Factors(left[:, :rank], right[:rank])})
+            self._spectra.append(spectrum_record(index, name, "inputs", values.tolist(), rank))
 
     def batch(self, valid: Tensor) -> None:
         assert self._recorder is not None
@@ -59,7 +63,7 @@ def svd_llm(plan: SurgeryPlan, context: SurgeryContext) -> SurgeryPlan:
     walk = the_walk(context)
     check_tokens(walk.tokens, walk.model.hidden_size, "svd_llm")
     ranks = {layer.index: layer.ranks for layer in plan.low_rank}
-    observer = WhitenedObserver(ranks, context.factors)
+    observer = WhitenedObserver(ranks, context.factors, context.spectra)
     walk.forward(list(range(max(ranks) + 1)), keep=False, observers=[observer], watch=ranks)
     return plan
 
@@ -91,6 +95,10 @@ def fisher(plan: SurgeryPlan, context: SurgeryContext) -> SurgeryPlan:
         ranks = statistics.best_ranks(planned, spendable)
     for index in ranks:
         context.factors.write(index, statistics.factors(index, ranks[index]))
+        context.spectra.extend(
+            spectrum_record(index, name, "fisher", statistics.values[index][name], rank)
+            for name, rank in ranks[index].items()
+        )
     layers = [replace(layer, ranks=dict(ranks.get(layer.index, {}))) for layer in plan.layers]
     # The prediction knows neither layers removed outright nor plans of which other linears than usual are low-rank.
     usual = {index: replaceable_linears(context.model, index, context.statistics.part) for index in ranks}

@@ -22,9 +22,9 @@ from layer_surgery.run_records import (
     described_tokens,
     run_provenance,
 )
-from layer_surgery.saving import REPORT_FILE
 from layer_surgery.session import Model, Session, Ui, calibration_walk, check_column, open_session
 from layer_surgery.statistics_cache import check_cache
+from layer_surgery.stored_report import REPORT_FILE
 from layer_surgery.sweep_records import SweepPoint, SweepReport, SweepSettings
 from layer_surgery.sweeping.condition import Condition, find_best, parse_condition
 from layer_surgery.sweeping.grid import compress_config, grid, in_order, same_surgery

@@ -1,0 +1,165 @@
+"""Writes the page and the card of results, new or stored ones."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from layer_surgery.errors import OutputError, ReportError, UserError
+from layer_surgery.modeling_layer_surgery import MODEL_TYPE
+from layer_surgery.origin import is_valid_hub_id
+from layer_surgery.records import SurgeryReport
+from layer_surgery.saving import PAGE_FILES
+from layer_surgery.stored_report import read_report, report_file
+
+if TYPE_CHECKING:
+    from layer_surgery.reporting.compare import ResultRow
+
+PAGE_FILE, CARD_FILE = PAGE_FILES
+
+
+def write_page_and_card(directory: Path, report: SurgeryReport, name: str) -> None:
+    """Write `report.html` and `README.md` of a new result into its directory.
+
+    Args:
+        name: what the result is called: the directory may still have another name.
+    """
+    needs_code = _needs_code(directory, report)
+    write_atomically(directory / PAGE_FILE, _page(report, name, needs_code))
+    write_atomically(directory / CARD_FILE, _card(report, name, needs_code))
+
+
+def report_on(
+    results: Sequence[Path], output: Path | None, *, base_model: str | None = None, overwrite: bool = False
+) -> tuple[Path, list[str]]:
+    """Make the page of one stored result again (and its card), or one page that compares several.
+
+    Args:
+        results: directories that `compress` has written, or their `surgery.json`.
+        output: file of the page; None is `report.html` in the directory of the only result, whose card is then made
+            again too, unless somebody has edited it.
+        base_model: name of the original on the hub, for the card.
+        overwrite: whether `output`, or an edited card, is replaced.
+
+    Returns: where the page is, and notes for the user.
+    Raises: `UserError` for what is no report, or may not be written, before anything is.
+    """
+    _check(results, output, base_model, overwrite)
+    if len(results) > 1 and output is not None:
+        _write(output, _compared(results))
+        return output, []
+    directory = results[0]
+    name, report = _name(directory), read_report(report_file(directory))
+    if output is not None:
+        _write(output, _stored_page(directory, name, report))
+        return output, []
+    if base_model is not None:
+        report = replace(report, base_model=report.base_model | {"hub_id": base_model})
+    text = _stored_page(directory, name, report)
+    card, notes = _card(report, name, _needs_code(directory, report)), []
+    _write(directory / PAGE_FILE, text)
+    if overwrite or _may_replace(directory / CARD_FILE):
+        _write(directory / CARD_FILE, card)
+    else:
+        notes.append(
+            f"{directory / CARD_FILE} was edited, or is not ours, and stays as it is (--overwrite replaces it)"
+        )
+    return directory / PAGE_FILE, notes
+
+
+def _check(results: Sequence[Path], output: Path | None, base_model: str | None, overwrite: bool) -> None:
+    if not results:
+        raise UserError("give at least one directory that `layer-surgery compress` has written.")
+    if output is None and len(results) > 1:
+        raise OutputError(f"{len(results)} results make one page that belongs to none of them; give --output FILE.")
+    if output is None and results[0].is_file():
+        raise OutputError(f"{results[0]} is a file; give its directory, or --output FILE.")
+    if output is not None and output.is_dir():
+        raise OutputError(f"--output {output} is a directory; give the name of a file, such as {output / PAGE_FILE}.")
+    if output is not None and output.exists() and not overwrite:
+        raise OutputError(f"--output {output} exists already; choose another name, or pass --overwrite to replace it.")
+    if base_model is not None and output is not None:
+        raise UserError("--base-model is for the card of one result; leave out --output.")
+    if base_model is not None and not is_valid_hub_id(base_model):
+        raise UserError(f"--base-model '{base_model}' is no name on the hub; give OWNER/NAME.")
+
+
+def _name(path: Path) -> str:
+    resolved = path.resolve()
+    return (resolved if resolved.is_dir() else resolved.parent).name or str(path)
+
+
+def _stored_page(path: Path, name: str, report: SurgeryReport) -> str:
+    try:
+        return _page(report, name, _needs_code(path if path.is_dir() else path.parent, report))
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+        raise ReportError(f"the report of {path} contradicts itself ({error!r}); make it again.") from error
+
+
+def _compared(results: Sequence[Path]) -> str:
+    """Return the page that compares results; all are read before anything is drawn."""
+    from layer_surgery.reporting.compare import comparison_page
+
+    return comparison_page([row for path in results for row in _rows(path)])
+
+
+def _rows(path: Path) -> list[ResultRow]:
+    """Return what a comparison takes from one of its arguments."""
+    from layer_surgery.reporting.compare import result_row
+
+    return [result_row(_name(path), read_report(report_file(path)))]
+
+
+def _page(report: SurgeryReport, name: str, needs_code: bool) -> str:
+    from layer_surgery.reporting.page import report_page  # matplotlib takes a while to import
+
+    return report_page(report, name, needs_code=needs_code)
+
+
+def _card(report: SurgeryReport, name: str, needs_code: bool) -> str:
+    from layer_surgery.reporting.card import model_card
+
+    return model_card(report, name, needs_code=needs_code)
+
+
+def _needs_code(directory: Path, report: SurgeryReport) -> bool:
+    """Whether the result loads with remote code only; where its configuration is gone, as far as the plan tells."""
+    try:
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        return config.get("model_type") == MODEL_TYPE or "auto_map" in config
+    except (OSError, ValueError, AttributeError):
+        return bool(report.plan.low_rank)
+
+
+def _may_replace(card: Path) -> bool:
+    from layer_surgery.reporting.card import is_unedited
+
+    try:
+        return is_unedited(card.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return True
+    except (OSError, ValueError):
+        return False
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        write_atomically(path, text)
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written ({error.strerror}); give --output FILE elsewhere.") from error
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file so that there is never half of it, whatever happens meanwhile."""
+    staging = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        staging.write_text(text, encoding="utf-8", newline="\n")
+        staging.replace(path)
+    finally:
+        with suppress(FileNotFoundError):
+            staging.unlink()

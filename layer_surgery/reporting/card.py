@@ -1,0 +1,119 @@
+"""The model card of a result: metadata that the hub reads, and what a user must know. Computes nothing new.
+
+Metadata: https://huggingface.co/docs/hub/model-cards. `base_model` takes names on the hub only, so a local directory is
+named in the text instead.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+
+from layer_surgery.records import SurgeryReport
+from layer_surgery.reporting.formats import with_interval
+from layer_surgery.reporting.loading import how_to_load
+from layer_surgery.reporting.page import calibration_sources, refit_sentence, tables
+from layer_surgery.reporting.summary import summary
+from layer_surgery.reporting.templates import render
+from layer_surgery.reporting.text import printable
+
+#: What becomes of lm-eval's names among the hub's metrics; others are given as they are.
+_METRICS = {"acc": "accuracy", "acc_norm": "accuracy"}
+_MARK = re.compile(r"\n<!-- layer-surgery: SHA-256 of all above ([0-9a-f]{64}) -->\n\Z")
+
+
+def model_card(report: SurgeryReport, name: str, *, needs_code: bool) -> str:
+    """Return the card as Markdown with its metadata. Its last line tells whether anyone has edited it since.
+
+    Args:
+        name: what the result is called.
+        needs_code: whether the result loads with `trust_remote_code=True` only.
+    """
+    text = render(
+        "card.md.jinja",
+        metadata=metadata(report, name, needs_code=needs_code).to_yaml(line_break="\n").strip(),
+        name=name,
+        report=report,
+        sentences=summary(report),
+        tables=tables(report),
+        refit=refit_sentence(report),
+        loading=how_to_load(name, needs_code=needs_code),
+        needs_code=needs_code,
+        sources=calibration_sources(report),
+        command=report.provenance.get("command"),
+        hub_id=report.base_model.get("hub_id"),
+        sha256=report.base_model.get("sha256"),
+        licence=report.base_model.get("licence") or {},
+    )
+    text = text.rstrip() + "\n"
+    return f"{text}\n<!-- layer-surgery: SHA-256 of all above {_sha256(text)} -->\n"
+
+
+def is_unedited(card: str) -> bool:
+    """Whether a card is one that `model_card` has made and nobody has changed."""
+    match = _MARK.search(card)
+    return match is not None and match[1] == _sha256(card[: match.start()])
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def metadata(report: SurgeryReport, name: str, *, needs_code: bool) -> ModelCardData:
+    """Return what stands in the head of the card."""
+    hub_id = report.base_model.get("hub_id")
+    licence: dict[str, Any] = report.base_model.get("licence") or {}
+    tags = ["layer-surgery", "pruning", "model-compression"]
+    tags += ["low-rank", "svd"] if report.plan.low_rank else []
+    tags += ["custom_code"] if needs_code else []
+    results = list(_results(report))
+    return ModelCardData(
+        base_model=hub_id,
+        # of the hub's relations (adapter, merge, quantized, finetune) the one for weights that were changed
+        base_model_relation="finetune" if hub_id else None,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=tags,
+        eval_results=results or None,
+        model_name=printable(name) if results else None,
+        **licence,
+    )
+
+
+def _results(report: SurgeryReport) -> Iterator[EvalResult]:
+    for text, perplexity in report.after.perplexity.items():
+        yield EvalResult(
+            task_type="text-generation",
+            dataset_type=printable(text),
+            dataset_name=printable(text),
+            dataset_config="text",  # a task may have the same name
+            dataset_args={
+                "sequence_length": perplexity.sequence_length,
+                "windows": perplexity.windows,
+                "data_sha256": perplexity.data_sha256,
+            },
+            metric_type="perplexity",
+            metric_value=round(perplexity.value, 4),
+            metric_name="perplexity" + _against(report, text),
+        )
+    for task, result in report.after.tasks.items():
+        for metric, found in result.metrics.items():
+            plain = metric.partition(",")[0]
+            yield EvalResult(
+                task_type="text-generation",
+                dataset_type=printable(task),
+                dataset_name=printable(task),
+                dataset_args={"num_fewshot": result.num_fewshot, "items": result.items, "version": result.version},
+                metric_type=_METRICS.get(plain, plain),
+                metric_value=round(found.value, 4),
+                metric_name=metric,
+            )
+
+
+def _against(report: SurgeryReport, text: str) -> str:
+    change = report.comparison.perplexity.get(text)
+    return f" (of the original's: {with_interval(change.ratio, '.3f')})" if change is not None else ""

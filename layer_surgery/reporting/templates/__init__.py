@@ -1,0 +1,38 @@
+"""The templates of page and card, and their rendering: everything from outside is escaped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from layer_surgery.provenance import version
+from layer_surgery.reporting.svg import COLOURS
+from layer_surgery.reporting.text import breakable, code_block, code_span, markdown, printable, quiet
+
+
+def render(template: str, /, **values: Any) -> str:
+    """Fill a template of this folder. `.html` templates escape what they are given; Markdown uses its filters."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=lambda name: name is not None and name.endswith(".html.jinja"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_finalize,
+    )
+    environment.filters |= {
+        "code": code_span,
+        "block": code_block,
+        "md": markdown,
+        "quiet": quiet,
+        "breakable": breakable,
+    }
+    environment.globals |= {"colours": COLOURS, "version": version("layer-surgery") or ""}
+    return environment.get_template(template).render(**values)
+
+
+def _finalize(value: Any) -> Any:
+    return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
