@@ -100,6 +100,89 @@ def replace_linears(model: nn.Module, ranks: dict[str, int]) -> None:
         setattr(model.get_submodule(parent), child, replacement)
 
 
+# Attention that was removed
+
+
+def free_caches_of_removed_attention(model: nn.Module) -> None:
+    """Have every attention whose linears are all of rank 0 leave its keys and values out of the cache.
+
+    What such a module gives does not depend on the tokens (its biases at most), so it needs no past.
+    """
+    for module in model.modules():
+        linears = _linears_in(module)
+        removed = linears and all(isinstance(part, LowRankLinear) and part.rank == 0 for part in linears)
+        if removed and hasattr(module, "layer_idx"):
+            module.register_forward_pre_hook(_without_past, with_kwargs=True)
+
+
+def _linears_in(module: nn.Module) -> list[nn.Module]:
+    """Return the linears in a module; of a low-rank one itself and not its factors."""
+    if isinstance(module, (LowRankLinear, nn.Linear, Conv1D)):
+        return [module]
+    return [linear for child in module.children() for linear in _linears_in(child)]
+
+
+def _without_past(module: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+    """Run an attention on the current tokens alone, and cache a place-holder [batch, 1, tokens, 1] for them.
+
+    Masks and positions are made from the length of the cache, often that of its first layer, and a cache layer without
+    elements counts as empty; so one number a token stays for keys and one for values.
+    """
+    cache = keywords.get("past_key_values")
+    layers = getattr(cache, "layers", None)
+    if layers is None or keywords.get("alibi") is not None:  # its biases are as long as the cache
+        return None
+    layer = layers[module.layer_idx] if module.layer_idx < len(layers) else None
+    if layer is not None and not hasattr(layer, "keys"):
+        return None  # a state of fixed size
+    states = keywords["hidden_states"] if "hidden_states" in keywords else arguments[0]
+    heads, width_of_keys, width_of_values = 1, 1, 1
+    if layer is not None and layer.is_initialized and layer.keys.dim() == 4 and layer.keys.shape[-1] > 0:
+        # A static cache may have been made beforehand, with the sizes of all layers.
+        heads, width_of_keys, width_of_values = layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3]
+    shape = (*states.shape[:2], heads)
+    keys, values = (states.new_zeros(*shape, width).transpose(1, 2) for width in (width_of_keys, width_of_values))
+    cache.update(keys, values, module.layer_idx)
+    return arguments, {**keywords, "past_key_values": None, "attention_mask": None}
+
+
+# Tensor parallelism
+
+
+def plan_with_factors(model: nn.Module, plan: dict[str, str]) -> dict[str, str]:
+    """Return a tensor-parallel plan by module name, with rules for the factors of low-rank linears before its own.
+
+    Of `W = L R` the large sides are cut: by columns L [out, r] is, and R [r, in] is whole everywhere; by rows R is, and
+    what is summed over the devices is of the size of the rank.
+    """
+    rules: dict[str, str] = {}
+    for name, module in model.named_modules():
+        general = ".".join("*" if part.isdigit() else part for part in name.split("."))
+        style = plan.get(general, "")
+        if isinstance(module, LowRankLinear) and ("colwise" in style or "rowwise" in style):
+            by_columns = "colwise" in style
+            rules[f"{general}.in_factor"] = "replicate" if by_columns else style
+            rules[f"{general}.out_factor"] = style if by_columns else "replicate"
+    return {**rules, **plan}
+
+
+def expanded_plan_with_factors(model: nn.Module, expanded: dict[str, str]) -> dict[str, str]:
+    """Return a plan by single module and parameter in which the factors are cut and not the linear that they make."""
+    expanded = dict(expanded)
+    for name, module in model.named_modules():
+        style = expanded.get(name, "")
+        if not isinstance(module, LowRankLinear) or not ("colwise" in style or "rowwise" in style):
+            continue
+        del expanded[name]
+        if module.bias is None:
+            continue
+        if style in ("colwise", "packed_colwise"):
+            expanded[name] = "local_params"  # adds its part of the bias to its part of the output
+        else:
+            expanded.pop(f"{name}.bias", None)  # added whole to a whole output
+    return expanded
+
+
 class _LayerSurgeryConfigMixin:
     """What every configuration with low-rank layers has beside the fields of its base class."""
 
@@ -159,6 +242,11 @@ def model_class_for(config_class: type) -> type[PreTrainedModel]:
         def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
             base_model.__init__(self, config, *args, **kwargs)
             replace_linears(self, config.low_rank)
+            free_caches_of_removed_attention(self)
+            self._tp_plan = plan_with_factors(self, self._tp_plan or {})
+
+        def _expand_parallel_plan(self: Any, plan: dict[str, str]) -> dict[str, str]:
+            return expanded_plan_with_factors(self, base_model._expand_parallel_plan(self, plan))
 
         _model_classes[config_class] = type(
             "LayerSurgeryForCausalLM",
@@ -166,6 +254,7 @@ def model_class_for(config_class: type) -> type[PreTrainedModel]:
             {
                 "__init__": __init__,
                 "__module__": __name__,
+                "_expand_parallel_plan": _expand_parallel_plan,
                 "config_class": config_class,
                 "_auto_class": "AutoModelForCausalLM",
             },
