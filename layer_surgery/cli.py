@@ -16,6 +16,7 @@ from rich.console import Console
 from layer_surgery import __version__
 from layer_surgery.cli_common import CONTEXT, WithNames, check_complete, command_line, given, print_json, progress_ui
 from layer_surgery.cli_evaluation import EVALUATION
+from layer_surgery.cli_export import export
 from layer_surgery.cli_options import CALIBRATION, REMOVE, RUNTIME, layer_list
 from layer_surgery.config import DEFAULT_METHOD, BudgetConfig, EvaluationConfig, RefitConfig
 
@@ -187,6 +188,9 @@ def evaluate(model: str, no_eval: bool, as_json: bool, debug: bool, **options: A
     else:
         print_evaluation(Console(highlight=False, soft_wrap=True), report, model)
     check_complete(report.failures)
+
+
+cli.add_command(export)
 
 
 def _quiet_libraries(debug: bool) -> None:

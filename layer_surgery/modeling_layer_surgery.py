@@ -128,7 +128,7 @@ def _without_past(module: Any, arguments: tuple[Any, ...], keywords: dict[str, A
     Masks and positions are made from the length of the cache, often that of its first layer, and a cache layer without
     elements counts as empty; so one number a token stays for keys and one for values.
     """
-    cache = keywords.get("past_key_values")
+    cache: Any = keywords.get("past_key_values")
     layers = getattr(cache, "layers", None)
     if layers is None or keywords.get("alibi") is not None:  # its biases are as long as the cache
         return None

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from layer_surgery.checkpoint import Checkpoint, open_checkpoint
 from layer_surgery.config import (
@@ -24,7 +24,14 @@ from layer_surgery.provenance import peak_device_memory_bytes, peak_memory_bytes
 from layer_surgery.records import LayerScores, RefitScope, SurgeryPlan, SurgeryReport
 from layer_surgery.registry import Entry
 from layer_surgery.run_records import calibration_names, described_tokens, report_dict, rounded, run_provenance
-from layer_surgery.saving import REPORT_FILE, check_free_space, check_output, save_checkpoint, staged_directory
+from layer_surgery.saving import (
+    REPORT_FILE,
+    check_free_space,
+    check_not_same,
+    check_output,
+    save_checkpoint,
+    staged_directory,
+)
 from layer_surgery.scoring import SCORERS, Scorer, ScoringContext
 from layer_surgery.selfcheck import check_survivors
 from layer_surgery.session import Model, Session, Ui, calibration_walk, check_column, open_session
@@ -65,7 +72,7 @@ def run_compress(
     with ExitStack() as stack:
         staging = None
         if config.output is not None:
-            _check_not_same(model, config.output)
+            check_not_same(model, config.output)
             check_output(config.output, overwrite=config.overwrite)
             if not config.dry_run:
                 staging = stack.enter_context(staged_directory(config.output, overwrite=config.overwrite))
@@ -293,15 +300,6 @@ class _Compression:
 
     def _provenance(self) -> dict[str, Any]:
         return run_provenance(self.session, self.config.command, self.config.describe())
-
-
-def _check_not_same(model: Model, output: Path) -> None:
-    if isinstance(model, PreTrainedModel) or not (output.exists() and Path(model).exists()):
-        return
-    if output.samefile(model):
-        raise OutputError(f"--output {output} is the model itself; give another directory.")
-    if output.resolve() in Path(model).resolve().parents:
-        raise OutputError(f"--output {output} holds the model, which would be lost; give another directory.")
 
 
 def _check_saved(directory: Path, operated: Checkpoint) -> None:

@@ -14,11 +14,11 @@ ROOT = Path(layer_surgery.__file__).parent
 #: Each module may import only from rows below its own. A package name stands for everything in it.
 LAYERS: list[tuple[str, ...]] = [
     ("cli",),
-    ("cli_evaluation", "cli_options"),
+    ("cli_evaluation", "cli_export", "cli_options"),
     ("cli_common",),
     ("__init__",),
     ("api",),
-    ("pipeline", "standalone"),
+    ("export", "pipeline", "standalone"),
     ("run_records",),
     ("evaluator",),
     ("operation",),
@@ -50,7 +50,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("records",),
     ("errors",),
 ]
-STAGES = LAYERS[9]
+STAGES = next(names for names in LAYERS if "scoring" in names)
 
 #: (importer, imported) within one row: saving reads the nested configuration.
 EXCEPTIONS = {("saving", "operated")}
