@@ -204,7 +204,7 @@ def _quiet_libraries(debug: bool) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")  # bars of our own stand in the place of lm-eval's
-    for name in ("transformers", "lm_eval", "datasets", "huggingface_hub"):
+    for name in ("transformers", "lm_eval", "datasets", "huggingface_hub", "torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 from transformers.pytorch_utils import Conv1D
 
 MODEL_TYPE = "layer_surgery"
@@ -30,6 +30,7 @@ HOW_TO_LOAD = (
 )
 AUTO_MAP = {
     "AutoConfig": "modeling_layer_surgery.LayerSurgeryConfig",
+    "AutoModel": "modeling_layer_surgery.LayerSurgeryModel",
     "AutoModelForCausalLM": "modeling_layer_surgery.LayerSurgeryForCausalLM",
 }
 
@@ -214,7 +215,7 @@ class _LayerSurgeryConfigMixin:
 
 
 _config_classes: dict[type, type] = {}
-_model_classes: dict[type, type] = {}
+_model_classes: dict[tuple[type, str], type] = {}
 
 
 def config_class_for(base_class: type[PreTrainedConfig]) -> type:
@@ -234,32 +235,39 @@ def config_class_for(base_class: type[PreTrainedConfig]) -> type:
     return _config_classes[base_class]
 
 
-def model_class_for(config_class: type) -> type[PreTrainedModel]:
-    """Return the stock causal-LM class of the base architecture, with its linears replaced after construction."""
-    if config_class not in _model_classes:
-        base_model: type[PreTrainedModel] = MODEL_FOR_CAUSAL_LM_MAPPING[config_class.base_class]  # type: ignore[attr-defined]
+def model_class_for(config_class: type, *, head: bool = True) -> type[PreTrainedModel]:
+    """Return the stock causal-LM class of the base architecture, with its linears replaced after construction.
+
+    Without its `head`, the class of the decoder alone, whose last hidden states other tools take.
+    """
+    name = "LayerSurgeryForCausalLM" if head else "LayerSurgeryModel"
+    if (config_class, name) not in _model_classes:
+        base_config = config_class.base_class  # type: ignore[attr-defined]
+        causal_lm: type[PreTrainedModel] = MODEL_FOR_CAUSAL_LM_MAPPING[base_config]
+        base_model: type[PreTrainedModel] = causal_lm if head else MODEL_MAPPING[base_config]
+        prefix = "" if head else f"{causal_lm.base_model_prefix}."
 
         def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
             base_model.__init__(self, config, *args, **kwargs)
-            replace_linears(self, config.low_rank)
+            replace_linears(self, {name.removeprefix(prefix): rank for name, rank in config.low_rank.items()})
             free_caches_of_removed_attention(self)
-            self._tp_plan = plan_with_factors(self, self._tp_plan or {})
+            self._tp_plan = plan_with_factors(self, getattr(self, "_tp_plan", None) or {})
 
         def _expand_parallel_plan(self: Any, plan: dict[str, str]) -> dict[str, str]:
             return expanded_plan_with_factors(self, base_model._expand_parallel_plan(self, plan))
 
-        _model_classes[config_class] = type(
-            "LayerSurgeryForCausalLM",
+        _model_classes[config_class, name] = type(
+            name,
             (base_model,),
             {
                 "__init__": __init__,
                 "__module__": __name__,
                 "_expand_parallel_plan": _expand_parallel_plan,
                 "config_class": config_class,
-                "_auto_class": "AutoModelForCausalLM",
+                "_auto_class": "AutoModelForCausalLM" if head else "AutoModel",
             },
         )
-    return _model_classes[config_class]
+    return _model_classes[config_class, name]
 
 
 class LayerSurgeryConfig(PreTrainedConfig):  # type: ignore[misc]
@@ -278,22 +286,36 @@ class LayerSurgeryConfig(PreTrainedConfig):  # type: ignore[misc]
         return PreTrainedConfig.from_dict.__func__(config_class_for(base_class), fields, **kwargs)  # type: ignore[attr-defined]
 
 
-class LayerSurgeryForCausalLM(PreTrainedModel):  # type: ignore[misc]
-    """Entry point for transformers' auto classes; what it returns is a subclass of the stock model class."""
+class _EntryPoint(PreTrainedModel):  # type: ignore[misc]
+    """What transformers' auto classes are told of; what it returns is a subclass of the stock model class."""
 
     config_class = LayerSurgeryConfig
+    _supports_attention_backend = True  # vLLM asks before it makes the model, which then answers for itself
+    _with_head: bool
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
         if config is None:
             config = LayerSurgeryConfig.from_pretrained(pretrained_model_name_or_path)
-        return model_class_for(type(config)).from_pretrained(
+        return model_class_for(type(config), head=cls._with_head).from_pretrained(
             pretrained_model_name_or_path, *args, config=config, **kwargs
         )
 
     @classmethod
     def _from_config(cls, config: Any, **kwargs: Any) -> Any:
-        return model_class_for(type(config))._from_config(config, **kwargs)
+        return model_class_for(type(config), head=cls._with_head)._from_config(config, **kwargs)
 
 
-__all__ = ["LayerSurgeryConfig", "LayerSurgeryForCausalLM", "LowRankLinear", "replace_linears"]
+class LayerSurgeryForCausalLM(_EntryPoint):
+    """Entry point for `AutoModelForCausalLM`."""
+
+    _with_head = True
+
+
+class LayerSurgeryModel(_EntryPoint):
+    """Entry point for `AutoModel`: the decoder without its head."""
+
+    _with_head = False
+
+
+__all__ = ["LayerSurgeryConfig", "LayerSurgeryForCausalLM", "LayerSurgeryModel", "LowRankLinear", "replace_linears"]
