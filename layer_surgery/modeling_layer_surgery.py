@@ -14,7 +14,7 @@ stops on it with an error, where it would otherwise fill the replaced weights wi
 
 from __future__ import annotations
 
-import warnings
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,6 +33,23 @@ AUTO_MAP = {
     "AutoModel": "modeling_layer_surgery.LayerSurgeryModel",
     "AutoModelForCausalLM": "modeling_layer_surgery.LayerSurgeryForCausalLM",
 }
+
+
+class NoComponents(nn.Module):
+    """A factor of a linear of rank 0: a weight [out, in] without elements.
+
+    Not an `nn.Linear`, because tools that quantise or adapt every one of these fail on one without elements.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, device: torch.device | str | None, dtype: torch.dtype | None
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map [..., in] to [..., out]; one of the two is 0."""
+        return nn.functional.linear(x, self.weight)
 
 
 class LowRankLinear(nn.Module):
@@ -54,10 +71,9 @@ class LowRankLinear(nn.Module):
         self.in_features = in_features
         self.out_features = out_features
         self.rank = rank
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # rank 0 has no elements to initialise
-            self.in_factor = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
-            self.out_factor = nn.Linear(rank, out_features, bias=False, device=device, dtype=dtype)
+        factor: Any = partial(nn.Linear, bias=False) if rank else NoComponents
+        self.in_factor = factor(in_features, rank, device=device, dtype=dtype)
+        self.out_factor = factor(rank, out_features, device=device, dtype=dtype)
         if bias:
             self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype))
         else:
@@ -72,7 +88,8 @@ class LowRankLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map [..., in] to [..., out]."""
-        y: torch.Tensor = self.out_factor(self.in_factor(x))
+        y: torch.Tensor
+        y = self.out_factor(self.in_factor(x)) if self.rank else x.new_zeros(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:
@@ -160,7 +177,7 @@ def plan_with_factors(model: nn.Module, plan: dict[str, str]) -> dict[str, str]:
     for name, module in model.named_modules():
         general = ".".join("*" if part.isdigit() else part for part in name.split("."))
         style = plan.get(general, "")
-        if isinstance(module, LowRankLinear) and ("colwise" in style or "rowwise" in style):
+        if _has_cut_factors(module, style):
             by_columns = "colwise" in style
             rules[f"{general}.in_factor"] = "replicate" if by_columns else style
             rules[f"{general}.out_factor"] = style if by_columns else "replicate"
@@ -172,7 +189,7 @@ def expanded_plan_with_factors(model: nn.Module, expanded: dict[str, str]) -> di
     expanded = dict(expanded)
     for name, module in model.named_modules():
         style = expanded.get(name, "")
-        if not isinstance(module, LowRankLinear) or not ("colwise" in style or "rowwise" in style):
+        if not _has_cut_factors(module, style):
             continue
         del expanded[name]
         if module.bias is None:
@@ -182,6 +199,11 @@ def expanded_plan_with_factors(model: nn.Module, expanded: dict[str, str]) -> di
         else:
             expanded.pop(f"{name}.bias", None)  # added whole to a whole output
     return expanded
+
+
+def _has_cut_factors(module: Any, style: str) -> bool:
+    """Whether factors are to be cut; a linear of rank 0 has none, and its zeros are cut like any output."""
+    return isinstance(module, LowRankLinear) and module.rank > 0 and ("colwise" in style or "rowwise" in style)
 
 
 class _LayerSurgeryConfigMixin:

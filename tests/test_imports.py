@@ -173,7 +173,7 @@ def test_nothing_reads_pickles(path: Path) -> None:
 def test_the_modelling_file_needs_torch_and_transformers_only() -> None:
     """It is copied beside checkpoints and must run where this package is not installed."""
     tops = {top for top, _ in imported(ROOT / "modeling_layer_surgery.py")}
-    assert tops == {"__future__", "typing", "warnings", "torch", "transformers"}
+    assert tops == {"__future__", "functools", "typing", "torch", "transformers"}
 
 
 @pytest.mark.parametrize("name", ["low_rank.py", "boundaries.py", "gradients.py", "moments.py"])
