@@ -300,7 +300,7 @@ def vllm_requirements(subject: Subject) -> None:
     """What vLLM's transformers backend asks of a model; vLLM itself is not run.
 
     Attention goes through transformers' attention interface. The first rule of the tensor-parallel plan that matches
-    the name of a linear says how it is cut, so the rule of a factor must come before that of the linear it is a part of.
+    the name of a linear says how it is cut, so the rule of a factor must come before that of the linear it belongs to.
     """
     decoder = AutoModel.from_pretrained(subject.directory, trust_remote_code=True, dtype=torch.float32)
     model = subject.load()

@@ -1,6 +1,6 @@
 """What other tools do with saved directories: the checks of consumer_checks.py, on tiny models and the demo checkpoint.
 
-experiments/consumers/table.py runs all of them on all kinds of results; lm-eval's own command line is in test_tasks.py too.
+experiments/consumers/table.py runs all of them on all kinds of results; test_tasks.py has lm-eval's command line too.
 """
 
 from __future__ import annotations
