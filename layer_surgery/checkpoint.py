@@ -267,8 +267,8 @@ def _stock_config(directory: Path, trust_remote_code: bool) -> Any:
         if "does not recognize this architecture" in reason:
             raise CheckpointError(
                 f"{directory} has a model_type in its config.json that transformers {transformers.__version__} does "
-                f"not know ({reason[reason.find('model type') :].split(' but ')[0]}); correct it, or install a version of "
-                "transformers that knows it."
+                f"not know ({reason[reason.find('model type') :].split(' but ')[0]}); correct it, or install a version "
+                "of transformers that knows it."
             ) from error
         raise CheckpointError(f"transformers cannot read {directory / 'config.json'}: {reason[:300]}") from error
 

@@ -1,6 +1,6 @@
 """What works for which kind of result: every cell is one tool doing its work on a saved directory.
 
-    python experiments/consumers/table.py [--only CHECK ...]
+    python experiments/consumers/table.py [--only CHECK ...] [--compile-backend inductor]
 
 The directories are made from the demo checkpoint by this package; the tools load them with transformers alone. The
 checks are those of tests/consumer_checks.py. Writes reports/consumers/table.json and table.md.
@@ -40,14 +40,14 @@ TITLES = {"no_attention": "attention removed", "low_rank": "low-rank", "dense": 
 PACKAGES = ("accelerate", "peft", "lm-eval", "torchao")
 
 
-def measure(check: Check, kind: str, directory: Path, scratch: Path) -> dict[str, Any]:
+def measure(check: Check, kind: str, directory: Path, scratch: Path, backend: str) -> dict[str, Any]:
     """Run one check; a failure stays in its cell, with the first line of its message."""
     if check.factors_only and kind != "low_rank":
         return {"result": "-"}
     start = time.perf_counter()
     try:
         with tempfile.TemporaryDirectory(dir=scratch) as own:
-            check.function(Subject(directory, Path(own), compile_backend="inductor"))
+            check.function(Subject(directory, Path(own), compile_backend=backend))
         cell: dict[str, Any] = {"result": "yes"}
     except Exception as error:  # the reason is the result
         lines = str(error).strip().splitlines() or [""]
@@ -92,6 +92,7 @@ def page(rows: dict[str, dict[str, Any]], packages: dict[str, str]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", choices=list(CHECKS), metavar="CHECK", help="default: all")
+    parser.add_argument("--compile-backend", default="aot_eager", help="inductor takes minutes on a CPU")
     parser.add_argument("--output", type=Path, default=ROOT / "reports" / "consumers")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -101,10 +102,13 @@ def main() -> None:
         directories = make_subjects(DEMO_CHECKPOINT, scratch, first=0, second=7)
         rows: dict[str, dict[str, Any]] = {}
         for name in options.only or CHECKS:
-            rows[name] = {kind: measure(CHECKS[name], kind, directories[kind], scratch) for kind in KINDS}
+            rows[name] = {
+                kind: measure(CHECKS[name], kind, directories[kind], scratch, options.compile_backend) for kind in KINDS
+            }
             print(name, *(f"{kind}: {cell['result']}" for kind, cell in rows[name].items()), sep="  ", flush=True)
     packages = {name: version(name) for name in PACKAGES}
-    write_report(options.output / "table.json", {"kinds": KINDS, "packages": packages, "rows": rows})
+    results = {"kinds": KINDS, "packages": packages, "compile_backend": options.compile_backend, "rows": rows}
+    write_report(options.output / "table.json", results)
     (options.output / "table.md").write_text(page(rows, packages), encoding="utf-8")
 
 
