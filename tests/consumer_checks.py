@@ -89,6 +89,14 @@ def check_close(found: Tensor, expected: Tensor, tolerance: float = ROUNDING) ->
         raise AssertionError(f"logits differ by {difference:.1e} of the largest, more than {tolerance:.0e}")
 
 
+def check_near(found: Tensor, expected: Tensor, tolerance: float = 0.1) -> None:
+    """Compare logits after weights were rounded. By their norm: the largest of thousands of differences says more about
+    how far a model with layers missing amplifies rounding than about whether the tool works."""
+    difference = float((found.detach().float() - expected).norm() / expected.norm())
+    if not difference <= tolerance:
+        raise AssertionError(f"logits differ by {difference:.1e} of their norm, more than {tolerance:.0e}")
+
+
 def check_same(found: Tensor, expected: Tensor) -> None:
     if not torch.equal(found, expected):
         raise AssertionError(f"tokens differ: {found.tolist()} instead of {expected.tolist()}")
@@ -186,7 +194,7 @@ def in_bfloat16(subject: Subject) -> None:
     """Loaded in bfloat16 every parameter is, and the logits are near those in float32."""
     model, ids = subject.load(dtype=torch.bfloat16), subject.token_ids
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
-    check_close(logits_of(model, ids), logits_of(subject.load(), ids), 0.1)
+    check_near(logits_of(model, ids), logits_of(subject.load(), ids))
 
 
 def saved_again(subject: Subject) -> None:
@@ -258,7 +266,7 @@ def quantised(subject: Subject) -> None:
     layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and "lm_head" not in n}
     plain = [name for name, layer in layers.items() if type(layer.weight.data) is Tensor and layer.weight.numel()]
     assert layers and not plain, f"not quantised: {plain[:3]}"
-    check_close(logits_of(model, ids), logits_of(subject.load(), ids), 0.1)
+    check_near(logits_of(model, ids), logits_of(subject.load(), ids))
     check_same(generated(model, ids), generated(model, ids, use_cache=False))
 
 
