@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from layer_surgery.api import compress, evaluate, load, report, score, sweep
+    from layer_surgery.api import compress, evaluate, export_dense, load, report, score, sweep
     from layer_surgery.errors import LayerSurgeryError, UserError
     from layer_surgery.records import (
         Comparison,
@@ -24,7 +24,7 @@ __version__ = "0.1.0"
 
 # Imported on first use: torch and transformers take seconds, and `layer-surgery --help` needs neither.
 _HOMES = {
-    "layer_surgery.api": ("compress", "evaluate", "load", "report", "score", "sweep"),
+    "layer_surgery.api": ("compress", "evaluate", "export_dense", "load", "report", "score", "sweep"),
     "layer_surgery.errors": ("LayerSurgeryError", "UserError"),
     "layer_surgery.records": (
         "Comparison",
@@ -56,6 +56,7 @@ __all__ = [
     "__version__",
     "compress",
     "evaluate",
+    "export_dense",
     "load",
     "report",
     "score",

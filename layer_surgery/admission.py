@@ -50,7 +50,11 @@ def check_not_quantised(fields: Mapping[str, Any], directory: Path) -> None:
     """Refuse a checkpoint whose configuration, or a quantiser's own file beside it, says that it is quantised."""
     given = fields.get("quantization_config")
     method = given.get("quant_method", "unknown method") if isinstance(given, dict) else given
-    for file, name in (("quantize_config.json", "gptq"), ("quant_config.json", "awq")):
+    for file, name in (
+        ("quantize_config.json", "gptq"),
+        ("quant_config.json", "awq"),
+        ("hf_quant_config.json", "modelopt"),
+    ):
         if not method and (directory / file).is_file():
             method = name
     if method:
@@ -141,12 +145,24 @@ def check_tensors(
     return _left_out(skeleton, extra, where, layer_count)
 
 
+def _layer_number(skeleton: PreTrainedModel, name: str) -> int:
+    """Return the number of the layer whose tensor, by its name, another layer of the model has too; else -1."""
+    found = re.match(r"(.+?\.)(\d+)(\..+)", name)
+    return int(found[2]) if found and f"{found[1]}0{found[3]}" in skeleton.state_dict() else -1
+
+
 def _left_out(skeleton: PreTrainedModel, extra: list[str], where: str, layer_count: int) -> tuple[str, ...]:
     ignorable = list(getattr(skeleton, "_keys_to_ignore_on_load_unexpected", None) or [])
     further = getattr(skeleton.config, "num_nextn_predict_layers", None) or 0
     # DeepSeek's layers that predict further tokens follow the last layer; transformers' pattern knows one depth only.
     ignorable += [rf"\.layers\.{layer_count + number}\." for number in range(further)]
     unknown = [n for n in extra if not CONSTANTS.search(n) and not any(re.search(p, n) for p in ignorable)]
+    further_layer = next((n for n in unknown if _layer_number(skeleton, n) >= layer_count), None)
+    if further_layer is not None:
+        raise CheckpointError(
+            f"{where} has weights for more layers than its config.json lists (num_hidden_layers is {layer_count}, and "
+            f"there is '{further_layer}'); correct num_hidden_layers, or download the checkpoint again."
+        )
     if unknown:
         raise CheckpointError(
             f"{where} has {len(unknown)} tensors that its architecture does not know, the first being '{unknown[0]}'; "

@@ -23,6 +23,7 @@ from layer_surgery.config import (
     SweepConfig,
     TaskConfig,
 )
+from layer_surgery.export import DenseExport, run_export
 from layer_surgery.pipeline import run_compress
 from layer_surgery.publishing import report_on
 from layer_surgery.records import EvaluationReport, LayerScores, Part, RefitScope, SurgeryPlan, SurgeryReport
@@ -316,6 +317,29 @@ def load(
         checkpoint.directory, config=checkpoint.config, dtype=dtype, use_safetensors=True, **kwargs
     )
     return model
+
+
+def export_dense(
+    directory: str | Path,
+    output: str | Path,
+    *,
+    overwrite: bool = False,
+    ui: Ui | None = None,
+    command: str | None = None,
+) -> DenseExport:
+    """Write a saved checkpoint with low-rank layers as a plain one of its base architecture: factors multiplied out.
+
+    The result computes the same within rounding, and every tool loads it without code of its own. Removed attentions
+    and MLPs become zeros. Tokenizer, chat template and `surgery.json` (with a record of the export) come along.
+    Raises `layer_surgery.errors.UserError` for a plain checkpoint or an output that may not be written.
+    """
+    return run_export(
+        directory,
+        Path(os.path.abspath(Path(output).expanduser())),
+        overwrite=overwrite,
+        command=command,
+        progress=(ui or Ui()).progress,
+    )
 
 
 def _plan(plan: str | Path | SurgeryPlan | dict[str, Any] | None) -> SurgeryPlan | None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -262,6 +263,12 @@ def _stock_config(directory: Path, trust_remote_code: bool) -> Any:
             raise CheckpointError(
                 f"{directory} needs Python code that comes with it; read that code, and if you trust it pass "
                 "--trust-remote-code (trust_remote_code=True)."
+            ) from error
+        if "does not recognize this architecture" in reason:
+            raise CheckpointError(
+                f"{directory} has a model_type in its config.json that transformers {transformers.__version__} does "
+                f"not know ({reason[reason.find('model type') :].split(' but ')[0]}); correct it, or install a version "
+                "of transformers that knows it."
             ) from error
         raise CheckpointError(f"transformers cannot read {directory / 'config.json'}: {reason[:300]}") from error
 

@@ -16,6 +16,7 @@ from rich.console import Console
 from layer_surgery import __version__
 from layer_surgery.cli_common import CONTEXT, WithNames, check_complete, command_line, given, print_json, progress_ui
 from layer_surgery.cli_evaluation import EVALUATION
+from layer_surgery.cli_export import export
 from layer_surgery.cli_options import CALIBRATION, REFIT, REMOVE, RUNTIME, layer_list
 from layer_surgery.cli_report import report as report_command
 from layer_surgery.cli_sweep import sweep
@@ -172,8 +173,8 @@ def evaluate(model: str, no_eval: bool, as_json: bool, debug: bool, **options: A
     check_complete(report.failures)
 
 
-cli.add_command(sweep)
-cli.add_command(report_command)
+for _command in (sweep, report_command, export):
+    cli.add_command(_command)
 
 
 def _quiet_libraries(debug: bool) -> None:
@@ -187,7 +188,8 @@ def _quiet_libraries(debug: bool) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")  # bars of our own stand in the place of lm-eval's
-    for name in ("transformers", "lm_eval", "datasets", "huggingface_hub", "matplotlib"):
+    chatty = ("transformers", "lm_eval", "datasets", "huggingface_hub", "matplotlib", "torchao", "torch.utils._pytree")
+    for name in chatty:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 

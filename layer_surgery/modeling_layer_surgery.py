@@ -14,13 +14,13 @@ stops on it with an error, where it would otherwise fill the replaced weights wi
 
 from __future__ import annotations
 
-import warnings
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 from transformers.pytorch_utils import Conv1D
 
 MODEL_TYPE = "layer_surgery"
@@ -30,8 +30,26 @@ HOW_TO_LOAD = (
 )
 AUTO_MAP = {
     "AutoConfig": "modeling_layer_surgery.LayerSurgeryConfig",
+    "AutoModel": "modeling_layer_surgery.LayerSurgeryModel",
     "AutoModelForCausalLM": "modeling_layer_surgery.LayerSurgeryForCausalLM",
 }
+
+
+class NoComponents(nn.Module):
+    """A factor of a linear of rank 0: a weight [out, in] without elements.
+
+    Not an `nn.Linear`, because tools that quantise or adapt every one of these fail on one without elements.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, device: torch.device | str | None, dtype: torch.dtype | None
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map [..., in] to [..., out]; one of the two is 0."""
+        return nn.functional.linear(x, self.weight)
 
 
 class LowRankLinear(nn.Module):
@@ -53,10 +71,9 @@ class LowRankLinear(nn.Module):
         self.in_features = in_features
         self.out_features = out_features
         self.rank = rank
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # rank 0 has no elements to initialise
-            self.in_factor = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
-            self.out_factor = nn.Linear(rank, out_features, bias=False, device=device, dtype=dtype)
+        factor: Any = partial(nn.Linear, bias=False) if rank else NoComponents
+        self.in_factor = factor(in_features, rank, device=device, dtype=dtype)
+        self.out_factor = factor(rank, out_features, device=device, dtype=dtype)
         if bias:
             self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype))
         else:
@@ -71,7 +88,8 @@ class LowRankLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map [..., in] to [..., out]."""
-        y: torch.Tensor = self.out_factor(self.in_factor(x))
+        y: torch.Tensor
+        y = self.out_factor(self.in_factor(x)) if self.rank else x.new_zeros(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:
@@ -98,6 +116,94 @@ def replace_linears(model: nn.Module, ranks: dict[str, int]) -> None:
             dtype=linear.weight.dtype,
         )
         setattr(model.get_submodule(parent), child, replacement)
+
+
+# Attention that was removed
+
+
+def free_caches_of_removed_attention(model: nn.Module) -> None:
+    """Have every attention whose linears are all of rank 0 leave its keys and values out of the cache.
+
+    What such a module gives does not depend on the tokens (its biases at most), so it needs no past.
+    """
+    for module in model.modules():
+        linears = _linears_in(module)
+        removed = linears and all(isinstance(part, LowRankLinear) and part.rank == 0 for part in linears)
+        if removed and hasattr(module, "layer_idx"):
+            module.register_forward_pre_hook(_without_past, with_kwargs=True)
+
+
+def _linears_in(module: nn.Module) -> list[nn.Module]:
+    """Return the linears in a module; of a low-rank one itself and not its factors."""
+    if isinstance(module, (LowRankLinear, nn.Linear, Conv1D)):
+        return [module]
+    return [linear for child in module.children() for linear in _linears_in(child)]
+
+
+def _without_past(module: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+    """Run an attention on the current tokens alone, and cache a place-holder [batch, 1, tokens, 1] for them.
+
+    Masks and positions are made from the length of the cache, often that of its first layer, and a cache layer without
+    elements counts as empty; so one number a token stays for keys and one for values.
+    """
+    cache: Any = keywords.get("past_key_values")
+    layers = getattr(cache, "layers", None)
+    if layers is None or keywords.get("alibi") is not None:  # its biases are as long as the cache
+        return None
+    layer = layers[module.layer_idx] if module.layer_idx < len(layers) else None
+    if layer is not None and not hasattr(layer, "keys"):
+        return None  # a state of fixed size
+    states = keywords["hidden_states"] if "hidden_states" in keywords else arguments[0]
+    heads, width_of_keys, width_of_values = 1, 1, 1
+    if layer is not None and layer.is_initialized and layer.keys.dim() == 4 and layer.keys.shape[-1] > 0:
+        # A static cache may have been made beforehand, with the sizes of all layers.
+        heads, width_of_keys, width_of_values = layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3]
+    shape = (*states.shape[:2], heads)
+    keys, values = (states.new_zeros(*shape, width).transpose(1, 2) for width in (width_of_keys, width_of_values))
+    cache.update(keys, values, module.layer_idx)
+    return arguments, {**keywords, "past_key_values": None, "attention_mask": None}
+
+
+# Tensor parallelism
+
+
+def plan_with_factors(model: nn.Module, plan: dict[str, str]) -> dict[str, str]:
+    """Return a tensor-parallel plan by module name, with rules for the factors of low-rank linears before its own.
+
+    Of `W = L R` the large sides are cut: by columns L [out, r] is, and R [r, in] is whole everywhere; by rows R is, and
+    what is summed over the devices is of the size of the rank.
+    """
+    rules: dict[str, str] = {}
+    for name, module in model.named_modules():
+        general = ".".join("*" if part.isdigit() else part for part in name.split("."))
+        style = plan.get(general, "")
+        if _has_cut_factors(module, style):
+            by_columns = "colwise" in style
+            rules[f"{general}.in_factor"] = "replicate" if by_columns else style
+            rules[f"{general}.out_factor"] = style if by_columns else "replicate"
+    return {**rules, **plan}
+
+
+def expanded_plan_with_factors(model: nn.Module, expanded: dict[str, str]) -> dict[str, str]:
+    """Return a plan by single module and parameter in which the factors are cut and not the linear that they make."""
+    expanded = dict(expanded)
+    for name, module in model.named_modules():
+        style = expanded.get(name, "")
+        if not _has_cut_factors(module, style):
+            continue
+        del expanded[name]
+        if module.bias is None:
+            continue
+        if style in ("colwise", "packed_colwise"):
+            expanded[name] = "local_params"  # adds its part of the bias to its part of the output
+        else:
+            expanded.pop(f"{name}.bias", None)  # added whole to a whole output
+    return expanded
+
+
+def _has_cut_factors(module: Any, style: str) -> bool:
+    """Whether factors are to be cut; a linear of rank 0 has none, and its zeros are cut like any output."""
+    return isinstance(module, LowRankLinear) and module.rank > 0 and ("colwise" in style or "rowwise" in style)
 
 
 class _LayerSurgeryConfigMixin:
@@ -131,7 +237,7 @@ class _LayerSurgeryConfigMixin:
 
 
 _config_classes: dict[type, type] = {}
-_model_classes: dict[type, type] = {}
+_model_classes: dict[tuple[type, str], type] = {}
 
 
 def config_class_for(base_class: type[PreTrainedConfig]) -> type:
@@ -151,26 +257,39 @@ def config_class_for(base_class: type[PreTrainedConfig]) -> type:
     return _config_classes[base_class]
 
 
-def model_class_for(config_class: type) -> type[PreTrainedModel]:
-    """Return the stock causal-LM class of the base architecture, with its linears replaced after construction."""
-    if config_class not in _model_classes:
-        base_model: type[PreTrainedModel] = MODEL_FOR_CAUSAL_LM_MAPPING[config_class.base_class]  # type: ignore[attr-defined]
+def model_class_for(config_class: type, *, head: bool = True) -> type[PreTrainedModel]:
+    """Return the stock causal-LM class of the base architecture, with its linears replaced after construction.
+
+    Without its `head`, the class of the decoder alone, whose last hidden states other tools take.
+    """
+    name = "LayerSurgeryForCausalLM" if head else "LayerSurgeryModel"
+    if (config_class, name) not in _model_classes:
+        base_config = config_class.base_class  # type: ignore[attr-defined]
+        causal_lm: type[PreTrainedModel] = MODEL_FOR_CAUSAL_LM_MAPPING[base_config]
+        base_model: type[PreTrainedModel] = causal_lm if head else MODEL_MAPPING[base_config]
+        prefix = "" if head else f"{causal_lm.base_model_prefix}."
 
         def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
             base_model.__init__(self, config, *args, **kwargs)
-            replace_linears(self, config.low_rank)
+            replace_linears(self, {name.removeprefix(prefix): rank for name, rank in config.low_rank.items()})
+            free_caches_of_removed_attention(self)
+            self._tp_plan = plan_with_factors(self, getattr(self, "_tp_plan", None) or {})
 
-        _model_classes[config_class] = type(
-            "LayerSurgeryForCausalLM",
+        def _expand_parallel_plan(self: Any, plan: dict[str, str]) -> dict[str, str]:
+            return expanded_plan_with_factors(self, base_model._expand_parallel_plan(self, plan))
+
+        _model_classes[config_class, name] = type(
+            name,
             (base_model,),
             {
                 "__init__": __init__,
                 "__module__": __name__,
+                "_expand_parallel_plan": _expand_parallel_plan,
                 "config_class": config_class,
-                "_auto_class": "AutoModelForCausalLM",
+                "_auto_class": "AutoModelForCausalLM" if head else "AutoModel",
             },
         )
-    return _model_classes[config_class]
+    return _model_classes[config_class, name]
 
 
 class LayerSurgeryConfig(PreTrainedConfig):  # type: ignore[misc]
@@ -189,22 +308,36 @@ class LayerSurgeryConfig(PreTrainedConfig):  # type: ignore[misc]
         return PreTrainedConfig.from_dict.__func__(config_class_for(base_class), fields, **kwargs)  # type: ignore[attr-defined]
 
 
-class LayerSurgeryForCausalLM(PreTrainedModel):  # type: ignore[misc]
-    """Entry point for transformers' auto classes; what it returns is a subclass of the stock model class."""
+class _EntryPoint(PreTrainedModel):  # type: ignore[misc]
+    """What transformers' auto classes are told of; what it returns is a subclass of the stock model class."""
 
     config_class = LayerSurgeryConfig
+    _supports_attention_backend = True  # vLLM asks before it makes the model, which then answers for itself
+    _with_head: bool
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
         if config is None:
             config = LayerSurgeryConfig.from_pretrained(pretrained_model_name_or_path)
-        return model_class_for(type(config)).from_pretrained(
+        return model_class_for(type(config), head=cls._with_head).from_pretrained(
             pretrained_model_name_or_path, *args, config=config, **kwargs
         )
 
     @classmethod
     def _from_config(cls, config: Any, **kwargs: Any) -> Any:
-        return model_class_for(type(config))._from_config(config, **kwargs)
+        return model_class_for(type(config), head=cls._with_head)._from_config(config, **kwargs)
 
 
-__all__ = ["LayerSurgeryConfig", "LayerSurgeryForCausalLM", "LowRankLinear", "replace_linears"]
+class LayerSurgeryForCausalLM(_EntryPoint):
+    """Entry point for `AutoModelForCausalLM`."""
+
+    _with_head = True
+
+
+class LayerSurgeryModel(_EntryPoint):
+    """Entry point for `AutoModel`: the decoder without its head."""
+
+    _with_head = False
+
+
+__all__ = ["LayerSurgeryConfig", "LayerSurgeryForCausalLM", "LayerSurgeryModel", "LowRankLinear", "replace_linears"]

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from layer_surgery.checkpoint import Checkpoint, open_checkpoint
 from layer_surgery.compression import Compression, check_options
@@ -28,7 +28,7 @@ from layer_surgery.run_records import (
     rounded,
     run_provenance,
 )
-from layer_surgery.saving import check_free_space, check_output, save_checkpoint, staged_directory
+from layer_surgery.saving import check_free_space, check_not_same, check_output, save_checkpoint, staged_directory
 from layer_surgery.session import Model, Ui, calibration_walk, check_column, open_session
 from layer_surgery.statistics_cache import check_cache
 from layer_surgery.stored_report import REPORT_FILE
@@ -59,7 +59,7 @@ def run_compress(
     with ExitStack() as stack:
         staging = None
         if config.output is not None:
-            _check_not_same(model, config.output)
+            check_not_same(model, config.output)
             check_output(config.output, overwrite=config.overwrite)
             if not config.dry_run:
                 staging = stack.enter_context(staged_directory(config.output, overwrite=config.overwrite))
@@ -173,15 +173,6 @@ def _check_hash(config: CompressConfig, sha256: str) -> None:
 def _write_report(report: SurgeryReport, directory: Path) -> None:
     text = json.dumps(report_dict(report), indent=2, ensure_ascii=False, allow_nan=False)
     (directory / REPORT_FILE).write_text(text + "\n", encoding="utf-8")
-
-
-def _check_not_same(model: Model, output: Path) -> None:
-    if isinstance(model, PreTrainedModel) or not (output.exists() and Path(model).exists()):
-        return
-    if output.samefile(model):
-        raise OutputError(f"--output {output} is the model itself; give another directory.")
-    if output.resolve() in Path(model).resolve().parents:
-        raise OutputError(f"--output {output} holds the model, which would be lost; give another directory.")
 
 
 def _check_saved(directory: Path, operated: Checkpoint) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from layer_surgery import modeling_layer_surgery
 from layer_surgery.allocator import release_freed_memory
@@ -107,6 +107,16 @@ def check_output(output: Path, *, overwrite: bool) -> None:
             f"--output {output} {why}, so it is not a result of Layer Surgery alone and is not replaced, even with "
             "--overwrite; choose another name."
         )
+
+
+def check_not_same(model: str | Path | PreTrainedModel, output: Path) -> None:
+    """Raise `OutputError` if writing `output` would replace the model that is read."""
+    if isinstance(model, PreTrainedModel) or not (output.exists() and Path(model).exists()):
+        return
+    if output.samefile(model):
+        raise OutputError(f"--output {output} is the model itself; give another directory.")
+    if output.resolve() in Path(model).resolve().parents:
+        raise OutputError(f"--output {output} holds the model, which would be lost; give another directory.")
 
 
 def _is_ours(entry: Path) -> bool:

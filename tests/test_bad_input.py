@@ -12,6 +12,7 @@ from typing import Any
 import huggingface_hub.constants
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from tiny_checkpoints import (
     VOCABULARY,
     CommandLine,
@@ -352,6 +353,24 @@ def more_layers(path: Path) -> None:
     edit_json(path / "config.json", num_hidden_layers=5)
 
 
+def fewer_layers(path: Path) -> None:
+    edit_json(path / "config.json", num_hidden_layers=3)
+
+
+def real_adapter(path: Path) -> None:
+    """What PEFT saves, with the tokenizer beside it as trainers do."""
+    lora = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(path), LoraConfig(r=2, task_type="CAUSAL_LM", target_modules="all-linear")
+    )
+    for name in ("config.json", "model.safetensors", "generation_config.json"):
+        (path / name).unlink()
+    lora.save_pretrained(path)
+
+
+def modelopt_beside(path: Path) -> None:
+    (path / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "FP8"}}')
+
+
 def other_width(path: Path) -> None:
     edit_json(path / "config.json", hidden_size=36)
 
@@ -450,9 +469,13 @@ DAMAGES: list[tuple[Callable[[Path], None], str]] = [
     (config_is_a_list, "config.json is damaged"),
     (config_without_type, "has no model_type"),
     (config_of_impossible_sizes, "config.json"),
-    (config_of_unknown_type, "llamma"),
+    (config_of_unknown_type, "(model type `llamma`); correct it, or install a version of transformers that knows it"),
     (config_of_another_type, "lacks "),
     (more_layers, "'model.layers.4.input_layernorm.weight'"),
+    (
+        fewer_layers,
+        "has weights for more layers than its config.json lists (num_hidden_layers is 3, and there is 'model",
+    ),
     (other_width, "has shape"),
     (without_tensor, "'model.norm.weight'"),
     (with_tensor, "'adapter.weight'"),
@@ -461,6 +484,8 @@ DAMAGES: list[tuple[Callable[[Path], None], str]] = [
     (quantised, "is quantised (gptq); operate on the unquantised checkpoint"),
     (adapter, "is a PEFT adapter for someone/model, not a model; merge it"),
     (adapter_beside_a_configuration, "is a PEFT adapter for someone/model, not a model; merge it"),
+    (real_adapter, "is a PEFT adapter for "),
+    (modelopt_beside, "is quantised (modelopt); operate on the unquantised checkpoint"),
     (fp8_config, "is quantised (fp8); operate on the unquantised checkpoint"),
     (awq_beside, "is quantised (awq); operate on the unquantised checkpoint"),
     (gptq_tensors, "is quantised (it has 'model.layers.0.mlp.up_proj.qweight'); operate on the unquantised checkpoint"),

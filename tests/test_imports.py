@@ -15,12 +15,12 @@ ROOT = Path(layer_surgery.__file__).parent
 LAYERS: list[tuple[str, ...]] = [
     ("cli",),
     ("cli_sweep",),
-    ("cli_evaluation", "cli_options", "cli_report"),
+    ("cli_evaluation", "cli_export", "cli_options", "cli_report"),
     ("cli_common",),
     ("__init__",),
     ("api",),
     ("sweeping",),
-    ("pipeline", "standalone"),
+    ("export", "pipeline", "standalone"),
     ("compression", "publishing"),
     ("run_records",),
     ("evaluator",),
@@ -179,7 +179,7 @@ def test_nothing_reads_pickles(path: Path) -> None:
 def test_the_modelling_file_needs_torch_and_transformers_only() -> None:
     """It is copied beside checkpoints and must run where this package is not installed."""
     tops = {top for top, _ in imported(ROOT / "modeling_layer_surgery.py")}
-    assert tops == {"__future__", "typing", "warnings", "torch", "transformers"}
+    assert tops == {"__future__", "functools", "typing", "torch", "transformers"}
 
 
 @pytest.mark.parametrize("name", ["low_rank.py", "boundaries.py", "gradients.py", "moments.py"])
