@@ -62,7 +62,7 @@ def version(package: str) -> str:
         return "not installed"
 
 
-def page(rows: dict[str, dict[str, Any]], packages: dict[str, str]) -> str:
+def page(rows: dict[str, dict[str, Any]], packages: dict[str, str], backend: str) -> str:
     """Return the table as Markdown, failures with their reasons below it."""
     lines = [
         "# Consumers",
@@ -75,6 +75,7 @@ def page(rows: dict[str, dict[str, Any]], packages: dict[str, str]) -> str:
         *[f"- {TITLES.get(name, name)}: {text}" for name, text in KINDS.items()],
         "",
         "Versions: " + ", ".join(f"{name} {number}" for name, number in packages.items()) + "; others in `table.json`.",
+        f"Backend of `torch.compile`: {backend}.",
         "",
         "| | " + " | ".join(TITLES.get(kind, kind) for kind in KINDS) + " |",
         "|---" * (len(KINDS) + 1) + "|",
@@ -109,7 +110,7 @@ def main() -> None:
     packages = {name: version(name) for name in PACKAGES}
     results = {"kinds": KINDS, "packages": packages, "compile_backend": options.compile_backend, "rows": rows}
     write_report(options.output / "table.json", results)
-    (options.output / "table.md").write_text(page(rows, packages), encoding="utf-8")
+    (options.output / "table.md").write_text(page(rows, packages, options.compile_backend), encoding="utf-8")
 
 
 if __name__ == "__main__":
