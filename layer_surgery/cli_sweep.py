@@ -71,8 +71,8 @@ def _fractions(
     type=click.Path(path_type=Path),
     required=True,
     metavar="DIR",
-    help="Directory for sweep.json, sweep.csv and sweep.md. A sweep that was stopped goes on where it was, and one of "
-    "the same model, data and settings grows by the points that it has not.",
+    help="Directory for sweep.json, sweep.csv, sweep.md and the page report.html. A sweep that was stopped goes on "
+    "where it was, and one of the same model, data and settings grows by the points that it has not.",
 )
 @click.option(
     "--best",

@@ -16,11 +16,14 @@ from layer_surgery.origin import is_valid_hub_id
 from layer_surgery.records import SurgeryReport
 from layer_surgery.saving import PAGE_FILES
 from layer_surgery.stored_report import read_report, report_file
+from layer_surgery.stored_sweep import read_sweep
+from layer_surgery.sweep_records import SweepReport
 
 if TYPE_CHECKING:
     from layer_surgery.reporting.compare import ResultRow
 
 PAGE_FILE, CARD_FILE = PAGE_FILES
+SWEEP_ADVICE = "make it again with sweep"
 
 
 def write_page_and_card(directory: Path, report: SurgeryReport, name: str) -> None:
@@ -40,7 +43,7 @@ def report_on(
     """Make the page of one stored result again (and its card), or one page that compares several.
 
     Args:
-        results: directories that `compress` has written, or their `surgery.json`.
+        results: directories that `compress` or `sweep` has written, or the `surgery.json` of a result.
         output: file of the page; None is `report.html` in the directory of the only result, whose card is then made
             again too, unless somebody has edited it.
         base_model: name of the original on the hub, for the card.
@@ -54,6 +57,11 @@ def report_on(
         _write(output, _compared(results))
         return output, []
     directory = results[0]
+    sweep = read_sweep(directory, SWEEP_ADVICE)
+    if sweep is not None:
+        page = output or directory / PAGE_FILE
+        _write(page, sweep_page(sweep))
+        return page, []
     name, report = _name(directory), read_report(report_file(directory))
     if output is not None:
         _write(output, _stored_page(directory, name, report))
@@ -70,6 +78,14 @@ def report_on(
             f"{directory / CARD_FILE} was edited, or is not ours, and stays as it is (--overwrite replaces it)"
         )
     return directory / PAGE_FILE, notes
+
+
+def sweep_page(sweep: SweepReport) -> str:
+    """Return the page of a sweep."""
+    from layer_surgery.reporting.compare import comparison_page
+    from layer_surgery.reporting.sweep_rows import sweep_rows
+
+    return comparison_page(list(sweep_rows(sweep)))
 
 
 def _check(results: Sequence[Path], output: Path | None, base_model: str | None, overwrite: bool) -> None:
@@ -109,9 +125,13 @@ def _compared(results: Sequence[Path]) -> str:
 
 
 def _rows(path: Path) -> list[ResultRow]:
-    """Return what a comparison takes from one of its arguments."""
+    """Return what a comparison takes from one of its arguments: a result, or all points of a sweep."""
     from layer_surgery.reporting.compare import result_row
+    from layer_surgery.reporting.sweep_rows import sweep_rows
 
+    sweep = read_sweep(path, SWEEP_ADVICE)
+    if sweep is not None:
+        return list(sweep_rows(sweep, f"{_name(path)}: "))
     return [result_row(_name(path), read_report(report_file(path)))]
 
 

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import math
 from pathlib import Path
-from typing import Any
-
-from pydantic import TypeAdapter, ValidationError
 
 from layer_surgery.errors import ReportError
 from layer_surgery.records import REPORT_SCHEMA_VERSION, SurgeryPlan, SurgeryReport
+from layer_surgery.stored import read_json, validated
 
 REPORT_FILE = "surgery.json"
-#: Larger files are none of ours: even with every layer of a very large model operated on it is a tenth of this.
-_MOST_BYTES = 200_000_000
+ADVICE = "make it again with compress"
 
 
 def report_file(path: Path) -> Path:
@@ -37,52 +32,21 @@ def read_report(file: Path) -> SurgeryReport:
 
     Raises `ReportError` if it cannot be read, is of a newer schema, lacks something or contradicts itself.
     """
-    data = _read_json(file)
-    if not isinstance(data, dict) or not isinstance(data.get("plan"), dict) or "base_model" not in data:
+    data = read_json(file, REPORT_SCHEMA_VERSION, ADVICE)
+    if not isinstance(data.get("plan"), dict) or "base_model" not in data:
         raise ReportError(
             f"{file} is not the report of a compression (it has no plan and base_model); give the {REPORT_FILE} of a "
             "directory that `layer-surgery compress` has written."
         )
-    version = data.get("schema_version")
-    if type(version) is not int or version < 1:
-        raise ReportError(f"{file} is damaged: its schema_version is {version!r}; make it again with compress.")
-    if version > REPORT_SCHEMA_VERSION:
+    if "dense_export" in data:
         raise ReportError(
-            f"{file} has schema version {version}, and this release reads up to {REPORT_SCHEMA_VERSION}; take a newer "
-            "layer-surgery."
+            f"{file} belongs to a dense export; the page is that of the result it was made from, "
+            f"{data['dense_export'].get('source') if isinstance(data['dense_export'], dict) else 'which see'}."
         )
     SurgeryPlan.from_dict(data["plan"], str(file))
-    try:
-        report = TypeAdapter(SurgeryReport).validate_python({**data, "output": None})
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise ReportError(f"{file} is damaged at '{where}': {first['msg'].lower()}; make it again.") from error
+    report = validated(SurgeryReport, {**data, "output": None}, file, ADVICE)
     _check(report, file)
     return report
-
-
-def _read_json(file: Path) -> Any:
-    try:
-        if file.stat().st_size > _MOST_BYTES:
-            raise ReportError(f"{file} has more than {_MOST_BYTES:,} bytes, so it is not a {REPORT_FILE}.")
-        return json.loads(file.read_text(encoding="utf-8"), parse_constant=_refuse, parse_float=_finite)
-    except OSError as error:
-        raise ReportError(f"{file} cannot be read ({error.strerror}).") from error
-    except (ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ReportError(f"{file} is damaged: it is not JSON ({reason}); make it again with compress.") from error
-
-
-def _refuse(word: str) -> None:
-    raise ValueError(f"{word} is no JSON number")
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"{text} is too large a number")
-    return value
 
 
 def _layers_named(report: SurgeryReport) -> list[int]:

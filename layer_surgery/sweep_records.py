@@ -16,6 +16,8 @@ from layer_surgery.records import (
 
 #: Raised whenever what `sweep.json` holds changes.
 SCHEMA_VERSION = 1
+#: Under this name `SweepReport.identity` has a hash for each text, in their order.
+EVALUATION_DATA = "--eval-data (sha256 of the tokens)"
 Front = Literal["parameters", "prefill_speed", "decode_speed"]
 FRONTS: tuple[Front, ...] = ("parameters", "prefill_speed", "decode_speed")
 

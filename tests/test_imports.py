@@ -49,11 +49,12 @@ LAYERS: list[tuple[str, ...]] = [
         "registry",
         "spectra",
         "stored_report",
+        "stored_sweep",
         "tensors",
         "tokens",
     ),
-    ("allocator", "config", "provenance", "sweep_records"),
-    ("reading", "records"),
+    ("allocator", "config", "provenance", "stored", "sweep_records"),
+    ("records",),
     ("errors",),
 ]
 STAGES = next(names for names in LAYERS if "scoring" in names)

@@ -294,7 +294,7 @@ def nested(*keys: str, value: Any) -> Any:
         (lambda path: path.write_text(path.read_text().replace('"seed": 0', '"seed": 1e999')), "too large"),
         (lambda path: path.write_bytes(b"\xff\xfe\x00"), "not JSON"),
         (lambda path: path.write_text("[" * 100_000), "not JSON"),
-        (lambda path: path.write_text("[]"), "not the report of a compression"),
+        (lambda path: path.write_text("[]"), "not an object"),
         (lambda path: path.unlink(), "has no surgery.json"),
     ],
 )

@@ -7,6 +7,7 @@ import errno
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,9 @@ from layer_surgery.boundaries import BoundaryStore
 from layer_surgery.compression import Compression
 from layer_surgery.errors import NumericalError, OutputError, UserError
 from layer_surgery.evaluator import Evaluator
+from layer_surgery.reporting.sweep_rows import sweep_rows
+from layer_surgery.stored_sweep import read_sweep
 from layer_surgery.sweeping.measuring import PointBench
-from layer_surgery.sweeping.state import read_sweep
 
 SEQUENCE = 16
 Options = dict[str, Any]
@@ -164,7 +166,7 @@ def test_points_of_the_same_model_are_measured_once(
 
 def test_nothing_but_the_results_is_left(swept: tuple[Path, SweepReport]) -> None:
     output = swept[0]
-    assert {path.name for path in output.iterdir()} == {"sweep.json", "sweep.csv", "sweep.md"}
+    assert {path.name for path in output.iterdir()} == {"sweep.json", "sweep.csv", "sweep.md", "report.html"}
     assert [path.name for path in output.parent.iterdir()] == ["output"]
 
 
@@ -207,7 +209,7 @@ def test_a_stopped_sweep_goes_on_and_ends_the_same(
     output = tmp_path / "output"
     with pytest.raises(KeyboardInterrupt):
         layer_surgery.sweep(model, output, **GRID, **options)
-    found = read_sweep(output)
+    found = read_sweep(output, "give another")
     assert found is not None and [point.settings for point in found.points][:8] == begun[:8]
     assert [path.name for path in tmp_path.iterdir()] == ["output"]
     layer_surgery.sweep(model, output, **GRID, **options)
@@ -434,19 +436,18 @@ def test_what_a_killed_run_has_left_is_no_obstacle(model: Path, options: Options
     [
         (lambda path: path.write_text(path.read_text()[:-300]), "is damaged"),
         (lambda path: path.write_bytes(b"\xff\xfe\x00"), "is damaged"),
-        (lambda path: path.write_text("[]"), "the file is not an object"),
+        (lambda path: path.write_text("[]"), "it is not an object"),
         (lambda path: path.write_text("[" * 100_000), "is damaged"),
-        (lambda path: edit_json(path, points=None), "points is missing"),
-        (lambda path: edit_json(path, points=[{}]), "points[0].comparison is missing"),
-        (lambda path: edit_json(path, more=1), "more is unknown"),
-        (lambda path: edit_json(path, identity=[1]), "identity is '[1]', which is not of its type"),
+        (lambda path: edit_json(path, points=None), "damaged at 'points'"),
+        (lambda path: edit_json(path, points=[{}]), "damaged at 'points.0.target_layers'"),
+        (lambda path: edit_json(path, identity=[1]), "damaged at 'identity'"),
         (lambda path: edit_json(path, schema_version=2), "has schema version 2, and this release reads up to 1"),
-        (lambda path: edit_json(path, evaluation=[]), "are of different lengths"),
+        (lambda path: edit_json(path, evaluation=[]), "differ in length"),
         (lambda path: edit_json(path, evaluation=[{}]), "evaluation has a text without a name"),
-        (lambda path: edit_json(path, identity={}), "are of different lengths"),
+        (lambda path: edit_json(path, identity={}), "differ in length"),
     ],
     ids=[
-        *("cut", "bytes", "list", "deep", "no points", "empty point", "unknown", "type", "newer"),
+        *("cut", "bytes", "list", "deep", "no points", "empty point", "type", "newer"),
         *("no texts", "no name", "no identity"),
     ],
 )
@@ -523,7 +524,7 @@ def test_where_none_satisfies_the_nearest_is_named(
 
 def test_the_file_on_disk_is_the_report(swept: tuple[Path, SweepReport]) -> None:
     output, report = swept
-    stored = read_sweep(output)
+    stored = read_sweep(output, "give another")
     assert stored is not None and stored.points == report.points and stored.original == report.original
 
 
@@ -612,3 +613,48 @@ def test_what_is_kept_of_a_point_is_freed_before_the_next(
     assert {point.status for point in report.points} == {"done"}
     assert len(at_begin) == 3 and len(set(at_begin)) == 1
     assert not open_stores
+
+
+# Page
+
+
+def test_the_page_has_a_row_for_every_point_and_can_be_made_again(
+    run: CommandLine, swept: tuple[Path, SweepReport], tmp_path: Path
+) -> None:
+    output, report = swept
+    page = (output / "report.html").read_text(encoding="utf-8")
+    assert page.count('<th scope="row">') == 2 * len(report.points)  # results, and their layers
+    for point in report.points:
+        assert f"{point.parameters:,}" in page
+        assert point.comparison is not None
+        [ratio] = [change.ratio for change in point.comparison.perplexity.values()]
+        assert f"x {ratio.value:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]" in page
+    (tmp_path / "sweep.json").write_bytes((output / "sweep.json").read_bytes())
+    assert run("report", tmp_path).code == 0
+    assert (tmp_path / "report.html").read_text(encoding="utf-8") == page
+
+
+def test_a_sweep_may_stand_beside_a_result(
+    run: CommandLine, swept: tuple[Path, SweepReport], model: Path, options: Options, tmp_path: Path
+) -> None:
+    layer_surgery.compress(model, tmp_path / "one", target_layers=3, keep=0, scorer="last", refit=False, **options)
+    outcome = run("report", tmp_path / "one", swept[0], "--output", tmp_path / "both.html")
+    assert outcome.code == 0, outcome.err
+    page = (tmp_path / "both.html").read_text(encoding="utf-8")
+    assert page.count('<th scope="row">') == 2 * (len(swept[1].points) + 1)
+    assert "were not all made from the same original" not in page
+
+
+def test_failed_points_are_not_on_the_page(swept: tuple[Path, SweepReport]) -> None:
+    first, *others = swept[1].points
+    report = replace(swept[1], points=[replace(first, status="failed", error="it broke"), *others])
+    assert len(list(sweep_rows(report))) == len(others)
+
+
+def test_a_damaged_sweep_is_refused_by_report(
+    run: CommandLine, swept: tuple[Path, SweepReport], tmp_path: Path
+) -> None:
+    (tmp_path / "sweep.json").write_bytes((swept[0] / "sweep.json").read_bytes()[:500])
+    outcome = run("report", tmp_path)
+    assert outcome.code == 2 and "sweep.json is damaged: it is not JSON" in outcome.error_lines[-1]
+    assert not (tmp_path / "report.html").exists()

@@ -1,12 +1,11 @@
-"""The parts of a sweep that look at no model: fronts, conditions, reading records, and what scorers depend on."""
+"""The parts of a sweep that look at no model: fronts, conditions, and what scorers depend on."""
 
 from __future__ import annotations
 
 import itertools
 import random
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 from tiny_models import packed_tokens, settings, streamed, tiny_checkpoint
@@ -14,14 +13,11 @@ from tiny_models import packed_tokens, settings, streamed, tiny_checkpoint
 from layer_surgery.config import EvaluationConfig
 from layer_surgery.errors import UserError
 from layer_surgery.factors import FactorStore
-from layer_surgery.reading import read_record
 from layer_surgery.records import (
     Comparison,
     EvaluationResult,
     KlDivergence,
-    LayerPlan,
     Perplexity,
-    SurgeryPlan,
     Top1Agreement,
 )
 from layer_surgery.scoring import SCORERS, ScoringContext
@@ -174,52 +170,6 @@ def test_a_condition_without_a_number_is_refused() -> None:
     ):
         with pytest.raises(UserError, match="give a quantity and a bound"):
             parse_condition(text, EvaluationConfig())
-
-
-# Records
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Record:
-    number: float
-    kind: Literal["a", "b"]
-    plan: SurgeryPlan | None
-    lists: dict[str, list[int]] = field(default_factory=dict)
-    either: Literal[""] | int = ""
-
-
-RECORD = _Record(
-    number=1.5,
-    kind="a",
-    plan=SurgeryPlan(method="svd", target_layers=1, layers=[LayerPlan(index=0, action="low_rank", ranks={"q": 2})]),
-    lists={"x": [1, 2]},
-    either=3,
-)
-
-
-def test_a_record_is_read_back_as_it_was() -> None:
-    assert read_record(_Record, asdict(RECORD)) == RECORD
-
-
-@pytest.mark.parametrize(
-    ("change", "place"),
-    [
-        ({"number": "1"}, "number is '1'"),
-        ({"number": True}, "number is 'True'"),
-        ({"kind": "c"}, "kind is 'c'"),
-        ({"plan": 3}, "plan is not an object"),
-        ({"plan": asdict(RECORD)["plan"] | {"layers": [{"index": "0"}]}}, "plan.layers[0].action is missing"),
-        ({"lists": {"x": [1, 2.5]}}, "lists.x[1] is '2.5'"),
-        ({"lists": [1]}, "lists is '[1]'"),
-        ({"either": "x"}, "either is 'x'"),
-        ({"new": 1}, "new is unknown"),
-    ],
-    ids=str,
-)
-def test_what_is_wrong_in_a_record_is_named(change: dict[str, Any], place: str) -> None:
-    with pytest.raises(ValueError) as error:
-        read_record(_Record, asdict(RECORD) | change)
-    assert place in str(error.value)
 
 
 # Scorers and statistics

@@ -7,6 +7,10 @@ Three tasks of different kind. BLiMP: calibrated on grammatical sentences of eve
 other paradigms. Copying: the bundled task as prompt and answer, loss on answers only, calibrated on half of its items
 and measured on the other half. A domain of text. For each kind of calibration data the same layers, budget and method,
 with and without refit (whose general text is left out, so that only the calibration data differ).
+
+Accuracy on so few items is coarse, so three things are measured of each task: accuracy; the loss of the right answer's
+tokens; and the log loss of the choice, -log p(right) where p is over the choices, in proportion to their likelihoods.
+Rises of the losses over the original's are paired by item.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ import math
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -73,18 +78,46 @@ def packed(session: Session, items: Sequence[Item]) -> PackedTokens:
     return PackedTokens(name="items", token_ids=ids, loss_mask=mask, valid=valid, tokens_available=0, sha256="")
 
 
-def accuracy(session: Session, checkpoint: Checkpoint, items: Sequence[Item]) -> dict[str, float]:
-    """Return the share of items whose right choice is likeliest, with its standard error."""
+@dataclass(frozen=True)
+class Outcome:
+    """What a model makes of each item."""
+
+    right: torch.Tensor  # [items] 1.0 or 0.0
+    answer: torch.Tensor  # [items] loss of the right answer, nats
+    tokens: torch.Tensor  # [items] tokens of the right answer that carry loss
+    choice: torch.Tensor  # [items] log loss of the choice, nats
+
+    def summary(self, dense: Outcome | None) -> dict[str, float]:
+        """Return means, and how much they rose over the original's."""
+        found = {
+            "accuracy": float(self.right.mean()),
+            "answer_loss": float(self.answer.sum() / self.tokens.sum()),
+            "choice_loss": float(self.choice.mean()),
+            "items": len(self.right),
+        }
+        if dense is not None:
+            per_token = (self.answer - dense.answer) / dense.tokens.mean()
+            for name, rise in (("answer_loss", per_token), ("choice_loss", self.choice - dense.choice)):
+                found[f"{name}_rise"] = float(rise.mean())
+                found[f"{name}_rise_stderr"] = float(rise.std() / math.sqrt(len(rise)))
+        return found
+
+
+def outcome(session: Session, checkpoint: Checkpoint, items: Sequence[Item]) -> Outcome:
+    """Run all choices of all items through a model."""
     model, tokens = session.stream(checkpoint), packed(session, items)
     with Walk(model, tokens, session.settings) as walk:
-        sums = walk.losses(walk.forward(list(range(model.layer_count)), keep=False)).sums.tolist()
-    right, position = 0, 0
-    for _context, choices, answer in items:
-        losses = sums[position : position + len(choices)]
-        right += losses.index(min(losses)) == answer
-        position += len(choices)
-    share = right / len(items)
-    return {"value": share, "stderr": math.sqrt(share * (1 - share) / len(items)), "items": len(items)}
+        losses = walk.losses(walk.forward(list(range(model.layer_count)), keep=False))
+    right, answers, counts, choices = [], [], [], []
+    position = 0
+    for _context, options, answer in items:
+        sums = losses.sums[position : position + len(options)].double()
+        right.append(float(int(sums.argmin()) == answer))
+        answers.append(float(sums[answer]))
+        counts.append(float(losses.tokens[position + answer]))
+        choices.append(float(-torch.log_softmax(-sums, dim=0)[answer]))
+        position += len(options)
+    return Outcome(*(torch.tensor(values, dtype=torch.float64) for values in (right, answers, counts, choices)))
 
 
 def main() -> None:
@@ -114,35 +147,40 @@ def main() -> None:
         blimp_text.write_text("\n".join(sentences[i] for i in order), encoding="utf-8")
         examples = [{"prompt": context, "answer": choices[answer]} for context, choices, answer in copying[0::2]]
         copying_file.write_text("".join(json.dumps(e) + "\n" for e in examples), encoding="utf-8")
-        kinds = {
-            "generic text": [arguments.generic],
-            "BLiMP": [str(blimp_text)],
-            "generic + BLiMP": [arguments.generic, str(blimp_text)],
-            "generic + copying": [f"{arguments.generic}:15", f"{copying_file}:1"],
-            "domain": [arguments.domain],
-            "generic + domain": [arguments.generic, arguments.domain],
+        half = arguments.samples // 2
+        kinds: dict[str, tuple[list[str], int]] = {
+            "generic text": ([arguments.generic], arguments.samples),
+            "BLiMP": ([str(blimp_text)], arguments.samples),
+            "generic + BLiMP": ([arguments.generic, str(blimp_text)], arguments.samples),
+            "copying": ([str(copying_file)], len(examples)),
+            "generic + copying": ([arguments.generic, str(copying_file)], 2 * min(half, len(examples))),
+            "domain": ([arguments.domain], arguments.samples),
+            "generic + domain": ([arguments.generic, arguments.domain], arguments.samples),
         }
         measured = {
             "BLiMP, other paradigms": blimp_items(arguments.blimp, odd=True, each=60),
             "copying, other items": copying[1::2],
         }
+        dense: dict[str, Outcome] = {}
         for seed in arguments.seeds:
             layers: list[int] = []
-            for kind, sources in kinds.items():
+            for kind, (sources, samples) in kinds.items():
                 with bench(
                     arguments.model,
                     sources,
                     [arguments.eval_data, arguments.domain_eval],
                     seed=seed,
-                    samples=arguments.samples,
+                    samples=samples,
                     windows=arguments.eval_windows,
                 ) as run:
                     session = run.session
                     if not rows:
-                        dense = {name: accuracy(session, session.checkpoint, items) for name, items in measured.items()}
-                        rows.append({"calibration": "(dense)", "accuracy": dense})
+                        dense = {name: outcome(session, session.checkpoint, items) for name, items in measured.items()}
+                        rows.append(
+                            {"calibration": "(dense)", "tasks": {name: dense[name].summary(None) for name in dense}}
+                        )
                         data |= {text.name: described(text) for text in run.texts}
-                        print("dense", {name: round(value["value"], 3) for name, value in dense.items()}, flush=True)
+                        print("dense", rows[0]["tasks"], flush=True)
                     gone = session.checkpoint.layer_count - arguments.target_layers
                     # The same layers for all, so that only what is kept of them differs.
                     layers = layers or run.order("fisher", gone, 0.1, refit=True)
@@ -160,13 +198,18 @@ def main() -> None:
                             "layers": sorted(layers),
                             "parameters": done.checkpoint.parameters,
                             "extra_loss": {name: paired(losses[name], run.dense[name]) for name in losses},
-                            "accuracy": {
-                                name: accuracy(session, done.checkpoint, items) for name, items in measured.items()
+                            "tasks": {
+                                name: outcome(session, done.checkpoint, items).summary(dense[name])
+                                for name, items in measured.items()
                             },
                         }
                         rows.append(row)
                         shown = {name: round(v["rise"], 4) for name, v in row["extra_loss"].items()}
-                        shown |= {name: round(v["value"], 3) for name, v in row["accuracy"].items()}
+                        shown |= {
+                            f"{name}: {key}": round(v[key], 3)
+                            for name, v in row["tasks"].items()
+                            for key in ("accuracy", "answer_loss_rise", "choice_loss_rise")
+                        }
                         print(seed, kind, "refit" if refit else "", shown, flush=True)
                         write_report(arguments.report, {"checkpoint": arguments.model, "data": data, "rows": rows})
 

@@ -4,13 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import cycle
 
 from matplotlib.figure import Figure
 
-from layer_surgery.records import Interval, KlDivergence, Perplexity, SurgeryReport, TaskMetric
+from layer_surgery.records import (
+    Comparison,
+    EvaluationResult,
+    Interval,
+    KlDivergence,
+    Perplexity,
+    SurgeryReport,
+    TaskMetric,
+)
 from layer_surgery.reporting.formats import number_list
-from layer_surgery.reporting.svg import BLUE, INK, MUTED, Plot, draw
+from layer_surgery.reporting.svg import BLUE, GREEN, INK, MUTED, ORANGE, PURPLE, VERMILLION, Plot, draw
 from layer_surgery.reporting.templates import render
+from layer_surgery.reporting.text import plain_label
+
+#: Colour and marker of each kind of result.
+_STYLES = [(BLUE, "o"), (VERMILLION, "s"), (GREEN, "^"), (PURPLE, "D"), (ORANGE, "v"), (MUTED, "P")]
+#: In a plot with more results than this only those on the front are numbered.
+_NUMBERED = 12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +57,12 @@ class ResultRow:
     """Decoding speed, after over before."""
 
     @property
+    def kind(self) -> str:
+        """What was done, in few words: the method, the scorer and whether there was a refit."""
+        refit = " + refit" if self.refit not in ("", "none") else ""
+        return f"{self.method}{refit}" + (f", {self.scorer}" if self.scorer else "")
+
+    @property
     def share(self) -> float:
         """Parameters, per cent of the original's."""
         return 100 * self.parameters / self.parameters_before if self.parameters_before else 100.0
@@ -53,11 +74,6 @@ def result_row(name: str, report: SurgeryReport) -> ResultRow:
     decoding = None
     if before.speed and after.speed and before.speed[0].decode_tokens_per_second:
         decoding = after.speed[0].decode_tokens_per_second / before.speed[0].decode_tokens_per_second
-    tasks = {}
-    groups = [name for name, result in after.tasks.items() if result.group]
-    for task, result in ((name, after.tasks[name]) for name in groups or after.tasks):
-        for metric, value in list(result.metrics.items())[:1]:
-            tasks[task] = (metric, value, report.comparison.tasks.get(task, {}).get(metric))
     return ResultRow(
         name=name,
         base=str(report.base_model["name"]),
@@ -73,9 +89,22 @@ def result_row(name: str, report: SurgeryReport) -> ResultRow:
         perplexity=after.perplexity,
         ratio={text: change.ratio for text, change in report.comparison.perplexity.items()},
         kl_divergence=report.comparison.kl_divergence,
-        tasks=tasks,
+        tasks=first_metrics(after, report.comparison),
         decoding=decoding,
     )
+
+
+def first_metrics(
+    result: EvaluationResult, comparison: Comparison | None
+) -> dict[str, tuple[str, TaskMetric, Interval | None]]:
+    """Return what `ResultRow.tasks` holds."""
+    tasks = {}
+    groups = [name for name, task in result.tasks.items() if task.group]
+    for name in groups or result.tasks:
+        for metric, value in list(result.tasks[name].metrics.items())[:1]:
+            change = comparison.tasks.get(name, {}).get(metric) if comparison is not None else None
+            tasks[name] = (metric, value, change)
+    return tasks
 
 
 def comparison_page(rows: Sequence[ResultRow]) -> str:
@@ -110,18 +139,32 @@ def _quality(rows: Sequence[ResultRow], text: str, place: int) -> Iterator[Plot]
     points = [(number, row, row.ratio[text]) for number, row in enumerate(rows, start=1) if text in row.ratio]
     best = _not_dominated([(row.share, ratio.value) for _, row, ratio in points])
 
+    kinds = list(dict.fromkeys(row.kind for _, row, _ in points))
+    crowded = len(points) > _NUMBERED
+
     def paint(figure: Figure) -> None:
         axes = figure.subplots()
         line = sorted((points[k][1].share, points[k][2].value) for k in best)
         axes.plot([x for x, _ in line], [y for _, y in line], color=MUTED, linewidth=1, linestyle="--")
         for k, (_, row, ratio) in enumerate(points):
-            axes.plot([row.share] * 2, [ratio.low, ratio.high], color=BLUE, linewidth=1.2)
-            axes.plot(row.share, ratio.value, "o", color=BLUE, markersize=7, fillstyle="full" if k in best else "none")
-        for (x, y), numbers in _at_one_place(points).items():
+            colour, marker = _STYLES[kinds.index(row.kind) % len(_STYLES)]
+            axes.plot([row.share] * 2, [ratio.low, ratio.high], color=colour, linewidth=1.2)
+            fill = "full" if k in best else "none"
+            axes.plot(row.share, ratio.value, marker, color=colour, markersize=7, fillstyle=fill)
+        named = [point for k, point in enumerate(points) if k in best] if crowded else points
+        for (x, y), numbers in _at_one_place(named).items():
             axes.annotate(numbers, (x, y), xytext=(6, 5), textcoords="offset points", color=INK, fontsize=10)
+        if len(kinds) > 1:
+            for (colour, marker), kind in zip(cycle(_STYLES), kinds, strict=False):
+                axes.plot([], [], marker, color=colour, label=plain_label(kind, 40))
+            figure.legend(loc="outside upper left", ncols=2)
         axes.axhline(1, color=INK, linewidth=1)
         axes.set_xlabel("parameters, % of the original")
         axes.set_ylabel("perplexity, x the original's")
+        if crowded:
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter("{x:g}")
         axes.margins(0.12)
 
     words = "; ".join(f"{n}: {row.share:.1f} %, x {ratio.value:.3f}" for n, row, ratio in points)
@@ -130,8 +173,8 @@ def _quality(rows: Sequence[ResultRow], text: str, place: int) -> Iterator[Plot]
         f"Perplexity against size, {text}",
         f"Scatter plot of perplexity relative to the original against parameters. {words}.",
         "The numbers are those of the table; lower and further left is better. Filled: no other result is both smaller "
-        "and better. Lines are 95 % paired bootstrap intervals.",
-        height=300,
+        "and better. Lines are 95 % paired bootstrap intervals." + (" The scale is logarithmic." if crowded else ""),
+        height=300 + 16 * ((len(kinds) + 1) // 2 if len(kinds) > 1 else 0),
         paint=paint,
     )
 

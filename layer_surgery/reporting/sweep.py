@@ -40,7 +40,8 @@ def print_sweep(console: Console, report: SweepReport, directory: Path) -> None:
             console.print(escape(f"failed: {point.settings.name}: {point.error}"), highlight=False)
     if report.best is not None and report.best.point is not None:
         console.print(escape(best_sentence(report.best, directory)), highlight=False)
-    console.print(f"kept in [bold]{escape(str(directory))}[/] (sweep.json, sweep.csv, sweep.md)", highlight=False)
+    files = "report.html, sweep.json, sweep.csv, sweep.md"
+    console.print(f"kept in [bold]{escape(str(directory))}[/] ({files})", highlight=False)
 
 
 def best_sentence(best: SweepBest, directory: Path = Path()) -> str:

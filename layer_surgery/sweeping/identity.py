@@ -10,10 +10,8 @@ from layer_surgery.config import SweepConfig, TaskConfig, as_json
 from layer_surgery.errors import OutputError
 from layer_surgery.provenance import version
 from layer_surgery.session import Session
+from layer_surgery.sweep_records import EVALUATION_DATA
 from layer_surgery.tokens import PackedTokens
-
-#: Under this name the identity has a hash for each text, in their order.
-EVALUATION_DATA = "--eval-data (sha256 of the tokens)"
 
 
 def sweep_identity(

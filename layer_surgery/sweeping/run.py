@@ -14,6 +14,7 @@ from layer_surgery.errors import LayerSurgeryError, PlanError
 from layer_surgery.evaluator import Evaluator
 from layer_surgery.operation import RefitData, refit_data, statistics_source
 from layer_surgery.pipeline import run_compress
+from layer_surgery.publishing import PAGE_FILE, sweep_page, write_atomically
 from layer_surgery.records import SurgeryPlan
 from layer_surgery.run_records import (
     base_model_record,
@@ -25,6 +26,7 @@ from layer_surgery.run_records import (
 from layer_surgery.session import Model, Session, Ui, calibration_walk, check_column, open_session
 from layer_surgery.statistics_cache import check_cache
 from layer_surgery.stored_report import REPORT_FILE
+from layer_surgery.stored_sweep import read_sweep
 from layer_surgery.sweep_records import SweepPoint, SweepReport, SweepSettings
 from layer_surgery.sweeping.condition import Condition, find_best, parse_condition
 from layer_surgery.sweeping.grid import compress_config, grid, in_order, same_surgery
@@ -35,11 +37,12 @@ from layer_surgery.sweeping.state import (
     BEST_FOLDER,
     check_sweep_directory,
     clear_sweep,
-    read_sweep,
     sweep_directory,
     write_sweep,
 )
 from layer_surgery.tokens import PackedTokens
+
+_ADVICE = "give another --output, or --overwrite to start anew"
 
 
 def run_sweep(
@@ -55,7 +58,7 @@ def run_sweep(
     check_cache(config.runtime.cache)
     check_column(config.calibration.column, [*calibration_names(config.calibration), *config.evaluation.sources])
     check_sweep_directory(config.output, replaces_best=condition is not None or config.overwrite)
-    known = None if config.overwrite else read_sweep(config.output)
+    known = None if config.overwrite else read_sweep(config.output, _ADVICE)
     with (
         sweep_directory(config.output) as directory,
         open_session(model, tokenizer, config.runtime, ui, directory) as session,
@@ -63,6 +66,7 @@ def run_sweep(
         report = _Sweep.begin(session, config, points, known).finished()
     if condition is not None:
         report = _with_best(model, config, condition, report, tokenizer, ui)
+    write_atomically(config.output / PAGE_FILE, sweep_page(report))
     return report
 
 

@@ -11,14 +11,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from layer_surgery.errors import LayerSurgeryError, OutputError
-from layer_surgery.reading import read_record
 from layer_surgery.reporting.sweep import csv_text, markdown_text
 from layer_surgery.saving import check_output
 from layer_surgery.session import SCRATCH_PREFIX
-from layer_surgery.sweep_records import SCHEMA_VERSION, SweepReport
-from layer_surgery.sweeping.identity import EVALUATION_DATA
+from layer_surgery.stored_sweep import SWEEP_FILE
+from layer_surgery.sweep_records import SweepReport
 
-STATE_FILE = "sweep.json"
 BEST_FOLDER = "best"
 
 
@@ -28,9 +26,9 @@ def check_sweep_directory(directory: Path, *, replaces_best: bool) -> None:
         raise OutputError(f"--output {directory} is a file or a link; give the name of a directory.")
     entries = sorted(entry.name for entry in directory.iterdir()) if directory.exists() else []
     entries = [name for name in entries if not name.startswith(SCRATCH_PREFIX)]  # of a run that was killed
-    if entries and STATE_FILE not in entries:
+    if entries and SWEEP_FILE not in entries:
         raise OutputError(
-            f"--output {directory} holds {entries[0]} and no {STATE_FILE}, so it is not a sweep's; give the name of a "
+            f"--output {directory} holds {entries[0]} and no {SWEEP_FILE}, so it is not a sweep's; give the name of a "
             "new directory, or of one that holds a sweep."
         )
     best = directory / BEST_FOLDER
@@ -57,36 +55,6 @@ def sweep_directory(directory: Path) -> Iterator[Path]:
                 place.rmdir()
 
 
-def read_sweep(directory: Path) -> SweepReport | None:
-    """Return what was found so far; None if nothing. Raises `OutputError` for a file that is damaged or newer."""
-    path = directory / STATE_FILE
-    if not path.exists():
-        return None
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        version = data.get("schema_version") if isinstance(data, dict) else None
-        if isinstance(version, int) and version > SCHEMA_VERSION:
-            raise OutputError(
-                f"{path} has schema version {version}, and this release reads up to {SCHEMA_VERSION}; use the newer "
-                "release, another --output, or --overwrite to start anew."
-            )
-        report = read_record(SweepReport, data)
-        if not all(isinstance(text.get("name"), str) for text in report.evaluation):
-            raise ValueError("evaluation has a text without a name")
-        if len(report.evaluation) != len(report.identity.get(EVALUATION_DATA, [])):
-            raise ValueError(f"evaluation and identity.{EVALUATION_DATA} are of different lengths")
-        return report
-    except OSError as error:
-        raise OutputError(f"{path} cannot be read ({error.strerror}).") from error
-    except OutputError:
-        raise
-    except (ValueError, TypeError, RecursionError) as error:
-        raise OutputError(
-            f"{path} is damaged ({' '.join(str(error).split())[:200]}); give another --output, or --overwrite to start "
-            "anew."
-        ) from error
-
-
 def clear_sweep(directory: Path) -> None:
     """Remove the best model of an old sweep; its other files are replaced."""
     best = directory / BEST_FOLDER
@@ -98,7 +66,7 @@ def clear_sweep(directory: Path) -> None:
 def write_sweep(directory: Path, report: SweepReport) -> None:
     """Write the report in all its forms, each file at once: a run that is killed leaves the last one whole."""
     text = json.dumps(report.to_dict(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    _replace(directory, {STATE_FILE: text, "sweep.csv": csv_text(report), "sweep.md": markdown_text(report)})
+    _replace(directory, {SWEEP_FILE: text, "sweep.csv": csv_text(report), "sweep.md": markdown_text(report)})
 
 
 def _replace(directory: Path, files: Mapping[str, str]) -> None:

@@ -1,0 +1,43 @@
+"""The points of a sweep as rows of a page that compares results."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from layer_surgery.records import EvaluationResult
+from layer_surgery.reporting.compare import ResultRow, first_metrics
+from layer_surgery.sweep_records import SweepReport
+
+
+def sweep_rows(report: SweepReport, prefix: str = "") -> Iterator[ResultRow]:
+    """Yield a row for every point that was measured.
+
+    Args:
+        prefix: what the names of the rows begin with, where there are several sweeps.
+    """
+    for point in report.points:
+        if point.result is None or point.plan is None or point.status == "failed":
+            continue
+        comparison = point.comparison
+        yield ResultRow(
+            name=f"{prefix}{point.target_layers} whole, keep {point.keep:g}",
+            base=str(report.base_model["name"]),
+            base_sha256=str(report.base_model.get("sha256", "")),
+            method=point.method,
+            scorer=point.scorer,
+            refit=point.plan.refit,
+            layers=len(point.plan.layers),
+            removed=[layer.index for layer in point.plan.layers if layer.action == "remove"],
+            low_rank=[layer.index for layer in point.plan.low_rank],
+            parameters=point.result.parameters,
+            parameters_before=_original(report, point.result).parameters,
+            perplexity=point.result.perplexity,
+            ratio={text: change.ratio for text, change in comparison.perplexity.items()} if comparison else {},
+            kl_divergence=comparison.kl_divergence if comparison else {},
+            tasks=first_metrics(point.result, comparison),
+            decoding=point.decode_speed,
+        )
+
+
+def _original(report: SweepReport, other: EvaluationResult) -> EvaluationResult:
+    return report.original or other
