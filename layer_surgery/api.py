@@ -185,8 +185,8 @@ def sweep(
     measurements of the original are shared, and no model is written but the `best`.
 
     Args:
-        output: directory of `sweep.json`, `sweep.csv`, `sweep.md` and the page `report.html`. One that holds some of the
-            same sweep is gone on with; points of other combinations that it holds stay in the report.
+        output: directory of `sweep.json`, `sweep.csv`, `sweep.md` and the page `report.html`. One that holds some of
+            the same sweep is gone on with; points of other combinations that it holds stay in the report.
         best: save the smallest model that satisfies this in `output/best`: `"perplexity<=1.1x"` (times the original's),
             `"perplexity<=20"`, `"kl_divergence<=0.05"`, `"top1_agreement>=0.9"`. With several texts their mean counts.
         refit: for all points; None leaves it to each method.

@@ -60,7 +60,7 @@ def report_on(
     sweep = read_sweep(directory, SWEEP_ADVICE)
     if sweep is not None:
         page = output or directory / PAGE_FILE
-        _write(page, sweep_page(sweep))
+        _write(page, _sweep_page(sweep))
         return page, []
     name, report = _name(directory), read_report(report_file(directory))
     if output is not None:
@@ -80,12 +80,15 @@ def report_on(
     return directory / PAGE_FILE, notes
 
 
-def sweep_page(sweep: SweepReport) -> str:
-    """Return the page of a sweep."""
-    from layer_surgery.reporting.compare import comparison_page
-    from layer_surgery.reporting.sweep_rows import sweep_rows
+def write_sweep_page(directory: Path, sweep: SweepReport) -> None:
+    """Write `report.html` of a sweep into its directory."""
+    write_atomically(directory / PAGE_FILE, _sweep_page(sweep))
 
-    return comparison_page(list(sweep_rows(sweep)))
+
+def _sweep_page(sweep: SweepReport) -> str:
+    from layer_surgery.reporting.sweep_page import sweep_page
+
+    return sweep_page(sweep)
 
 
 def _check(results: Sequence[Path], output: Path | None, base_model: str | None, overwrite: bool) -> None:
@@ -127,7 +130,7 @@ def _compared(results: Sequence[Path]) -> str:
 def _rows(path: Path) -> list[ResultRow]:
     """Return what a comparison takes from one of its arguments: a result, or all points of a sweep."""
     from layer_surgery.reporting.compare import result_row
-    from layer_surgery.reporting.sweep_rows import sweep_rows
+    from layer_surgery.reporting.sweep_page import sweep_rows
 
     sweep = read_sweep(path, SWEEP_ADVICE)
     if sweep is not None:

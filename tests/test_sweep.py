@@ -22,7 +22,7 @@ from layer_surgery.boundaries import BoundaryStore
 from layer_surgery.compression import Compression
 from layer_surgery.errors import NumericalError, OutputError, UserError
 from layer_surgery.evaluator import Evaluator
-from layer_surgery.reporting.sweep_rows import sweep_rows
+from layer_surgery.reporting.sweep_page import sweep_rows
 from layer_surgery.stored_sweep import read_sweep
 from layer_surgery.sweeping.measuring import PointBench
 

@@ -16,7 +16,8 @@ from huggingface_hub import EvalResult, ModelCardData
 from layer_surgery.records import SurgeryReport
 from layer_surgery.reporting.formats import with_interval
 from layer_surgery.reporting.loading import how_to_load
-from layer_surgery.reporting.page import calibration_sources, refit_sentence, tables
+from layer_surgery.reporting.made import calibration_sources
+from layer_surgery.reporting.page import refit_sentence, tables
 from layer_surgery.reporting.summary import summary
 from layer_surgery.reporting.templates import render
 from layer_surgery.reporting.text import printable
@@ -43,7 +44,7 @@ def model_card(report: SurgeryReport, name: str, *, needs_code: bool) -> str:
         refit=refit_sentence(report),
         loading=how_to_load(name, needs_code=needs_code),
         needs_code=needs_code,
-        sources=calibration_sources(report),
+        sources=calibration_sources(report.calibration),
         command=report.provenance.get("command"),
         hub_id=report.base_model.get("hub_id"),
         sha256=report.base_model.get("sha256"),

@@ -18,6 +18,7 @@ from layer_surgery.records import (
     TaskMetric,
 )
 from layer_surgery.reporting.formats import number_list
+from layer_surgery.reporting.made import Made
 from layer_surgery.reporting.svg import BLUE, GREEN, INK, MUTED, ORANGE, PURPLE, VERMILLION, Plot, draw
 from layer_surgery.reporting.templates import render
 from layer_surgery.reporting.text import plain_label
@@ -107,8 +108,13 @@ def first_metrics(
     return tasks
 
 
-def comparison_page(rows: Sequence[ResultRow]) -> str:
-    """Return a page that compares results: quality against size, and what was done to which layers."""
+def comparison_page(rows: Sequence[ResultRow], notes: Sequence[str] = (), made: Made | None = None) -> str:
+    """Return a page that compares results: quality against size, and what was done to which layers.
+
+    Args:
+        notes: sentences for its beginning.
+        made: how they were made, if all were made by one run.
+    """
     texts = list(dict.fromkeys(text for row in rows for text in row.ratio))
     tasks = list(dict.fromkeys(task for row in rows for task in row.tasks))
     return render(
@@ -117,6 +123,8 @@ def comparison_page(rows: Sequence[ResultRow]) -> str:
         rows=list(enumerate(rows, start=1)),
         texts=texts,
         tasks=tasks,
+        notes=notes,
+        made=made,
         warnings=list(warnings(rows)),
         plots=[plot for text in texts for plot in _quality(rows, text, texts.index(text))],
         decoding=any(row.decoding is not None for row in rows),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -10,6 +9,7 @@ from layer_surgery.records import LayerPlan, SurgeryReport
 from layer_surgery.reporting import layer_plots, quality_plots
 from layer_surgery.reporting.formats import percent_change, short_names, with_interval
 from layer_surgery.reporting.loading import how_to_load
+from layer_surgery.reporting.made import how_it_was_made
 from layer_surgery.reporting.measurements import Row, distance_rows, perplexity_rows, size_rows, speed_rows, task_rows
 from layer_surgery.reporting.summary import summary
 from layer_surgery.reporting.templates import render
@@ -59,10 +59,7 @@ def report_page(report: SurgeryReport, name: str, *, needs_code: bool) -> str:
         task_plots=list(quality_plots.tasks(report)),
         refit=refit_sentence(report),
         loading=how_to_load(name, needs_code=needs_code),
-        sources=calibration_sources(report),
-        command=report.provenance.get("command"),
-        facts=_facts(report),
-        settings=json.dumps(report.provenance.get("config", {}), indent=2, ensure_ascii=False),
+        made=how_it_was_made(report.base_model, report.calibration, report.provenance, _facts(report)),
     )
 
 
@@ -162,45 +159,15 @@ def refit_sentence(report: SurgeryReport) -> str:
     )
 
 
-def calibration_sources(report: SurgeryReport) -> list[tuple[str, str]]:
-    """Return what the calibration data were, as pairs of a name and what is known of it."""
-    calibration = report.calibration or {}
-    found = [
-        (
-            str(source.get("name", "")),
-            f"{source.get('sequences', 0):,} sequences, {source.get('tokens', 0):,} tokens, of which "
-            f"{source.get('predicted_tokens', 0):,} carry loss",
-        )
-        for source in calibration.get("sources", [])
-    ]
-    if calibration and not found:
-        found = [(str(calibration.get("name", "")), f"{calibration.get('tokens', 0):,} tokens")]
-    return found
-
-
-def _facts(report: SurgeryReport) -> list[tuple[str, str]]:
-    """Return where the numbers come from, as pairs of a term and its description."""
-    base, made = report.base_model, report.provenance
-    packages = made.get("packages") or {}
-    gigabytes = f"{report.peak_memory_bytes / 1e9:.2f} GB"
+def _facts(report: SurgeryReport) -> dict[str, Any]:
+    """Return where the numbers come from, beside what every run says."""
+    memory = f"{report.peak_memory_bytes / 1e9:.2f} GB"
     if report.peak_device_memory_bytes is not None:
-        gigabytes += f", on the device {report.peak_device_memory_bytes / 1e9:.2f} GB"
-    facts = {
-        "original": f"{base['name']} ({base.get('model_type', '')}, {base.get('dtype', '')})",
-        "its SHA-256": base.get("sha256"),
+        memory += f", on the device {report.peak_device_memory_bytes / 1e9:.2f} GB"
+    return {
         "method": report.plan.method,
         "scorer": f"{report.scores.scorer} {report.scores.source}" if report.scores else None,
         "refit": report.plan.refit or None,
-        "made": made.get("time"),
-        "seed": made.get("seed"),
-        "computed in": made.get("compute_dtype"),
-        "device": made.get("device"),
-        "processor": f"{made.get('processor')}, {made.get('cpu_threads')} threads" if made.get("processor") else None,
-        "platform": made.get("platform"),
-        "python": made.get("python"),
-        "packages": ", ".join(f"{package} {version}" for package, version in packages.items() if version),
-        "peak memory": gigabytes,
+        "peak memory": memory,
         "seconds": ", ".join(f"{stage.replace('_', ' ')} {value:.1f}" for stage, value in report.timings.items()),
-        "SHA-256 of the calibration tokens": (report.calibration or {}).get("sha256"),
     }
-    return [(term, str(value)) for term, value in facts.items() if value not in (None, "")]

@@ -14,7 +14,7 @@ from layer_surgery.errors import LayerSurgeryError, PlanError
 from layer_surgery.evaluator import Evaluator
 from layer_surgery.operation import RefitData, refit_data, statistics_source
 from layer_surgery.pipeline import run_compress
-from layer_surgery.publishing import PAGE_FILE, sweep_page, write_atomically
+from layer_surgery.publishing import write_sweep_page
 from layer_surgery.records import SurgeryPlan
 from layer_surgery.run_records import (
     base_model_record,
@@ -66,7 +66,7 @@ def run_sweep(
         report = _Sweep.begin(session, config, points, known).finished()
     if condition is not None:
         report = _with_best(model, config, condition, report, tokenizer, ui)
-    write_atomically(config.output / PAGE_FILE, sweep_page(report))
+    write_sweep_page(config.output, report)
     return report
 
 

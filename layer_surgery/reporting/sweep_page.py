@@ -1,12 +1,24 @@
-"""The points of a sweep as rows of a page that compares results."""
+"""The page of a sweep: its points as rows of a page that compares results."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 from layer_surgery.records import EvaluationResult
-from layer_surgery.reporting.compare import ResultRow, first_metrics
+from layer_surgery.reporting.compare import ResultRow, comparison_page, first_metrics
+from layer_surgery.reporting.made import how_it_was_made
+from layer_surgery.reporting.sweep import best_sentence
 from layer_surgery.sweep_records import SweepReport
+
+
+def sweep_page(report: SweepReport) -> str:
+    """Return the page of a sweep."""
+    notes = [f"Failed: {point.settings.name}: {point.error}" for point in report.points if point.status == "failed"]
+    if report.best is not None:
+        sentence = best_sentence(report.best)
+        notes.insert(0, sentence[0].upper() + sentence[1:].rstrip(".") + ".")
+    made = how_it_was_made(report.base_model, report.calibration, report.provenance, {})
+    return comparison_page(list(sweep_rows(report)), notes, made)
 
 
 def sweep_rows(report: SweepReport, prefix: str = "") -> Iterator[ResultRow]:
