@@ -57,7 +57,8 @@ REFIT = combine(
         default=RefitConfig.general,
         show_default=True,
         metavar="F",
-        help="Sequences of general text (the bundled one) that the refit looks at, for each calibration sequence.",
+        help="Sequences of general text (the bundled one) that the refit looks at, for each calibration sequence; at "
+        "least 8, or none with 0.",
     ),
 )
 RUNTIME = combine(

@@ -276,7 +276,8 @@ class RefitConfig:
     """`operated`: low-rank layers only. `all`: also the layer before a removed run, and all after the first cut."""
     general: float = 0.25
     """Sequences of general text (the bundled one) that a refit looks at, for each calibration sequence, so that the
-    model does not turn to the calibration data's domain alone. None beside calibration data that has it already."""
+    model does not turn to the calibration data's domain alone; at least 8, if there are as many calibration sequences.
+    None beside calibration data that has it already."""
 
     def __post_init__(self) -> None:
         if self.scope not in REFIT_SCOPES:

@@ -22,6 +22,9 @@ from layer_surgery.tokens import PackedTokens
 from layer_surgery.walk import Walk
 
 GENERAL_TEXT = "bundled"
+#: Fewest windows of general text, where there is any (but no more than calibration sequences): with as many, one of
+#: them is among those that ridges are chosen on.
+LEAST_GENERAL = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,13 +86,15 @@ def operate(
 def refit_data(session: Session, tokens: PackedTokens, scope: RefitScope, general_share: float) -> RefitData:
     """Return what a refit looks at: the calibration sequences, and as a share of their number general text.
 
+    At least `LEAST_GENERAL` windows of it, if there are as many calibration sequences.
+
     That is the bundled text's calibration part. There is none beside calibration data that has it already.
     Raises `DataError` for too few windows.
     """
     check_windows(tokens.sequences)
     _check_memory(session)
-    wanted = round(general_share * tokens.sequences)
-    if not wanted or any(source.name == GENERAL_TEXT for source in tokens.sources):
+    wanted = max(round(general_share * tokens.sequences), min(LEAST_GENERAL, tokens.sequences))
+    if not general_share or any(source.name == GENERAL_TEXT for source in tokens.sources):
         return RefitData(scope=scope, general=None)
     general = pack_evaluation(
         load_documents(GENERAL_TEXT, part="calibration"),

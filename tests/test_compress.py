@@ -351,10 +351,12 @@ def test_general_text_is_looked_at_unless_it_is_there_or_not_wanted(
         layer_surgery.compress(model, ui=layer_surgery.session.Ui(note=found.append), **options | changes)
         return [note for note in found if note.startswith("refit")]
 
-    (note,) = notes()
-    assert note.startswith("refit: on the calibration sequences and 2 of general text ('bundled'")
-    (note,) = notes(refit_general=0.5)
-    assert note.startswith("refit: on the calibration sequences and 4 of general text")
+    (note,) = notes(samples=40)
+    assert note.startswith("refit: on the calibration sequences and 10 of general text ('bundled'")
+    # At least eight, so that one is held out; with fewer calibration sequences as many as there are of these.
+    for samples, share, expected in ((40, 0.5, 20), (12, 0.25, 8), (6, 0.25, 6), (8, 1, 8)):
+        (note,) = notes(samples=samples, refit_general=share)
+        assert note.startswith(f"refit: on the calibration sequences and {expected} of general text")
     assert notes(refit_general=0) == []
     assert notes(calibration="bundled") == []
     assert notes(calibration=[f"{text}:3", "bundled:1"]) == []

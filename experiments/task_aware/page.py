@@ -94,7 +94,8 @@ def plot_curves(rows: list[dict[str, Any]]) -> None:
         axis.set(xlabel="parameters (millions)", ylabel="extra loss (nats per token)", title=Path(name).stem)
         axis.set_ylim(bottom=min(0.0, axis.get_ylim()[0]))
         axis.grid(alpha=0.3)
-    axes[0][0].legend(fontsize=8)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=len(labels), fontsize=8)
     save(figure, "curves")
 
 
@@ -136,14 +137,14 @@ def plot_tokens(rows: list[dict[str, Any]]) -> None:
             number += 1
     axis.set(xscale="log", xlabel="calibration tokens", ylabel="extra loss (nats per token)")
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2)
     save(figure, "tokens")
 
 
 def save(figure: Any, name: str) -> None:
     figure.tight_layout()
-    figure.savefig(FOLDER / f"{name}.svg", metadata={"Date": None})
-    figure.savefig(FOLDER / f"{name}.png", dpi=110)
+    figure.savefig(FOLDER / f"{name}.svg", metadata={"Date": None}, bbox_inches="tight")
+    figure.savefig(FOLDER / f"{name}.png", dpi=110, bbox_inches="tight")
     plt.close(figure)
 
 
@@ -171,30 +172,50 @@ def ablation(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def tasks(rows: list[dict[str, Any]]) -> list[str]:
-    """Return the table of task-awareness, means over seeds."""
+    """Return a table for each task: calibrations against what was measured, means over seeds."""
     if len(rows) < 2:
         return []
     dense, points = rows[0], rows[1:]
-    measures = list(dense["accuracy"])
-    names = texts(points)
-    lines = [
-        "| calibrated on | refit | "
-        + " | ".join(f"{m} (accuracy)" for m in measures)
-        + " | "
-        + " | ".join(f"extra loss, {Path(n).stem}" for n in names)
-        + " |",
-        "|---|---|" + "---|" * (len(measures) + len(names)),
-        "| (dense) | | "
-        + " | ".join(f"{dense['accuracy'][m]['value']:.3f}" for m in measures)
-        + " |"
-        + " |" * len(names),
-    ]
-    for refit in (False, True):
-        for kind in dict.fromkeys(row["calibration"] for row in points):
-            here = [row for row in points if row["calibration"] == kind and row["refit"] == refit]
-            cells = [f"{numbers.mean(r['accuracy'][m]['value'] for r in here):.3f}" for m in measures]
-            cells += [mean([r["extra_loss"][n]["rise"] for r in here]) for n in names]
+    kinds = list(dict.fromkeys(row["calibration"] for row in points))
+    lines: list[str] = []
+    for name, original in dense["tasks"].items():
+        lines += [
+            f"### {name}",
+            "",
+            f"The original: accuracy {original['accuracy']:.3f}, loss of the answer {original['answer_loss']:.3f} nats "
+            f"per token, log loss of the choice {original['choice_loss']:.3f} nats ({original['items']:,} items).",
+            "",
+            "| calibrated on | refit | accuracy | answer loss, rise | choice loss, rise |",
+            "|---|---|---|---|---|",
+        ]
+        for refit, kind in ((refit, kind) for refit in (False, True) for kind in kinds):
+            here = [row["tasks"][name] for row in points if row["calibration"] == kind and row["refit"] == refit]
+            cells = [f"{numbers.mean(found['accuracy'] for found in here):.3f}"]
+            for key in ("answer_loss_rise", "choice_loss_rise"):
+                error = numbers.mean(found[f"{key}_stderr"] for found in here)
+                cells.append(f"{numbers.mean(found[key] for found in here):+.3f} ± {error:.3f}")
             lines.append(f"| {kind} | {'yes' if refit else 'no'} | " + " | ".join(cells) + " |")
+        lines.append("")
+    names = texts(points)
+    lines += [
+        "### Texts",
+        "",
+        "| calibrated on | refit | " + " | ".join(f"extra loss, {Path(n).stem}" for n in names) + " |",
+    ]
+    lines += ["|---|---|" + "---|" * len(names)]
+    for refit, kind in ((refit, kind) for refit in (False, True) for kind in kinds):
+        here = [row for row in points if row["calibration"] == kind and row["refit"] == refit]
+        cells = [mean([row["extra_loss"][n]["rise"] for row in here]) for n in names]
+        lines.append(f"| {kind} | {'yes' if refit else 'no'} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def absorption(rows: list[dict[str, Any]]) -> list[str]:
+    """Return what a refit takes away of the error of one layer alone."""
+    lines = ["| layer | predicted | no refit | refit | absorbed |", "|---|---|---|---|---|"]
+    for row in rows:
+        before, after, absorbed = row["no_refit"][0], row["refit"][0], row["absorbed"][0]
+        lines.append(f"| {row['layer']} | {row['predicted']:.4f} | {before:.4f} | {after:.4f} | {absorbed:.2f} |")
     return lines
 
 
@@ -222,6 +243,11 @@ def main() -> None:
             lines += ["![extra loss against calibration tokens](tokens.svg)", ""]
     if tried["rows"]:
         lines += ["## Task-awareness", "", *tasks(tried["rows"]), ""]
+    absorbed = read("absorption")["rows"]
+    if absorbed:
+        lines += ["## What a refit absorbs", "", "One layer operated on at a time, a fifth of it kept; "]
+        lines[-1] += f"extra loss on {Path(absorbed[0]['texts'][0]).stem} (development text)."
+        lines += ["", *absorption(absorbed), ""]
     if "ratios" in cost:
         lines += ["## Time", "", "| | seconds (median) |", "|---|---|"]
         lines += [f"| {name} | {value:.1f} |" for name, value in cost["seconds"].items()]
