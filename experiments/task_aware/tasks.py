@@ -4,9 +4,10 @@
         --blimp FOLDER --eval-data held-out.txt
 
 Three tasks of different kind. BLiMP: calibrated on grammatical sentences of every second paradigm, measured on the
-other paradigms. Copying: the bundled task as prompt and answer, loss on answers only, calibrated on half of its items
-and measured on the other half. A domain of text. For each kind of calibration data the same layers, budget and method,
-with and without refit (whose general text is left out, so that only the calibration data differ).
+other paradigms. Choices: the three bundled tasks that have a context, as prompts and answers, loss on answers only,
+calibrated on half of their items and measured on the other half. A domain of text. For each kind of calibration data
+the same layers, budget and method, with and without refit (whose general text is left out, so that only the calibration
+data differ).
 
 Accuracy on so few items is coarse, so three things are measured of each task: accuracy; the loss of the right answer's
 tokens; and the log loss of the choice, -log p(right) where p is over the choices, in proportion to their likelihoods.
@@ -51,9 +52,8 @@ def blimp_items(folder: Path, *, odd: bool, each: int) -> list[Item]:
     return items
 
 
-def bundled_items(name: str) -> list[Item]:
+def bundled_items(path: Path) -> list[Item]:
     """Return the items of a bundled task."""
-    path = ROOT / "calibration_data" / "tasks" / f"{name}.jsonl"
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     return [(line["context"], line["choices"], line["answer"]) for line in lines]
 
@@ -139,27 +139,29 @@ def main() -> None:
     one_thread()
     rows: list[dict[str, Any]] = []
     data: dict[str, Any] = {}
-    copying = bundled_items("copying")
+    folder = ROOT / "calibration_data" / "tasks"
+    found = [item for path in sorted(folder.glob("*.jsonl")) for item in bundled_items(path)]
+    choices = [item for item in found if item[0]]  # a prompt must not be empty
     with tempfile.TemporaryDirectory() as directory:
-        blimp_text, copying_file = Path(directory) / "blimp.txt", Path(directory) / "copying.jsonl"
-        sentences = [choices[0] for _c, choices, _a in blimp_items(arguments.blimp, odd=False, each=200)]
+        blimp_text, choices_file = Path(directory) / "blimp.txt", Path(directory) / "choices.jsonl"
+        sentences = [options[0] for _context, options, _answer in blimp_items(arguments.blimp, odd=False, each=200)]
         order = torch.randperm(len(sentences), generator=torch.Generator().manual_seed(0)).tolist()
         blimp_text.write_text("\n".join(sentences[i] for i in order), encoding="utf-8")
-        examples = [{"prompt": context, "answer": choices[answer]} for context, choices, answer in copying[0::2]]
-        copying_file.write_text("".join(json.dumps(e) + "\n" for e in examples), encoding="utf-8")
-        half = arguments.samples // 2
+        examples = [{"prompt": context, "answer": options[answer]} for context, options, answer in choices[0::2]]
+        choices_file.write_text("".join(json.dumps(e) + "\n" for e in examples), encoding="utf-8")
+        few = 10  # what the items fill
         kinds: dict[str, tuple[list[str], int]] = {
             "generic text": ([arguments.generic], arguments.samples),
             "BLiMP": ([str(blimp_text)], arguments.samples),
             "generic + BLiMP": ([arguments.generic, str(blimp_text)], arguments.samples),
-            "copying": ([str(copying_file)], len(examples)),
-            "generic + copying": ([arguments.generic, str(copying_file)], 2 * min(half, len(examples))),
+            "choices": ([str(choices_file)], few),
+            "generic + choices": ([f"{arguments.generic}:5", f"{choices_file}:1"], 6 * few),
             "domain": ([arguments.domain], arguments.samples),
             "generic + domain": ([arguments.generic, arguments.domain], arguments.samples),
         }
         measured = {
             "BLiMP, other paradigms": blimp_items(arguments.blimp, odd=True, each=60),
-            "copying, other items": copying[1::2],
+            "choices, other items": choices[1::2],
         }
         dense: dict[str, Outcome] = {}
         for seed in arguments.seeds:

@@ -9,8 +9,9 @@ from layer_surgery.scoring.context import SCORERS, ScoringContext
 from layer_surgery.statistics import useful_ranks
 
 URL = "https://arxiv.org/abs/1412.1193"
-#: Share of the first layer's error that a refit of all later layers takes away, as measured on the demo checkpoint
-#: (reports/task_aware: single layers).
+#: Share of the first layer's error, in amplitude, that a refit of all later layers takes away; its cost then falls to
+#: the square of what is left, 4/9. On the demo checkpoint the cost of single layers fell to 0.4, 0.5 and 0.6 for the
+#: first ones and to 0.7 to 0.85 for the deeper ones (reports/task_aware/absorption.json, on development text).
 ABSORBED = 1 / 3
 
 
