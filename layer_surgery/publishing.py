@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +12,7 @@ from layer_surgery.errors import OutputError, ReportError, UserError
 from layer_surgery.modeling_layer_surgery import MODEL_TYPE
 from layer_surgery.origin import is_valid_hub_id
 from layer_surgery.records import SurgeryReport
-from layer_surgery.saving import PAGE_FILES
+from layer_surgery.saving import PAGE_FILES, write_atomically
 from layer_surgery.stored_report import read_report, report_file
 from layer_surgery.stored_sweep import read_sweep
 from layer_surgery.sweep_records import SweepReport
@@ -175,14 +173,3 @@ def _write(path: Path, text: str) -> None:
         write_atomically(path, text)
     except OSError as error:
         raise OutputError(f"{path} cannot be written ({error.strerror}); give --output FILE elsewhere.") from error
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file so that there is never half of it, whatever happens meanwhile."""
-    staging = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        staging.write_text(text, encoding="utf-8", newline="\n")
-        staging.replace(path)
-    finally:
-        with suppress(FileNotFoundError):
-            staging.unlink()

@@ -280,12 +280,23 @@ def test_another_model_or_text_is_refused(
         layer_surgery.sweep(model, swept[0], target_layers=3, **options | {"eval_data": [text]})
 
 
-def test_overwrite_starts_anew_and_removes_the_old_best(model: Path, options: Options, tmp_path: Path) -> None:
+def test_overwrite_starts_anew_and_removes_the_old_best(
+    model: Path, options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any) -> SweepPoint:
+        raise KeyboardInterrupt
+
     grid = {"method": "remove", "scorer": "last"}
     output = tmp_path / "output"
     layer_surgery.sweep(model, output, target_layers=3, best="perplexity<=1000x", **grid, **options)
-    assert (output / "best").is_dir()
-    report = layer_surgery.sweep(model, output, target_layers=4, seed=1, overwrite=True, **grid, **options)
+    assert (output / "best").is_dir() and (output / "report.html").is_file()
+    monkeypatch.setattr(PointBench, "measure", interrupted)
+    again: Options = {"target_layers": 4, "seed": 1, "overwrite": True, **grid, **options}
+    with pytest.raises(KeyboardInterrupt):
+        layer_surgery.sweep(model, output, **again)
+    assert not (output / "report.html").exists()  # it was of other points
+    monkeypatch.undo()
+    report = layer_surgery.sweep(model, output, **again)
     assert [point.target_layers for point in report.points] == [4]
     assert report.best is None and not (output / "best").exists()
 
@@ -348,7 +359,7 @@ def test_a_file_that_cannot_be_written_leaves_the_last_one_whole(
     def full(_descriptor: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("layer_surgery.sweeping.state.os.fsync", full)
+    monkeypatch.setattr("layer_surgery.saving.os.fsync", full)
     outcome = run(*command, "--output", output, "--target-layers", "3")
     assert outcome.code == 1
     assert outcome.error_lines[-1] == f"error: writing to {output} failed (No space left on device); is the disk full?"
@@ -427,6 +438,7 @@ def test_a_directory_that_cannot_be_made_is_refused(run: CommandLine, model: Pat
 
 def test_what_a_killed_run_has_left_is_no_obstacle(model: Path, options: Options, tmp_path: Path) -> None:
     (tmp_path / "output" / ".layer-surgery-killed").mkdir(parents=True)
+    (tmp_path / "output" / ".sweep.json.partial-123").write_text("{")
     grid = {"target_layers": 3, "method": "remove", "scorer": "last"}
     assert layer_surgery.sweep(model, tmp_path / "output", **grid, **options).points[0].status == "done"
 
