@@ -518,6 +518,32 @@ def test_the_best_is_saved_as_compress_saves_it(
     assert measured == []  # it is there already
 
 
+def test_a_best_that_new_points_beat_is_forgotten(model: Path, options: Options, tmp_path: Path) -> None:
+    grid = {"method": "remove", "scorer": "last", **options}
+    first = layer_surgery.sweep(model, tmp_path / "o", target_layers=3, best="perplexity<=1000x", **grid)
+    assert first.best is not None
+    larger = layer_surgery.sweep(model, tmp_path / "o", target_layers=4, **grid)
+    assert larger.best == first.best  # the smallest still
+    smaller = layer_surgery.sweep(model, tmp_path / "o", target_layers=2, **grid)
+    assert smaller.best is None
+    assert strict_json((tmp_path / "o" / "sweep.json").read_text(encoding="utf-8"))["best"] is None
+    assert "smallest" not in (tmp_path / "o" / "sweep.md").read_text(encoding="utf-8")
+
+
+def test_the_best_of_a_sweep_is_not_replaced_while_it_is_the_model(
+    run: CommandLine, model: Path, options: Options, text: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "o"
+    layer_surgery.sweep(
+        model, output, target_layers=4, method="remove", scorer="last", best="perplexity<=1000x", **options
+    )
+    before = listing(tmp_path)
+    command: list[Any] = ["sweep", output / "best", "--target-layers", "3", "--method", "remove", "--scorer", "last"]
+    outcome = run(*command, "--calibration", text, "--output", output, "--overwrite")
+    assert outcome.code == 2 and "is the model itself" in outcome.error_lines[-1]
+    assert listing(tmp_path) == before
+
+
 def test_where_none_satisfies_the_nearest_is_named(
     run: CommandLine, swept: tuple[Path, SweepReport], model: Path, text: Path
 ) -> None:
@@ -666,7 +692,14 @@ def test_failed_points_are_not_on_the_page(swept: tuple[Path, SweepReport]) -> N
 def test_a_damaged_sweep_is_refused_by_report(
     run: CommandLine, swept: tuple[Path, SweepReport], tmp_path: Path
 ) -> None:
-    (tmp_path / "sweep.json").write_bytes((swept[0] / "sweep.json").read_bytes()[:500])
+    whole = (swept[0] / "sweep.json").read_bytes()
+    (tmp_path / "sweep.json").write_bytes(whole[:500])
     outcome = run("report", tmp_path)
     assert outcome.code == 2 and "sweep.json is damaged: it is not JSON" in outcome.error_lines[-1]
+    (tmp_path / "sweep.json").write_bytes(whole)
+    outcome = run("report", tmp_path, "--base-model", "a/b")
+    assert outcome.code == 2 and "holds a sweep; leave it out" in outcome.error_lines[-1]
+    edit_json(tmp_path / "sweep.json", provenance={"packages": ["torch"]})
+    outcome = run("report", tmp_path)
+    assert outcome.code == 2 and "contradicts itself" in outcome.error_lines[-1]
     assert not (tmp_path / "report.html").exists()

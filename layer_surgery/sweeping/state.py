@@ -19,7 +19,7 @@ from layer_surgery.sweep_records import SweepReport
 BEST_FOLDER = "best"
 
 
-def check_sweep_directory(directory: Path, *, replaces_best: bool) -> None:
+def check_sweep_directory(directory: Path) -> None:
     """Raise `OutputError` for an output that is neither new, nor empty, nor a sweep's."""
     if directory.is_symlink() or (directory.exists() and not directory.is_dir()):
         raise OutputError(f"--output {directory} is a file or a link; give the name of a directory.")
@@ -31,8 +31,12 @@ def check_sweep_directory(directory: Path, *, replaces_best: bool) -> None:
             f"--output {directory} holds {entries[0]} and no {SWEEP_FILE}, so it is not a sweep's; give the name of a "
             "new directory, or of one that holds a sweep."
         )
+
+
+def check_best(directory: Path) -> None:
+    """Raise `OutputError` if there is a `best` in a sweep's directory that may not be replaced."""
     best = directory / BEST_FOLDER
-    if best.exists() and replaces_best:
+    if best.exists():
         check_output(best, overwrite=True)
 
 
@@ -58,10 +62,8 @@ def sweep_directory(directory: Path) -> Iterator[Path]:
 def clear_sweep(directory: Path) -> None:
     """Remove the page and the best model of an old sweep; its other files are replaced."""
     (directory / PAGE_FILES[0]).unlink(missing_ok=True)
-    best = directory / BEST_FOLDER
-    if best.exists():
-        check_output(best, overwrite=True)
-        shutil.rmtree(best)
+    check_best(directory)
+    shutil.rmtree(directory / BEST_FOLDER, ignore_errors=True)
 
 
 def write_sweep(directory: Path, report: SweepReport) -> None:
