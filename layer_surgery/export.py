@@ -60,8 +60,8 @@ def run_export(
 ) -> DenseExport:
     """Write the checkpoint in `directory` to `output` with its factors multiplied out, and say what was done.
 
-    Raises `CheckpointError` for a plain checkpoint, `ReportError` for a damaged `surgery.json`, `OutputError` for an output that may not be written, and
-    `NumericalError` for a product that is not finite in the checkpoint's dtype.
+    Raises `CheckpointError` for a plain checkpoint, `ReportError` for a damaged `surgery.json`, `OutputError` for an
+    output that may not be written, and `NumericalError` for a product that is not finite in the checkpoint's dtype.
     """
     check_not_same(directory, output)
     check_output(output, overwrite=overwrite)
