@@ -282,10 +282,10 @@ def evaluate(
 def report(
     *results: str | Path, output: str | Path | None = None, base_model: str | None = None, overwrite: bool = False
 ) -> tuple[Path, list[str]]:
-    """Make the page of a saved result again, with its model card, or one page that compares several.
+    """Make the page of a saved result again, with its model card, that of a sweep, or one page that compares several.
 
     Args:
-        results: directories that `compress` has written, or their `surgery.json`.
+        results: directories that `compress` or `sweep` has written, or the `surgery.json` of a result.
         output: file of the page; needed for several results. Default: `report.html` in the only one.
         base_model: name of the original on the hub, for the model card.
         overwrite: replace `output` if it exists, or a model card that somebody has edited.

@@ -14,10 +14,19 @@ import click
 from rich.console import Console
 
 from layer_surgery import __version__
-from layer_surgery.cli_common import CONTEXT, WithNames, check_complete, command_line, given, print_json, progress_ui
+from layer_surgery.cli_common import (
+    CONTEXT,
+    WithNames,
+    check_complete,
+    comma_list,
+    command_line,
+    given,
+    print_json,
+    progress_ui,
+)
 from layer_surgery.cli_evaluation import EVALUATION
 from layer_surgery.cli_export import export
-from layer_surgery.cli_options import CALIBRATION, REFIT, REMOVE, RUNTIME, layer_list
+from layer_surgery.cli_options import CALIBRATION, REFIT, REMOVE, RUNTIME
 from layer_surgery.cli_report import report as report_command
 from layer_surgery.cli_sweep import sweep
 from layer_surgery.config import BudgetConfig, EvaluationConfig
@@ -85,7 +94,7 @@ def cli() -> None:
 )
 @click.option(
     "--layers",
-    callback=layer_list,
+    callback=comma_list(int, "layer numbers", "3,5,7"),
     metavar="I,J,...",
     help="The layers to operate on, counted from 0, instead of the scorer's choice.",
 )

@@ -31,6 +31,28 @@ def combine(*options: Callable[[F], F]) -> Callable[[F], F]:
     return decorate
 
 
+def comma_list(kind: Callable[[str], Any], what: str = "", example: str = "") -> Callable[..., tuple[Any, ...] | None]:
+    """Return a callback for an option with several values between commas, which may also be given several times.
+
+    The option's value is then a tuple; None if it was not given.
+
+    Args:
+        kind: makes a value of text; raises `ValueError` for what it is not.
+        what, example: for the message in that case.
+    """
+
+    def values(_context: click.Context, _parameter: click.Parameter, given: Any) -> tuple[Any, ...] | None:
+        if given is None or given == ():
+            return None
+        text = given if isinstance(given, str) else ",".join(given)
+        try:
+            return tuple(kind(part.strip()) for part in text.split(",") if part.strip())
+        except ValueError:
+            raise click.BadParameter(f"'{text}' is not a list of {what}; give for example {example}.") from None
+
+    return values
+
+
 class WithNames(click.Command):
     """A command whose help ends with the registered scorers and methods.
 

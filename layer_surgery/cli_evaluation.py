@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from layer_surgery.cli_common import combine
+from layer_surgery.cli_common import combine, comma_list
 from layer_surgery.config import ContinuationConfig, EvaluationConfig, SpeedConfig
 
 
@@ -14,18 +14,7 @@ def _default(values: tuple[int, ...]) -> str:
     return f"[default: {','.join(map(str, values))}]"
 
 
-def _list(_context: click.Context, _parameter: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...] | None:
-    """Take an option that may be given several times, each with several values between commas."""
-    return tuple(part.strip() for value in values for part in value.split(",") if part.strip()) or None
-
-
-def _numbers(_context: click.Context, _parameter: click.Parameter, value: str | None) -> tuple[int, ...] | None:
-    if value is None:
-        return None
-    try:
-        return tuple(int(part) for part in value.split(",") if part.strip())
-    except ValueError:
-        raise click.BadParameter(f"'{value}' is not a list of whole numbers; give for example 1,8.") from None
+_NUMBERS = comma_list(int, "whole numbers", "1,8")
 
 
 MEASUREMENTS = combine(
@@ -50,7 +39,7 @@ MEASUREMENTS = combine(
     click.option(
         "--tasks",
         multiple=True,
-        callback=_list,
+        callback=comma_list(str),
         metavar="A,B",
         help="lm-eval tasks, groups or YAML files to run before and after; `bundled` is a set that needs no network.",
     ),
@@ -68,13 +57,13 @@ MEASUREMENTS = combine(
     ),
     click.option(
         "--speed-batch-sizes",
-        callback=_numbers,
+        callback=_NUMBERS,
         metavar="N,...",
         help=f"Sequences.  {_default(SpeedConfig.batch_sizes)}",
     ),
     click.option(
         "--speed-lengths",
-        callback=_numbers,
+        callback=_NUMBERS,
         metavar="N,...",
         help=f"Tokens of a prompt.  {_default(SpeedConfig.prompt_lengths)}",
     ),

@@ -11,16 +11,6 @@ from layer_surgery.cli_common import combine
 from layer_surgery.config import DEFAULT_METHOD, BudgetConfig, CalibrationConfig, RefitConfig, RuntimeConfig
 
 
-def layer_list(_context: click.Context, _parameter: click.Parameter, value: str | None) -> tuple[int, ...] | None:
-    """Take layer numbers between commas."""
-    if value is None:
-        return None
-    try:
-        return tuple(int(part) for part in value.split(",") if part.strip())
-    except ValueError:
-        raise click.BadParameter(f"'{value}' is not a list of layer numbers; give for example 3,5,7.") from None
-
-
 def _bytes(_context: click.Context, _parameter: click.Parameter, value: str | None) -> int | None:
     if value is None:
         return None

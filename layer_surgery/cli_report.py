@@ -23,9 +23,10 @@ from layer_surgery.cli_common import CONTEXT
 def report(
     results: tuple[Path, ...], output: Path | None, base_model: str | None, overwrite: bool, debug: bool
 ) -> None:
-    """Make the page of a result again from its surgery.json, or one page that compares several results.
+    """Make the page of a result or a sweep again, or one page that compares several.
 
-    With one DIR, report.html and the model card README.md in it are made again; a card that was edited stays.
+    With one result, report.html and the model card README.md in it are made again from its surgery.json; a card that
+    was edited stays. Of a sweep, every point is compared.
     """
     from layer_surgery import api
 

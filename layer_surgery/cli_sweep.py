@@ -8,40 +8,19 @@ from typing import Any
 import click
 from rich.console import Console
 
-from layer_surgery.cli_common import CONTEXT, WithNames, check_complete, command_line, given, print_json, progress_ui
+from layer_surgery.cli_common import (
+    CONTEXT,
+    WithNames,
+    check_complete,
+    comma_list,
+    command_line,
+    given,
+    print_json,
+    progress_ui,
+)
 from layer_surgery.cli_evaluation import MEASUREMENTS
 from layer_surgery.cli_options import CALIBRATION, REFIT, REMOVE, RUNTIME
 from layer_surgery.config import BudgetConfig
-
-
-def _parts(values: tuple[str, ...]) -> list[str]:
-    return [part.strip() for value in values for part in value.split(",") if part.strip()]
-
-
-def _names(_context: click.Context, _parameter: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...] | None:
-    return tuple(_parts(values)) if values else None
-
-
-def _layer_counts(
-    _context: click.Context, _parameter: click.Parameter, values: tuple[str, ...]
-) -> tuple[int, ...] | None:
-    try:
-        return tuple(int(part) for part in _parts(values)) if values else None
-    except ValueError:
-        raise click.BadParameter(
-            f"'{','.join(values)}' is not a list of numbers of layers; give for example 11,10,9."
-        ) from None
-
-
-def _fractions(
-    _context: click.Context, _parameter: click.Parameter, values: tuple[str, ...]
-) -> tuple[float, ...] | None:
-    try:
-        return tuple(float(part) for part in _parts(values)) if values else None
-    except ValueError:
-        raise click.BadParameter(
-            f"'{','.join(values)}' is not a list of fractions; give for example 0,0.1,0.3."
-        ) from None
 
 
 @click.command(cls=WithNames, context_settings=CONTEXT)
@@ -50,22 +29,28 @@ def _fractions(
     "--target-layers",
     multiple=True,
     required=True,
-    callback=_layer_counts,
+    callback=comma_list(int, "numbers of layers", "11,10,9"),
     metavar="N,...",
     help="Numbers of layers left whole.",
 )
 @click.option(
     "--keep",
     multiple=True,
-    callback=_fractions,
+    callback=comma_list(float, "fractions", "0,0.1,0.3"),
     metavar="F,...",
     help="Fractions of the other layers' parameters to spend on low-rank components; 0 removes the layers outright. "
     f"Methods that keep nothing have one point for all of them.  [default: {BudgetConfig.DEFAULT_KEEP}]",
 )
 @click.option(
-    "--method", multiple=True, callback=_names, metavar="NAME,...", help="How low-rank components are made (see below)."
+    "--method",
+    multiple=True,
+    callback=comma_list(str),
+    metavar="NAME,...",
+    help="How low-rank components are made (see below).",
 )
-@click.option("--scorer", multiple=True, callback=_names, metavar="NAME,...", help="How layers are ranked (see below).")
+@click.option(
+    "--scorer", multiple=True, callback=comma_list(str), metavar="NAME,...", help="How layers are ranked (see below)."
+)
 @click.option(
     "--output",
     type=click.Path(path_type=Path),

@@ -19,7 +19,7 @@ from layer_surgery.evaluation.continuations import continuations, encode_prompt,
 from layer_surgery.evaluation.costs import token_costs
 from layer_surgery.evaluation.distance import FinalStates, distance
 from layer_surgery.evaluation.paired import perplexity_change
-from layer_surgery.evaluation.perplexity import perplexity, summarise, window_losses
+from layer_surgery.evaluation.perplexity import summarise, window_losses
 from layer_surgery.evaluation.speed import measure_speed
 from layer_surgery.provenance import available_memory_bytes
 from layer_surgery.records import Comparison, Continuation, EvaluationResult, Perplexity, StageFailure
@@ -315,13 +315,3 @@ def size_and_costs(checkpoint: Checkpoint, context: int) -> EvaluationResult:
         flops_per_token=costs.flops,
         flops_context_tokens=context,
     )
-
-
-def size_and_perplexity(session: Session, checkpoint: Checkpoint, texts: list[PackedTokens]) -> EvaluationResult:
-    """Measure one model by itself on each text; what fails is raised."""
-    context = texts[0].sequence_length if texts else EvaluationConfig.sequence_length
-    result = size_and_costs(checkpoint, context)
-    if not texts:
-        return result
-    model = session.stream(checkpoint)
-    return replace(result, perplexity={t.name: perplexity(model, t, session.settings) for t in texts})

@@ -18,7 +18,9 @@ from transformers import AutoConfig
 from layer_surgery.checkpoint import Checkpoint, open_checkpoint
 from layer_surgery.errors import CheckpointError, NumericalError
 from layer_surgery.provenance import provenance
+from layer_surgery.records import REPORT_SCHEMA_VERSION
 from layer_surgery.saving import check_not_same, check_output, save_checkpoint, staged_directory
+from layer_surgery.stored import read_json
 from layer_surgery.stored_report import REPORT_FILE
 from layer_surgery.tensors import TensorSource, TensorSpec
 from layer_surgery.walk import Progress, no_progress
@@ -58,8 +60,8 @@ def run_export(
 ) -> DenseExport:
     """Write the checkpoint in `directory` to `output` with its factors multiplied out, and say what was done.
 
-    Raises `CheckpointError` for a plain checkpoint, `OutputError` for an output that may not be written, and
-    `NumericalError` for a product that is not finite in the checkpoint's dtype.
+    Raises `CheckpointError` for a plain checkpoint, `ReportError` for a damaged `surgery.json`, `OutputError` for an
+    output that may not be written, and `NumericalError` for a product that is not finite in the checkpoint's dtype.
     """
     check_not_same(directory, output)
     check_output(output, overwrite=overwrite)
@@ -69,6 +71,7 @@ def run_export(
             f"{directory} is a plain checkpoint (model_type: {low_rank.config.model_type}) without low-rank layers, so "
             "there is nothing to export; every tool loads it as it is."
         )
+    report = _stored_report(low_rank)
     with staged_directory(output, overwrite=overwrite) as staging:
         dense = dense_checkpoint(low_rank)
         save_checkpoint(dense, staging, base=low_rank, progress=progress)
@@ -86,7 +89,7 @@ def run_export(
             size_bytes=dense.size_bytes,
             provenance=provenance(torch.device("cpu")) | {"command": command},
         )
-        _write_report(low_rank, staging, record)
+        _write_report(report, record, staging)
     return replace(record, output=str(output))
 
 
@@ -151,15 +154,16 @@ def _check_saved(directory: Path, dense: Checkpoint) -> None:
         raise CheckpointError(f"what was written to {directory} is not a plain checkpoint; this is a bug, report it.")
 
 
-def _write_report(low_rank: Checkpoint, staging: Path, record: DenseExport) -> None:
-    """Write `surgery.json`: that of the low-rank checkpoint, if it has one, and what was done to it here."""
-    report: dict[str, Any] = {}
+def _stored_report(low_rank: Checkpoint) -> dict[str, Any]:
+    """Return the `surgery.json` of a low-rank checkpoint; {} if it has none. Raises `ReportError`."""
     path = low_rank.directory / REPORT_FILE if low_rank.directory is not None else None
-    if path is not None and path.is_file():
-        try:
-            report = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise CheckpointError(f"{path} is damaged ({error}); repair or remove it.") from error
+    if path is None or not path.is_file():
+        return {}
+    return read_json(path, REPORT_SCHEMA_VERSION, "repair or remove it")
+
+
+def _write_report(report: dict[str, Any], record: DenseExport, staging: Path) -> None:
+    """Write `surgery.json`: that of the low-rank checkpoint, if it has one, and what was done to it here."""
     exported = asdict(record)
     exported.pop("output")
     text = json.dumps({**report, "dense_export": exported}, indent=2, ensure_ascii=False)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from layer_surgery.modeling_layer_surgery import LowRankLinear
 
-__all__ = ["Factors", "LowRankLinear", "attributed_groups", "select_groups", "svd", "truncated_svd"]
+__all__ = ["Factors", "LowRankLinear", "attributed_groups", "select_groups", "svd", "truncated"]
 
 
 class Factors(NamedTuple):
@@ -49,10 +49,9 @@ def select_groups(spectrum: Spectrum, chosen: Tensor) -> Factors:
     return Factors(spectrum.u[:, chosen] * root, root[:, None] * spectrum.vh[chosen])
 
 
-def truncated_svd(weight: Tensor, rank: int) -> Factors:
-    """Return the factors of rank `rank` nearest to `weight` in Frobenius norm (Eckart & Young, 1936)."""
-    spectrum = svd(weight)
-    return select_groups(spectrum, torch.arange(rank, device=weight.device))
+def truncated(spectrum: Spectrum, rank: int) -> Factors:
+    """Return the factors of rank `rank` nearest to a weight in Frobenius norm (Eckart & Young, 1936), from its SVD."""
+    return select_groups(spectrum, torch.arange(rank, device=spectrum.s.device))
 
 
 def singular_value_gradients(spectrum: Spectrum, gradient: Tensor) -> Tensor:

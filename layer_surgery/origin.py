@@ -7,7 +7,7 @@ from typing import Any
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.repocard import metadata_load
-from huggingface_hub.utils._validators import validate_repo_id
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # public, but not in an __all__
 
 CARD_FILE = "README.md"
 #: A card is a page of text; what is larger is none.
@@ -21,7 +21,8 @@ def origin(directory: Path | None, name_in_memory: str = "") -> dict[str, Any]:
     A damaged card counts as none. `name_in_memory` is what a model that is in no directory says of itself.
     """
     if directory is None:
-        return {"hub_id": name_in_memory if _is_hub_id(name_in_memory) else None, "licence": {}}
+        known = _has_owner(name_in_memory) and not Path(name_in_memory).exists()  # else a directory, by its path
+        return {"hub_id": name_in_memory if known else None, "licence": {}}
     return {"hub_id": hub_id(directory), "licence": licence(directory)}
 
 
@@ -30,15 +31,15 @@ def hub_id(directory: Path) -> str | None:
     for part in reversed(directory.absolute().parts):
         if part.startswith("models--"):
             name = part.removeprefix("models--").replace("--", "/")
-            return name if _is_hub_id(name) else None
+            return name if _has_owner(name) else None
     return None
 
 
-def _is_hub_id(name: str) -> bool:
-    return name.count("/") == 1 and is_valid_hub_id(name) and not Path(name).exists()
+def _has_owner(name: str) -> bool:
+    return name.count("/") == 1 and is_valid_hub_id(name)
 
 
-def is_valid_hub_id(name: str) -> bool:
+def is_valid_hub_id(name: Any) -> bool:
     """Whether the hub could have a model of this name (there is no look whether it has)."""
     try:
         validate_repo_id(name)
@@ -57,7 +58,8 @@ def licence(directory: Path) -> dict[str, Any]:
     found = {name: (known or {}).get(name) for name in ("license", "license_name", "license_link")}
     if _is_text(found["license"]):
         return {name: value for name, value in found.items() if _is_text(value)}
-    files = sorted(path.name for pattern in ("LICENSE*", "LICENCE*") for path in directory.glob(pattern))
+    found_files = [path for pattern in ("LICENSE*", "LICENCE*") for path in directory.glob(pattern) if path.is_file()]
+    files = sorted(path.name for path in found_files)
     if files:
         return {"license": "other", "license_name": "same-as-base-model", "license_link": files[0]}
     return {}

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from layer_surgery.errors import OutputError, ReportError, UserError
+from layer_surgery.errors import LayerSurgeryError, OutputError, ReportError, UserError
 from layer_surgery.modeling_layer_surgery import MODEL_TYPE
 from layer_surgery.origin import is_valid_hub_id
 from layer_surgery.records import SurgeryReport
-from layer_surgery.saving import PAGE_FILES
+from layer_surgery.saving import PAGE_FILES, write_atomically
 from layer_surgery.stored_report import read_report, report_file
 from layer_surgery.stored_sweep import read_sweep
 from layer_surgery.sweep_records import SweepReport
@@ -54,30 +53,40 @@ def report_on(
     """
     _check(results, output, base_model, overwrite)
     if len(results) > 1 and output is not None:
-        _write(output, _compared(results))
+        with _consistent("a report"):
+            text = _compared(results)
+        _write(output, text)
         return output, []
-    directory = results[0]
-    sweep = read_sweep(directory, SWEEP_ADVICE)
-    if sweep is not None:
-        page = output or directory / PAGE_FILE
-        _write(page, _sweep_page(sweep))
-        return page, []
-    name, report = _name(directory), read_report(report_file(directory))
-    if output is not None:
-        _write(output, _stored_page(directory, name, report))
-        return output, []
+    sweep = read_sweep(results[0], SWEEP_ADVICE)
+    if sweep is None:
+        return _report_on_one(results[0], output, base_model, overwrite)
+    if base_model is not None:
+        raise UserError(f"--base-model is for the card of a result, and {results[0]} holds a sweep; leave it out.")
+    page = output or results[0] / PAGE_FILE
+    with _consistent(f"the sweep of {results[0]}"):
+        text = _sweep_page(sweep)
+    _write(page, text)
+    return page, []
+
+
+def _report_on_one(path: Path, output: Path | None, base_model: str | None, overwrite: bool) -> tuple[Path, list[str]]:
+    """Write the page of a result to `output`, or page and card into its directory."""
+    name, report = _name(path), read_report(report_file(path))
     if base_model is not None:
         report = replace(report, base_model=report.base_model | {"hub_id": base_model})
-    text = _stored_page(directory, name, report)
-    card, notes = _card(report, name, _needs_code(directory, report)), []
-    _write(directory / PAGE_FILE, text)
-    if overwrite or _may_replace(directory / CARD_FILE):
-        _write(directory / CARD_FILE, card)
-    else:
-        notes.append(
-            f"{directory / CARD_FILE} was edited, or is not ours, and stays as it is (--overwrite replaces it)"
-        )
-    return directory / PAGE_FILE, notes
+    needs_code = _needs_code(path if path.is_dir() else path.parent, report)
+    with _consistent(f"the report of {path}"):
+        page, card = _page(report, name, needs_code), _card(report, name, needs_code)
+    if output is not None:
+        _write(output, page)
+        return output, []
+    _write(path / PAGE_FILE, page)
+    if not overwrite and not _may_replace(path / CARD_FILE):
+        return path / PAGE_FILE, [
+            f"{path / CARD_FILE} was edited, or is not ours, and stays as it is (--overwrite replaces it)"
+        ]
+    _write(path / CARD_FILE, card)
+    return path / PAGE_FILE, []
 
 
 def write_sweep_page(directory: Path, sweep: SweepReport) -> None:
@@ -113,11 +122,15 @@ def _name(path: Path) -> str:
     return (resolved if resolved.is_dir() else resolved.parent).name or str(path)
 
 
-def _stored_page(path: Path, name: str, report: SurgeryReport) -> str:
+@contextmanager
+def _consistent(what: str) -> Iterator[None]:
+    """Have what a stored record says where no type is checked (of its origin, data and settings) refused in words."""
     try:
-        return _page(report, name, _needs_code(path if path.is_dir() else path.parent, report))
-    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
-        raise ReportError(f"the report of {path} contradicts itself ({error!r}); make it again.") from error
+        yield
+    except LayerSurgeryError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ReportError(f"{what} contradicts itself ({error!r}); make it again.") from error
 
 
 def _compared(results: Sequence[Path]) -> str:
@@ -175,14 +188,3 @@ def _write(path: Path, text: str) -> None:
         write_atomically(path, text)
     except OSError as error:
         raise OutputError(f"{path} cannot be written ({error.strerror}); give --output FILE elsewhere.") from error
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file so that there is never half of it, whatever happens meanwhile."""
-    staging = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        staging.write_text(text, encoding="utf-8", newline="\n")
-        staging.replace(path)
-    finally:
-        with suppress(FileNotFoundError):
-            staging.unlink()

@@ -301,5 +301,19 @@ def _copy_companions(base: Checkpoint, directory: Path, tokenizer: PreTrainedTok
         base.generation_config.save_pretrained(directory)
 
 
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file so that there is never half of it, whatever happens meanwhile. Raises `OSError`."""
+    staging = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        with staging.open("w", encoding="utf-8", newline="") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())  # before it is renamed: a power cut must not leave an empty file there
+        staging.replace(path)
+    finally:
+        with suppress(OSError):
+            staging.unlink()
+
+
 def _write_json(path: Path, data: Any) -> None:
     path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

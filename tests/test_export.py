@@ -227,6 +227,21 @@ def test_a_damaged_low_rank_checkpoint_is_refused(tmp_path: Path) -> None:
         layer_surgery.export_dense(source, source.parent, overwrite=True)
 
 
+@pytest.mark.parametrize(
+    "text", ["[1]", "{", "[" * 100_000, '{"schema_version": 1, "x": NaN}'], ids=lambda text: text[:6]
+)
+def test_a_damaged_report_is_refused_before_anything_is_written(
+    run: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    source = low_rank(tmp_path)
+    (source / "surgery.json").write_text(text)
+    before = listing(tmp_path)
+    monkeypatch.setattr("layer_surgery.export.save_checkpoint", lambda *_, **__: pytest.fail("it was written"))
+    outcome = run("export", source, "--dense", "--output", tmp_path / "dense")
+    assert outcome.code == 2 and "surgery.json is damaged" in outcome.error_lines[-1]
+    assert len(outcome.error_lines) == 1 and listing(tmp_path) == before
+
+
 @pytest.mark.slow
 def test_the_demo_checkpoint_is_exported_within_rounding(tmp_path: Path) -> None:
     options = {"layers": [3, 7], "keep": 0.3, "method": "svd", "eval_data": None}

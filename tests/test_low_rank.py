@@ -24,7 +24,7 @@ from layer_surgery.low_rank import (
     select_groups,
     singular_value_gradients,
     svd,
-    truncated_svd,
+    truncated,
 )
 from layer_surgery.walk import Walk
 
@@ -38,7 +38,7 @@ def random_matrix(shape: tuple[int, ...], seed: int = 0, dtype: torch.dtype = to
 @pytest.mark.parametrize("shape", SHAPES)
 def test_full_rank_factors_multiply_to_the_weight(shape: tuple[int, int]) -> None:
     weight = random_matrix(shape)
-    left, right = truncated_svd(weight, min(shape))
+    left, right = truncated(svd(weight), min(shape))
     assert left.shape == (shape[0], min(shape))
     assert right.shape == (min(shape), shape[1])
     assert largest_difference(left @ right, weight) < 1e-12
@@ -47,20 +47,20 @@ def test_full_rank_factors_multiply_to_the_weight(shape: tuple[int, int]) -> Non
 @pytest.mark.parametrize("rank", [1, 2, 3])
 def test_truncation_error_is_that_of_the_dropped_singular_values(rank: int) -> None:
     weight = random_matrix((7, 4))
-    left, right = truncated_svd(weight, rank)
+    left, right = truncated(svd(weight), rank)
     dropped = torch.linalg.svdvals(weight)[rank:]
     assert float(torch.linalg.norm(weight - left @ right)) == pytest.approx(float(dropped.norm()), rel=1e-12)
 
 
 def test_a_known_matrix_gives_its_known_leading_term() -> None:
-    left, right = truncated_svd(torch.diag(torch.tensor([1.0, 9.0, 4.0], dtype=torch.float64)), 1)
+    left, right = truncated(svd(torch.diag(torch.tensor([1.0, 9.0, 4.0], dtype=torch.float64))), 1)
     assert largest_difference(left @ right, torch.diag(torch.tensor([0.0, 9.0, 0.0], dtype=torch.float64))) < 1e-12
     assert sorted(left.abs().flatten().tolist()) == pytest.approx([0, 0, 3], abs=1e-12)
 
 
 def test_singular_values_are_split_evenly_between_the_factors() -> None:
     weight = random_matrix((7, 4))
-    left, right = truncated_svd(weight, 3)
+    left, right = truncated(svd(weight), 3)
     values = torch.linalg.svdvals(weight)[:3]
     assert largest_difference((left**2).sum(dim=0), values) < 1e-12
     assert largest_difference((right**2).sum(dim=1), values) < 1e-12

@@ -16,6 +16,7 @@ import layer_surgery
 from layer_surgery import SurgeryReport
 from layer_surgery.origin import hub_id, licence, origin
 from layer_surgery.reporting.card import is_unedited, model_card
+from layer_surgery.reporting.text import code_span
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +124,15 @@ def test_a_snapshot_of_the_hub_knows_its_name(directory: str, name: str | None) 
     assert hub_id(Path(directory)) == name
 
 
+def test_the_name_of_a_snapshot_does_not_depend_on_where_one_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert hub_id(Path("/cache/models--owner--name/snapshots/0123")) == "owner/name"
+    assert origin(None, "owner/name")["hub_id"] is None  # a path
+
+
 def test_a_model_in_memory_may_say_where_it_is_from() -> None:
     assert origin(None, "owner/name") == {"hub_id": "owner/name", "licence": {}}
     assert origin(None, "/home/me/model")["hub_id"] is None
@@ -167,8 +177,13 @@ def test_a_damaged_card_of_the_original_is_none(text: str | bytes, tmp_path: Pat
 
 def test_hostile_names_do_not_break_the_card(result: tuple[Path, SurgeryReport]) -> None:
     report = full_report(result[1], NASTY)
+    licence = {"license": "other", "license_name": "same-as-base-model", "license_link": NASTY}
+    report = replace(report, base_model=report.base_model | {"licence": licence, "hub_id": f"a/b {NASTY}"})
     text = model_card(report, NASTY, needs_code=True)
     card = ModelCard(text)
+    (line,) = (line for line in card.text.splitlines() if line.startswith("That of the original"))
+    assert line == f"That of the original: see {code_span(NASTY)}."
+    assert "huggingface.co" not in card.text and card.data.base_model is None
     assert card.data.model_name and card.data.eval_results
     assert "<script>alert" not in card.text.replace("`", "").partition("## Results")[2].partition("## What")[0]
     rows = [line for line in card.text.splitlines() if line.startswith("|")]

@@ -26,7 +26,7 @@ from tiny_models import (
 import layer_surgery
 from layer_surgery.checkpoint import open_checkpoint
 from layer_surgery.errors import NumericalError
-from layer_surgery.low_rank import truncated_svd
+from layer_surgery.low_rank import svd, truncated
 from layer_surgery.operated import operated_checkpoint
 from layer_surgery.saving import save_checkpoint
 from layer_surgery.streaming import StreamedModel
@@ -128,7 +128,7 @@ def test_constants_are_in_the_dtype_of_computation_too(tmp_path: Path, low_rank:
         factors = FactorStore(tmp_path, torch.bfloat16)
         name = "model.layers.1.mlp.up_proj.weight"
         weight = checkpoint.source.read([name], CPU)[name]
-        factors.write(1, {"mlp.up_proj": truncated_svd(weight, 2)})
+        factors.write(1, {"mlp.up_proj": truncated(svd(weight), 2)})
         plan = make_test_plan(4, low_rank={1: {"mlp.up_proj": 2}})
         operated = operated_checkpoint(checkpoint, plan, factors)
         (tmp_path / "output").mkdir()
@@ -173,7 +173,7 @@ def test_replacing_linears_changes_the_streamed_model_and_not_the_checkpoint(tmp
     streaming, name = streamed(path), "mlp.up_proj"
     before = walked_logits(streaming, TOKENS, settings(tmp_path))
     weight = streaming.read_weights([f"model.layers.1.{name}.weight"])[f"model.layers.1.{name}.weight"]
-    left, right = truncated_svd(weight, 2)
+    left, right = truncated(svd(weight), 2)
     factors = {f"{name}.out_factor.weight": left, f"{name}.in_factor.weight": right}
     streaming.replace(1, {name: 2}, lambda: factors)
     changed = tiny_model()

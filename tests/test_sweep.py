@@ -280,12 +280,23 @@ def test_another_model_or_text_is_refused(
         layer_surgery.sweep(model, swept[0], target_layers=3, **options | {"eval_data": [text]})
 
 
-def test_overwrite_starts_anew_and_removes_the_old_best(model: Path, options: Options, tmp_path: Path) -> None:
+def test_overwrite_starts_anew_and_removes_the_old_best(
+    model: Path, options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any) -> SweepPoint:
+        raise KeyboardInterrupt
+
     grid = {"method": "remove", "scorer": "last"}
     output = tmp_path / "output"
     layer_surgery.sweep(model, output, target_layers=3, best="perplexity<=1000x", **grid, **options)
-    assert (output / "best").is_dir()
-    report = layer_surgery.sweep(model, output, target_layers=4, seed=1, overwrite=True, **grid, **options)
+    assert (output / "best").is_dir() and (output / "report.html").is_file()
+    monkeypatch.setattr(PointBench, "measure", interrupted)
+    again: Options = {"target_layers": 4, "seed": 1, "overwrite": True, **grid, **options}
+    with pytest.raises(KeyboardInterrupt):
+        layer_surgery.sweep(model, output, **again)
+    assert not (output / "report.html").exists()  # it was of other points
+    monkeypatch.undo()
+    report = layer_surgery.sweep(model, output, **again)
     assert [point.target_layers for point in report.points] == [4]
     assert report.best is None and not (output / "best").exists()
 
@@ -348,7 +359,7 @@ def test_a_file_that_cannot_be_written_leaves_the_last_one_whole(
     def full(_descriptor: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("layer_surgery.sweeping.state.os.fsync", full)
+    monkeypatch.setattr("layer_surgery.saving.os.fsync", full)
     outcome = run(*command, "--output", output, "--target-layers", "3")
     assert outcome.code == 1
     assert outcome.error_lines[-1] == f"error: writing to {output} failed (No space left on device); is the disk full?"
@@ -427,6 +438,7 @@ def test_a_directory_that_cannot_be_made_is_refused(run: CommandLine, model: Pat
 
 def test_what_a_killed_run_has_left_is_no_obstacle(model: Path, options: Options, tmp_path: Path) -> None:
     (tmp_path / "output" / ".layer-surgery-killed").mkdir(parents=True)
+    (tmp_path / "output" / ".sweep.json.partial-123").write_text("{")
     grid = {"target_layers": 3, "method": "remove", "scorer": "last"}
     assert layer_surgery.sweep(model, tmp_path / "output", **grid, **options).points[0].status == "done"
 
@@ -504,6 +516,32 @@ def test_the_best_is_saved_as_compress_saves_it(
     del measured[:]
     layer_surgery.sweep(model, output, best=condition, **grid, **options)
     assert measured == []  # it is there already
+
+
+def test_a_best_that_new_points_beat_is_forgotten(model: Path, options: Options, tmp_path: Path) -> None:
+    grid = {"method": "remove", "scorer": "last", **options}
+    first = layer_surgery.sweep(model, tmp_path / "o", target_layers=3, best="perplexity<=1000x", **grid)
+    assert first.best is not None
+    larger = layer_surgery.sweep(model, tmp_path / "o", target_layers=4, **grid)
+    assert larger.best == first.best  # the smallest still
+    smaller = layer_surgery.sweep(model, tmp_path / "o", target_layers=2, **grid)
+    assert smaller.best is None
+    assert strict_json((tmp_path / "o" / "sweep.json").read_text(encoding="utf-8"))["best"] is None
+    assert "smallest" not in (tmp_path / "o" / "sweep.md").read_text(encoding="utf-8")
+
+
+def test_the_best_of_a_sweep_is_not_replaced_while_it_is_the_model(
+    run: CommandLine, model: Path, options: Options, text: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "o"
+    layer_surgery.sweep(
+        model, output, target_layers=4, method="remove", scorer="last", best="perplexity<=1000x", **options
+    )
+    before = listing(tmp_path)
+    command: list[Any] = ["sweep", output / "best", "--target-layers", "3", "--method", "remove", "--scorer", "last"]
+    outcome = run(*command, "--calibration", text, "--output", output, "--overwrite")
+    assert outcome.code == 2 and "is the model itself" in outcome.error_lines[-1]
+    assert listing(tmp_path) == before
 
 
 def test_where_none_satisfies_the_nearest_is_named(
@@ -654,7 +692,14 @@ def test_failed_points_are_not_on_the_page(swept: tuple[Path, SweepReport]) -> N
 def test_a_damaged_sweep_is_refused_by_report(
     run: CommandLine, swept: tuple[Path, SweepReport], tmp_path: Path
 ) -> None:
-    (tmp_path / "sweep.json").write_bytes((swept[0] / "sweep.json").read_bytes()[:500])
+    whole = (swept[0] / "sweep.json").read_bytes()
+    (tmp_path / "sweep.json").write_bytes(whole[:500])
     outcome = run("report", tmp_path)
     assert outcome.code == 2 and "sweep.json is damaged: it is not JSON" in outcome.error_lines[-1]
+    (tmp_path / "sweep.json").write_bytes(whole)
+    outcome = run("report", tmp_path, "--base-model", "a/b")
+    assert outcome.code == 2 and "holds a sweep; leave it out" in outcome.error_lines[-1]
+    edit_json(tmp_path / "sweep.json", provenance={"packages": ["torch"]})
+    outcome = run("report", tmp_path)
+    assert outcome.code == 2 and "contradicts itself" in outcome.error_lines[-1]
     assert not (tmp_path / "report.html").exists()

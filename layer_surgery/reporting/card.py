@@ -13,6 +13,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from layer_surgery.origin import is_valid_hub_id
 from layer_surgery.records import SurgeryReport
 from layer_surgery.reporting.formats import with_interval
 from layer_surgery.reporting.loading import how_to_load
@@ -46,7 +47,7 @@ def model_card(report: SurgeryReport, name: str, *, needs_code: bool) -> str:
         needs_code=needs_code,
         sources=calibration_sources(report.calibration),
         command=report.provenance.get("command"),
-        hub_id=report.base_model.get("hub_id"),
+        hub_id=_hub_id(report),
         sha256=report.base_model.get("sha256"),
         licence=report.base_model.get("licence") or {},
     )
@@ -66,7 +67,7 @@ def _sha256(text: str) -> str:
 
 def metadata(report: SurgeryReport, name: str, *, needs_code: bool) -> ModelCardData:
     """Return what stands in the head of the card."""
-    hub_id = report.base_model.get("hub_id")
+    hub_id = _hub_id(report)
     licence: dict[str, Any] = report.base_model.get("licence") or {}
     tags = ["layer-surgery", "pruning", "model-compression"]
     tags += ["low-rank", "svd"] if report.plan.low_rank else []
@@ -83,6 +84,12 @@ def metadata(report: SurgeryReport, name: str, *, needs_code: bool) -> ModelCard
         model_name=printable(name) if results else None,
         **licence,
     )
+
+
+def _hub_id(report: SurgeryReport) -> str | None:
+    """Return the original's name on the hub; None where there is none, or in a stored report one that cannot be."""
+    hub_id = report.base_model.get("hub_id")
+    return hub_id if is_valid_hub_id(hub_id) else None
 
 
 def _results(report: SurgeryReport) -> Iterator[EvalResult]:

@@ -128,7 +128,6 @@ def comparison_page(rows: Sequence[ResultRow], notes: Sequence[str] = (), made: 
         warnings=list(warnings(rows)),
         plots=[plot for text in texts for plot in _quality(rows, text, texts.index(text))],
         decoding=any(row.decoding is not None for row in rows),
-        layer_counts=max((row.layers for row in rows), default=0),
         numbers=number_list,
     )
 

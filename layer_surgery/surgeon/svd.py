@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from layer_surgery import low_rank
-from layer_surgery.low_rank import Factors, select_groups
+from layer_surgery.low_rank import Factors
 from layer_surgery.records import SurgeryPlan
 from layer_surgery.spectra import spectrum_record
 from layer_surgery.surgeon.context import METHODS, SurgeryContext
@@ -36,8 +36,7 @@ def svd(plan: SurgeryPlan, context: SurgeryContext) -> SurgeryPlan:
             for name, rank in layer.ranks.items():
                 weight = f"{prefix}{name}.weight"
                 spectrum = low_rank.svd(context.model.read_weights([weight])[weight])
-                leading = torch.arange(rank, device=spectrum.s.device)
-                context.factors.write(layer.index, {name: select_groups(spectrum, leading)})
+                context.factors.write(layer.index, {name: low_rank.truncated(spectrum, rank)})
                 context.spectra.append(spectrum_record(layer.index, name, "weight", spectrum.s.tolist(), rank))
             advance()
     return plan

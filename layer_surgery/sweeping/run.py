@@ -23,11 +23,12 @@ from layer_surgery.run_records import (
     described_tokens,
     run_provenance,
 )
+from layer_surgery.saving import check_not_same
 from layer_surgery.session import Model, Session, Ui, calibration_walk, check_column, open_session
 from layer_surgery.statistics_cache import check_cache
 from layer_surgery.stored_report import REPORT_FILE
 from layer_surgery.stored_sweep import read_sweep
-from layer_surgery.sweep_records import SweepPoint, SweepReport, SweepSettings
+from layer_surgery.sweep_records import SweepBest, SweepPoint, SweepReport, SweepSettings
 from layer_surgery.sweeping.condition import Condition, find_best, parse_condition
 from layer_surgery.sweeping.grid import compress_config, grid, in_order, same_surgery
 from layer_surgery.sweeping.identity import check_same, sweep_identity
@@ -35,6 +36,7 @@ from layer_surgery.sweeping.measuring import PointBench
 from layer_surgery.sweeping.pareto import with_fronts
 from layer_surgery.sweeping.state import (
     BEST_FOLDER,
+    check_best,
     check_sweep_directory,
     clear_sweep,
     sweep_directory,
@@ -57,7 +59,10 @@ def run_sweep(
     condition = parse_condition(config.best, config.evaluation) if config.best is not None else None
     check_cache(config.runtime.cache)
     check_column(config.calibration.column, [*calibration_names(config.calibration), *config.evaluation.sources])
-    check_sweep_directory(config.output, replaces_best=condition is not None or config.overwrite)
+    if condition is not None or config.overwrite:
+        check_not_same(model, config.output / BEST_FOLDER)
+        check_best(config.output)
+    check_sweep_directory(config.output)
     known = None if config.overwrite else read_sweep(config.output, _ADVICE)
     with (
         sweep_directory(config.output) as directory,
@@ -66,6 +71,8 @@ def run_sweep(
         report = _Sweep.begin(session, config, points, known).finished()
     if condition is not None:
         report = _with_best(model, config, condition, report, tokenizer, ui)
+    elif report.best is not None:
+        report = _with_old_best(config, report.best, report, ui)
     write_sweep_page(config.output, report)
     return report
 
@@ -205,6 +212,17 @@ def _with_best(
             _save(model, config, point, tokenizer, ui)
         best = replace(best, output=BEST_FOLDER)
     report = replace(report, best=best)
+    write_sweep(config.output, report)
+    return report
+
+
+def _with_old_best(config: SweepConfig, best: SweepBest, report: SweepReport, ui: Ui) -> SweepReport:
+    """Forget the best of an earlier run if points that have come since change the answer."""
+    found = find_best(parse_condition(best.condition, config.evaluation), report.points)
+    if (found.point, found.nearest) == (best.point, best.nearest):
+        return report
+    ui.note(f"with the new points the answer to --best '{best.condition}' is another; give it again to save that model")
+    report = replace(report, best=None)
     write_sweep(config.output, report)
     return report
 

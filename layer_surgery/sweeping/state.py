@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from layer_surgery.errors import LayerSurgeryError, OutputError
 from layer_surgery.reporting.sweep import csv_text, markdown_text
-from layer_surgery.saving import check_output
+from layer_surgery.saving import PAGE_FILES, check_output, write_atomically
 from layer_surgery.session import SCRATCH_PREFIX
 from layer_surgery.stored_sweep import SWEEP_FILE
 from layer_surgery.sweep_records import SweepReport
@@ -20,19 +19,24 @@ from layer_surgery.sweep_records import SweepReport
 BEST_FOLDER = "best"
 
 
-def check_sweep_directory(directory: Path, *, replaces_best: bool) -> None:
+def check_sweep_directory(directory: Path) -> None:
     """Raise `OutputError` for an output that is neither new, nor empty, nor a sweep's."""
     if directory.is_symlink() or (directory.exists() and not directory.is_dir()):
         raise OutputError(f"--output {directory} is a file or a link; give the name of a directory.")
     entries = sorted(entry.name for entry in directory.iterdir()) if directory.exists() else []
-    entries = [name for name in entries if not name.startswith(SCRATCH_PREFIX)]  # of a run that was killed
+    left = (SCRATCH_PREFIX, f".{SWEEP_FILE}.partial-")  # by a run that was killed
+    entries = [name for name in entries if not name.startswith(left)]
     if entries and SWEEP_FILE not in entries:
         raise OutputError(
             f"--output {directory} holds {entries[0]} and no {SWEEP_FILE}, so it is not a sweep's; give the name of a "
             "new directory, or of one that holds a sweep."
         )
+
+
+def check_best(directory: Path) -> None:
+    """Raise `OutputError` if there is a `best` in a sweep's directory that may not be replaced."""
     best = directory / BEST_FOLDER
-    if best.exists() and replaces_best:
+    if best.exists():
         check_output(best, overwrite=True)
 
 
@@ -56,31 +60,18 @@ def sweep_directory(directory: Path) -> Iterator[Path]:
 
 
 def clear_sweep(directory: Path) -> None:
-    """Remove the best model of an old sweep; its other files are replaced."""
-    best = directory / BEST_FOLDER
-    if best.exists():
-        check_output(best, overwrite=True)
-        shutil.rmtree(best)
+    """Remove the page and the best model of an old sweep; its other files are replaced."""
+    (directory / PAGE_FILES[0]).unlink(missing_ok=True)
+    check_best(directory)
+    shutil.rmtree(directory / BEST_FOLDER, ignore_errors=True)
 
 
 def write_sweep(directory: Path, report: SweepReport) -> None:
     """Write the report in all its forms, each file at once: a run that is killed leaves the last one whole."""
     text = json.dumps(report.to_dict(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    _replace(directory, {SWEEP_FILE: text, "sweep.csv": csv_text(report), "sweep.md": markdown_text(report)})
-
-
-def _replace(directory: Path, files: Mapping[str, str]) -> None:
+    files = {SWEEP_FILE: text, "sweep.csv": csv_text(report), "sweep.md": markdown_text(report)}
     try:
-        for name, text in files.items():
-            temporary = directory / f".{name}.partial-{os.getpid()}"
-            try:
-                with temporary.open("w", encoding="utf-8", newline="") as file:
-                    file.write(text)
-                    file.flush()
-                    os.fsync(file.fileno())
-                temporary.replace(directory / name)
-            finally:
-                with suppress(OSError):
-                    temporary.unlink()
+        for name, content in files.items():
+            write_atomically(directory / name, content)
     except OSError as error:
         raise LayerSurgeryError(f"writing to {directory} failed ({error.strerror}); is the disk full?") from error
