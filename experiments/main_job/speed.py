@@ -20,11 +20,12 @@ import tempfile
 import time
 from pathlib import Path
 
+from measuring import size_and_perplexity
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import DEMO_CHECKPOINT, ROOT, write_report
 
 from layer_surgery.config import BudgetConfig, CalibrationConfig, EvaluationConfig, RuntimeConfig
-from layer_surgery.evaluator import size_and_perplexity
 from layer_surgery.gradients import accumulated_gradients
 from layer_surgery.operated import operated_checkpoint
 from layer_surgery.operation import statistics_source

@@ -18,11 +18,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from measuring import size_and_perplexity
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import DEMO_CHECKPOINT, ROOT, write_report
 
 from layer_surgery.config import BudgetConfig, CalibrationConfig, EvaluationConfig, RuntimeConfig
-from layer_surgery.evaluator import size_and_perplexity
 from layer_surgery.operation import operate, statistics_source
 from layer_surgery.records import EvaluationResult
 from layer_surgery.scoring import SCORERS, ScoringContext

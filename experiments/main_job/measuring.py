@@ -1,0 +1,23 @@
+"""Size and perplexities of one model by itself. Shared by the scripts here."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from layer_surgery.checkpoint import Checkpoint
+from layer_surgery.config import EvaluationConfig
+from layer_surgery.evaluation.perplexity import perplexity
+from layer_surgery.evaluator import size_and_costs
+from layer_surgery.records import EvaluationResult
+from layer_surgery.session import Session
+from layer_surgery.tokens import PackedTokens
+
+
+def size_and_perplexity(session: Session, checkpoint: Checkpoint, texts: list[PackedTokens]) -> EvaluationResult:
+    """Measure a model on each text; what fails is raised."""
+    context = texts[0].sequence_length if texts else EvaluationConfig.sequence_length
+    result = size_and_costs(checkpoint, context)
+    if not texts:
+        return result
+    model = session.stream(checkpoint)
+    return replace(result, perplexity={t.name: perplexity(model, t, session.settings) for t in texts})
