@@ -206,6 +206,14 @@ def test_a_model_that_is_the_current_directory_goes_by_its_name(
     assert "`my model` made smaller by" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
 
 
+def test_the_advice_for_a_low_rank_model_works(run: CommandLine, low_rank: Path, data: list[str | Path]) -> None:
+    arguments = ("compress", low_rank, "--target-layers", 2, *data, "--no-eval", "--dry-run")
+    advice = "--keep 0 --scorer block_influence"
+    refused = run(*arguments, "--keep", 0.3)
+    assert refused.code == 2 and f"remove outright with {advice}, or" in refused.err
+    assert run(*arguments, *advice.split(), "--no-refit").code == 0
+
+
 def test_parts_that_were_removed_are_not_called_low_rank(run: CommandLine, model: Path, tmp_path: Path) -> None:
     options = ("--remove", "mlp", "--keep", 0, "--method", "svd", "--no-eval")
     done = run("compress", model, "--layers", 2, *options, "--output", tmp_path / "out")
