@@ -76,8 +76,9 @@ class Compression:
         trial = self._trial_plan()
         if self.chooses and trial.low_rank and self.checkpoint.low_rank:
             raise PlanError(
-                f"{self.checkpoint.name} has low-rank layers already, which a scorer cannot choose again; name the "
-                "layers with --layers, remove outright with --keep 0, or start from the original."
+                f"{self.checkpoint.name} has low-rank layers already, which a scorer cannot choose again; name "
+                "the layers with --layers, remove outright with --keep 0 --scorer block_influence, or start from the "
+                "original."
             )
         return trial
 

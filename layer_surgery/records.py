@@ -105,6 +105,10 @@ class SurgeryPlan:
         if not isinstance(version, int) or version > SCHEMA_VERSION:
             raise PlanError(f"{origin} has schema version {version}; this release reads up to {SCHEMA_VERSION}.")
         layers = data.get("layers")
+        if layers is None and isinstance(data.get("points"), list):
+            raise PlanError(
+                f"{origin} is a sweep's, with a plan for every point; save the 'plan' of one and give that."
+            )
         if not isinstance(layers, list) or not layers:
             raise PlanError(f"{origin} has no list 'layers'.")
         read = [_layer_from_dict(entry, position, origin) for position, entry in enumerate(layers)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from layer_surgery.checkpoint import Checkpoint
@@ -37,7 +38,7 @@ def checkpoint_hash(session: Session) -> str:
 def base_model_record(checkpoint: Checkpoint, sha256: str) -> dict[str, Any]:
     """Return what a record says about the original."""
     return {
-        "name": checkpoint.name,
+        "name": _name(checkpoint),
         "model_type": checkpoint.architecture.model_type,
         "sha256": sha256,
         "layers": checkpoint.layer_count,
@@ -46,6 +47,13 @@ def base_model_record(checkpoint: Checkpoint, sha256: str) -> dict[str, Any]:
         "dtype": str(checkpoint.dtype).removeprefix("torch."),
         **origin(checkpoint.directory, str(getattr(checkpoint.config, "_name_or_path", ""))),
     }
+
+
+def _name(checkpoint: Checkpoint) -> str:
+    """Return the checkpoint's name as the user gave it; of `.` and `..`, which say nothing later, the directory's."""
+    if checkpoint.directory is not None and Path(checkpoint.name).name in ("", ".."):
+        return checkpoint.directory.resolve().name or checkpoint.name
+    return checkpoint.name
 
 
 def run_provenance(session: Session, command: str | None, settings: dict[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from safetensors import SafetensorError
 from tiny_checkpoints import (
     DEMO,
@@ -28,6 +30,8 @@ from tiny_checkpoints import (
 from tiny_tokenizer import tiny_tokenizer
 
 import layer_surgery
+from layer_surgery.records import LayerScores
+from layer_surgery.reporting.console import print_scores
 from layer_surgery.scoring import SCORERS
 from layer_surgery.surgeon import METHODS
 
@@ -178,6 +182,42 @@ def test_score_ranks_every_layer(run: CommandLine, model: Path, data: list[str |
     assert scores["tokens"] == 4 * 16
     rows = [line.split() for line in outcome.out.splitlines() if line.strip()[:1].isdigit()]
     assert [int(row[1]) for row in rows] == scores["removal_order"]
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2], [0, 2, 1]])
+def test_an_order_that_is_not_that_of_the_values_is_explained(
+    capsys: pytest.CaptureFixture[str], order: list[int]
+) -> None:
+    scores = LayerScores(scorer="fisher", source="", quantity="", values=[0.1, 0.2, 0.3], removal_order=order, tokens=1)
+    print_scores(Console(), scores)
+    assert ("the order is of layers together" in capsys.readouterr().out) == (order != [0, 1, 2])
+
+
+@pytest.mark.parametrize("where", [".", "inside/.."])
+def test_a_model_that_is_the_current_directory_goes_by_its_name(
+    run: CommandLine, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    here = tmp_path / "my model"
+    shutil.copytree(model, here)
+    (here / "inside").mkdir()
+    monkeypatch.chdir(here)
+    done = run("compress", where, "--layers", 1, "--method", "remove", "--output", "../out", "--no-eval")
+    assert done.out.startswith("my model: 3 of 4 layers whole; removed: 1\n")
+    assert "`my model` made smaller by" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_advice_for_a_low_rank_model_works(run: CommandLine, low_rank: Path, data: list[str | Path]) -> None:
+    arguments = ("compress", low_rank, "--target-layers", 2, *data, "--no-eval", "--dry-run")
+    advice = "--keep 0 --scorer block_influence"
+    refused = run(*arguments, "--keep", 0.3)
+    assert refused.code == 2 and f"remove outright with {advice}, or" in refused.err
+    assert run(*arguments, *advice.split(), "--no-refit").code == 0
+
+
+def test_parts_that_were_removed_are_not_called_low_rank(run: CommandLine, model: Path, tmp_path: Path) -> None:
+    options = ("--remove", "mlp", "--keep", 0, "--method", "svd", "--no-eval")
+    done = run("compress", model, "--layers", 2, *options, "--output", tmp_path / "out")
+    assert "3 of 4 layers whole; parts removed: 2\n" in done.out
 
 
 @pytest.mark.parametrize("scorer", SCORERS.names)

@@ -364,6 +364,7 @@ def layer_1(**fields: Any) -> Any:
         ([], "is not a JSON object"),
         ("plan", "is not a JSON object"),
         ({}, "has no list 'layers'"),
+        ({"points": [], "schema_version": 1}, "is a sweep's, with a plan for every point; save the 'plan' of one"),
         (edited(lambda d: d.update(layers=[])), "has no list 'layers'"),
         (edited(lambda d: d.update(layers={"0": "keep"})), "has no list 'layers'"),
         (edited(lambda d: d.update(schema_version=SCHEMA_VERSION + 1)), "schema version 2; this release reads up to 1"),

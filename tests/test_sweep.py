@@ -384,7 +384,7 @@ def test_a_file_that_cannot_be_written_leaves_the_last_one_whole(
         ({"--scorer": "angular", "--remove": "mlp"}, "--scorer angular ranks whole layers"),
         ({"--best": "perplexity"}, "--best is 'perplexity'; give a quantity and a bound"),
         ({"--best": "perplexity<=1.1y"}, "--best is 'perplexity<=1.1y'; give a quantity and a bound"),
-        ({"--best": "perplexty<=2"}, "'perplexty' is not measured; Did you mean 'perplexity'?"),
+        ({"--best": "perplexty<=2"}, "'perplexty' is no quantity to bound. Did you mean 'perplexity'?"),
         ({"--best": "perplexity>=2x"}, "a good perplexity is bounded with <="),
         ({"--best": "top1_agreement<=0.9"}, "a good top1_agreement is bounded with >="),
         ({"--best": "kl_divergence<=0.9x"}, "leave out the x"),

@@ -217,9 +217,15 @@ def test_neither_model_nor_tokenizer_nor_global_generators_change(own: Path, mod
 
 
 def test_nothing_goes_to_stdout_and_every_answer_advances_the_progress(
-    own: Path, model: PreTrainedModel, capfd: pytest.CaptureFixture[str]
+    own: Path,
+    model: PreTrainedModel,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     import contextlib
+
+    monkeypatch.chdir(tmp_path)  # not a git repository, of which lm-eval would have git complain
 
     seen: list[tuple[str, int]] = []
     ticks: list[None] = []
@@ -231,7 +237,8 @@ def test_nothing_goes_to_stdout_and_every_answer_advances_the_progress(
 
     names = ("own_choice", "own_rolling", "own_generate")
     Tasks(TaskConfig(names=names, paths=(own,)), bundled_tasks()).run(model, tiny_tokenizer(), progress)
-    assert capfd.readouterr().out == ""
+    printed = capfd.readouterr()
+    assert printed.out == "" and "git" not in printed.err
     assert sorted(total for _, total in seen) == [16, 16, 48]
     assert len(ticks) == 80
 

@@ -15,7 +15,7 @@ import datasets
 import huggingface_hub
 import numpy as np
 import torch
-from lm_eval import simple_evaluate
+from lm_eval import evaluator, simple_evaluate
 from lm_eval.tasks import TaskManager
 from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -68,7 +68,7 @@ class Tasks:
     def run(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, progress: Progress) -> TaskOutcome:
         """Run all tasks on a model, as lm-eval's command line would with the same options."""
         # lm-eval prints on stdout, and seeds the global generators.
-        with contextlib.redirect_stdout(io.StringIO()), _global_generators_kept(), torch.no_grad():
+        with contextlib.redirect_stdout(io.StringIO()), _git_not_asked(), _global_generators_kept(), torch.no_grad():
             found: Any = simple_evaluate(
                 model=HarnessModel(model, tokenizer, progress),
                 tasks=self._specs,
@@ -217,6 +217,17 @@ def _hub_answers() -> bool:
     except Exception:  # of whichever HTTP library the hub's client uses
         return False
     return True
+
+
+@contextlib.contextmanager
+def _git_not_asked() -> Iterator[None]:
+    """Keep lm-eval from running git where the user stands: outside a repository that writes an error on stderr."""
+    was = evaluator.get_git_commit_hash
+    evaluator.get_git_commit_hash = lambda: None
+    try:
+        yield
+    finally:
+        evaluator.get_git_commit_hash = was
 
 
 @contextlib.contextmanager

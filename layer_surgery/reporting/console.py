@@ -19,13 +19,16 @@ def print_report(console: Console, report: SurgeryReport) -> None:
     """Print what was done to which layers, and before against after."""
     plan = report.plan
     removed = [layer.index for layer in plan.layers if layer.action == "remove"]
+    without = [layer.index for layer in plan.low_rank if not any(layer.ranks.values())]
+    low_rank = [layer.index for layer in plan.low_rank if layer.index not in without]
     console.print(
         f"[bold]{escape(report.base_model['name'])}[/]: {plan.target_layers} of {len(plan.layers)} layers whole; "
         + "; ".join(
             text
             for text in (
                 f"removed: {_indices(removed)}" if removed else "",
-                f"low-rank: {_indices([layer.index for layer in plan.low_rank])}" if plan.low_rank else "",
+                f"parts removed: {_indices(without)}" if without else "",
+                f"low-rank: {_indices(low_rank)}" if low_rank else "",
             )
             if text
         ),
@@ -94,6 +97,9 @@ def print_scores(console: Console, scores: LayerScores) -> None:
         goes = str(place) if index in scores.removal_order else "stays"
         table.add_row(goes, str(index), f"{value:.5g}", _bar(abs(value) / span))
     console.print(table)
+    order = [scores.values[index] for index in scores.removal_order]
+    if order != sorted(order):
+        console.print("values are of single layers; the order is of layers together", highlight=False)
 
 
 def _bar(fraction: float, width: int = 24) -> str:

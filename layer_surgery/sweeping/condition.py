@@ -67,7 +67,7 @@ def parse_condition(text: str, evaluation: EvaluationConfig) -> Condition:
     quantity = next((known for known in QUANTITIES if known == name.replace("-", "_")), None)
     if quantity is None:
         raise UserError(
-            f"--best is '{text}', but '{name}' is not measured;{nearest_name(name, QUANTITIES)} Known: "
+            f"--best is '{text}', but '{name}' is no quantity to bound.{nearest_name(name, QUANTITIES)} Known: "
             f"{', '.join(QUANTITIES)}."
         )
     better = "<" if QUANTITIES[quantity] else ">"

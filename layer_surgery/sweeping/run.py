@@ -145,8 +145,9 @@ class _Sweep:
 
     def _measure(self, missing: Sequence[SweepSettings], evaluator: Evaluator) -> None:
         session, config = self.session, self.config
+        count = len(self.points)
         session.ui.note(
-            f"{len(self.points)} points, {len(self.points) - len(missing)} of them known; each is kept in "
+            f"{count} point{'s' * (count > 1)}, {count - len(missing)} of them known; each is kept in "
             f"{config.output} when it is done, and the same command goes on from there"
         )
         checkpoint = session.checkpoint
