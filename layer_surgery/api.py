@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import Any, Unpack
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
@@ -15,15 +15,12 @@ from layer_surgery.config import (
     BudgetConfig,
     CalibrationConfig,
     CompressConfig,
-    ContinuationConfig,
     EvaluationConfig,
     RefitConfig,
-    RuntimeConfig,
-    SpeedConfig,
     SweepConfig,
-    TaskConfig,
 )
 from layer_surgery.export import DenseExport, run_export
+from layer_surgery.options import Options, RuntimeOptions, evaluation_config, names_of, runtime_config, several
 from layer_surgery.pipeline import run_compress
 from layer_surgery.publishing import report_on
 from layer_surgery.records import EvaluationReport, LayerScores, Part, RefitScope, SurgeryPlan, SurgeryReport
@@ -31,43 +28,6 @@ from layer_surgery.session import Model, Ui
 from layer_surgery.standalone import run_evaluate, run_score
 from layer_surgery.sweep_records import SweepReport
 from layer_surgery.sweeping import run_sweep
-
-
-class RuntimeOptions(TypedDict, total=False):
-    """Keyword arguments of every function here; see `RuntimeConfig` for what they mean and their defaults."""
-
-    device: str | torch.device
-    dtype: str | torch.dtype
-    seed: int
-    batch_size: int
-    trust_remote_code: bool
-    resident_bytes: int | None
-    boundary_bytes: int | None
-    scratch: str | Path | None
-    cache: str | Path | None
-    memory_limit: int | None
-
-
-class EvaluationOptions(TypedDict, total=False):
-    """What is measured beside perplexity; see `EvaluationConfig` and its parts for what is meant and the defaults."""
-
-    distance: bool
-    tasks: str | Sequence[str]
-    task_path: str | Path | Sequence[str | Path]
-    num_fewshot: int | None
-    limit: int | None
-    speed: bool
-    speed_batch_sizes: Sequence[int]
-    speed_lengths: Sequence[int]
-    speed_new_tokens: int
-    speed_repeats: int
-    continuations: int | None
-    prompts: str | Sequence[str]
-
-
-class Options(RuntimeOptions, EvaluationOptions, total=False):
-    """Keyword arguments of the functions that evaluate."""
-
 
 _CALIBRATION = CalibrationConfig()
 _EVALUATION = EvaluationConfig()
@@ -142,10 +102,10 @@ def compress(
         plan=_plan(plan),
         plan_name=f"--plan {plan}" if isinstance(plan, str | Path) else "the given plan",
         calibration=CalibrationConfig(
-            sources=_sources(calibration), column=text_column, samples=samples, sequence_length=sequence_length
+            sources=names_of(calibration), column=text_column, samples=samples, sequence_length=sequence_length
         ),
-        evaluation=_evaluation(eval_data, text_column, sequence_length, eval_windows, options),
-        runtime=_runtime(options),
+        evaluation=evaluation_config(eval_data, text_column, sequence_length, eval_windows, options),
+        runtime=runtime_config(options),
         output=Path(os.path.abspath(Path(output).expanduser())) if output is not None else None,
         dry_run=dry_run,
         overwrite=overwrite,
@@ -198,17 +158,17 @@ def sweep(
     Raises: `layer_surgery.errors.UserError` for what cannot be done as asked, before any work is done.
     """
     config = SweepConfig(
-        target_layers=tuple(_several(target_layers)),
-        keeps=tuple(_several(keep)),
-        methods=tuple(_several(method)),
-        scorers=tuple(_several(scorer)),
+        target_layers=tuple(several(target_layers)),
+        keeps=tuple(several(keep)),
+        methods=tuple(several(method)),
+        scorers=tuple(several(scorer)),
         remove=remove,
         refit=RefitConfig(enabled=refit, scope=refit_scope, general=refit_general),
         calibration=CalibrationConfig(
-            sources=_sources(calibration), column=text_column, samples=samples, sequence_length=sequence_length
+            sources=names_of(calibration), column=text_column, samples=samples, sequence_length=sequence_length
         ),
-        evaluation=_evaluation(eval_data, text_column, sequence_length, eval_windows, options),
-        runtime=_runtime(options),
+        evaluation=evaluation_config(eval_data, text_column, sequence_length, eval_windows, options),
+        runtime=runtime_config(options),
         output=Path(os.path.abspath(Path(output).expanduser())),
         overwrite=overwrite,
         best=best,
@@ -242,9 +202,9 @@ def score(
         target_layers=target_layers,
         remove=remove,
         calibration=CalibrationConfig(
-            sources=_sources(calibration), column=text_column, samples=samples, sequence_length=sequence_length
+            sources=names_of(calibration), column=text_column, samples=samples, sequence_length=sequence_length
         ),
-        runtime=_runtime(runtime),
+        runtime=runtime_config(runtime),
         tokenizer=tokenizer,
         ui=ui,
         command=command,
@@ -271,8 +231,8 @@ def evaluate(
     return run_evaluate(
         model,
         baseline=baseline,
-        evaluation=_evaluation(eval_data, text_column, sequence_length, eval_windows, options),
-        runtime=_runtime(options),
+        evaluation=evaluation_config(eval_data, text_column, sequence_length, eval_windows, options),
+        runtime=runtime_config(options),
         tokenizer=tokenizer,
         ui=ui,
         command=command,
@@ -346,66 +306,3 @@ def _plan(plan: str | Path | SurgeryPlan | dict[str, Any] | None) -> SurgeryPlan
     if plan is None or isinstance(plan, SurgeryPlan):
         return plan
     return SurgeryPlan.from_dict(plan) if isinstance(plan, dict) else SurgeryPlan.read(Path(plan))
-
-
-def _runtime(options: Any) -> RuntimeConfig:
-    """Take the options that are of the runtime, and torch's own devices and dtypes too."""
-    plain: dict[str, Any] = {name: value for name, value in options.items() if name not in _EVALUATION_NAMES}
-    for name in ("device", "dtype"):
-        if name in plain:
-            plain[name] = str(plain[name]).removeprefix("torch.")
-    for name in ("scratch", "cache"):
-        if plain.get(name) is not None:
-            plain[name] = Path(plain[name]).expanduser()
-    return RuntimeConfig(**plain)
-
-
-def _sources(sources: str | Path | Sequence[str | Path] | None) -> tuple[str, ...]:
-    return tuple(map(str, [sources] if isinstance(sources, str | Path) else sources or ()))
-
-
-_EVALUATION_NAMES = EvaluationOptions.__annotations__.keys()
-#: Options of the measurement of speed, and their fields in `SpeedConfig`.
-_SPEED = {
-    "speed": "measure",
-    "speed_batch_sizes": "batch_sizes",
-    "speed_lengths": "prompt_lengths",
-    "speed_new_tokens": "new_tokens",
-    "speed_repeats": "repeats",
-}
-
-
-def _evaluation(
-    sources: str | Path | Sequence[str | Path] | None,
-    column: str | None,
-    sequence_length: int,
-    windows: int | None,
-    options: Options,
-) -> EvaluationConfig:
-    speed = {field: _tuple(options[name]) for name, field in _SPEED.items() if name in options}  # type: ignore[literal-required]
-    return EvaluationConfig(
-        sources=_sources(sources),
-        column=column,
-        sequence_length=sequence_length,
-        max_windows=windows,
-        distance=options.get("distance", _EVALUATION.distance),
-        tasks=TaskConfig(
-            names=tuple(_several(options.get("tasks"))),
-            paths=tuple(Path(path).expanduser() for path in _several(options.get("task_path"))),
-            num_fewshot=options.get("num_fewshot"),
-            limit=options.get("limit"),
-        ),
-        speed=SpeedConfig(**speed),
-        continuations=ContinuationConfig(
-            count=options.get("continuations"), prompts=tuple(_several(options.get("prompts")))
-        ),
-    )
-
-
-def _several(value: Any) -> Sequence[Any]:
-    """Return one value, or several, or None, as a sequence."""
-    return [value] if isinstance(value, str | Path | int | float) else list(value or ())
-
-
-def _tuple(value: Any) -> Any:
-    return value if isinstance(value, bool | int) else tuple(value)

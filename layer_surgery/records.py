@@ -9,10 +9,8 @@ from typing import Any, Literal
 
 from layer_surgery.errors import PlanError
 
-SCHEMA_VERSION = 1
-"""Of plans and evaluations."""
-REPORT_SCHEMA_VERSION = 2
-"""Of `surgery.json`. 2 added spectra; a file of version 1 is read as one that has none."""
+SCHEMA_VERSION = 1  # of plans and evaluations
+REPORT_SCHEMA_VERSION = 2  # of `surgery.json`; 1 had no spectra
 
 Action = Literal["keep", "remove", "low_rank"]
 ACTIONS: tuple[Action, ...] = ("keep", "remove", "low_rank")

@@ -19,7 +19,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("cli_common",),
     ("__init__",),
     ("api",),
-    ("sweeping",),
+    ("options", "sweeping"),
     ("export", "pipeline", "standalone"),
     ("compression", "publishing"),
     ("run_records",),
