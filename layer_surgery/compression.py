@@ -77,8 +77,8 @@ class Compression:
         if self.chooses and trial.low_rank and self.checkpoint.low_rank:
             raise PlanError(
                 f"{self.checkpoint.name} has low-rank layers already, which a scorer cannot choose again; name "
-                "the layers with --layers, remove outright with --keep 0 --scorer block_influence, or start from the "
-                "original."
+                "the layers (compress --layers), remove outright with --keep 0 --scorer block_influence, or start from "
+                "the original."
             )
         return trial
 

@@ -28,6 +28,7 @@ POINTS = [
     ("replaceme", True, False),
     ("svd", True, False),
     ("grasp", True, False),
+    ("grasp_sequential", True, False),
     ("svd_llm", True, False),
     ("fisher", True, False),
     ("fisher", False, False),
