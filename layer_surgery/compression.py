@@ -125,10 +125,21 @@ class Compression:
             count=len(trial.operated),
             seed=self.config.runtime.seed,
             statistics=statistics,
-            keep=self.config.budget.keep or BudgetConfig.DEFAULT_KEEP,
+            keep=self._ranked_keep(trial),
             refit=self.refit_scope(trial) is not None,
             keep_boundaries=bool(trial.low_rank) and self.method.needs_boundaries,
         )
+
+    def _ranked_keep(self, trial: SurgeryPlan) -> float:
+        """Return the kept fraction that layers are ranked at: that of the budget, with two exceptions.
+
+        Removed outright before a refit, they are ranked as if a tenth were kept: on development text this chose better
+        layers, because the refit makes up for much of what the rest does. A budget of the whole model says nothing.
+        """
+        keep = 0.0 if self.method.removes else self.config.budget.keep
+        if keep == 0 and self.refit_scope(trial) is None:
+            return 0.0
+        return keep or BudgetConfig.DEFAULT_KEEP
 
     def scores(self, context: ScoringContext) -> LayerScores:
         """Rank the layers."""

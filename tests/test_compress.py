@@ -369,6 +369,28 @@ def test_the_refit_takes_what_is_left_of_little_general_text(model: Path, option
     assert layer_surgery.compress(model, **options).refit
 
 
+@pytest.mark.parametrize(
+    ("changes", "kept"),
+    [
+        ({"method": "remove", "refit": False}, "0"),
+        ({"method": "remove", "refit": True}, "0.1"),
+        ({"method": "fisher", "keep": 0, "refit": False}, "0"),
+        ({"method": "fisher", "keep": 0}, "0.1"),
+        ({"method": "fisher", "keep": 0.3, "refit": False}, "0.3"),
+        ({"method": "fisher", "keep": None, "refit": False}, "0.1"),
+        ({"method": "fisher", "keep": None, "target_parameters": 0.9, "refit": False}, "0.1"),
+    ],
+    ids=str,
+)
+def test_layers_are_ranked_at_what_is_kept_of_them(
+    model: Path, options: dict[str, Any], changes: dict[str, Any], kept: str
+) -> None:
+    options = {name: value for name, value in options.items() if name != "keep"}
+    options |= {"scorer": "fisher", "eval_data": None, "dry_run": True, "samples": 8}
+    report = layer_surgery.compress(model, **options | changes)
+    assert report.scores is not None and f"with a fraction {kept} kept" in report.scores.quantity
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_short_numbers_do_for_everything(model: Path, tmp_path: Path, options: dict[str, Any], dtype: str) -> None:
     report = layer_surgery.compress(model, tmp_path / "output", **options | {"method": "fisher", "dtype": dtype})
