@@ -85,6 +85,7 @@ def main() -> None:
     parser.add_argument("--target-layers", type=int, default=9)
     parser.add_argument("--keep", type=float, default=0.2)
     parser.add_argument("--only", nargs="+", default=["parts", "tokens", "ridge", "damping"])
+    parser.add_argument("--samples", type=int, nargs="+", default=list(SAMPLES), help="for the part `tokens`")
     parser.add_argument("--report", type=Path, default=ROOT / "reports" / "task_aware" / "ablation.json")
     arguments = parser.parse_args()
     one_thread()
@@ -128,7 +129,7 @@ def main() -> None:
         with opened(samples) as run:
             name = f"estimated, {samples} sequences"
             add(run, "damping", name, lambda run=run: run.measure(ours, "fisher", keep, refit=False))
-    for samples in SAMPLES if "tokens" in arguments.only else ():
+    for samples in arguments.samples if "tokens" in arguments.only else ():
         with opened(samples) as run:
             for with_refit in (False, True):
                 name = f"{samples} sequences" + (", refit" if with_refit else "")

@@ -41,6 +41,11 @@ def read(name: str) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"rows": []}
 
 
+def noted(report: dict[str, Any]) -> list[str]:
+    """Return what a report says of how it came about, if it does."""
+    return [report["note"], ""] if "note" in report else []
+
+
 def mean(values: list[float]) -> str:
     """Return the mean with the range over seeds."""
     centre = numbers.mean(values)
@@ -237,13 +242,13 @@ def main() -> None:
         plot_prediction(predicted)
         lines += ["## Predicted against measured", "", "![predicted against measured](prediction.svg)", ""]
     if ablated["rows"]:
-        lines += ["## Ablations", "", *ablation(ablated["rows"])]
+        lines += ["## Ablations", "", *noted(ablated), *ablation(ablated["rows"])]
         token_rows = [row for row in ablated["rows"] if row["part"] == "tokens"]
         if token_rows:
             plot_tokens(token_rows)
             lines += ["![extra loss against calibration tokens](tokens.svg)", ""]
     if tried["rows"]:
-        lines += ["## Task-awareness", "", *tasks(tried["rows"]), ""]
+        lines += ["## Task-awareness", "", *noted(tried), *tasks(tried["rows"]), ""]
     absorbed = read("absorption")["rows"]
     if absorbed:
         lines += ["## What a refit absorbs", "", "One layer operated on at a time, a fifth of it kept; "]
