@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from layer_surgery.provenance import provenance
+from layer_surgery.machine import provenance
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO_CHECKPOINT = ROOT / "experiments" / "demo" / "checkpoint"

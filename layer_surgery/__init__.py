@@ -18,7 +18,7 @@ if TYPE_CHECKING:
         SurgeryPlan,
         SurgeryReport,
     )
-    from layer_surgery.sweep_records import SweepPoint, SweepReport
+    from layer_surgery.records.sweep import SweepPoint, SweepReport
 
 __version__ = "0.1.0"
 
@@ -36,7 +36,7 @@ _HOMES = {
         "SurgeryPlan",
         "SurgeryReport",
     ),
-    "layer_surgery.sweep_records": ("SweepPoint", "SweepReport"),
+    "layer_surgery.records.sweep": ("SweepPoint", "SweepReport"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 

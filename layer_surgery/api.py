@@ -10,7 +10,7 @@ from typing import Any, Unpack
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from layer_surgery.checkpoint import open_checkpoint
+from layer_surgery.checkpoint.open import open_checkpoint
 from layer_surgery.config import (
     BudgetConfig,
     CalibrationConfig,
@@ -19,15 +19,16 @@ from layer_surgery.config import (
     RefitConfig,
     SweepConfig,
 )
-from layer_surgery.export import DenseExport, run_export
 from layer_surgery.options import Options, RuntimeOptions, evaluation_config, names_of, runtime_config, several
-from layer_surgery.pipeline import run_compress
-from layer_surgery.publishing import report_on
+from layer_surgery.progress import Ui
 from layer_surgery.records import EvaluationReport, LayerScores, Part, RefitScope, SurgeryPlan, SurgeryReport
-from layer_surgery.session import Model, Ui
-from layer_surgery.standalone import run_evaluate, run_score
-from layer_surgery.sweep_records import SweepReport
-from layer_surgery.sweeping import run_sweep
+from layer_surgery.records.sweep import SweepReport
+from layer_surgery.reporting.publish import report_on
+from layer_surgery.runs.compress import run_compress
+from layer_surgery.runs.export import DenseExport, run_export
+from layer_surgery.runs.session import Model
+from layer_surgery.runs.standalone import run_evaluate, run_score
+from layer_surgery.runs.sweep import run_sweep
 
 _CALIBRATION = CalibrationConfig()
 _EVALUATION = EvaluationConfig()

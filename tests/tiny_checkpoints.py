@@ -22,7 +22,7 @@ from tiny_tokenizer import tiny_tokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from layer_surgery.cli import main
+from layer_surgery.cli.main import main
 
 #: Rows of the embedding; the tiny tokenizer has fewer ids.
 VOCABULARY = 320
@@ -175,7 +175,7 @@ def environment(home: Path) -> dict[str, str]:
 
 def run_process(*arguments: str | Path, home: Path, timeout: float = 120) -> Outcome:
     """Run `layer-surgery` as a process of its own."""
-    command = [sys.executable, "-m", "layer_surgery.cli", *map(str, arguments)]
+    command = [sys.executable, "-m", "layer_surgery", *map(str, arguments)]
     done = subprocess.run(
         command,
         env=environment(home),

@@ -14,15 +14,16 @@ from tiny_families import FIELDS, SIZES, VOCABULARY
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from layer_surgery.checkpoint import Checkpoint, open_checkpoint
-from layer_surgery.gradients import accumulated_gradients
-from layer_surgery.recognition import architecture_of
+from layer_surgery.calibration.cache import StatisticsSource
+from layer_surgery.checkpoint.open import Checkpoint, open_checkpoint
+from layer_surgery.checkpoint.recognition import architecture_of
+from layer_surgery.data.tokens import PackedTokens
+from layer_surgery.progress import no_progress
 from layer_surgery.records import LayerPlan, SurgeryPlan
-from layer_surgery.statistics_cache import StatisticsSource
-from layer_surgery.streaming import StreamedModel
 from layer_surgery.surgeon import METHODS, FactorStore, SurgeryContext
-from layer_surgery.tokens import PackedTokens
-from layer_surgery.walk import Observer, Walk, WalkSettings, no_progress
+from layer_surgery.walk.gradients import accumulated_gradients
+from layer_surgery.walk.streamed import StreamedModel
+from layer_surgery.walk.walk import Observer, Walk, WalkSettings
 
 CPU = torch.device("cpu")
 

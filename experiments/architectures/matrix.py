@@ -35,9 +35,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 import layer_surgery
-from layer_surgery.architectures import ARCHITECTURES
-from layer_surgery.checkpoint import open_checkpoint
-from layer_surgery.modeling_layer_surgery import LowRankLinear
+from layer_surgery.checkpoint.architectures import ARCHITECTURES
+from layer_surgery.checkpoint.modeling_layer_surgery import LowRankLinear
+from layer_surgery.checkpoint.open import open_checkpoint
 from layer_surgery.records import LayerPlan, SurgeryPlan
 
 VOCABULARY = 320

@@ -23,7 +23,8 @@ from common import DEMO_CHECKPOINT, ROOT, write_report
 
 from layer_surgery.config import EvaluationConfig, RuntimeConfig
 from layer_surgery.evaluation.perplexity import perplexity
-from layer_surgery.session import Ui, open_session
+from layer_surgery.progress import Ui
+from layer_surgery.runs.session import open_session
 
 
 def main() -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from layer_surgery.checkpoint import Checkpoint
+from layer_surgery.checkpoint.open import Checkpoint
 from layer_surgery.config import EvaluationConfig
+from layer_surgery.data.tokens import PackedTokens
 from layer_surgery.evaluation.perplexity import perplexity
-from layer_surgery.evaluator import size_and_costs
 from layer_surgery.records import EvaluationResult
-from layer_surgery.session import Session
-from layer_surgery.tokens import PackedTokens
+from layer_surgery.runs.evaluator import size_and_costs
+from layer_surgery.runs.session import Session
 
 
 def size_and_perplexity(session: Session, checkpoint: Checkpoint, texts: list[PackedTokens]) -> EvaluationResult:

@@ -24,8 +24,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import DEMO_CHECKPOINT, ROOT, write_report
 
-from layer_surgery.saving import StreamedSafetensors, split_shards
-from layer_surgery.tensors import INDEX_FILE, TensorSpec
+from layer_surgery.checkpoint.save import StreamedSafetensors, split_shards
+from layer_surgery.checkpoint.tensors import INDEX_FILE, TensorSpec
 
 SHARD_BYTES = 1_000_000_000
 
@@ -93,7 +93,7 @@ def main() -> None:
         shutil.rmtree(checkpoint, ignore_errors=True)
         size = make_checkpoint(checkpoint, depth)
         command = [
-            *(sys.executable, "-m", "layer_surgery.cli", "compress", str(checkpoint), "--output", str(output)),
+            *(sys.executable, "-m", "layer_surgery", "compress", str(checkpoint), "--output", str(output)),
             *("--target-layers", str(depth - 2), "--scorer", "last", "--method", "grasp"),
             *("--samples", "16", "--sequence-length", "512", "--eval-windows", "2", "--dtype", arguments.dtype),
         ]

@@ -25,15 +25,16 @@ from measuring import size_and_perplexity
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import DEMO_CHECKPOINT, ROOT, write_report
 
+from layer_surgery.checkpoint.result import result_checkpoint
 from layer_surgery.config import BudgetConfig, CalibrationConfig, EvaluationConfig, RuntimeConfig
-from layer_surgery.gradients import accumulated_gradients
-from layer_surgery.operated import operated_checkpoint
-from layer_surgery.operation import statistics_source
+from layer_surgery.data.tokens import PackedTokens
+from layer_surgery.progress import Ui
 from layer_surgery.records import SurgeryPlan
-from layer_surgery.session import Session, Ui, calibration_walk, open_session
+from layer_surgery.runs.operation import statistics_source
+from layer_surgery.runs.session import Session, calibration_walk, open_session
 from layer_surgery.surgeon import METHODS, FactorStore, SurgeryContext, make_plan, model_shape
-from layer_surgery.tokens import PackedTokens
-from layer_surgery.walk import Observer
+from layer_surgery.walk.gradients import accumulated_gradients
+from layer_surgery.walk.walk import Observer
 
 
 class AllGradients(Observer):
@@ -102,7 +103,7 @@ def main() -> None:
                     if repeat == 0:
                         factors = FactorStore(Path(directory), session.checkpoint.dtype)
                         result = size_and_perplexity(
-                            session, operated_checkpoint(session.checkpoint, plan, factors), texts
+                            session, result_checkpoint(session.checkpoint, plan, factors), texts
                         )
                         quality[method] = {Path(n).name: round(p.value, 4) for n, p in result.perplexity.items()}
     median = {name: statistics.median(values) for name, values in times.items()}

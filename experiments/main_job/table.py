@@ -24,12 +24,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import DEMO_CHECKPOINT, ROOT, write_report
 
 from layer_surgery.config import BudgetConfig, CalibrationConfig, EvaluationConfig, RuntimeConfig
-from layer_surgery.operation import operate, statistics_source
+from layer_surgery.data.tokens import PackedTokens
+from layer_surgery.progress import Ui
 from layer_surgery.records import EvaluationResult
+from layer_surgery.runs.operation import operate, statistics_source
+from layer_surgery.runs.session import Session, calibration_walk, open_session
 from layer_surgery.scoring import SCORERS, ScoringContext
-from layer_surgery.session import Session, Ui, calibration_walk, open_session
 from layer_surgery.surgeon import METHODS, make_plan, model_shape
-from layer_surgery.tokens import PackedTokens
 
 METHOD_NAMES = ("svd", "fisher", "grasp", "grasp_sequential")
 

@@ -22,7 +22,8 @@ from points import Bench, bench, described, one_thread
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import DEMO_CHECKPOINT, ROOT, write_report
 
-from layer_surgery import least_squares, statistics
+from layer_surgery.calibration import statistics
+from layer_surgery.linalg import least_squares
 from layer_surgery.surgeon import refit
 
 SAMPLES = (16, 32, 64, 128, 256, 512)

@@ -22,13 +22,14 @@ from transformers import AutoModelForCausalLM
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import DEMO_CHECKPOINT, ROOT, write_report
 
+from layer_surgery.calibration.cache import StatisticsSource
+from layer_surgery.calibration.statistics import useful_ranks
 from layer_surgery.config import BudgetConfig, CalibrationConfig, RuntimeConfig
-from layer_surgery.operation import operate, refit_data
-from layer_surgery.session import Session, Ui, calibration_walk, open_session
-from layer_surgery.statistics import useful_ranks
-from layer_surgery.statistics_cache import StatisticsSource
+from layer_surgery.data.tokens import PackedTokens
+from layer_surgery.progress import Ui
+from layer_surgery.runs.operation import operate, refit_data
+from layer_surgery.runs.session import Session, calibration_walk, open_session
 from layer_surgery.surgeon import METHODS, make_plan, model_shape
-from layer_surgery.tokens import PackedTokens
 
 
 def whole_model(path: str, tokens: PackedTokens, batch_size: int) -> float:

@@ -15,14 +15,15 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from layer_surgery.calibration.cache import StatisticsSource
 from layer_surgery.config import BudgetConfig, CalibrationConfig, EvaluationConfig, RuntimeConfig
-from layer_surgery.operation import operate, refit_data, statistics_source
+from layer_surgery.data.tokens import PackedTokens
+from layer_surgery.progress import Ui
+from layer_surgery.runs.operation import operate, refit_data, statistics_source
+from layer_surgery.runs.session import Session, calibration_walk, open_session
 from layer_surgery.scoring import SCORERS, ScoringContext
-from layer_surgery.session import Session, Ui, calibration_walk, open_session
-from layer_surgery.statistics_cache import StatisticsSource
 from layer_surgery.surgeon import METHODS, make_plan, model_shape
-from layer_surgery.tokens import PackedTokens
-from layer_surgery.walk import Losses, Walk
+from layer_surgery.walk.walk import Losses, Walk
 
 REMOVING = tuple(entry.name for entry in METHODS if entry.removes)
 

@@ -32,13 +32,13 @@ from points import bench, described, evaluate, one_thread, paired
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import DEMO_CHECKPOINT, ROOT, write_report
 
-from layer_surgery.checkpoint import Checkpoint
+from layer_surgery.checkpoint.open import Checkpoint
 from layer_surgery.config import BudgetConfig
-from layer_surgery.operation import operate, refit_data
-from layer_surgery.session import Session
+from layer_surgery.data.tokens import PackedTokens
+from layer_surgery.runs.operation import operate, refit_data
+from layer_surgery.runs.session import Session
 from layer_surgery.surgeon import METHODS, make_plan, model_shape
-from layer_surgery.tokens import PackedTokens
-from layer_surgery.walk import Walk
+from layer_surgery.walk.walk import Walk
 
 Item = tuple[str, list[str], int]  # context, choices, which is right
 

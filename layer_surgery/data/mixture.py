@@ -13,9 +13,9 @@ import torch
 
 from layer_surgery.data.documents import LoadedData
 from layer_surgery.data.packing import TooFewSequencesError, pack_calibration, packed_tokens
+from layer_surgery.data.tokens import PackedTokens, SourceShare
 from layer_surgery.data.weights import WeightedSource, apportion
 from layer_surgery.errors import DataError
-from layer_surgery.tokens import PackedTokens, SourceShare
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from layer_surgery.data.documents import LoadedData
 from layer_surgery.data.encoding import EncodedExample, encode_examples, encode_texts, leading_bos
+from layer_surgery.data.tokens import PackedTokens
 from layer_surgery.errors import CheckpointError, DataError
-from layer_surgery.tokens import PackedTokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

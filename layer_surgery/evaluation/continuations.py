@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from layer_surgery.tokens import PackedTokens
-from layer_surgery.walk import Progress
+from layer_surgery.data.tokens import PackedTokens
+from layer_surgery.progress import Progress
 
 
 def prompts_from(tokens: PackedTokens, count: int, length: int) -> list[list[int]]:

@@ -13,14 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from layer_surgery.boundaries import BoundaryStore
+from layer_surgery.data.tokens import PackedTokens
 from layer_surgery.errors import CheckpointError, DataError, NumericalError
 from layer_surgery.evaluation.ratio import mean_per_token
 from layer_surgery.records import KlDivergence, Top1Agreement
-from layer_surgery.rehearsal import Rehearsal
-from layer_surgery.streaming import StreamedModel
-from layer_surgery.tokens import PackedTokens
-from layer_surgery.walk import WalkSettings
+from layer_surgery.walk.boundaries import BoundaryStore
+from layer_surgery.walk.rehearsal import Rehearsal
+from layer_surgery.walk.streamed import StreamedModel
+from layer_surgery.walk.walk import WalkSettings
 
 #: Logits of one model exist for at most this many elements at a time (64 MiB in float32), and what is computed from
 #: them in float64 for at most as many as below (16 MiB; about five such tensors).

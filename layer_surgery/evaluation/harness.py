@@ -11,7 +11,7 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from layer_surgery.walk import Progress
+from layer_surgery.progress import Progress
 
 #: Memory for the logits of a batch on a CPU. Fixed, so that batches are the same on every run; on CUDA a quarter of
 #: what is free.

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import sys
 
-from layer_surgery.boundaries import BoundaryStore
+from layer_surgery.data.tokens import PackedTokens
 from layer_surgery.errors import DataError, NumericalError
 from layer_surgery.evaluation.ratio import mean_per_token
 from layer_surgery.records import Perplexity
-from layer_surgery.streaming import StreamedModel
-from layer_surgery.tokens import PackedTokens
-from layer_surgery.walk import Losses, Walk, WalkSettings
+from layer_surgery.walk.boundaries import BoundaryStore
+from layer_surgery.walk.streamed import StreamedModel
+from layer_surgery.walk.walk import Losses, Walk, WalkSettings
 
 
 def perplexity(model: StreamedModel, tokens: PackedTokens, settings: WalkSettings) -> Perplexity:

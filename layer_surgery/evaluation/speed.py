@@ -19,8 +19,8 @@ from transformers import PreTrainedModel
 
 from layer_surgery.config import SpeedConfig
 from layer_surgery.evaluation.allocations import Allocations
+from layer_surgery.progress import Progress
 from layer_surgery.records import SpeedPoint
-from layer_surgery.walk import Progress
 
 
 @dataclass

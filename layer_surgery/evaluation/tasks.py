@@ -23,9 +23,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from layer_surgery.config import TaskConfig
 from layer_surgery.errors import DataError, nearest_name
 from layer_surgery.evaluation.harness import HarnessModel
-from layer_surgery.evaluation.paired import paired_difference
+from layer_surgery.evaluation.uncertainty import paired_difference
+from layer_surgery.progress import Progress
 from layer_surgery.records import Interval, TaskMetric, TaskResult
-from layer_surgery.walk import Progress
 
 _HUB_TIMEOUT_SECONDS = 5
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from layer_surgery.origin import is_valid_hub_id
+from layer_surgery.checkpoint.origin import is_valid_hub_id
 from layer_surgery.records import SurgeryReport
 from layer_surgery.reporting.formats import with_interval
 from layer_surgery.reporting.loading import how_to_load

@@ -17,9 +17,9 @@ from layer_surgery.records import (
     SurgeryReport,
     TaskMetric,
 )
+from layer_surgery.reporting.figures.svg import BLUE, GREEN, INK, MUTED, ORANGE, PURPLE, VERMILLION, Plot, draw
 from layer_surgery.reporting.formats import number_list
 from layer_surgery.reporting.made import Made
-from layer_surgery.reporting.svg import BLUE, GREEN, INK, MUTED, ORANGE, PURPLE, VERMILLION, Plot, draw
 from layer_surgery.reporting.templates import render
 from layer_surgery.reporting.text import plain_label
 

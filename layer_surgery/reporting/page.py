@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from layer_surgery.records import LayerPlan, SurgeryReport
-from layer_surgery.reporting import layer_plots, quality_plots
+from layer_surgery.reporting.figures import layers as layer_plots
+from layer_surgery.reporting.figures import quality as quality_plots
 from layer_surgery.reporting.formats import percent_change, short_names, with_interval
 from layer_surgery.reporting.loading import how_to_load
 from layer_surgery.reporting.made import how_it_was_made

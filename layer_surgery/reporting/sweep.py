@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from layer_surgery.records import EvaluationResult
-from layer_surgery.sweep_records import FRONTS, SweepBest, SweepPoint, SweepReport
+from layer_surgery.records.sweep import FRONTS, SweepBest, SweepPoint, SweepReport
 
 _LEFT = ("method", "scorer", "front")
 _SHORT = {"parameters": "size", "prefill_speed": "prefill", "decode_speed": "decoding"}

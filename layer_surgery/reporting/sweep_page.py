@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from layer_surgery.records import EvaluationResult
+from layer_surgery.records.sweep import SweepReport
 from layer_surgery.reporting.compare import ResultRow, comparison_page, first_metrics
 from layer_surgery.reporting.made import how_it_was_made
 from layer_surgery.reporting.sweep import best_sentence
-from layer_surgery.sweep_records import SweepReport
 
 
 def sweep_page(report: SweepReport) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from layer_surgery.records import LayerScores
 from layer_surgery.scoring.context import SCORERS, ScoringContext
-from layer_surgery.walk import Observer
+from layer_surgery.walk.walk import Observer
 
 URL = "https://arxiv.org/abs/2403.17887"
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from layer_surgery.records import LayerScores
 from layer_surgery.scoring.context import SCORERS, ScoringContext, least_first
-from layer_surgery.walk import Observer
+from layer_surgery.walk.walk import Observer
 
 URL = "https://arxiv.org/abs/2403.03853"
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
+from layer_surgery.calibration.cache import StatisticsSource
 from layer_surgery.records import LayerScores
 from layer_surgery.registry import Registry
-from layer_surgery.statistics_cache import StatisticsSource
-from layer_surgery.walk import Walk
+from layer_surgery.walk.walk import Walk
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from layer_surgery.couplings import Couplings
+from layer_surgery.calibration.couplings import Couplings
+from layer_surgery.calibration.statistics import useful_ranks
 from layer_surgery.errors import PlanError
 from layer_surgery.records import LayerScores
 from layer_surgery.scoring.context import SCORERS, ScoringContext
-from layer_surgery.statistics import useful_ranks
 
 URL = "https://arxiv.org/abs/1412.1193"
 #: Share of the first layer's error, in amplitude, that a refit of all later layers takes away; its cost then falls to

@@ -10,10 +10,10 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from layer_surgery.gradients import accumulated_gradients
 from layer_surgery.records import LayerScores
 from layer_surgery.scoring.context import SCORERS, ScoringContext, least_first
-from layer_surgery.walk import Observer
+from layer_surgery.walk.gradients import accumulated_gradients
+from layer_surgery.walk.walk import Observer
 
 URL = "https://arxiv.org/abs/2402.02834"
 

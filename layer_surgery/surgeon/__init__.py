@@ -1,7 +1,7 @@
 """Surgery: the plan, and the methods that make low-rank factors. Importing this package registers all methods."""
 
-from layer_surgery.factors import FactorStore
-from layer_surgery.surgeon import grasp, laco, replaceme, svd, whitened
+from layer_surgery.checkpoint.new_tensors import FactorStore
+from layer_surgery.surgeon import fisher, grasp, laco, remove, replaceme, svd, svd_llm
 from layer_surgery.surgeon.context import METHODS, Method, SurgeryContext
 from layer_surgery.surgeon.plan import LayerShape, ModelShape, check_plan, make_plan, plan_parameters, removal_count
 from layer_surgery.surgeon.shape import model_shape
@@ -14,6 +14,7 @@ __all__ = [
     "ModelShape",
     "SurgeryContext",
     "check_plan",
+    "fisher",
     "grasp",
     "laco",
     "make_plan",
@@ -21,6 +22,7 @@ __all__ = [
     "plan_parameters",
     "replaceme",
     "removal_count",
+    "remove",
     "svd",
-    "whitened",
+    "svd_llm",
 ]

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from layer_surgery.factors import FactorStore
+from layer_surgery.calibration.cache import StatisticsSource
+from layer_surgery.checkpoint.new_tensors import FactorStore
+from layer_surgery.progress import Progress
 from layer_surgery.records import SpectrumRecord, SurgeryPlan
 from layer_surgery.registry import Registry
-from layer_surgery.statistics_cache import StatisticsSource
-from layer_surgery.streaming import StreamedModel
-from layer_surgery.walk import Progress, Walk
+from layer_surgery.walk.streamed import StreamedModel
+from layer_surgery.walk.walk import Walk
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,13 +11,13 @@ from functools import partial
 
 from torch import nn
 
-from layer_surgery.factors import FactorStore
-from layer_surgery.gradients import accumulated_gradients
-from layer_surgery.low_rank import Factors, attributed_groups, select_groups, svd
+from layer_surgery.checkpoint.new_tensors import FactorStore
+from layer_surgery.linalg.low_rank import Factors, attributed_groups, select_groups, svd
 from layer_surgery.records import LayerPlan, SpectrumRecord, SurgeryPlan
-from layer_surgery.spectra import spectrum_record
 from layer_surgery.surgeon.context import METHODS, SurgeryContext, the_walk
-from layer_surgery.walk import Observer, Walk
+from layer_surgery.surgeon.spectra import spectrum_record
+from layer_surgery.walk.gradients import accumulated_gradients
+from layer_surgery.walk.walk import Observer, Walk
 
 URL = "https://arxiv.org/abs/2501.00339"
 

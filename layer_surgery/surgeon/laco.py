@@ -10,9 +10,9 @@ from torch import Tensor
 
 from layer_surgery.errors import PlanError
 from layer_surgery.records import SurgeryPlan
-from layer_surgery.streaming import StreamedModel
 from layer_surgery.surgeon.context import METHODS, SurgeryContext
 from layer_surgery.surgeon.replaceme import removed_runs
+from layer_surgery.walk.streamed import StreamedModel
 
 URL = "https://arxiv.org/abs/2402.11187"
 

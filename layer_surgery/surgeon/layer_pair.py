@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from layer_surgery.rehearsal import LayerCall
+from layer_surgery.walk.rehearsal import LayerCall
 
 #: How far `out = in + s * attention + t * mlp` may be off, relative to the change, to be taken for true, beside the
 #: rounding of a stream that may be much larger than its change; and in any case (with a norm in between it is 0.3).

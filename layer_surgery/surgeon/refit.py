@@ -18,15 +18,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from layer_surgery.boundaries import BoundaryStore
+from layer_surgery.checkpoint.modeling_layer_surgery import LowRankLinear
+from layer_surgery.checkpoint.new_tensors import FactorStore
 from layer_surgery.errors import DataError
-from layer_surgery.factors import FactorStore
-from layer_surgery.least_squares import RidgeProblem, Solution, Sums
-from layer_surgery.modeling_layer_surgery import LowRankLinear
-from layer_surgery.moments import rows_of
+from layer_surgery.linalg.least_squares import RidgeProblem, Solution, Sums
 from layer_surgery.records import RefitRecord, RefitScope, SurgeryPlan
-from layer_surgery.rehearsal import LayerCall, Rehearsal
-from layer_surgery.streaming import StreamedModel
 from layer_surgery.surgeon.layer_pair import (
     ResidualScales,
     bias_of,
@@ -36,7 +32,11 @@ from layer_surgery.surgeon.layer_pair import (
     run_watched,
     wide,
 )
-from layer_surgery.walk import Walk
+from layer_surgery.walk.boundaries import BoundaryStore
+from layer_surgery.walk.moments import rows_of
+from layer_surgery.walk.rehearsal import LayerCall, Rehearsal
+from layer_surgery.walk.streamed import StreamedModel
+from layer_surgery.walk.walk import Walk
 
 #: Fewest windows that a refit makes sense with: some are held out.
 LEAST_WINDOWS = 4

@@ -8,12 +8,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from layer_surgery.calibration.statistics import check_tokens
 from layer_surgery.errors import PlanError
 from layer_surgery.records import SurgeryPlan
-from layer_surgery.statistics import check_tokens
 from layer_surgery.surgeon.context import METHODS, SurgeryContext, the_walk
 from layer_surgery.surgeon.layer_pair import residual_scales, run_watched
-from layer_surgery.walk import Walk
+from layer_surgery.walk.walk import Walk
 
 URL = "https://arxiv.org/abs/2505.02819"
 

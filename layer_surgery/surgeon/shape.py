@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from layer_surgery.checkpoint import Checkpoint
+from layer_surgery.checkpoint.open import Checkpoint
 from layer_surgery.records import Part
 from layer_surgery.surgeon.plan import LayerShape, ModelShape
 

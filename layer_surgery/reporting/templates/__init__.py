@@ -8,8 +8,8 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from layer_surgery.provenance import version
-from layer_surgery.reporting.svg import COLOURS
+from layer_surgery.machine import version
+from layer_surgery.reporting.figures.svg import COLOURS
 from layer_surgery.reporting.text import breakable, code_block, code_span, markdown, printable, quiet
 
 

@@ -1,0 +1,114 @@
+"""What operating on layers costs together: to second order, with how their errors meet at the same tokens.
+
+If operating on layer i changes the stream after it by `delta_i`, and g_i is the gradient of the summed loss there, the
+loss of a token changes by about `d_i = g_i . delta_i`; for a set S of layers by their sum. The expected rise of the
+loss is then about `1/2 sum_{i,j in S} K_ij`, with `K_ij = E[d_i d_j]` the Fisher information in the directions of these
+changes (gradients squared for second derivatives: Martens, https://arxiv.org/abs/1412.1193). Layers next to each other
+tend to err on the same tokens, so that K_ij is positive and they cost more together than one by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from layer_surgery.walk.boundaries import BoundaryStore
+from layer_surgery.walk.walk import Walk
+
+#: Fractions of a layer's parameters kept at which costs are measured; 0 is the layer removed.
+LEVELS = (0.0, 0.1, 0.3)
+#: Measured on one sequence in four, if there are at least this many.
+_MANY_SEQUENCES = 32
+
+
+@dataclass(frozen=True)
+class Couplings:
+    """The matrices K, in nats per token that carries loss, one for each of `LEVELS`."""
+
+    layers: list[int] = field(default_factory=list)
+    matrices: list[list[list[float]]] = field(default_factory=list)
+
+    def between(self, keep: float) -> dict[tuple[int, int], float]:
+        """Return K for a fraction kept, linearly between the levels; at 1 (and above: factors may be larger than what
+        they replace) nothing is lost."""
+        levels, keep = [*LEVELS, 1.0], min(keep, 1.0)
+        above = next((k for k, level in enumerate(levels) if level >= keep), len(levels) - 1)
+        below = max(above - 1, 0)
+        width = levels[above] - levels[below]
+        share = (keep - levels[below]) / width if width else 0.0
+
+        def entry(level: int, i: int, j: int) -> float:
+            return self.matrices[level][i][j] if level < len(LEVELS) else 0.0
+
+        return {
+            (a, b): (1 - share) * entry(below, i, j) + share * entry(above, i, j)
+            for i, a in enumerate(self.layers)
+            for j, b in enumerate(self.layers)
+        }
+
+    def cost(self, chosen: Sequence[int], keep: float) -> float:
+        """Return the predicted rise of the loss if these layers are operated on, in nats per token."""
+        coupling = self.between(keep)
+        return 0.5 * sum(coupling[i, j] for i in chosen for j in chosen)
+
+    def scaled(self, factors: Sequence[float]) -> Couplings:
+        """Return the couplings of errors scaled layer by layer."""
+        matrices = [
+            [[factors[i] * value * factors[j] for j, value in enumerate(row)] for i, row in enumerate(matrix)]
+            for matrix in self.matrices
+        ]
+        return Couplings(self.layers, matrices)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"layers": self.layers, "levels": list(LEVELS), "matrices": self.matrices}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Couplings:
+        """Read what `to_dict` wrote; `ValueError` if it is for other levels or not square."""
+        layers, matrices = [int(i) for i in data["layers"]], data["matrices"]
+        square = all(len(m) == len(layers) and all(len(row) == len(layers) for row in m) for m in matrices)
+        if tuple(data["levels"]) != LEVELS or len(matrices) != len(LEVELS) or not square:
+            raise ValueError("the couplings are not what this release writes")
+        return cls(layers, [[[float(value) for value in row] for row in matrix] for matrix in matrices])
+
+
+class Responses:
+    """Collects d_i for every layer and level while a walk goes back through the layers."""
+
+    def __init__(self, walk: Walk, gradient: tuple[BoundaryStore, int]) -> None:
+        self._walk, self._gradient = walk, gradient
+        count = walk.tokens.sequences
+        self._chosen = torch.arange(count) % (4 if count >= _MANY_SEQUENCES else 1) == 0
+        self._values: dict[tuple[int, float], Tensor] = {}
+
+    @torch.no_grad()
+    def add(self, index: int, level: float, layer: nn.Module | None) -> None:
+        """Run a changed layer `index` (None: without it) and compare with the boundary after the original's."""
+        walk, parts = self._walk, []
+        store, slot = self._gradient
+        for rows in walk.batches():
+            chosen = self._chosen[rows]
+            if not chosen.any():
+                continue
+            before = walk.store.read(index, rows)[chosen]
+            after = before
+            if layer is not None:
+                after = walk.rehearsal.call(index, walk.tokens.token_ids[rows][chosen])(layer, before)
+            delta = after.double() - walk.store.read(index + 1, rows)[chosen].double()
+            change = (delta * store.read(slot, rows)[chosen].double()).sum(dim=-1)
+            parts.append(change[walk.tokens.valid[rows][chosen].to(change.device)].cpu())
+        self._values[index, level] = torch.cat(parts)
+
+    def couplings(self) -> Couplings:
+        """Return K for all layers that were added."""
+        layers = sorted({index for index, _level in self._values})
+        predicted = int(self._walk.tokens.loss_mask[self._chosen].sum())
+        matrices = []
+        for level in LEVELS:
+            changes = torch.stack([self._values[index, level] for index in layers])
+            matrices.append((changes @ changes.T / max(1, predicted)).tolist())
+        return Couplings(layers, matrices)

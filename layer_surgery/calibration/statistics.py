@@ -1,0 +1,233 @@
+"""What one walk over the calibration data says about every linear: its components in the metric of the task loss.
+
+The second moments of a layer exist only while the walk is at that layer. What stays is the spectrum of each linear and
+its leading components, as many as can be of use, so that another target, budget or plan needs no new walk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from layer_surgery.calibration.couplings import LEVELS, Couplings, Responses
+from layer_surgery.checkpoint.new_tensors import FactorStore
+from layer_surgery.data.tokens import PackedTokens
+from layer_surgery.errors import DataError, NumericalError
+from layer_surgery.linalg.low_rank import Factors, knapsack, shrunk, whitened_svd
+from layer_surgery.records import Part
+from layer_surgery.walk.moments import MomentRecorder
+from layer_surgery.walk.streamed import StreamedModel
+from layer_surgery.walk.walk import Observer, Walk
+
+Ranks = Mapping[str, int]
+Size = tuple[int, int]  # (out, in)
+#: How often ranks are chosen anew after what they leave of each other.
+_ROUNDS = 4
+
+
+@dataclass
+class Statistics:
+    """Spectra of linears in the Kronecker-factored Fisher metric, and where their components are."""
+
+    components: FactorStore
+    loss_scale: float
+    """Tokens per token that carries loss: moments are means over all tokens, a loss over those that carry it."""
+    sizes: dict[int, dict[str, Size]] = field(default_factory=dict)
+    """(out, in) of the linears, by layer and name."""
+    values: dict[int, dict[str, list[float]]] = field(default_factory=dict)
+    """Singular values in the metric, in descending order."""
+    ranks: dict[int, dict[str, int]] = field(default_factory=dict)
+    """How many components of each are kept."""
+    couplings: Couplings = field(default_factory=Couplings)
+    fed_by: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """For each output projection, the linears whose outputs it reads."""
+
+    def covers(self, layers: Mapping[int, Ranks]) -> bool:
+        """Whether all of these components are there."""
+        return all(
+            rank <= self.ranks.get(index, {}).get(name, 0)
+            for index, ranks in layers.items()
+            for name, rank in ranks.items()
+        )
+
+    def factors(self, index: int, ranks: Ranks) -> dict[str, Factors]:
+        """Return the leading components of some linears of a layer."""
+        tensors = self.components.read(index)
+        return {
+            name: Factors(tensors[f"{name}.out_factor.weight"][:, :rank], tensors[f"{name}.in_factor.weight"][:rank])
+            for name, rank in ranks.items()
+        }
+
+    def cost(self, index: int, ranks: Ranks) -> float:
+        """Return the predicted rise of the loss if linears of a layer are cut to these ranks, in nats per token.
+
+        To second order: a component that is left out costs `1/2 value^2`.
+        """
+        left_out = sum(sum(v**2 for v in self.values[index][name][rank:]) for name, rank in ranks.items())
+        return 0.5 * left_out * self.loss_scale
+
+    def layer_ranks(self, index: int, keep: float, parameters: int) -> dict[str, int]:
+        """Return the best ranks of a layer by itself if a fraction `keep` of its `parameters` goes to its factors.
+
+        At least one rank in each linear.
+        """
+        least = sum(map(sum, self.sizes[index].values()))
+        return self.best_ranks({index: self.sizes[index]}, max(least, int(keep * parameters)))[index]
+
+    def best_ranks(self, linears: Mapping[int, Iterable[str]], budget: int) -> dict[int, dict[str, int]]:
+        """Return a rank for each of these linears by one knapsack, with at most `budget` parameters in all factors.
+
+        A component of an output projection is worth `1/2 value^2` only as far as what feeds it is still there, so the
+        knapsack is solved again with what the last solution leaves of its inputs.
+        """
+        keys = [(index, name) for index, names in linears.items() for name in names]
+        costs = [sum(self.sizes[index][name]) for index, name in keys]
+        limits = [self.ranks[index][name] for index, name in keys]
+        faithful = dict.fromkeys(keys, 1.0)
+        ranks: dict[tuple[int, str], int] = {}
+        for _ in range(_ROUNDS):
+            values = [[v * faithful[i, name] ** 0.5 for v in self.values[i][name]] for i, name in keys]
+            ranks = dict(zip(keys, knapsack(values, costs, limits, budget), strict=True))
+            for i, name in keys:
+                feeding = [(i, other) for other in self.fed_by.get(name, ()) if (i, other) in ranks]
+                faithful[i, name] = min((self._kept_share(*key, ranks[key]) for key in feeding), default=1.0)
+        result: dict[int, dict[str, int]] = {index: {} for index in linears}
+        for (index, name), rank in ranks.items():
+            result[index][name] = rank
+        return result
+
+    def _kept_share(self, index: int, name: str, rank: int) -> float:
+        """Return how much of a linear's worth its first components hold, 0 to 1."""
+        worth = [value**2 for value in self.values[index][name]]
+        return sum(worth[:rank]) / (sum(worth) or 1.0)
+
+
+def replaceable_linears(model: StreamedModel, index: int, part: Part = "layer") -> dict[str, Size]:
+    """Return (out, in) of the linears of a layer, or of a part of it, that surgery can replace.
+
+    Those that are low-rank already are not among them.
+    """
+    names = model.architecture.linears_of(part)
+    linears = {}
+    for name, module in model.layers[index].named_modules():
+        if name in names and isinstance(module, nn.Linear):
+            linears[name] = (module.out_features, module.in_features)
+    return {name: linears[name] for name in names if name in linears}
+
+
+def useful_rank(size: Size) -> int:
+    """Return the largest rank whose factors take no more parameters than the dense weight (at least 1)."""
+    out, in_ = size
+    return max(1, out * in_ // (out + in_))
+
+
+def useful_ranks(model: StreamedModel, layers: Iterable[int], part: Part = "layer") -> dict[int, dict[str, int]]:
+    """Return the largest useful rank of every replaceable linear of some layers."""
+    return {
+        index: {name: useful_rank(size) for name, size in replaceable_linears(model, index, part).items()}
+        for index in layers
+    }
+
+
+def check_tokens(tokens: PackedTokens, hidden_size: int, what: str) -> None:
+    """Raise `DataError` if there are too few calibration tokens for second moments to mean anything."""
+    count = int(tokens.valid.sum())
+    if count < hidden_size:
+        samples = -(-hidden_size // tokens.sequence_length)
+        raise DataError(
+            f"{what} needs at least as many calibration tokens as the model is wide, {hidden_size:,}, but there are "
+            f"{count:,}; give --samples {samples} or more at this --sequence-length (many more are better)."
+        )
+
+
+def collect(walk: Walk, statistics: Statistics, layers: Mapping[int, Ranks], part: Part = "layer") -> None:
+    """Fill `statistics` with the components of these linears, up to these ranks, by one forward and backward walk.
+
+    Also with the couplings of the layers, or of a part of each.
+    """
+    if not layers:
+        return
+    check_tokens(walk.tokens, walk.model.hidden_size, "the fisher metric")
+    path = list(range(walk.model.layer_count))
+    with walk.new_store(walk.settings.boundary_memory_bytes) as gradient:
+        observer = _Collector(statistics, layers, Responses(walk, (gradient, 0)), part)
+        walk.losses(walk.forward(path, keep=True), gradient=(gradient, 0))
+        walk.backward(path, (gradient, 0), stop=min(layers), observers=[observer], watch=layers)
+    statistics.couplings = observer.responses.couplings()
+
+
+class _Collector(Observer):
+    """Decomposes the linears of each layer that it sees, on the spot, and tries the layer with the components."""
+
+    def __init__(self, statistics: Statistics, layers: Mapping[int, Ranks], responses: Responses, part: Part) -> None:
+        self._statistics, self._layers, self.responses, self._part = statistics, layers, responses, part
+        self._recorder: MomentRecorder | None = None
+
+    @contextmanager
+    def watching(self, index: int, layer: nn.Module) -> Iterator[None]:
+        linears = {name: layer.get_submodule(name) for name in self._layers[index]}
+        self._recorder = MomentRecorder(linears, gradients=True)
+        with self._recorder.recording() as moments:
+            yield
+        values: dict[str, list[float]] = {}
+        inputs: dict[str, Tensor] = {}  # damped, by the first linear that read the input
+        for name, rank in self._layers[index].items():
+            reader = moments.reads[name]
+            if reader not in inputs:
+                inputs[reader] = damped(moments.input_moment(name), moments.tokens, index, name)
+            outputs = damped(moments.output_moment(name), moments.tokens, index, name)
+            weight = layer.get_parameter(f"{name}.weight").detach()
+            (left, right), singular = whitened_svd(weight, inputs[reader], outputs)
+            self._statistics.components.write(index, {name: Factors(left[:, :rank], right[:rank])})
+            values[name] = singular.tolist()
+        self._statistics.values[index] = values
+        sizes = {name: layer.get_parameter(f"{name}.weight").shape for name in values}
+        self._statistics.sizes[index] = {name: (size[0], size[1]) for name, size in sizes.items()}
+        self._statistics.ranks[index] = dict(self._layers[index])
+        self._try(index, layer)
+
+    def _try(self, index: int, layer: nn.Module) -> None:
+        """Measure what comes of the layer, or of its part, with components at each level of `LEVELS`; 0 is without."""
+        sizes = self._statistics.sizes[index]
+        parameters = sum(p.numel() for p in layer.parameters())
+        if self._part == "layer":
+            self.responses.add(index, 0.0, None)
+        else:
+            parameters = sum(out * in_ for out, in_ in sizes.values())
+            nothing = {name: Factors(torch.zeros(out, 0), torch.zeros(0, in_)) for name, (out, in_) in sizes.items()}
+            with _composed(layer, nothing):
+                self.responses.add(index, 0.0, layer)
+        for keep in LEVELS[1:]:
+            ranks = self._statistics.layer_ranks(index, keep, parameters)
+            with _composed(layer, self._statistics.factors(index, ranks)):
+                self.responses.add(index, keep, layer)
+
+    def batch(self, valid: Tensor) -> None:
+        assert self._recorder is not None
+        self._recorder.start_batch(valid)
+
+
+@contextmanager
+def _composed(layer: nn.Module, factors: Mapping[str, Factors]) -> Iterator[None]:
+    """Put the products of factors in the place of weights for the duration of the block."""
+    weights = {name: layer.get_parameter(f"{name}.weight") for name in factors}
+    originals = {name: weight.data for name, weight in weights.items()}
+    try:
+        for name, (left, right) in factors.items():
+            weight = weights[name]
+            weight.data = left.to(weight) @ right.to(weight)
+        yield
+    finally:
+        for name, weight in weights.items():
+            weight.data = originals[name]
+
+
+def damped(moment: Tensor, tokens: int, index: int, name: str) -> Tensor:
+    """Return a second moment that can be inverted, float64. Raises `NumericalError`, naming layer and linear."""
+    if not moment.isfinite().all():
+        raise NumericalError(f"a second moment of '{name}' in layer {index} is not finite; try --dtype float32.")
+    return shrunk(moment.double(), tokens)

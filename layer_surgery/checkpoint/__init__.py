@@ -1,0 +1,1 @@
+"""Checkpoints: opened and checked, changed by surgery, written."""

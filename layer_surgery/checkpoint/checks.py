@@ -1,0 +1,177 @@
+"""What must hold of a checkpoint that is opened: it is a decoder-only language model, and its tensors are whole."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from layer_surgery.checkpoint.tensors import INDEX_FILE, SINGLE_FILE, TensorSpec
+from layer_surgery.errors import CheckpointError
+
+#: Ends of the names of tensors that quantisers write beside or in the place of weights.
+QUANTISED_NAMES = re.compile(
+    r"\.(qweight|qzeros|g_idx|weight_scale|weight_scale_inv|weight_packed|absmax|quant_state\..*|SCB|\w+_blocks)$"
+)
+#: Buffers that old checkpoints store and that follow from the configuration.
+CONSTANTS = re.compile(r"(rotary_emb\.inv_freq|\.attn\.bias|\.masked_bias|\.attention\.bias)$")
+#: Towers of a multimodal model.
+TOWERS = re.compile(r"(^|\.)(visual|vision\w*|audio\w*|multi_modal_projector|image_\w+)\.")
+
+
+def check_directory(directory: Path) -> None:
+    """Refuse an adapter and a directory without a configuration."""
+    adapter = directory / "adapter_config.json"
+    weights = (directory / SINGLE_FILE).is_file() or (directory / INDEX_FILE).is_file()
+    if adapter.is_file() and not ((directory / "config.json").is_file() and weights):
+        raise CheckpointError(
+            f"{directory} is a PEFT adapter{_base_of(adapter)}, not a model; merge it into its base model first: "
+            "PeftModel.from_pretrained(BASE, ADAPTER).merge_and_unload().save_pretrained(NEW_DIR)."
+        )
+    if not (directory / "config.json").is_file():
+        raise CheckpointError(f"{directory} has no config.json; is it a model directory?")
+
+
+def _base_of(adapter: Path) -> str:
+    try:
+        base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (ValueError, AttributeError):
+        return ""
+    return f" for {base}" if base else ""
+
+
+def check_not_quantised(fields: Mapping[str, Any], directory: Path) -> None:
+    """Refuse a checkpoint whose configuration, or a quantiser's own file beside it, says that it is quantised."""
+    given = fields.get("quantization_config")
+    method = given.get("quant_method", "unknown method") if isinstance(given, dict) else given
+    for file, name in (
+        ("quantize_config.json", "gptq"),
+        ("quant_config.json", "awq"),
+        ("hf_quant_config.json", "modelopt"),
+    ):
+        if not method and (directory / file).is_file():
+            method = name
+    if method:
+        raise _quantised(str(directory), str(method))
+
+
+def _quantised(where: str, method: str) -> CheckpointError:
+    return CheckpointError(
+        f"{where} is quantised ({method}); operate on the unquantised checkpoint and quantise the result."
+    )
+
+
+def check_causal_lm(config: Any, fields: Mapping[str, Any], where: str) -> None:
+    """Refuse what is not a decoder-only language model by itself, saying what it is."""
+    names = ", ".join(fields.get("architectures") or []) or "none"
+    told = f"architectures: {names}, model_type: {fields['model_type']}"
+    if getattr(config, "is_encoder_decoder", False):
+        raise CheckpointError(
+            f"{where} is not a causal language model but an encoder-decoder ({told}); only decoder-only language "
+            "models have layers to operate on."
+        )
+    towers = sorted(name for name in getattr(type(config), "sub_configs", None) or {} if name != "text_config")
+    if getattr(config, "text_config", None) is not None:
+        raise CheckpointError(
+            f"{where} is multimodal ({told}; parts: text_config, {', '.join(towers) or 'others'}), and only language "
+            "models by themselves are operated on; save its language model as a checkpoint of its own, with its "
+            "text_config, and give that."
+        )
+    causal = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+    not_causal = names != "none" and not any(name.endswith(causal) for name in fields["architectures"])
+    base_class = getattr(config, "base_class", type(config))
+    unknown = base_class not in MODEL_FOR_CAUSAL_LM_MAPPING and not fields.get("auto_map")
+    # Encoders may be built with a language-modelling head, and then see later tokens unless they are told not to.
+    encoder = getattr(config, "is_decoder", None) is False and "type_vocab_size" in config.to_dict()
+    if not_causal or unknown or encoder:
+        raise CheckpointError(
+            f"{where} is not a causal language model ({told}); only decoder-only language models have layers to "
+            "operate on."
+        )
+
+
+def check_layers_stand_alone(config: Any, where: str) -> None:
+    """Refuse a model whose layers take keys and values from other layers (small Gemma 3n and 4)."""
+    shared = getattr(config, "num_kv_shared_layers", None)
+    if shared:
+        raise CheckpointError(
+            f"{where} has layers that use the keys and values of earlier ones (num_kv_shared_layers is {shared}), so "
+            f"its layers cannot be looked at or removed one by one; such models ({config.model_type}) are not "
+            "supported."
+        )
+
+
+def check_tensors(
+    skeleton: PreTrainedModel,
+    stored: Mapping[str, TensorSpec],
+    without_place: Iterable[str],
+    *,
+    where: str,
+    layer_count: int,
+) -> tuple[str, ...]:
+    """Compare names and shapes of tensors with those that the model has.
+
+    Returns the names without a place in the model that transformers' class ignores on purpose and that are weights.
+    """
+    extra = sorted(without_place)
+    quantised = next((name for name in extra if QUANTISED_NAMES.search(name)), None)
+    if quantised is not None:
+        raise _quantised(where, f"it has '{quantised}'")
+    expected = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
+    tied = getattr(skeleton, "all_tied_weights_keys", {}) or {}
+    missing = sorted(name for name in expected if name not in stored and name not in tied)
+    if missing:
+        raise CheckpointError(
+            f"{where} lacks {len(missing)} of the tensors that its config.json calls for, the first being "
+            f"'{missing[0]}'; is the download complete and does num_hidden_layers ({layer_count}) fit?"
+        )
+    for name, shape in expected.items():
+        if name in stored and stored[name].shape != shape:
+            raise CheckpointError(
+                f"tensor '{name}' in {where} has shape {list(stored[name].shape)}, but config.json calls for "
+                f"{list(shape)}; the checkpoint and its configuration do not belong together."
+            )
+    one_byte = next(
+        (n for n in expected if n in stored and stored[n].dtype.itemsize == 1 and stored[n].dtype != torch.bool), None
+    )
+    if one_byte is not None:
+        raise _quantised(where, f"'{one_byte}' is {str(stored[one_byte].dtype).removeprefix('torch.')}")
+    return _left_out(skeleton, extra, where, layer_count)
+
+
+def _layer_number(skeleton: PreTrainedModel, name: str) -> int:
+    """Return the number of the layer whose tensor, by its name, another layer of the model has too; else -1."""
+    found = re.match(r"(.+?\.)(\d+)(\..+)", name)
+    return int(found[2]) if found and f"{found[1]}0{found[3]}" in skeleton.state_dict() else -1
+
+
+def _left_out(skeleton: PreTrainedModel, extra: list[str], where: str, layer_count: int) -> tuple[str, ...]:
+    ignorable = list(getattr(skeleton, "_keys_to_ignore_on_load_unexpected", None) or [])
+    further = getattr(skeleton.config, "num_nextn_predict_layers", None) or 0
+    # DeepSeek's layers that predict further tokens follow the last layer; transformers' pattern knows one depth only.
+    ignorable += [rf"\.layers\.{layer_count + number}\." for number in range(further)]
+    unknown = [n for n in extra if not CONSTANTS.search(n) and not any(re.search(p, n) for p in ignorable)]
+    further_layer = next((n for n in unknown if _layer_number(skeleton, n) >= layer_count), None)
+    if further_layer is not None:
+        raise CheckpointError(
+            f"{where} has weights for more layers than its config.json lists (num_hidden_layers is {layer_count}, and "
+            f"there is '{further_layer}'); correct num_hidden_layers, or download the checkpoint again."
+        )
+    if unknown:
+        raise CheckpointError(
+            f"{where} has {len(unknown)} tensors that its architecture does not know, the first being '{unknown[0]}'; "
+            "operating on it would lose them."
+        )
+    tower = next((name for name in extra if TOWERS.search(name)), None)
+    if tower is not None:
+        raise CheckpointError(
+            f"{where} has tensors of a multimodal model ('{tower}'), which would be lost; save its language model as a "
+            "checkpoint of its own and give that."
+        )
+    return tuple(name for name in extra if not CONSTANTS.search(name))

@@ -1,0 +1,326 @@
+"""Open a checkpoint: its configuration and where its tensors are. No weight is read here."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from layer_surgery.checkpoint.architectures import Architecture, base_model_type
+from layer_surgery.checkpoint.checks import (
+    check_causal_lm,
+    check_directory,
+    check_layers_stand_alone,
+    check_not_quantised,
+    check_tensors,
+)
+from layer_surgery.checkpoint.conversion import as_in_model, with_conv1d_transposed
+from layer_surgery.checkpoint.modeling_layer_surgery import MODEL_TYPE, LayerSurgeryConfig, model_class_for
+from layer_surgery.checkpoint.recognition import architecture_of
+from layer_surgery.checkpoint.skeleton import make_skeleton
+from layer_surgery.checkpoint.tensors import (
+    SafetensorsSource,
+    StateDictSource,
+    TensorSource,
+    checkpoint_files,
+)
+from layer_surgery.errors import CheckpointError
+
+#: Files of a hub repository that are needed; nothing else is downloaded.
+HUB_PATTERNS = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.jinja", "*.txt", "*.py", "LICENSE*", "README.md"]
+#: Second copies of the weights in other formats, and everything in folders.
+HUB_IGNORED = ["consolidated*", "*/*"]
+
+#: Fields of a configuration that say where it came from, and not what the model computes.
+NOT_IDENTITY = {"_name_or_path", "architectures", "auto_map", "dtype", "low_rank", "model_type", "transformers_version"}
+
+
+@dataclass(kw_only=True)
+class Checkpoint:
+    """A causal LM as configuration + named tensors + the files that travel with it."""
+
+    name: str
+    """As the user gave it: a directory, a hub name, or the class of a model in memory."""
+    config: Any
+    config_fields: dict[str, Any]
+    """The configuration as the checkpoint stores it; for a low-rank checkpoint that of its base architecture."""
+    low_rank: dict[str, int]
+    """Rank of every linear that is stored as factors; empty for a plain checkpoint."""
+    source: TensorSource
+    """The tensors as the model has them (see conversion.py), whatever their form in files."""
+    left_out: tuple[str, ...] = ()
+    """Stored tensors that transformers' model class has no place for and ignores, as heads that predict further
+    tokens."""
+    directory: Path | None = None
+    files: tuple[Path, ...] = ()
+    trust_remote_code: bool = False
+    model_class: type[PreTrainedModel] | None = None
+    buffers: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Non-persistent buffers of a model in memory, which may differ from freshly made ones."""
+    generation_config: Any = None
+    """Of a model in memory; one in a directory is copied as a file."""
+
+    @functools.cached_property
+    def architecture(self) -> Architecture:
+        """What its modules are called; raises `CheckpointError` for an architecture that cannot be operated on."""
+        return architecture_of(self.skeleton)
+
+    @property
+    def layer_count(self) -> int:
+        return int(self.config.num_hidden_layers)
+
+    @functools.cached_property
+    def skeleton(self) -> PreTrainedModel:
+        """The model with its parameters on the meta device: shapes and names, no memory."""
+        return build_skeleton(self)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """dtype of most of the stored parameters."""
+        sizes: dict[torch.dtype, int] = {}
+        for spec in self.source.specs.values():
+            sizes[spec.dtype] = sizes.get(spec.dtype, 0) + spec.numel
+        return max(sizes, key=lambda dtype: sizes[dtype])
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters; tied ones count once."""
+        return sum(parameter.numel() for parameter in self.skeleton.parameters())
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all stored tensors."""
+        return sum(spec.nbytes for spec in self.source.specs.values())
+
+    def layer_prefix(self, index: int) -> str:
+        return f"{self.architecture.layers}.{index}."
+
+    def layer_tensors(self, index: int) -> list[str]:
+        """Names of all stored tensors of a decoder layer."""
+        prefix = self.layer_prefix(index)
+        return [name for name in self.source.specs if name.startswith(prefix)]
+
+    def other_tensors(self) -> list[str]:
+        """Names of all stored tensors that belong to no decoder layer."""
+        prefix = self.architecture.layers + "."
+        return [name for name in self.source.specs if not name.startswith(prefix)]
+
+    def layer_parameters(self, index: int) -> int:
+        """Number of parameters of a decoder layer, norms and biases included."""
+        return sum(p.numel() for p in self.layers[index].parameters())
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        layers = self.skeleton.get_submodule(self.architecture.layers)
+        assert isinstance(layers, nn.ModuleList)
+        return layers
+
+    def sha256(self, progress: Callable[[], None] = lambda: None) -> str:
+        """Hash of architecture and weights: the same from files, however they are sharded, and from memory.
+
+        `progress` is called after each tensor.
+        """
+        fields = self.config.to_dict()
+        fields = fields.get("base_config", fields)  # of a checkpoint with low-rank layers
+        identity = {
+            "model_type": base_model_type(self.config),
+            "low_rank": self.low_rank,
+            "config": {name: value for name, value in fields.items() if name not in NOT_IDENTITY},
+        }
+        digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode())
+        for name in sorted(self.source.specs):
+            tensor = self.source.read([name], torch.device("cpu"))[name].contiguous()
+            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+            array: Any = tensor.flatten().view(torch.uint8).numpy()
+            digest.update(array.data)
+            progress()
+        return digest.hexdigest()
+
+
+def open_checkpoint(
+    model: str | Path | PreTrainedModel, *, revision: str | None = None, trust_remote_code: bool = False
+) -> Checkpoint:
+    """Open a local directory, a hub name, or a model that is already in memory.
+
+    Headers and shapes are checked against the architecture before anything else happens.
+    Raises `CheckpointError` for everything that makes the checkpoint unusable.
+    """
+    if isinstance(model, PreTrainedModel):
+        checkpoint = _from_memory(model)
+    else:
+        if not isinstance(model, str | Path):
+            raise CheckpointError(
+                f"MODEL is a {type(model).__name__}; allowed: a directory, a hub name or a PreTrainedModel."
+            )
+        directory = _local_directory(str(model), revision)
+        checkpoint = _from_directory(str(model), directory, trust_remote_code)
+    _settle(checkpoint)
+    return checkpoint
+
+
+def build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """Make the model of a checkpoint without its weights; `dtype` is that of computation (see skeleton.py)."""
+    return make_skeleton(
+        checkpoint.config,
+        checkpoint.model_class,
+        dtype=dtype,
+        trust_remote_code=checkpoint.trust_remote_code,
+        buffers=checkpoint.buffers,
+    )
+
+
+def _local_directory(model: str, revision: str | None) -> Path:
+    """Return the directory of a local model, or of a hub model's snapshot (fetched if it is not in the cache)."""
+    directory = Path(model).expanduser()
+    if directory.is_dir():
+        return directory
+    if directory.exists():
+        raise CheckpointError(f"MODEL '{model}' is a file; give the directory that holds config.json and the weights.")
+    looks_like_path = model.startswith((".", "/", "~")) or model.count("/") > 1 or not model.strip()
+    if not looks_like_path:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HFValidationError
+
+        try:
+            return Path(
+                snapshot_download(model, revision=revision, allow_patterns=HUB_PATTERNS, ignore_patterns=HUB_IGNORED)
+            )
+        except (OSError, HFValidationError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise CheckpointError(
+                f"no such model: '{model}' is neither a local directory nor a model that could be had from the hub "
+                f"({type(error).__name__}: {reason})."
+            ) from error
+    raise CheckpointError(f"no such model: there is no directory '{model}'.")
+
+
+def _from_directory(name: str, directory: Path, trust_remote_code: bool) -> Checkpoint:
+    check_directory(directory)
+    config_file = directory / "config.json"
+    try:
+        # transformers writes infinities as objects, which only its own reader turns back.
+        fields = PreTrainedConfig._decode_special_floats(json.loads(config_file.read_text(encoding="utf-8")))
+        model_type = fields["model_type"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{config_file} is damaged or has no model_type ({error}).") from error
+    check_not_quantised(fields, directory)
+    low_rank: dict[str, int] = {}
+    model_class: type[PreTrainedModel] | None = None
+    if model_type == MODEL_TYPE:
+        config = _low_rank_config(config_file, fields)
+        model_class = model_class_for(type(config))
+        low_rank, fields = config.low_rank, _base_fields(config, fields)
+    else:
+        config = _stock_config(directory, trust_remote_code)
+    check_causal_lm(config, fields, str(directory))
+    check_layers_stand_alone(config, str(directory))
+    files = checkpoint_files(directory)
+    return Checkpoint(
+        name=name,
+        config=config,
+        config_fields=fields,
+        low_rank=low_rank,
+        source=SafetensorsSource(files),
+        directory=directory,
+        files=tuple(files),
+        trust_remote_code=trust_remote_code,
+        model_class=model_class,
+    )
+
+
+def _low_rank_config(config_file: Path, fields: dict[str, Any]) -> Any:
+    try:
+        return LayerSurgeryConfig.from_dict(fields)
+    except Exception as error:  # transformers raises many types here, each about this one file
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"{config_file} is damaged ({type(error).__name__}: {reason}).") from error
+
+
+def _base_fields(config: Any, nested: dict[str, Any]) -> dict[str, Any]:
+    """Return what `config.json` of the stock architecture would hold, from the nested form of a low-rank checkpoint."""
+    stock_class = MODEL_FOR_CAUSAL_LM_MAPPING[config.base_class]
+    fields = {**nested["base_config"], "model_type": nested["base_model_type"]}
+    return fields | {"architectures": [stock_class.__name__]}
+
+
+def _stock_config(directory: Path, trust_remote_code: bool) -> Any:
+    try:
+        # False, not None: transformers would otherwise ask on the terminal.
+        return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    except Exception as error:  # transformers raises many types here, each about this one file
+        reason = " ".join(str(error).split())
+        if "trust_remote_code" in reason and not trust_remote_code:
+            raise CheckpointError(
+                f"{directory} needs Python code that comes with it; read that code, and if you trust it pass "
+                "--trust-remote-code (trust_remote_code=True)."
+            ) from error
+        if "does not recognize this architecture" in reason:
+            raise CheckpointError(
+                f"{directory} has a model_type in its config.json that transformers {transformers.__version__} does "
+                f"not know ({reason[reason.find('model type') :].split(' but ')[0]}); correct it, or install a version "
+                "of transformers that knows it."
+            ) from error
+        raise CheckpointError(f"transformers cannot read {directory / 'config.json'}: {reason[:300]}") from error
+
+
+def _from_memory(model: PreTrainedModel) -> Checkpoint:
+    known = {*MODEL_FOR_CAUSAL_LM_MAPPING.values()}
+    if not known.intersection(type(model).__mro__):
+        raise CheckpointError(
+            f"a {type(model).__name__} is not a causal language model; load it with AutoModelForCausalLM."
+        )
+    fields = model.config.to_dict()
+    low_rank = dict(getattr(model.config, "low_rank", {}) or {})
+    if low_rank:
+        fields = _base_fields(model.config, fields)
+    # As save_pretrained does: a model made from its configuration has neither there.
+    fields["architectures"] = fields.get("architectures") or [type(model).__name__]
+    check_causal_lm(model.config, fields, f"the {type(model).__name__}")
+    check_layers_stand_alone(model.config, f"the {type(model).__name__}")
+    fields["dtype"] = str(model.dtype).removeprefix("torch.")
+    tensors = model.state_dict()
+    if any(tensor.is_meta for tensor in tensors.values()):
+        raise CheckpointError("the model has tensors on the meta device (offloaded?); load it into memory first.")
+    tied = getattr(model, "all_tied_weights_keys", {}) or {}
+    return Checkpoint(
+        name=type(model).__name__,
+        config=model.config,
+        config_fields=fields,
+        low_rank=low_rank,
+        source=StateDictSource({name: tensor for name, tensor in tensors.items() if name not in tied}),
+        model_class=type(model),
+        buffers=dict(model.named_non_persistent_buffers()),
+        generation_config=getattr(model, "generation_config", None),
+    )
+
+
+def _settle(checkpoint: Checkpoint) -> None:
+    """Put the stored tensors into the form that the model has, and compare them with what it calls for."""
+    where = str(checkpoint.directory or checkpoint.name)
+    try:
+        skeleton = checkpoint.skeleton
+    except Exception as error:  # an architecture raises what it likes about sizes that do not go together
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(
+            f"the model that the configuration of {checkpoint.name} describes cannot be built "
+            f"({type(error).__name__}: {reason})."
+        ) from error
+    _ = checkpoint.architecture
+    without_place: list[str] = []
+    if checkpoint.directory is None:
+        checkpoint.source = with_conv1d_transposed(checkpoint.source, skeleton)
+    else:
+        checkpoint.source, without_place = as_in_model(checkpoint.source, skeleton)
+    checkpoint.left_out = check_tensors(
+        skeleton, checkpoint.source.specs, without_place, where=where, layer_count=checkpoint.layer_count
+    )

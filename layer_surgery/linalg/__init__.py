@@ -1,0 +1,1 @@
+"""Pure linear algebra: torch only."""

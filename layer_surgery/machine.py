@@ -1,0 +1,115 @@
+"""The machine and what it runs: versions, hardware, memory, and memory given back to the system."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.metadata
+import os
+import platform
+import resource
+import sys
+from datetime import UTC, datetime
+from typing import Any
+
+import torch
+
+PACKAGES = ("layer-surgery", "torch", "transformers", "safetensors", "tokenizers", "numpy", "lm-eval")
+
+
+def provenance(device: torch.device) -> dict[str, Any]:
+    """Return versions and hardware as plain JSON."""
+    return {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "packages": {name: version(name) for name in PACKAGES},
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cpu_threads": torch.get_num_threads(),
+        "cpu_count": os.cpu_count(),
+        "device": device_name(device),
+    }
+
+
+def version(package: str) -> str | None:
+    """Return the installed version of a package, or None."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def device_name(device: torch.device) -> str:
+    """Return `cpu`, or the name of the CUDA device."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def peak_memory_bytes() -> int:
+    """Return the highest resident memory of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def peak_device_memory_bytes(device: torch.device) -> int | None:
+    """Return the highest allocated memory of a CUDA device since its statistics were reset; None for a CPU."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+
+def available_memory_bytes(device: torch.device) -> int | None:
+    """Return how much more memory can be had on a device; None where the system does not say."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        with open("/proc/meminfo", encoding="utf-8") as lines:
+            for line in lines:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return None
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            for line in lines:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+# Memory of layers that have gone is given back to the system (glibc only). glibc keeps freed blocks of up to 32 MiB for
+# itself, and layers whose tensors differ in size fragment them. Measured on a model of 48 layers: resident memory grew
+# by a third of a layer with every layer that had come and gone.
+
+_M_MMAP_THRESHOLD = -3  # malloc.h
+_LARGE_BYTES = 4 << 20
+
+
+@functools.cache
+def map_large_blocks() -> None:
+    """Have blocks of 4 MiB and more mapped one by one, so that freeing one gives it back. Holds for the process."""
+    library = _glibc()
+    if library is not None:
+        library.mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
+
+
+def release_freed_memory() -> None:
+    """Give back what smaller blocks have left."""
+    library = _glibc()
+    if library is not None:
+        library.malloc_trim(ctypes.c_size_t(0))
+
+
+@functools.cache
+def _glibc() -> ctypes.CDLL | None:
+    if sys.platform != "linux":
+        return None
+    try:
+        library = ctypes.CDLL(None)
+        has_both = (library.mallopt, library.malloc_trim)
+    except (OSError, AttributeError):  # another C library
+        return None
+    return library if all(has_both) else None

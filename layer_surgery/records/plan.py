@@ -1,0 +1,138 @@
+"""The plan: what is done to every layer, as plain JSON that a user may read, edit and apply again."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from layer_surgery.errors import PlanError
+
+#: Raised whenever what a plan holds changes.
+PLAN_SCHEMA_VERSION = 1
+
+Action = Literal["keep", "remove", "low_rank"]
+ACTIONS: tuple[Action, ...] = ("keep", "remove", "low_rank")
+Part = Literal["layer", "attention", "mlp"]
+"""What of a layer is operated on."""
+PARTS: tuple[Part, ...] = ("layer", "attention", "mlp")
+RefitScope = Literal["operated", "all"]
+REFIT_SCOPES: tuple[RefitScope, ...] = ("operated", "all")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerPlan:
+    """What is done to one decoder layer of the original model (indices count from 0)."""
+
+    index: int
+    action: Action
+    ranks: dict[str, int] = field(default_factory=dict)
+    """Rank of each linear, by its name within the layer; for `low_rank` only. Others of the layer stay whole; of one
+    with rank 0 only the bias stays."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SurgeryPlan:
+    """What is done to every layer. Plain data: read it, edit it, apply it with `--plan`."""
+
+    method: str
+    target_layers: int
+    """Layers left as they are (those of the original that are low-rank already count too)."""
+    layers: list[LayerPlan]
+    base_sha256: str = ""
+    """Hash of the checkpoint that the plan was made for; empty if it is for any."""
+    parameters: int = 0
+    """Parameters of the operated model."""
+    parameter_bound: int = 0
+    """The budget: `parameters` is never above it, and below it by less than one rank."""
+    predicted_loss_rise: float | None = None
+    """Second-order prediction for the calibration data, before any refit, nats per token with loss, where the method
+    makes one. Good for comparing plans; for changes as large as most of a layer it is above the measured rise."""
+    refit: Literal["", "none", "operated", "all"] = ""
+    """Which linears are re-solved afterwards: none, those of the low-rank layers, or also others. "" does not say."""
+    schema_version: int = PLAN_SCHEMA_VERSION
+
+    @property
+    def operated(self) -> list[LayerPlan]:
+        """Layers that are not kept whole."""
+        return [layer for layer in self.layers if layer.action != "keep"]
+
+    @property
+    def low_rank(self) -> list[LayerPlan]:
+        return [layer for layer in self.layers if layer.action == "low_rank"]
+
+    @property
+    def surviving(self) -> list[int]:
+        """Indices of the layers that are in the operated model, whole or low-rank."""
+        return [layer.index for layer in self.layers if layer.action != "remove"]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Any, origin: str = "the plan") -> SurgeryPlan:
+        """Check and read a plan; `origin` (a file name) is what errors call it. Raises `PlanError`."""
+        if isinstance(data, dict) and "plan" in data and "layers" not in data:  # a whole surgery.json will do
+            data = data["plan"]
+        if not isinstance(data, dict):
+            raise PlanError(f"{origin} is not a JSON object.")
+        version = data.get("schema_version", PLAN_SCHEMA_VERSION)
+        if not isinstance(version, int) or version > PLAN_SCHEMA_VERSION:
+            raise PlanError(f"{origin} has schema version {version}; this release reads up to {PLAN_SCHEMA_VERSION}.")
+        layers = data.get("layers")
+        if layers is None and isinstance(data.get("points"), list):
+            raise PlanError(
+                f"{origin} is a sweep's, with a plan for every point; save the 'plan' of one and give that."
+            )
+        if not isinstance(layers, list) or not layers:
+            raise PlanError(f"{origin} has no list 'layers'.")
+        read = [_layer_from_dict(entry, position, origin) for position, entry in enumerate(layers)]
+        refit = data.get("refit", "")
+        if refit not in ("", "none", *REFIT_SCOPES):
+            raise PlanError(f"{origin} has refit {refit!r}; allowed: none, {', '.join(REFIT_SCOPES)}.")
+        whole = sum(layer.action == "keep" for layer in read)
+        if data.get("target_layers", whole) != whole:
+            raise PlanError(
+                f"{origin} says target_layers {data['target_layers']}, but keeps {whole} layers whole; "
+                "make the two agree or leave target_layers out."
+            )
+        return cls(
+            method=str(data.get("method", "")),
+            target_layers=whole,
+            layers=read,
+            base_sha256=str(data.get("base_sha256", "")),
+            refit=refit,
+        )
+
+    @classmethod
+    def read(cls, path: Path) -> SurgeryPlan:
+        """Read a plan, or the plan in a `surgery.json`."""
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise PlanError(f"--plan {path} cannot be read ({error.strerror}).") from error
+        except ValueError as error:
+            raise PlanError(f"--plan {path} is not JSON ({error}).") from error
+        return cls.from_dict(data, str(path))
+
+
+def _layer_from_dict(entry: Any, position: int, origin: str) -> LayerPlan:
+    if not isinstance(entry, dict) or entry.get("index") != position:
+        raise PlanError(f"{origin}: entry {position} of 'layers' must have \"index\": {position}.")
+    unknown = sorted(set(entry) - {"index", "action", "ranks"})
+    if unknown:
+        raise PlanError(
+            f"{origin}: layer {position} has the unknown field '{unknown[0]}'; allowed: index, action, ranks."
+        )
+    action = entry.get("action")
+    if action not in ACTIONS:
+        raise PlanError(f"{origin}: layer {position} has action {action!r}; allowed: {', '.join(ACTIONS)}.")
+    ranks = entry.get("ranks") or {}
+    if not isinstance(ranks, dict) or not all(type(rank) is int and rank >= 0 for rank in ranks.values()):
+        raise PlanError(f"{origin}: the ranks of layer {position} must be whole numbers from 0 on, by linear.")
+    if bool(ranks) != (action == "low_rank"):
+        raise PlanError(
+            f"{origin}: layer {position} has action {action!r} and {len(ranks)} ranks; only low_rank has any."
+        )
+    return LayerPlan(index=position, action=action, ranks={str(name): rank for name, rank in ranks.items()})

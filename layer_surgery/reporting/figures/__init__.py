@@ -1,0 +1,1 @@
+"""Figures of the page, one file for each kind."""

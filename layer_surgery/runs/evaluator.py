@@ -1,0 +1,317 @@
+"""Composes the evaluation of one model, or of two side by side: every stage by itself, so that one may fail alone."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Literal
+
+from transformers import PreTrainedModel
+
+from layer_surgery.checkpoint.open import Checkpoint
+from layer_surgery.config import EvaluationConfig
+from layer_surgery.data import bundled_tasks
+from layer_surgery.data.tokens import PackedTokens
+from layer_surgery.errors import CheckpointError, DataError, describe
+from layer_surgery.evaluation.continuations import continuations, encode_prompt, prompts_from
+from layer_surgery.evaluation.costs import token_costs
+from layer_surgery.evaluation.distance import FinalStates, distance
+from layer_surgery.evaluation.perplexity import summarise, window_losses
+from layer_surgery.evaluation.speed import measure_speed
+from layer_surgery.evaluation.uncertainty import perplexity_change
+from layer_surgery.machine import available_memory_bytes
+from layer_surgery.records import Comparison, Continuation, EvaluationResult, Perplexity, StageFailure
+from layer_surgery.runs.session import Session
+from layer_surgery.walk.boundaries import BoundaryStore
+from layer_surgery.walk.streamed import StreamedModel
+from layer_surgery.walk.walk import Losses
+
+if TYPE_CHECKING:
+    from layer_surgery.evaluation.tasks import TaskOutcome, Tasks
+
+Moment = Literal["before", "after"]
+
+_LOG = logging.getLogger(__name__)
+#: Hidden states that wait for the other model take, all together, at most one part in so many of the memory that a walk
+#: may take: it works meanwhile.
+_WAITING_SHARE = 4
+
+
+@dataclass
+class _Measured:
+    """One model, and what a comparison needs of it."""
+
+    session: Session
+    checkpoint: Checkpoint
+    losses: dict[str, Losses] = field(default_factory=dict)
+    states: dict[str, BoundaryStore] = field(default_factory=dict)
+    tasks: TaskOutcome | None = None
+    written: list[str] | None = None
+    kept: ExitStack = field(default_factory=ExitStack)
+
+
+class Evaluator:
+    """Measures a model, then perhaps a second one on the same data, and compares them.
+
+    The models are never in memory together, except for their speed. Several models after can be measured in turn, each
+    compared with the same one before: `forget("after")` in between. A context manager: frees what it has kept.
+    What fails is recorded in `failures`, and the rest goes on; only if the very first measurement fails, when nothing
+    can be lost, its error is raised.
+    """
+
+    def __init__(
+        self, session: Session, config: EvaluationConfig, texts: list[PackedTokens], *, baseline: Session | None
+    ) -> None:
+        """Check everything that was asked for; raises `UserError` for what cannot work.
+
+        Args:
+            session: of the model after.
+            texts: what perplexity and distance are measured on.
+            baseline: session of the model before (the same in a compression); None if there is none.
+        """
+        self.failures: list[StageFailure] = []
+        self._config, self._texts = config, texts
+        self._sessions: dict[Moment, Session] = {"after": session}
+        if baseline is not None:
+            self._sessions["before"] = baseline
+        self._session = session
+        self._measured: dict[Moment, _Measured] = {}
+        self._results: dict[Moment, EvaluationResult] = {}
+        self._kept = ExitStack()
+        self._prompts = self._choose_prompts()
+        for each in self._sessions.values():
+            self._check(each.checkpoint)
+        self._check_memory()
+        self._tasks = self._load_tasks()
+
+    def __enter__(self) -> Evaluator:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._measured.clear()
+        self._kept.close()
+
+    def measure(self, moment: Moment, checkpoint: Checkpoint) -> None:
+        """Measure size, perplexity and tasks of one model, and let it continue the prompts."""
+        measured = _Measured(self._sessions[moment], checkpoint)
+        self._kept.enter_context(measured.kept)
+        self._results[moment] = size_and_costs(checkpoint, self._config.sequence_length)
+        perplexities = self._perplexities(moment, measured, required=not self._measured)
+        self._measured[moment] = measured
+        if self._tasks is not None or self._prompts:
+            self._run_whole(moment, measured)
+        self._results[moment] = replace(
+            self._results[moment],
+            perplexity=perplexities,
+            tasks=measured.tasks.results if measured.tasks is not None else {},
+        )
+
+    def compare(self) -> Comparison:
+        """Compare the two models that have been measured, on everything that both have."""
+        before, after = self._measured["before"], self._measured["after"]
+        changes, divergences, agreements = {}, {}, {}
+        for tokens in self._texts:
+            name = tokens.name
+            if name in before.losses and name in after.losses:
+                change = perplexity_change(before.losses[name], after.losses[name], self._session.runtime.seed)
+                if change is not None:
+                    changes[name] = change
+            if name in before.states and name in after.states:
+                with self._attempt(f"distance on '{name}'", "distance"):
+                    divergences[name], agreements[name] = distance(
+                        self._final(before, name), self._final(after, name), tokens, self._session.settings
+                    )
+        result = Comparison(perplexity=changes, kl_divergence=divergences, top1_agreement=agreements)
+        if before.tasks is not None and after.tasks is not None:
+            from layer_surgery.evaluation.tasks import paired_tasks
+
+            result = replace(result, tasks=paired_tasks(before.tasks, after.tasks, self._session.runtime.seed))
+        return result
+
+    def measure_speed(self) -> None:
+        """Measure the speed of all measured models, which take turns."""
+        if not self._config.speed.measure:
+            return
+        moments: list[Moment] = list(self._measured)
+        with self._attempt("speed"):
+            models = [self._measured[moment] for moment in moments]
+            points = measure_speed(
+                [measured.session.stream(measured.checkpoint).load_whole() for measured in models],
+                self._config.speed,
+                self._session.ui.progress,
+                self._session.runtime.seed,
+            )
+            for moment, found in zip(moments, points, strict=True):
+                self._results[moment] = replace(self._results[moment], speed=found)
+
+    def result(self, moment: Moment) -> EvaluationResult:
+        """Return all that was measured of one model so far."""
+        return self._results[moment]
+
+    def forget(self, moment: Moment) -> None:
+        """Free what is kept of a model, if it was measured, so that another can be measured in its place."""
+        measured = self._measured.pop(moment, None)
+        if measured is not None:
+            measured.kept.close()
+
+    def side_by_side(self) -> list[Continuation]:
+        """Return what the models wrote."""
+        before, after = self._measured.get("before"), self._measured["after"]
+        if after.written is None or (before is not None and before.written is None):
+            return []
+        firsts = before.written if before is not None and before.written is not None else [None] * len(after.written)
+        return [
+            Continuation(prompt=prompt, before=first, after=second)
+            for prompt, first, second in zip(self._prompts, firsts, after.written, strict=True)
+        ]
+
+    # -- stages of one model -----------------------------------------------------------------------------------------
+
+    def _perplexities(self, moment: Moment, measured: _Measured, *, required: bool) -> dict[str, Perplexity]:
+        if not self._texts:
+            return {}
+        found: dict[str, Perplexity] = {}
+        session = measured.session
+        with self._attempt(f"perplexity {moment}", required=required):
+            model = session.stream(measured.checkpoint)
+            for tokens in self._texts:
+                keep = self._new_store(model, measured, tokens) if self._distance else None
+                losses = window_losses(model, tokens, session.settings, keep)
+                found[tokens.name] = summarise(losses, tokens)
+                measured.losses[tokens.name] = losses
+                if keep is not None:
+                    measured.states[tokens.name] = keep
+        return found
+
+    def _run_whole(self, moment: Moment, measured: _Measured) -> None:
+        """Run tasks and continuations on the model as a whole, loaded once for both."""
+        session = measured.session
+        model: PreTrainedModel | None = None
+        with self._attempt(f"loading the whole model {moment}", "load"):
+            model = session.stream(measured.checkpoint).load_whole()
+        if model is None:
+            return
+        tokenizer = session.need_tokenizer()
+        if self._tasks is not None:
+            with self._attempt(f"tasks {moment}"):
+                measured.tasks = self._tasks.run(model, tokenizer, session.ui.progress)
+        if self._prompts:
+            with self._attempt(f"continuations {moment}"):
+                prompts = [encode_prompt(tokenizer, prompt) for prompt in self._prompts]
+                new_tokens = self._config.continuations.new_tokens
+                measured.written = continuations(model, tokenizer, prompts, new_tokens, session.ui.progress)
+
+    # -- what is checked before any work -----------------------------------------------------------------------------
+
+    def _load_tasks(self) -> Tasks | None:
+        if not self._config.tasks.names:
+            return None
+        self._session.need_tokenizer()
+        from layer_surgery.evaluation.tasks import Tasks  # lm-eval takes seconds to import
+
+        return Tasks(self._config.tasks, bundled_tasks())
+
+    def _choose_prompts(self) -> list[str]:
+        """Return the prompts of the user's, or the beginnings of windows of the first text."""
+        config, session = self._config.continuations, self._session
+        if config.prompts:
+            session.need_tokenizer()
+            return list(config.prompts)
+        count = config.count
+        if count is None:
+            small = self._whole_bytes(session, session.checkpoint) <= session.resident_bytes
+            count = config.DEFAULT_COUNT if small else 0
+        if not count or not self._texts:
+            return []
+        tokenizer = session.need_tokenizer()
+        return [
+            str(tokenizer.decode(ids, skip_special_tokens=True))
+            for ids in prompts_from(self._texts[0], count, config.prompt_tokens)
+        ]
+
+    def _check(self, checkpoint: Checkpoint) -> None:
+        """Raise `UserError` if a stage that was asked for cannot work on this model."""
+        first = self._session.checkpoint
+        sizes = [int(c.skeleton.get_input_embeddings().weight.shape[0]) for c in (first, checkpoint)]
+        if self._distance and self._texts and sizes[0] != sizes[1]:
+            raise CheckpointError(
+                f"{first.name} has a vocabulary of {sizes[0]} tokens and {checkpoint.name} one of {sizes[1]}, so "
+                "their predictions cannot be compared; pass --no-distance."
+            )
+        speed, longest = self._config.speed, getattr(checkpoint.config, "max_position_embeddings", None)
+        needed = max(speed.prompt_lengths) + speed.new_tokens
+        if speed.measure and longest is not None and needed > longest:
+            raise DataError(
+                f"--speed-lengths and --speed-new-tokens make {needed} tokens, but {checkpoint.name} takes at most "
+                f"{longest}; choose shorter ones."
+            )
+
+    def _check_memory(self) -> None:
+        """Tasks, speed and continuations need the whole model in memory; surgery and perplexity do not."""
+        session = self._session
+        options = {
+            "--tasks": bool(self._config.tasks.names),
+            "--speed": self._config.speed.measure,
+            "--continuations": bool(self._prompts),
+        }
+        asked = [option for option, given in options.items() if given]
+        if not asked:
+            return
+        sizes = [self._whole_bytes(each, each.checkpoint) for each in self._sessions.values()]
+        needed = sum(sizes) if self._config.speed.measure else max(sizes)
+        available = available_memory_bytes(session.device)
+        if available is not None and needed > available:
+            raise CheckpointError(
+                f"{' and '.join(asked)} need whole models in memory, here {needed:,} bytes, but {available:,} are "
+                "available; leave out these options, or pass --dtype bfloat16 or another --device."
+            )
+
+    # -- small parts -------------------------------------------------------------------------------------------------
+
+    @property
+    def _distance(self) -> bool:
+        return self._config.distance and "before" in self._sessions
+
+    @staticmethod
+    def _whole_bytes(session: Session, checkpoint: Checkpoint) -> int:
+        return checkpoint.parameters * session.runtime.torch_dtype(session.device, checkpoint.dtype).itemsize
+
+    def _new_store(self, model: StreamedModel, measured: _Measured, tokens: PackedTokens) -> BoundaryStore:
+        shape = (tokens.sequences, tokens.sequence_length, model.hidden_size)
+        memory = measured.session.boundary_bytes // _WAITING_SHARE // (2 * len(self._texts))
+        # In the scratch directory of the evaluator's own session, which lives as long as it.
+        return measured.kept.enter_context(
+            BoundaryStore(shape, model.dtype, model.device, memory, self._session.scratch)
+        )
+
+    @staticmethod
+    def _final(measured: _Measured, name: str) -> FinalStates:
+        return FinalStates(measured.session.stream(measured.checkpoint), measured.states[name])
+
+    @contextmanager
+    def _attempt(self, stage: str, clock: str | None = None, *, required: bool = False) -> Iterator[None]:
+        """Record a failure of the block, and go on; raise it if the block is `required`."""
+        with self._session.clock.stage((clock or stage).replace(" ", "_")):
+            try:
+                yield
+            except Exception as error:
+                if required:
+                    raise
+                _LOG.debug("%s failed", stage, exc_info=True)
+                self.failures.append(StageFailure(stage=stage, error=describe(error)))
+                self._session.ui.note(f"{stage} failed: {describe(error)}")
+
+
+def size_and_costs(checkpoint: Checkpoint, context: int) -> EvaluationResult:
+    """Return what can be said of a model without running it; operations are counted behind `context` tokens."""
+    costs = token_costs(checkpoint, context)
+    return EvaluationResult(
+        layers=checkpoint.layer_count,
+        parameters=checkpoint.parameters,
+        size_bytes=checkpoint.size_bytes,
+        kv_cache_bytes_per_token=costs.kv_cache_bytes,
+        flops_per_token=costs.flops,
+        flops_context_tokens=context,
+    )

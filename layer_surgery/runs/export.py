@@ -1,0 +1,170 @@
+"""A checkpoint with low-rank layers as a plain one of its base architecture: `W = L R` multiplied out.
+
+Written shard by shard and tensor by tensor, so that memory holds one matrix, whatever the size of the model.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig
+
+from layer_surgery.checkpoint.open import Checkpoint, open_checkpoint
+from layer_surgery.checkpoint.save import check_not_same, check_output, save_checkpoint, staged_directory
+from layer_surgery.checkpoint.tensors import TensorSource, TensorSpec
+from layer_surgery.errors import CheckpointError, NumericalError
+from layer_surgery.machine import provenance
+from layer_surgery.progress import Progress, no_progress
+from layer_surgery.records import REPORT_SCHEMA_VERSION
+from layer_surgery.records.reading import read_json
+from layer_surgery.records.reading_surgery import REPORT_FILE
+
+_IN, _OUT = ".in_factor.weight", ".out_factor.weight"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseExport:
+    """What a dense export did: `dense_export` in its `surgery.json`."""
+
+    source: str
+    """The low-rank checkpoint, as the user named it."""
+    linears: int
+    """How many pairs of factors were multiplied out."""
+    removed_linears: int
+    """Those of them with rank 0 (removed attentions or MLPs), whose weights are zeros now."""
+    model_type: str
+    layers: int
+    dtype: str
+    parameters_before: int
+    parameters: int
+    size_bytes_before: int
+    size_bytes: int
+    provenance: dict[str, Any]
+    output: str | None = None
+    """The directory that was written. Not part of `surgery.json`."""
+
+
+def run_export(
+    directory: str | Path,
+    output: Path,
+    *,
+    overwrite: bool = False,
+    command: str | None = None,
+    progress: Progress = no_progress,
+) -> DenseExport:
+    """Write the checkpoint in `directory` to `output` with its factors multiplied out, and say what was done.
+
+    Raises `CheckpointError` for a plain checkpoint, `ReportError` for a damaged `surgery.json`, `OutputError` for an
+    output that may not be written, and `NumericalError` for a product that is not finite in the checkpoint's dtype.
+    """
+    check_not_same(directory, output)
+    check_output(output, overwrite=overwrite)
+    low_rank = open_checkpoint(directory)
+    if not low_rank.low_rank:
+        raise CheckpointError(
+            f"{directory} is a plain checkpoint (model_type: {low_rank.config.model_type}) without low-rank layers, so "
+            "there is nothing to export; every tool loads it as it is."
+        )
+    report = _stored_report(low_rank)
+    with staged_directory(output, overwrite=overwrite) as staging:
+        dense = dense_checkpoint(low_rank)
+        save_checkpoint(dense, staging, base=low_rank, progress=progress)
+        _check_saved(staging, dense)
+        record = DenseExport(
+            source=str(directory),
+            linears=len(low_rank.low_rank),
+            removed_linears=sum(rank == 0 for rank in low_rank.low_rank.values()),
+            model_type=dense.config.model_type,
+            layers=dense.layer_count,
+            dtype=str(dense.dtype).removeprefix("torch."),
+            parameters_before=low_rank.parameters,
+            parameters=dense.parameters,
+            size_bytes_before=low_rank.size_bytes,
+            size_bytes=dense.size_bytes,
+            provenance=provenance(torch.device("cpu")) | {"command": command},
+        )
+        _write_report(report, record, staging)
+    return replace(record, output=str(output))
+
+
+def dense_checkpoint(low_rank: Checkpoint) -> Checkpoint:
+    """Return a checkpoint with the factors of every low-rank linear multiplied out when they are read."""
+    return replace(
+        low_rank,
+        name=f"{low_rank.name} multiplied out",
+        config=AutoConfig.for_model(**low_rank.config_fields),
+        low_rank={},
+        source=MultipliedSource(low_rank.source, low_rank.low_rank),
+        model_class=None,
+        files=(),
+    )
+
+
+class MultipliedSource:
+    """Tensors of another source, in which the two factors of every named linear are one weight [out, in].
+
+    The product is computed in float64 and rounded once. Rank 0 gives zeros, exactly what a removed linear stands for;
+    its bias, like all else, is passed on.
+    """
+
+    def __init__(self, source: TensorSource, linears: Iterable[str]) -> None:
+        self._source = source
+        self._linear_of = {f"{linear}.weight": linear for linear in linears}
+        self._specs: dict[str, TensorSpec] = {}
+        factors = {f"{linear}{part}" for linear in self._linear_of.values() for part in (_IN, _OUT)}
+        for name, spec in source.specs.items():
+            if name not in factors:
+                self._specs[name] = spec
+            elif name.endswith(_OUT):
+                linear = name.removesuffix(_OUT)
+                shape = (spec.shape[0], source.specs[linear + _IN].shape[1])
+                self._specs[f"{linear}.weight"] = TensorSpec(shape, spec.dtype)
+
+    @property
+    def specs(self) -> Mapping[str, TensorSpec]:
+        return self._specs
+
+    def read(self, names: Iterable[str], device: torch.device) -> dict[str, Tensor]:
+        names = list(names)
+        plain = [name for name in names if name not in self._linear_of]
+        tensors = self._source.read(plain, device) if plain else {}
+        tensors |= {name: self._product(name, device) for name in names if name in self._linear_of}
+        return tensors
+
+    def _product(self, name: str, device: torch.device) -> Tensor:
+        linear = self._linear_of[name]
+        factors = self._source.read([linear + _OUT, linear + _IN], device)
+        product = factors[linear + _OUT].double() @ factors[linear + _IN].double()
+        weight = product.to(self._specs[name].dtype)
+        if not torch.isfinite(weight).all():
+            raise NumericalError(f"the product of the factors of '{linear}' is not finite in {weight.dtype}.")
+        return weight
+
+
+def _check_saved(directory: Path, dense: Checkpoint) -> None:
+    """Open what was written, which compares every tensor's name and shape with what the plain architecture has."""
+    saved = open_checkpoint(directory)
+    if saved.low_rank or saved.parameters != dense.parameters:
+        raise CheckpointError(f"what was written to {directory} is not a plain checkpoint; this is a bug, report it.")
+
+
+def _stored_report(low_rank: Checkpoint) -> dict[str, Any]:
+    """Return the `surgery.json` of a low-rank checkpoint; {} if it has none. Raises `ReportError`."""
+    path = low_rank.directory / REPORT_FILE if low_rank.directory is not None else None
+    if path is None or not path.is_file():
+        return {}
+    return read_json(path, REPORT_SCHEMA_VERSION, "repair or remove it")
+
+
+def _write_report(report: dict[str, Any], record: DenseExport, staging: Path) -> None:
+    """Write `surgery.json`: that of the low-rank checkpoint, if it has one, and what was done to it here."""
+    exported = asdict(record)
+    exported.pop("output")
+    text = json.dumps({**report, "dense_export": exported}, indent=2, ensure_ascii=False)
+    (staging / REPORT_FILE).write_text(text + "\n", encoding="utf-8")

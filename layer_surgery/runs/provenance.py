@@ -1,0 +1,86 @@
+"""What the records of every run say: its data, its times, and what made it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from layer_surgery.checkpoint.open import Checkpoint
+from layer_surgery.checkpoint.origin import origin
+from layer_surgery.config import CalibrationConfig
+from layer_surgery.data import weighted_sources
+from layer_surgery.data.tokens import PackedTokens
+from layer_surgery.machine import provenance
+from layer_surgery.records import SurgeryReport
+from layer_surgery.runs.session import Session
+
+
+def calibration_names(config: CalibrationConfig) -> list[str]:
+    """Return the sources without their weights; refuses wrong weights before there is anything to undo."""
+    return [source.name for source in weighted_sources(config.sources)]
+
+
+def report_dict(report: SurgeryReport) -> dict[str, Any]:
+    """Return what `surgery.json` holds."""
+    data = report.to_dict()
+    data.pop("output")
+    return data
+
+
+def checkpoint_hash(session: Session) -> str:
+    """Return the hash of the session's checkpoint."""
+    tensors = len(session.checkpoint.source.specs)
+    with session.clock.stage("hash"), session.ui.progress("hashing", tensors) as advance:
+        return session.checkpoint.sha256(advance)
+
+
+def base_model_record(checkpoint: Checkpoint, sha256: str) -> dict[str, Any]:
+    """Return what a record says about the original."""
+    return {
+        "name": _name(checkpoint),
+        "model_type": checkpoint.architecture.model_type,
+        "sha256": sha256,
+        "layers": checkpoint.layer_count,
+        "parameters": checkpoint.parameters,
+        "size_bytes": checkpoint.size_bytes,
+        "dtype": str(checkpoint.dtype).removeprefix("torch."),
+        **origin(checkpoint.directory, str(getattr(checkpoint.config, "_name_or_path", ""))),
+    }
+
+
+def _name(checkpoint: Checkpoint) -> str:
+    """Return the checkpoint's name as the user gave it; of `.` and `..`, which say nothing later, the directory's."""
+    if checkpoint.directory is not None and Path(checkpoint.name).name in ("", ".."):
+        return checkpoint.directory.resolve().name or checkpoint.name
+    return checkpoint.name
+
+
+def run_provenance(session: Session, command: str | None, settings: dict[str, Any]) -> dict[str, Any]:
+    """Return versions, hardware, seed, dtype, all settings and the command of a run."""
+    dtype = session.runtime.torch_dtype(session.device, session.checkpoint.dtype)
+    return provenance(session.device) | {
+        "command": command,
+        "seed": session.runtime.seed,
+        "compute_dtype": str(dtype).removeprefix("torch."),
+        "config": settings,
+    }
+
+
+def rounded(seconds: dict[str, float]) -> dict[str, float]:
+    """Return times in seconds, to the millisecond."""
+    return {name: round(value, 3) for name, value in seconds.items()}
+
+
+def described_tokens(tokens: PackedTokens | None) -> dict[str, Any] | None:
+    """Return what a record says about calibration data: names, hash and sizes."""
+    if tokens is None:
+        return None
+    described = {k: v for k, v in asdict(tokens).items() if isinstance(v, str | int)}
+    return described | {
+        "sequences": tokens.sequences,
+        "sequence_length": tokens.sequence_length,
+        "tokens": int(tokens.valid.sum()),
+        "predicted_tokens": tokens.predicted_tokens,
+        "sources": [asdict(source) for source in tokens.sources],
+    }

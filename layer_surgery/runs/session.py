@@ -1,0 +1,240 @@
+"""One opened checkpoint with everything that the stages of a run share, and how a run speaks to its user."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TypeAlias
+
+import torch
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from layer_surgery.checkpoint.open import Checkpoint, open_checkpoint
+from layer_surgery.config import CalibrationConfig, EvaluationConfig, RuntimeConfig
+from layer_surgery.data import check_vocabulary, load_documents, pack_evaluation, pack_mixture, weighted_sources
+from layer_surgery.data.tokens import PackedTokens
+from layer_surgery.errors import CheckpointError, DataError
+from layer_surgery.machine import available_memory_bytes
+from layer_surgery.progress import Clock, Ui
+from layer_surgery.walk.self_check import check_walk
+from layer_surgery.walk.streamed import StreamedModel
+from layer_surgery.walk.walk import Walk, WalkSettings
+
+#: What folders with scratch files are called.
+SCRATCH_PREFIX = ".layer-surgery-"
+
+Model: TypeAlias = str | Path | PreTrainedModel
+
+
+@dataclass
+class Session:
+    """One opened checkpoint with everything that the stages of a run share."""
+
+    checkpoint: Checkpoint
+    tokenizer: PreTrainedTokenizerBase | None
+    runtime: RuntimeConfig
+    device: torch.device
+    scratch: Path
+    ui: Ui
+    clock: Clock
+    resident_bytes: int
+    boundary_bytes: int
+    _proven: list[Checkpoint] = field(default_factory=list)
+
+    @property
+    def settings(self) -> WalkSettings:
+        """How walks of this run use memory."""
+        return WalkSettings(
+            batch_size=self.runtime.batch_size,
+            boundary_memory_bytes=self.boundary_bytes,
+            scratch=self.scratch,
+            progress=self.ui.progress,
+        )
+
+    def available_bytes(self) -> int | None:
+        """Return how much memory the user allows, else what is free on the device; None where that is not known."""
+        if self.runtime.memory_limit is not None:
+            return self.runtime.memory_limit
+        return available_memory_bytes(self.device)
+
+    def new_scratch(self, name: str) -> Path:
+        """Return a new folder for scratch files."""
+        return Path(tempfile.mkdtemp(prefix=f"{name}-", dir=self.scratch))
+
+    @contextmanager
+    def own_scratch(self, name: str) -> Iterator[Session]:
+        """Yield this session with a folder for scratch files that is gone on exit, and with it what was made in it."""
+        proven = len(self._proven)
+        with tempfile.TemporaryDirectory(prefix=f"{name}-", dir=self.scratch) as folder:
+            try:
+                yield replace(self, scratch=Path(folder))
+            finally:
+                del self._proven[proven:]
+
+    def stream(self, checkpoint: Checkpoint) -> StreamedModel:
+        """Return a model to walk over, its outer weights loaded; the first time, prove that it can be walked over."""
+        model = StreamedModel(
+            checkpoint,
+            device=self.device,
+            dtype=self.runtime.torch_dtype(self.device, checkpoint.dtype),
+            resident_bytes=self.resident_bytes,
+        )
+        if not any(proven is checkpoint for proven in self._proven):
+            with self.clock.stage("self_check"):
+                check_walk(model)
+            self._proven.append(checkpoint)
+        return model
+
+    def need_tokenizer(self) -> PreTrainedTokenizerBase:
+        if self.tokenizer is None:
+            raise DataError("a model in memory needs its tokenizer: pass tokenizer=.")
+        return self.tokenizer
+
+    def calibration_tokens(self, config: CalibrationConfig) -> PackedTokens:
+        """Load and pack the calibration data, and say how much of it is used."""
+        sources = weighted_sources(config.sources)
+        tokens = pack_mixture(
+            [
+                load_documents(source.name, column=_column(config.column, source.name), part="calibration")
+                for source in sources
+            ],
+            [source.weight for source in sources],
+            self.need_tokenizer(),
+            samples=config.samples,
+            sequence_length=config.sequence_length,
+            seed=self.runtime.seed,
+        )
+        self._check(tokens)
+        for line in _calibration_notes(tokens):
+            self.ui.note(line)
+        return tokens
+
+    def evaluation_tokens(self, config: EvaluationConfig) -> list[PackedTokens]:
+        """Load and pack every evaluation text."""
+        packed = []
+        for source in config.sources:
+            data = load_documents(source, column=_column(config.column, source), part="evaluation")
+            tokens = pack_evaluation(
+                data,
+                self.need_tokenizer(),
+                sequence_length=config.sequence_length,
+                max_windows=config.max_windows,
+            )
+            self._check(tokens)
+            self.ui.note(
+                f"evaluation: {int(tokens.valid.sum()):,} of the {tokens.tokens_available:,} tokens of "
+                f"'{tokens.name}', in {tokens.sequences} windows of {tokens.sequence_length}"
+            )
+            packed.append(tokens)
+        return packed
+
+    def _check(self, tokens: PackedTokens) -> None:
+        check_vocabulary(tokens, int(self.checkpoint.skeleton.get_input_embeddings().weight.shape[0]))
+        config = self.checkpoint.config
+        longest = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
+        if longest is not None and tokens.sequence_length > longest:
+            raise DataError(
+                f"--sequence-length is {tokens.sequence_length}, but {self.checkpoint.name} takes at most {longest}."
+            )
+
+
+def _calibration_notes(tokens: PackedTokens) -> Iterator[str]:
+    """Yield a line for each source; in a mixture with its part of the loss, which its weight does not tell."""
+    mixed = len(tokens.sources) > 1
+    for source in tokens.sources:
+        weight = f" (weight {source.weight:g})" if mixed else ""
+        part = f", {100 * source.predicted_tokens / tokens.predicted_tokens:.1f} % of all that do" if mixed else ""
+        yield (
+            f"calibration: {source.tokens:,} of the {source.tokens_available:,} tokens of '{source.name}'{weight}, "
+            f"as {source.sequences} x {tokens.sequence_length}; {source.predicted_tokens:,} carry loss{part}"
+        )
+
+
+@contextmanager
+def open_session(
+    model: Model, tokenizer: PreTrainedTokenizerBase | None, runtime: RuntimeConfig, ui: Ui, scratch_parent: Path | None
+) -> Iterator[Session]:
+    """Open a model with its tokenizer; scratch files are gone on exit."""
+    clock = Clock()
+    device = runtime.torch_device()
+    with clock.stage("open"):
+        checkpoint = open_checkpoint(model, trust_remote_code=runtime.trust_remote_code)
+        if tokenizer is None and checkpoint.directory is not None:
+            tokenizer = load_tokenizer(checkpoint)
+        _check_tokenizer(checkpoint, tokenizer)
+    _say_what_is_special(checkpoint, ui)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    parent = runtime.scratch or scratch_parent
+    with tempfile.TemporaryDirectory(prefix=SCRATCH_PREFIX, dir=parent) as scratch:
+        yield Session(checkpoint, tokenizer, runtime, device, Path(scratch), ui, clock, *runtime.memory(device))
+
+
+def _say_what_is_special(checkpoint: Checkpoint, ui: Ui) -> None:
+    architecture = checkpoint.architecture
+    if architecture.guessed:
+        kind = type(checkpoint.layers[0]).__name__
+        linears = ", ".join(architecture.linears)
+        ui.note(
+            f"the architecture '{architecture.model_type}' is not listed; guessing that its decoder layers are "
+            f"'{architecture.layers}' ({checkpoint.layer_count} x {kind}), "
+            + (f"with the linears {linears}" if linears else "which can be removed but not made low-rank")
+        )
+    if checkpoint.left_out:
+        ui.note(
+            f"{len(checkpoint.left_out)} tensors that transformers does not use (the first is "
+            f"'{checkpoint.left_out[0]}'; heads that predict further tokens are such) are left out of the result"
+        )
+
+
+def _check_tokenizer(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """Refuse a tokenizer with more tokens than the model has embeddings: it belongs to another model."""
+    rows = int(checkpoint.skeleton.get_input_embeddings().weight.shape[0])
+    largest = max(tokenizer.get_vocab().values(), default=0) if tokenizer is not None else 0
+    if largest >= rows:
+        raise CheckpointError(
+            f"the tokenizer does not fit the model: it has the token id {largest}, but the embedding of "
+            f"{checkpoint.name} has {rows} rows; use the tokenizer that the model was trained with."
+        )
+
+
+def check_column(column: str | None, sources: Sequence[str]) -> None:
+    """Raise `DataError` if a column is given and none of the sources has columns."""
+    if column is not None and all(_column(column, source) is None for source in sources):
+        raise DataError(
+            f"--text-column {column} applies to none of {', '.join(sources) or 'no data'}, which have no columns; "
+            "leave it out."
+        )
+
+
+def _column(column: str | None, source: str) -> str | None:
+    """Return the column for a source that has columns: not for the bundled text and plain text files."""
+    return None if source == "bundled" or source.lower().endswith(".txt") else column
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
+    """Load the tokenizer beside a checkpoint; `CheckpointError` if there is none that can be used."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            checkpoint.directory, trust_remote_code=checkpoint.trust_remote_code, local_files_only=True
+        )
+    except Exception as error:  # transformers raises many types here, each about these few files
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"the tokenizer in {checkpoint.directory} cannot be loaded: {reason}") from error
+    assert isinstance(tokenizer, PreTrainedTokenizerBase)
+    return tokenizer
+
+
+@contextmanager
+def calibration_walk(session: Session, model: StreamedModel, tokens: PackedTokens | None) -> Iterator[Walk]:
+    """Yield a walk over the calibration tokens; over a single dummy token if nothing looks at any."""
+    if tokens is None:
+        one = torch.zeros(1, 1, dtype=torch.int64)
+        tokens = PackedTokens(
+            name="none", token_ids=one, loss_mask=one > 0, valid=one > 0, tokens_available=0, sha256=""
+        )
+    with Walk(model, tokens, session.settings) as walk:
+        yield walk

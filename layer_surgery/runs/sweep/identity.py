@@ -1,0 +1,85 @@
+"""What decides the results of all points of a sweep: by content, so that files may have other names or places."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from layer_surgery.config import SweepConfig, TaskConfig, as_json
+from layer_surgery.data.tokens import PackedTokens
+from layer_surgery.errors import OutputError
+from layer_surgery.machine import version
+from layer_surgery.records.sweep import EVALUATION_DATA
+from layer_surgery.runs.session import Session
+
+
+def sweep_identity(
+    session: Session, config: SweepConfig, sha256: str, tokens: PackedTokens, texts: list[PackedTokens]
+) -> dict[str, Any]:
+    """Return hashes and options, by what messages call them.
+
+    Not in it: what changes speed or memory only, as the batch size, and what names the points.
+    """
+    dtype = session.runtime.torch_dtype(session.device, session.checkpoint.dtype)
+    speed = as_json(config.evaluation.speed)
+    return {
+        "the model (sha256)": sha256,
+        "--seed": config.runtime.seed,
+        "--samples": config.calibration.samples,
+        "--sequence-length": config.calibration.sequence_length,
+        "--eval-windows": config.evaluation.max_windows,
+        "--calibration (sha256 of its tokens)": tokens.sha256,
+        EVALUATION_DATA: [text.sha256 for text in texts],
+        "--remove": config.remove,
+        "--refit-scope": config.refit.scope,
+        "--refit-general": config.refit.general,
+        "--distance": config.evaluation.distance,
+        "--tasks": _tasks(config.evaluation.tasks),
+        "--speed": speed if speed.pop("measure") else None,
+        "--device": session.device.type,
+        "--dtype": str(dtype).removeprefix("torch."),
+        "the release of layer-surgery": version("layer-surgery"),
+    }
+
+
+def check_same(directory: Path, was: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raise `OutputError` that names what differs between the sweep in a directory and the one that is asked for."""
+    different = [name for name in {**now, **was} if was.get(name) != now.get(name)]
+    if different:
+        raise OutputError(
+            f"--output {directory} holds a sweep with other settings: "
+            + "; ".join(f"{name} was {_short(was.get(name))} and is {_short(now.get(name))}" for name in different)
+            + "; give the same settings to go on with it, another --output, or --overwrite to start anew."
+        )
+
+
+def _tasks(config: TaskConfig) -> dict[str, Any] | None:
+    """Return what tasks are run, with hashes in the place of files and folders."""
+    if not config.names:
+        return None
+    names = [_sha256([Path(name)]) if name.endswith((".yaml", ".yml")) else name for name in config.names]
+    files = [sorted(path for path in folder.rglob("*") if path.is_file()) for folder in config.paths]
+    return {
+        "names": names,
+        "files": [_sha256(found) for found in files],
+        "num_fewshot": config.num_fewshot,
+        "limit": config.limit,
+    }
+
+
+def _sha256(files: list[Path]) -> str:
+    """Return one hash of what files hold, with their last names."""
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
+def _short(value: Any) -> str:
+    """Return a value for a message; of a hash the beginning."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(_short, value))}]"
+    text = str(value)
+    return f"{text[:12]}..." if len(text) == 64 else text

@@ -1,0 +1,54 @@
+"""Which points no other beats."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+from layer_surgery.records import EvaluationResult
+from layer_surgery.records.sweep import FRONTS, Front, SweepPoint
+
+
+def perplexity_ratio(before: EvaluationResult, after: EvaluationResult) -> float | None:
+    """Return the geometric mean over all texts of perplexity after / before; None if one was not measured."""
+    texts = before.perplexity
+    if not texts or texts.keys() != after.perplexity.keys():
+        return None
+    logs = [math.log(after.perplexity[name].value / texts[name].value) for name in texts]
+    return math.exp(math.fsum(logs) / len(logs))
+
+
+def with_fronts(points: Sequence[SweepPoint]) -> list[SweepPoint]:
+    """Return the points with the Pareto fronts that each is on, with `perplexity_ratio` as quality.
+
+    The fronts of speed are those of the models together with the original, which has the ratios 1: a model that is
+    neither better nor faster than it is on none.
+    """
+    fronts: dict[int, list[Front]] = {number: [] for number in range(len(points))}
+    for front in FRONTS:
+        known = [
+            (number, *values)
+            for number, point in enumerate(points)
+            if (values := _coordinates(point, front)) is not None
+        ]
+        rivals = [(quality, cost) for _number, quality, cost in known]
+        if front != "parameters":
+            rivals.append((1.0, -1.0))
+        for number, quality, cost in known:
+            if not any(beats(rival, (quality, cost)) for rival in rivals):
+                fronts[number].append(front)
+    return [replace(point, fronts=fronts[number]) for number, point in enumerate(points)]
+
+
+def beats(one: tuple[float, float], other: tuple[float, float]) -> bool:
+    """Whether `one` is at most as large as `other` in both coordinates, and smaller in one."""
+    return one[0] <= other[0] and one[1] <= other[1] and one != other
+
+
+def _coordinates(point: SweepPoint, front: Front) -> tuple[float, float] | None:
+    """Return quality and cost, both the better the smaller."""
+    value: float | None = getattr(point, front)
+    if point.status == "failed" or point.perplexity_ratio is None or value is None:
+        return None
+    return point.perplexity_ratio, value if front == "parameters" else -value

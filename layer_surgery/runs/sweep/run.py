@@ -1,0 +1,253 @@
+"""Composes a sweep: open and calibrate once, evaluate the original once, then operate and evaluate point by point."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+from transformers import PreTrainedTokenizerBase
+
+from layer_surgery.calibration.cache import check_cache
+from layer_surgery.checkpoint.save import check_not_same
+from layer_surgery.config import ContinuationConfig, SweepConfig, as_json
+from layer_surgery.data.tokens import PackedTokens
+from layer_surgery.errors import LayerSurgeryError, PlanError
+from layer_surgery.progress import Ui
+from layer_surgery.records import SurgeryPlan
+from layer_surgery.records.reading_surgery import REPORT_FILE
+from layer_surgery.records.reading_sweep import read_sweep
+from layer_surgery.records.sweep import SweepBest, SweepPoint, SweepReport, SweepSettings
+from layer_surgery.reporting.publish import write_sweep_page
+from layer_surgery.runs.compress import run_compress
+from layer_surgery.runs.compression import Compression
+from layer_surgery.runs.evaluator import Evaluator
+from layer_surgery.runs.operation import RefitData, refit_data, statistics_source
+from layer_surgery.runs.provenance import (
+    base_model_record,
+    calibration_names,
+    checkpoint_hash,
+    described_tokens,
+    run_provenance,
+)
+from layer_surgery.runs.session import Model, Session, calibration_walk, check_column, open_session
+from layer_surgery.runs.sweep.condition import Condition, find_best, parse_condition
+from layer_surgery.runs.sweep.grid import compress_config, grid, in_order, same_surgery
+from layer_surgery.runs.sweep.identity import check_same, sweep_identity
+from layer_surgery.runs.sweep.measuring import PointBench
+from layer_surgery.runs.sweep.pareto import with_fronts
+from layer_surgery.runs.sweep.state import (
+    BEST_FOLDER,
+    check_best,
+    check_sweep_directory,
+    clear_sweep,
+    sweep_directory,
+    write_sweep,
+)
+
+_ADVICE = "give another --output, or --overwrite to start anew"
+
+
+def run_sweep(
+    model: Model, config: SweepConfig, *, tokenizer: PreTrainedTokenizerBase | None = None, ui: Ui | None = None
+) -> SweepReport:
+    """Measure every point that is not in the output yet; then save the best model, if one is asked for.
+
+    Everything that can be refused is refused before any work is done. What is found is on disk after every point.
+    """
+    ui = ui or Ui()
+    points = grid(config)
+    condition = parse_condition(config.best, config.evaluation) if config.best is not None else None
+    check_cache(config.runtime.cache)
+    check_column(config.calibration.column, [*calibration_names(config.calibration), *config.evaluation.sources])
+    if condition is not None or config.overwrite:
+        check_not_same(model, config.output / BEST_FOLDER)
+        check_best(config.output)
+    check_sweep_directory(config.output)
+    known = None if config.overwrite else read_sweep(config.output, _ADVICE)
+    with (
+        sweep_directory(config.output) as directory,
+        open_session(model, tokenizer, config.runtime, ui, directory) as session,
+    ):
+        report = _Sweep.begin(session, config, points, known).finished()
+    if condition is not None:
+        report = _with_best(model, config, condition, report, tokenizer, ui)
+    elif report.best is not None:
+        report = _with_old_best(config, report.best, report, ui)
+    write_sweep_page(config.output, report)
+    return report
+
+
+@dataclass
+class _Sweep:
+    """A sweep that is under way: what is asked for, and what is found so far."""
+
+    session: Session
+    config: SweepConfig
+    points: list[SweepSettings]
+    data: RefitData | None
+    tokens: PackedTokens
+    texts: list[PackedTokens]
+    report: SweepReport
+
+    @classmethod
+    def begin(
+        cls, session: Session, config: SweepConfig, points: list[SweepSettings], known: SweepReport | None
+    ) -> _Sweep:
+        """Make every check that there is, and begin with what is known already."""
+        config = replace(config, evaluation=replace(config.evaluation, continuations=ContinuationConfig(count=0)))
+        jobs = [Compression(compress_config(config, point), session) for point in points]
+        scopes = [job.refit_scope(job.trial_plan()) for job in jobs]
+        tokens = session.calibration_tokens(config.calibration)
+        scope = next((scope for scope in scopes if scope is not None), None)
+        data = refit_data(session, tokens, scope, config.refit.general) if scope else None
+        texts = session.evaluation_tokens(config.evaluation)
+        sha256 = checkpoint_hash(session)
+        identity = sweep_identity(session, config, sha256, tokens, texts)
+        if known is not None:
+            check_same(config.output, known.identity, identity)
+            names = [text["name"] for text in known.evaluation]
+            texts = [replace(text, name=name) for text, name in zip(texts, names, strict=True)]
+        report = SweepReport(
+            identity=identity,
+            base_model=base_model_record(session.checkpoint, sha256),
+            calibration=described_tokens(tokens),
+            evaluation=[described_tokens(text) or {} for text in texts],
+            original=known.original if known else None,
+            failures=known.failures if known else [],
+            # Those that failed are tried again if they are still asked for.
+            points=[point for point in known.points if point.status == "done"] if known else [],
+            best=known.best if known else None,
+            provenance=run_provenance(session, config.command, as_json(config)),
+        )
+        return cls(session, config, points, data, tokens, texts, report)
+
+    def finished(self) -> SweepReport:
+        """Measure all points that are missing or have failed, and write after each what there is."""
+        missing = [point for point in self.points if point not in self._done()]
+        with self._evaluator(missing) as evaluator:
+            if self.config.overwrite:
+                clear_sweep(self.config.output)
+            write_sweep(self.config.output, self.report)
+            if evaluator is None:
+                self.session.ui.note(f"all {len(self.points)} points are in {self.config.output} already")
+                return self.report
+            self._measure(missing, evaluator)
+        return self.report
+
+    @contextmanager
+    def _evaluator(self, missing: Sequence[SweepSettings]) -> Iterator[Evaluator | None]:
+        """Yield an evaluator, which makes its own checks first; None if there is nothing to measure."""
+        if not missing and self.report.original is not None and not self.report.failures:
+            yield None
+            return
+        with Evaluator(self.session, self.config.evaluation, self.texts, baseline=self.session) as evaluator:
+            yield evaluator
+
+    def _measure(self, missing: Sequence[SweepSettings], evaluator: Evaluator) -> None:
+        session, config = self.session, self.config
+        count = len(self.points)
+        session.ui.note(
+            f"{count} point{'s' * (count > 1)}, {count - len(missing)} of them known; each is kept in "
+            f"{config.output} when it is done, and the same command goes on from there"
+        )
+        checkpoint = session.checkpoint
+        with session.clock.stage("evaluate_before"):
+            evaluator.measure("before", checkpoint)
+        failures = list(evaluator.failures)
+        self._write(replace(self.report, original=evaluator.result("before"), failures=failures))
+        with calibration_walk(session, session.stream(checkpoint), self.tokens) as walk:
+            sha256 = self.report.base_model["sha256"]
+            statistics = statistics_source(session, sha256, config.runtime.cache, config.remove)
+            bench = PointBench(session, evaluator, walk, statistics, self.data, sha256)
+            for number, settings in enumerate(missing, start=1):
+                session.ui.note(f"point {number} of {len(missing)}: {settings.name}")
+                point = self._copied(settings)
+                if point is None:
+                    point = bench.measure(compress_config(config, settings), settings)
+                    session.ui.note(_outcome(point))
+                self._write(replace(self.report, points=[*self._others(settings), point]))
+
+    def _write(self, report: SweepReport) -> None:
+        by_settings = {point.settings: point for point in report.points}
+        points = [by_settings[settings] for settings in in_order(by_settings)]
+        self.report = replace(report, points=with_fronts(points))
+        write_sweep(self.config.output, self.report)
+
+    def _done(self) -> dict[SweepSettings, SweepPoint]:
+        return {point.settings: point for point in self.report.points if point.status == "done"}
+
+    def _others(self, settings: SweepSettings) -> list[SweepPoint]:
+        return [point for point in self.report.points if point.settings != settings]
+
+    def _copied(self, settings: SweepSettings) -> SweepPoint | None:
+        """Return the results of a point that gives the same model, under these settings."""
+        for other, point in self._done().items():
+            if same_surgery(other) == same_surgery(settings) and point.plan is not None:
+                self.session.ui.note(f"  the same model as {other.name}, which is measured")
+                plan = replace(point.plan, method=settings.method)
+                return replace(point, method=settings.method, plan=plan, seconds=0.0)
+        return None
+
+
+def _outcome(point: SweepPoint) -> str:
+    if point.status == "failed":
+        return f"  failed: {point.error}"
+    quality = "" if point.perplexity_ratio is None else f", perplexity x {point.perplexity_ratio:.4g}"
+    return f"  {point.parameters:,} parameters{quality}, {point.seconds:.1f} s"
+
+
+def _with_best(
+    model: Model,
+    config: SweepConfig,
+    condition: Condition,
+    report: SweepReport,
+    tokenizer: PreTrainedTokenizerBase | None,
+    ui: Ui,
+) -> SweepReport:
+    """Save the best model, unless it is there already, and write down which it is."""
+    best = find_best(condition, report.points)
+    if best.point is not None:
+        point = next(point for point in report.points if point.settings == best.point)
+        if not _is_saved(config, report, point):
+            ui.note(f"saving the smallest model with {condition.text}: {point.settings.name}")
+            _save(model, config, point, tokenizer, ui)
+        best = replace(best, output=BEST_FOLDER)
+    report = replace(report, best=best)
+    write_sweep(config.output, report)
+    return report
+
+
+def _with_old_best(config: SweepConfig, best: SweepBest, report: SweepReport, ui: Ui) -> SweepReport:
+    """Forget the best of an earlier run if points that have come since change the answer."""
+    found = find_best(parse_condition(best.condition, config.evaluation), report.points)
+    if (found.point, found.nearest) == (best.point, best.nearest):
+        return report
+    ui.note(f"with the new points the answer to --best '{best.condition}' is another; give it again to save that model")
+    report = replace(report, best=None)
+    write_sweep(config.output, report)
+    return report
+
+
+def _is_saved(config: SweepConfig, report: SweepReport, point: SweepPoint) -> bool:
+    """Whether the best model of an earlier run is this point."""
+    if report.best is None or report.best.point != point.settings or point.plan is None:
+        return False
+    saved = config.output / BEST_FOLDER / REPORT_FILE
+    try:
+        return saved.is_file() and SurgeryPlan.read(saved).layers == point.plan.layers
+    except PlanError:
+        return False
+
+
+def _save(
+    model: Model, config: SweepConfig, point: SweepPoint, tokenizer: PreTrainedTokenizerBase | None, ui: Ui
+) -> None:
+    output = config.output / BEST_FOLDER
+    compress = replace(compress_config(config, point.settings), output=output, dry_run=False, overwrite=True)
+    surgery = run_compress(model, compress, tokenizer=tokenizer, ui=ui, known_scores=point.scores)
+    if point.plan is None or surgery.plan.layers != point.plan.layers:
+        raise LayerSurgeryError(
+            f"what was saved to {output} has other layers or ranks than the point had ({point.settings.name}); did the "
+            "machine or a package change since the sweep?"
+        )

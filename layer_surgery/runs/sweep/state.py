@@ -1,0 +1,77 @@
+"""A sweep on disk: `sweep.json`, and the same as a table in `sweep.csv` and `sweep.md`."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from layer_surgery.checkpoint.save import PAGE_FILES, check_output, write_atomically
+from layer_surgery.errors import LayerSurgeryError, OutputError
+from layer_surgery.records.reading_sweep import SWEEP_FILE
+from layer_surgery.records.sweep import SweepReport
+from layer_surgery.reporting.sweep import csv_text, markdown_text
+from layer_surgery.runs.session import SCRATCH_PREFIX
+
+BEST_FOLDER = "best"
+
+
+def check_sweep_directory(directory: Path) -> None:
+    """Raise `OutputError` for an output that is neither new, nor empty, nor a sweep's."""
+    if directory.is_symlink() or (directory.exists() and not directory.is_dir()):
+        raise OutputError(f"--output {directory} is a file or a link; give the name of a directory.")
+    entries = sorted(entry.name for entry in directory.iterdir()) if directory.exists() else []
+    left = (SCRATCH_PREFIX, f".{SWEEP_FILE}.partial-")  # by a run that was killed
+    entries = [name for name in entries if not name.startswith(left)]
+    if entries and SWEEP_FILE not in entries:
+        raise OutputError(
+            f"--output {directory} holds {entries[0]} and no {SWEEP_FILE}, so it is not a sweep's; give the name of a "
+            "new directory, or of one that holds a sweep."
+        )
+
+
+def check_best(directory: Path) -> None:
+    """Raise `OutputError` if there is a `best` in a sweep's directory that may not be replaced."""
+    best = directory / BEST_FOLDER
+    if best.exists():
+        check_output(best, overwrite=True)
+
+
+@contextmanager
+def sweep_directory(directory: Path) -> Iterator[Path]:
+    """Make the directory, or raise `OutputError`; if nothing was written there, it is gone again on exit."""
+    made = [place for place in (directory, *directory.parents) if not place.exists()]
+    try:
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=directory).close()
+        except OSError as error:
+            raise OutputError(
+                f"--output {directory} cannot be written ({error.strerror}); choose a directory that you may write to."
+            ) from error
+        yield directory
+    finally:
+        for place in made:
+            with suppress(OSError):  # holds results, or what someone else has put there meanwhile
+                place.rmdir()
+
+
+def clear_sweep(directory: Path) -> None:
+    """Remove the page and the best model of an old sweep; its other files are replaced."""
+    (directory / PAGE_FILES[0]).unlink(missing_ok=True)
+    check_best(directory)
+    shutil.rmtree(directory / BEST_FOLDER, ignore_errors=True)
+
+
+def write_sweep(directory: Path, report: SweepReport) -> None:
+    """Write the report in all its forms, each file at once: a run that is killed leaves the last one whole."""
+    text = json.dumps(report.to_dict(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    files = {SWEEP_FILE: text, "sweep.csv": csv_text(report), "sweep.md": markdown_text(report)}
+    try:
+        for name, content in files.items():
+            write_atomically(directory / name, content)
+    except OSError as error:
+        raise LayerSurgeryError(f"writing to {directory} failed ({error.strerror}); is the disk full?") from error

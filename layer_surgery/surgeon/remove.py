@@ -1,0 +1,25 @@
+"""Removal outright: nothing takes the place of a layer, or factors of rank 0 that of a part."""
+
+from __future__ import annotations
+
+import torch
+
+from layer_surgery.linalg.low_rank import Factors
+from layer_surgery.records import SurgeryPlan
+from layer_surgery.surgeon.context import METHODS, SurgeryContext
+
+
+@METHODS.add("remove", summary="remove the layers outright; nothing takes their place (--keep 0)", removes=True)
+def remove(plan: SurgeryPlan, context: SurgeryContext) -> SurgeryPlan:
+    """Do nothing to removed layers; factors of rank 0 for what is removed of others."""
+    return without_parts(plan, context)
+
+
+def without_parts(plan: SurgeryPlan, context: SurgeryContext) -> SurgeryPlan:
+    """Write factors of rank 0, [out, 0] and [0, in], for every linear of the plan."""
+    for layer in plan.low_rank:
+        module = context.model.layers[layer.index]
+        for name in layer.ranks:
+            out, in_ = module.get_parameter(f"{name}.weight").shape
+            context.factors.write(layer.index, {name: Factors(torch.zeros(out, 0), torch.zeros(0, in_))})
+    return plan

@@ -1,5 +1,0 @@
-"""Many compressions of one model, sharing everything that they have in common, and measured each."""
-
-from layer_surgery.sweeping.run import run_sweep
-
-__all__ = ["run_sweep"]

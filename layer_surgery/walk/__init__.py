@@ -1,0 +1,1 @@
+"""The walk over a model, one decoder layer at a time, and what observes it."""

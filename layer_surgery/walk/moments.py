@@ -1,0 +1,114 @@
+"""Second moments of what goes into a linear and of the loss gradient at what comes out of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from layer_surgery.linalg.least_squares import add_gram
+
+
+@dataclass
+class LayerMoments:
+    """Sums over tokens for the linears of one layer; sums of disjoint tokens may be added.
+
+    Linears that read the same tensor (q, k and v; gate and up) share one input sum.
+    """
+
+    inputs: dict[str, Tensor] = field(default_factory=dict)
+    """`sum x x^T` [in, in], by the first linear that read the input."""
+    reads: dict[str, str] = field(default_factory=dict)
+    """For each linear, whose entry in `inputs` is its own."""
+    outputs: dict[str, Tensor] = field(default_factory=dict)
+    """`sum g g^T` [out, out], with g the gradient of the summed loss at the linear's output."""
+    tokens: int = 0
+
+    def input_moment(self, linear: str) -> Tensor:
+        """Return `A = 1/T sum x x^T` [in, in]."""
+        return self.inputs[self.reads[linear]] / self.tokens
+
+    def output_moment(self, linear: str) -> Tensor:
+        """Return `B = 1/T sum g g^T` [out, out]."""
+        return self.outputs[linear] / self.tokens
+
+
+class MomentRecorder:
+    """Takes the moments of some linears of one layer through hooks, micro-batch by micro-batch.
+
+    Products are formed and summed in float32 (float64 where the model computes in it). Padding is left out.
+    """
+
+    def __init__(self, linears: Mapping[str, nn.Module], *, gradients: bool) -> None:
+        self.moments = LayerMoments()
+        self._linears, self._gradients = linears, gradients
+        self._valid: Tensor | None = None
+        self._seen: list[tuple[Tensor, str]] = []
+
+    def start_batch(self, valid: Tensor) -> None:
+        """Say which tokens of the micro-batch that comes next count: [B, S] bool."""
+        self._valid = valid
+        self._seen = []
+        self.moments.tokens += int(valid.sum())
+
+    @contextmanager
+    def recording(self) -> Iterator[LayerMoments]:
+        """Have the hooks in for the duration of the block."""
+        handles = []
+        try:
+            for name, linear in self._linears.items():
+                handles.append(linear.register_forward_hook(self._hook(name)))
+            yield self.moments
+        finally:
+            for handle in handles:
+                handle.remove()
+            self._seen = []
+
+    def _hook(self, name: str) -> Any:
+        def take_gradient(gradient: Tensor) -> None:
+            self._add(self.moments.outputs, name, gradient.detach())
+
+        def hook(_module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+            self._take_input(name, arguments[0].detach())
+            if self._gradients and output.requires_grad:
+                output.register_hook(take_gradient)  # type: ignore[no-untyped-call]
+
+        return hook
+
+    def _take_input(self, name: str, x: Tensor) -> None:
+        for seen, reader in self._seen:
+            if seen.data_ptr() == x.data_ptr() and seen.shape == x.shape:
+                self.moments.reads[name] = reader
+                return
+        self._seen.append((x, name))
+        self.moments.reads[name] = name
+        self._add(self.moments.inputs, name, x)
+
+    def _add(self, sums: dict[str, Tensor], name: str, values: Tensor) -> None:
+        assert self._valid is not None, "start_batch comes first"
+        rows = rows_of(values, self._valid).to(torch.promote_types(values.dtype, torch.float32))
+        if name not in sums:
+            sums[name] = torch.zeros(rows.shape[1], rows.shape[1], dtype=rows.dtype, device=rows.device)
+        add_gram(sums[name], rows)
+
+
+def rows_of(values: Tensor, valid: Tensor) -> Tensor:
+    """Return the rows [n, D] of `values` that belong to valid tokens (`valid` is [B, S]).
+
+    Architectures call linears with [B, S, D], with [B S, D] (shared experts), with [B, S, heads, D] or with
+    [B, heads, S, D] (DeepSeek's latent keys).
+    """
+    batch, length = valid.shape
+    if values.shape[:2] == valid.shape:
+        rows = values[valid]
+    elif values.dim() == 2 and values.shape[0] == batch * length:
+        rows = values[valid.flatten()]
+    elif values.dim() == 4 and (values.shape[0], values.shape[2]) == (batch, length):
+        rows = values.transpose(1, 2)[valid]
+    else:
+        raise ValueError(f"a linear was called with {list(values.shape)} for {batch} x {length} tokens")
+    return rows.reshape(-1, values.shape[-1])

@@ -1,0 +1,190 @@
+"""Learn, by running the model itself with stubs for layers, what a layer is called with and what follows the last.
+
+So embeddings, position embeddings, masks, the final norm, the head and whatever scaling an architecture does around
+them are the model's own code, and no other code here knows about them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from layer_surgery.errors import CheckpointError
+from layer_surgery.walk.streamed import StreamedModel
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """What a decoder layer is called with beside the hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def __call__(self, layer: nn.Module, hidden: Tensor) -> Tensor:
+        """Run `layer` on [batch, sequence, hidden] and return the hidden states only."""
+        output: Any = layer(hidden, *self.args, **self.kwargs)
+        states: Tensor = output[0] if isinstance(output, tuple) else output
+        return states
+
+
+class _Stub(nn.Module):
+    """Stands for a layer: hands its call to `on_call`, and passes unknown attributes on to the layer."""
+
+    def __init__(self, layer: nn.Module, on_call: Callable[[Tensor, LayerCall], Any]) -> None:
+        super().__init__()
+        # Not registered as a submodule: the stub has no parameters of its own.
+        object.__setattr__(self, "_layer", layer)
+        self._on_call = on_call
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(object.__getattribute__(self, "_layer"), name)
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return self._on_call(hidden_states, LayerCall(args, kwargs))
+
+
+@contextmanager
+def stubs(model: StreamedModel, on_call: Callable[[int, Tensor, LayerCall], Any]) -> Iterator[None]:
+    """Replace every layer by a stub for the duration of the block."""
+    layers = model.layers
+    originals = list(layers)
+
+    def bound(index: int) -> Callable[[Tensor, LayerCall], Any]:
+        return lambda hidden, call: on_call(index, hidden, call)
+
+    try:
+        for index, layer in enumerate(originals):
+            layers[index] = _Stub(layer, bound(index))
+        yield
+    finally:
+        for index, layer in enumerate(originals):
+            layers[index] = layer
+
+
+class Rehearsal:
+    """The model's own code before, between and after its layers."""
+
+    def __init__(self, model: StreamedModel) -> None:
+        self._model = model
+        self._calls: dict[tuple[int, int], list[LayerCall]] = {}
+        self._layers_return_tuples: bool | None = None
+        self.depends_on_content = False
+        """Whether layers are called with something that depends on the tokens beside the hidden states (found out by
+        comparing batches as they are embedded)."""
+        self._latest: tuple[Tensor, list[LayerCall]] | None = None
+
+    @torch.no_grad()
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """Return the first boundary, [batch, sequence, hidden], for token ids [batch, sequence] int64."""
+        first, calls = self._rehearse(token_ids)
+        known = self._calls.setdefault((token_ids.shape[0], token_ids.shape[1]), calls)
+        if not self.depends_on_content and known is not calls:
+            self.depends_on_content = not all(map(same_call, known, calls))
+        return first
+
+    @torch.no_grad()
+    def call(self, index: int, token_ids: Tensor) -> LayerCall:
+        """Return what layer `index` is called with for these token ids.
+
+        Rehearsed once for each shape, or for each batch where calls depend on content (the latest batch is kept).
+        """
+        if self.depends_on_content:
+            if self._latest is None or not torch.equal(self._latest[0], token_ids):
+                self._latest = (token_ids, self._rehearse(token_ids)[1])
+            return self._latest[1][index]
+        shape = (token_ids.shape[0], token_ids.shape[1])
+        if shape not in self._calls:
+            self._calls[shape] = self._rehearse(token_ids)[1]
+        return self._calls[shape][index]
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Return the logits [batch, sequence, vocabulary] that follow the last boundary [batch, sequence, hidden].
+
+        Everything after the last layer works on each token by itself, so any [batch, sequence] cut will do as long
+        as the sequence is not longer than the model allows. Differentiable.
+        """
+        last = self._model.layer_count - 1
+        dummy = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
+        if self._layers_return_tuples is None:
+            self._rehearse(dummy)
+
+        def inject(index: int, passing: Tensor, _call: LayerCall) -> Tensor:
+            return hidden if index == last else passing
+
+        with self._stubs(inject):
+            logits: Tensor = self._model.model(input_ids=dummy, use_cache=False).logits
+        return logits
+
+    def _rehearse(self, token_ids: Tensor) -> tuple[Tensor, list[LayerCall]]:
+        """Return the first boundary and what each layer is called with."""
+        if self._layers_return_tuples is None:
+            return self._rehearse_first(token_ids)
+        return self._record(token_ids)
+
+    def _rehearse_first(self, token_ids: Tensor) -> tuple[Tensor, list[LayerCall]]:
+        """Find out whether the model unpacks what a layer returns: only one of the two works."""
+        failures = []
+        for tuples in (False, True):
+            self._layers_return_tuples = tuples
+            try:
+                return self._record(token_ids)
+            except Exception as error:  # whatever a model raises that gets the other kind
+                failures.append(error)
+        self._layers_return_tuples = None
+        raise failures[0]
+
+    def _record(self, token_ids: Tensor) -> tuple[Tensor, list[LayerCall]]:
+        seen: list[Tensor] = []
+        calls: list[LayerCall] = []
+
+        def record(_index: int, hidden: Tensor, call: LayerCall) -> Tensor:
+            seen.append(hidden)
+            calls.append(call)
+            return hidden
+
+        with self._stubs(record):
+            # The decoder without its head: the head would make a needless [tokens, vocabulary] matrix.
+            output = self._model.model.base_model(input_ids=token_ids.to(self._model.device), use_cache=False)
+        if len(calls) != self._model.layer_count:
+            raise CheckpointError(
+                f"the layers of {self._model.checkpoint.name} are not called once each ({len(calls)} calls of "
+                f"{self._model.layer_count} layers), so they cannot be operated on."
+            )
+        if {hidden.shape for hidden in seen} != {seen[0].shape} or output[0].shape[:2] != token_ids.shape:
+            raise CheckpointError(
+                f"the layers of {self._model.checkpoint.name} do not hand on hidden states of one shape, so they "
+                "cannot be operated on."
+            )
+        return seen[0], calls
+
+    @contextmanager
+    def _stubs(self, on_call: Callable[[int, Tensor, LayerCall], Tensor]) -> Iterator[None]:
+        def returning(index: int, hidden: Tensor, call: LayerCall) -> Any:
+            states = on_call(index, hidden, call)
+            return (states,) if self._layers_return_tuples else states
+
+        with stubs(self._model, returning):
+            yield
+
+
+def same_call(a: LayerCall, b: LayerCall) -> bool:
+    """Whether two calls are with equal arguments, tensors compared by value."""
+    return _same(a.args, b.args) and _same(a.kwargs, b.kwargs)
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a is b or (a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b))
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        return len(a) == len(b) and all(map(_same, a, b))
+    return type(a) is type(b) and (a == b or not isinstance(a, str | int | float | bool))

@@ -1,0 +1,167 @@
+"""The proofs that every model gives before it is worked on: walked layer by layer it computes what it computes whole,
+and its layers stay what they are when others go.
+
+Architectures differ in more ways than a table can say. What is not as assumed is refused here, by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from layer_surgery.checkpoint.open import Checkpoint
+from layer_surgery.errors import CheckpointError, LayerSurgeryError, PlanError
+from layer_surgery.walk.rehearsal import LayerCall, Rehearsal, same_call, stubs
+from layer_surgery.walk.streamed import StreamedModel
+
+#: Length of the sequences that are tried.
+LENGTH = 16
+#: Largest difference, as a fraction of the largest value. The kernels are the same and so, normally, are the numbers.
+TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+_NUMBER_OF_LAYER = ("layer_idx", "layer_id", "layer_index", "block_idx")
+
+
+@torch.no_grad()
+def check_walk(model: StreamedModel) -> None:
+    """Raise `CheckpointError` unless the walk gives the logits of the model's own forward pass, and is causal.
+
+    The model's own forward runs once, with each layer loaded while it runs, and the walk takes its steps beside it: so
+    every layer is read once and memory stays that of one layer. Two sequences that begin alike go through the walk,
+    one after the other in each layer, and the second is compared: what one leaves behind must not reach the other.
+    """
+    name = model.checkpoint.name
+    ids = _sequences(model)
+    try:
+        logits, own_logits, different = _walked_beside_own(model, ids)
+    except LayerSurgeryError:
+        raise
+    except Exception as error:  # whatever a model raises that is not built as the walk takes it to be
+        if isinstance(error, torch.OutOfMemoryError | MemoryError):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(
+            f"the layers of {name} cannot be run one after another ({type(error).__name__}: {reason}); "
+            f"its architecture{_guessed(model)} is not supported."
+        ) from error
+    if different or not _close(logits[1], own_logits):
+        where = f"from layer {different[0]} on" if different else "after the last layer"
+        raise CheckpointError(
+            f"running the layers of {name} one after another does not give what the model itself gives ({where}), so "
+            f"nothing that is measured that way would be true; its architecture{_guessed(model)} is not supported."
+        )
+    half = ids[0].shape[1] // 2
+    first, second = (part[:, :half].double() for part in logits)
+    if (first - second).abs().mean() > 10 * TOLERANCE[model.dtype] * second.abs().mean():
+        raise CheckpointError(
+            f"{name} is not a causal language model: its predictions depend on later tokens; only decoder-only "
+            "language models are operated on."
+        )
+
+
+def _walked_beside_own(model: StreamedModel, ids: tuple[Tensor, Tensor]) -> tuple[list[Tensor], Tensor, list[int]]:
+    """Return the logits of both sequences from the walk, those of the second from the model's own forward pass, and
+    the layers after which the two differ."""
+    rehearsal = Rehearsal(model)
+    states = [rehearsal.embed(tokens) for tokens in ids]
+    calls = [[rehearsal.call(index, tokens) for index in range(model.layer_count)] for tokens in ids]
+    different: list[int] = []
+
+    def run(index: int, hidden: Tensor, call: LayerCall) -> Any:
+        with model.layer(index) as layer:
+            for row in range(2):
+                states[row] = calls[row][index](layer, states[row])
+            output = layer(hidden, *call.args, **call.kwargs)
+        own = output[0] if isinstance(output, tuple) else output
+        if not _close(states[1], own):
+            different.append(index)
+        return output
+
+    with stubs(model, run):
+        own_logits: Tensor = model.model(input_ids=ids[1].to(model.device), use_cache=False).logits
+    return [rehearsal.head(hidden) for hidden in states], own_logits, different
+
+
+def _sequences(model: StreamedModel) -> tuple[Tensor, Tensor]:
+    """Return two sequences [1, S] of token ids that begin alike."""
+    config = model.model.config
+    limits = (getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len"))
+    length = min([LENGTH, *(int(limit) for limit in limits if limit)])
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(model.vocabulary_size, (2, length), generator=generator)
+    ids[0, : length // 2] = ids[1, : length // 2]
+    return ids[:1], ids[1:]
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    if a.shape != b.shape:
+        return False
+    difference = (a.double() - b.double()).abs().max()
+    return bool(difference <= TOLERANCE[a.dtype] * b.double().abs().max())
+
+
+def _guessed(model: StreamedModel) -> str:
+    entry = model.architecture
+    return f" '{entry.model_type}'" + (", of which the layers were guessed," if entry.guessed else "")
+
+
+def check_survivors(base: StreamedModel, operated: StreamedModel, surviving: Sequence[int]) -> None:
+    """Raise `PlanError` unless every surviving layer of `operated` is, and is called, as it was in `base`.
+
+    `operated` is the model that its configuration makes after layers were removed. A rule in it that does not fit what
+    is left (every n-th layer, the last layer always, ...) would silently change layers; this finds it by comparing all
+    settings of the modules, the shapes of all weights, and masks and position embeddings.
+    """
+    _check_outside(base.checkpoint, operated.checkpoint)
+    removed = sorted({*range(base.layer_count)} - {*surviving})
+    ids = _sequences(base)[1]
+    before, after = Rehearsal(base), Rehearsal(operated)
+    for new, old in enumerate(surviving):
+        change = _difference(base.layers[old], operated.layers[new], old, new)
+        if not change and not same_call(before.call(old, ids), after.call(new, ids)):
+            change = "it is called with another mask or other positions"
+        if change:
+            raise PlanError(
+                f"layer {old} of {base.checkpoint.name} would not stay what it is if layers {removed} were removed: as "
+                f"layer {new}, {change}; choose other --layers, or keep low-rank components in all of them (--keep)."
+            )
+    if getattr(base.model.config, "scale_attn_by_inverse_layer_idx", False) and list(surviving) != [
+        *range(len(surviving))
+    ]:
+        raise PlanError(
+            f"{base.checkpoint.name} scales attention by the number of the layer (scale_attn_by_inverse_layer_idx), "
+            "which changes if an earlier layer is removed; remove the last layers only, or keep low-rank components in "
+            "all of them (--keep)."
+        )
+
+
+def _check_outside(base: Checkpoint, operated: Checkpoint) -> None:
+    before, after = base.skeleton.state_dict(), operated.skeleton.state_dict()
+    for name in base.other_tensors():
+        if name not in after or before[name].shape != after[name].shape:
+            raise PlanError(
+                f"{base.name} keeps something for each layer outside its layers ('{name}'), so layers cannot be "
+                "removed from it; keep low-rank components in all of them instead (--keep)."
+            )
+
+
+def _difference(before: nn.Module, after: nn.Module, old: int, new: int) -> str:
+    """Say in what a layer differs from what it was; "" if in nothing."""
+    theirs = dict(after.named_modules())
+    for name, module in before.named_modules():
+        other = theirs.get(name)
+        if other is None or type(other) is not type(module):
+            return f"it has another '{name}'"
+        for attribute, value in vars(module).items():
+            if not isinstance(value, int | float | str | bool | None) or attribute in _NUMBER_OF_LAYER:
+                continue
+            now = getattr(other, attribute, None)
+            if now != value and (value, now) != (old, new):
+                return f"'{f'{name}.{attribute}'.lstrip('.')}' is {now} instead of {value}"
+    shapes, new_shapes = ({n: p.shape for n, p in layer.state_dict().items()} for layer in (before, after))
+    if shapes != new_shapes:
+        changed = sorted(n for n in {*shapes, *new_shapes} if shapes.get(n) != new_shapes.get(n))
+        return f"'{changed[0]}' has another shape"
+    return ""

@@ -1,0 +1,355 @@
+"""The contract of every supported architecture: a tiny random model of each goes through the tool and back."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_families import FLOAT32_INSIDE, LAYERS, dtype_of
+from tiny_models import (
+    decoder_layers,
+    full_ranks,
+    largest_difference,
+    make_test_plan,
+    packed_tokens,
+    settings,
+    statistics_source,
+    streamed,
+    tiny_checkpoint,
+    tiny_model,
+    walked_gradients,
+    walked_logits,
+    whole_gradients,
+    without_layers,
+)
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.pytorch_utils import Conv1D
+
+import layer_surgery
+from layer_surgery.checkpoint.architectures import ARCHITECTURES, Architecture, base_model_type
+from layer_surgery.checkpoint.open import Checkpoint, open_checkpoint
+from layer_surgery.checkpoint.recognition import architecture_of
+from layer_surgery.checkpoint.result import result_checkpoint
+from layer_surgery.checkpoint.save import save_checkpoint
+from layer_surgery.progress import no_progress
+from layer_surgery.records import SurgeryPlan
+from layer_surgery.surgeon import METHODS, FactorStore, SurgeryContext
+from layer_surgery.walk.self_check import check_survivors, check_walk
+from layer_surgery.walk.walk import Walk
+
+#: Layer 0 and another, so that what is left is renumbered and does not follow the pattern.
+REMOVED = [0, 3]
+TOKENS = packed_tokens(3, 12)
+#: Matrices that are kept whole: routers and gates.
+KEPT_WHOLE = ("mlp.shared_expert_gate", "mlp.gate", "mlp.router", "block_sparse_moe.router")
+
+
+@dataclass
+class Family:
+    """A tiny random model of one family, and its checkpoint."""
+
+    model_type: str
+    model: PreTrainedModel
+    path: Path
+
+    @property
+    def entry(self) -> Architecture:
+        return ARCHITECTURES[self.model_type]
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        return decoder_layers(self.model)
+
+    @property
+    def tolerance(self) -> float:
+        return 1e-9 if self.model.dtype == torch.float64 else 2e-5
+
+    def ranks(self, index: int, rank: int = 3) -> dict[str, int]:
+        present = dict(self.layers[index].named_modules())
+        return {name: rank for name in self.entry.linears if name in present}
+
+
+def family_of(model_type: str, directory: Path, *, tied: bool) -> Family:
+    fields = {"use_sliding_window": False, "no_rope_layer_interval": 4} if model_type == "smollm3" else {}
+    made = tiny_model(model_type, layers=LAYERS.get(model_type, 5), dtype=dtype_of(model_type), tied=tied, **fields)
+    path = tiny_checkpoint(directory, made, max_shard_size="60KB")
+    return Family(model_type, load_stock(path)[0], path)
+
+
+@pytest.fixture(scope="module", params=sorted(ARCHITECTURES))
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Family:
+    return family_of(request.param, tmp_path_factory.mktemp(request.param), tied=False)
+
+
+@pytest.fixture(scope="module")
+def plain(family: Family, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The family's model without two layers, saved."""
+    plan = make_test_plan(len(family.layers), removed=REMOVED, method="remove")
+    return save_operated(family.path, tmp_path_factory.mktemp("plain") / "output", plan)
+
+
+@pytest.fixture(scope="module")
+def low_rank(family: Family, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The family's model with one layer removed and one low-rank, saved."""
+    plan = make_test_plan(len(family.layers), removed=[0], low_rank={3: family.ranks(3)}, method="svd")
+    return save_operated(family.path, tmp_path_factory.mktemp("low_rank") / "output", plan)
+
+
+@torch.no_grad()
+def logits_of(model: PreTrainedModel) -> Tensor:
+    return model(TOKENS.token_ids, use_cache=False).logits
+
+
+def operated(base: Checkpoint, plan: SurgeryPlan, scratch: Path) -> Checkpoint:
+    """Apply a plan that looks at no data."""
+    scratch.mkdir(parents=True)
+    factors, model = FactorStore(scratch, base.dtype), streamed(base, dtype=base.dtype)
+    context = SurgeryContext(
+        model=model, walk=None, factors=factors, statistics=statistics_source(scratch), progress=no_progress
+    )
+    METHODS[plan.method].function(plan, context)
+    return result_checkpoint(base, plan, factors)
+
+
+def save_operated(path: Path, output: Path, plan: SurgeryPlan) -> Path:
+    """Apply a plan with its method, save the result into `output` and return it."""
+    base = open_checkpoint(path)
+    result = operated(base, plan, output.parent / "factors")
+    output.mkdir()
+    save_checkpoint(result, output, base=base)
+    return output
+
+
+def load_stock(directory: Path, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
+    model, info = AutoModelForCausalLM.from_pretrained(directory, dtype="auto", output_loading_info=True, **options)
+    return model.eval(), info
+
+
+def kinds_of(layers: nn.ModuleList, config: Any) -> list[Any]:
+    """Tell layers apart by their modules and by what the configuration says of each."""
+    said = [getattr(config, name, None) or [""] * len(layers) for name in ("layer_types", "no_rope_layers")]
+    said.append(getattr(config, "attention_layers", None) or [""] * len(layers))
+    modules = [tuple((name, type(module).__name__) for name, module in layer.named_modules()) for layer in layers]
+    return list(zip(modules, *said, strict=True))
+
+
+def generated(model: PreTrainedModel) -> list[list[list[int]]]:
+    """Return eight greedy tokens, with and without cache."""
+    model.generation_config.eos_token_id = None
+    prompt = TOKENS.token_ids[:1, :4]
+    return [
+        model.generate(prompt, max_new_tokens=8, do_sample=False, use_cache=use_cache).tolist()
+        for use_cache in (True, False)
+    ]
+
+
+# The contract
+
+
+def test_the_test_model_has_every_kind_of_layer_of_its_family(family: Family) -> None:
+    kinds = kinds_of(family.layers, family.model.config)
+    if family.model_type in LAYERS:
+        assert len(set(kinds)) >= 2
+        survivors = [kind for index, kind in enumerate(kinds) if index not in REMOVED]
+        assert survivors != kinds[: len(survivors)], "removal leaves the pattern as it was; remove other layers"
+
+
+def test_streamed_logits_equal_the_models_own(family: Family, tmp_path: Path) -> None:
+    model = streamed(family.path, dtype=family.model.dtype, resident_bytes=0)
+    check_walk(model)
+    logits = walked_logits(model, TOKENS, settings(tmp_path))
+    assert largest_difference(logits, logits_of(family.model)) < family.tolerance
+
+
+def test_logits_of_a_model_in_memory_equal_its_own(family: Family, tmp_path: Path) -> None:
+    logits = walked_logits(streamed(family.model, dtype=family.model.dtype), TOKENS, settings(tmp_path))
+    assert largest_difference(logits, logits_of(family.model)) < family.tolerance
+
+
+def test_weight_gradients_equal_the_models_own(family: Family, tmp_path: Path) -> None:
+    expected = whole_gradients(family.model, TOKENS)
+    with Walk(streamed(family.model, dtype=family.model.dtype), TOKENS, settings(tmp_path)) as walk:
+        gradients = walked_gradients(walk)
+    tolerance = 2e-5 if family.model_type in FLOAT32_INSIDE else 10 * family.tolerance
+    # Not the norms: some families multiply by their weights in float32, also in a float64 model.
+    compared = 0
+    for index, layer in enumerate(family.layers):
+        for name in family.ranks(index):
+            key = f"{family.entry.layers}.{index}.{name}.weight"
+            theirs = expected[key].T if isinstance(layer.get_submodule(name), Conv1D) else expected[key]
+            assert float((gradients[key] - theirs).abs().max() / theirs.abs().max()) < tolerance, key
+            compared += 1
+    assert compared >= len(family.layers)
+
+
+def test_the_named_linears_are_all_the_matrices_of_every_layer(family: Family) -> None:
+    assert len(family.layers) == family.model.config.num_hidden_layers
+    named = set()
+    for layer in family.layers:
+        linears = {name for name, module in layer.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+        assert linears - {*KEPT_WHOLE} == {name for name in family.entry.linears if name in linears}
+        matrices = {name for name, parameter in layer.named_parameters() if parameter.dim() == 2}
+        norms = {name for name in matrices if "norm" in name}  # cohere has a norm of its own for each head
+        experts = {name for name in matrices if ".experts." in name or name.rpartition(".")[0] in KEPT_WHOLE}
+        assert matrices - norms - experts == {f"{name}.weight" for name in linears - {*KEPT_WHOLE}}
+        named |= linears
+    # DeepSeek's q_proj is there in models without a low-rank query.
+    assert {*family.entry.linears} - named <= {"self_attn.q_proj"}
+
+
+@torch.no_grad()
+def test_the_last_of_each_group_writes_to_the_residual_stream(family: Family) -> None:
+    """With these projections (and experts) at zero, a layer is the identity."""
+    layers = list(decoder_layers(load_stock(family.path)[0]))
+    for layer in layers:
+        present = dict(layer.named_modules())
+        for group in (family.entry.attention, family.entry.mlp):
+            last = [name for name in group if name in present][-1:]
+            for parameter in [p for name in last for p in present[name].parameters()]:
+                parameter.zero_()
+        for name, parameter in layer.named_parameters():
+            if ".experts." in name:
+                parameter.zero_()
+    model = streamed(family.model, dtype=family.model.dtype)
+    with Walk(model, TOKENS, settings(family.path.parent)) as walk:
+        hidden = walk.rehearsal.embed(TOKENS.token_ids)
+        for index, layer in enumerate(layers):
+            after = walk.rehearsal.call(index, TOKENS.token_ids)(layer, hidden)
+            scale = getattr(layer, "layer_scalar", 1.0)
+            assert largest_difference(after, hidden * scale) < 1e-6, index
+
+
+def test_a_model_without_two_layers_loads_in_stock_transformers_and_is_the_original_without_them(
+    family: Family, plain: Path
+) -> None:
+    loaded, info = load_stock(plain)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert type(loaded) is type(family.model)
+    assert {p.dtype for p in loaded.parameters()} == {family.model.dtype}
+    assert largest_difference(logits_of(loaded), logits_of(without_layers(family.model, REMOVED))) < family.tolerance
+    assert largest_difference(logits_of(loaded), logits_of(family.model)) > 1e-2, "the removed layers did nothing"
+    kept = [kind for i, kind in enumerate(kinds_of(family.layers, family.model.config)) if i not in REMOVED]
+    assert kinds_of(decoder_layers(loaded), loaded.config) == kept
+
+
+def test_what_is_saved_has_the_names_that_transformers_saves(family: Family, plain: Path, tmp_path: Path) -> None:
+    by_hand = without_layers(family.model, REMOVED)
+    names = revert_weight_conversion(by_hand, by_hand.state_dict()).keys()  # what `save_pretrained` writes
+    assert stored_names(plain) == {*names}
+    load_stock(plain)[0].save_pretrained(tmp_path / "again")
+    assert open_checkpoint(plain).sha256() == open_checkpoint(tmp_path / "again").sha256()
+
+
+def stored_names(directory: Path) -> set[str]:
+    from layer_surgery.checkpoint.tensors import SafetensorsSource, checkpoint_files
+
+    return set(SafetensorsSource(checkpoint_files(directory)).specs)
+
+
+def test_the_saved_configuration_is_json_that_every_reader_takes(plain: Path, low_rank: Path) -> None:
+    """Python would write and read `Infinity`, which is not JSON (Granite's hybrids have one)."""
+    for directory in (plain, low_rank):
+        json.loads((directory / "config.json").read_text(), parse_constant=lambda name: pytest.fail(name))
+
+
+def test_the_surviving_layers_stay_what_they_are(family: Family, tmp_path: Path) -> None:
+    base = open_checkpoint(family.path)
+    plan = make_test_plan(base.layer_count, removed=REMOVED, method="remove")
+    result = operated(base, plan, tmp_path / "factors")
+    models = [streamed(checkpoint, dtype=base.dtype) for checkpoint in (base, result)]
+    check_survivors(models[0], models[1], plan.surviving)
+
+
+def test_a_model_without_two_layers_generates_with_its_cache_as_without(plain: Path) -> None:
+    texts = generated(load_stock(plain)[0])
+    assert len(texts[0][0]) == 12
+    assert texts[0] == texts[1]
+
+
+def test_low_rank_and_removed_layers_together_equal_a_model_made_by_hand(family: Family, low_rank: Path) -> None:
+    loaded = layer_surgery.load(low_rank).eval()
+    by_hand = load_stock(family.path)[0]
+    with torch.no_grad():
+        for name, rank in family.ranks(3).items():
+            weight = decoder_layers(by_hand)[3].get_parameter(f"{name}.weight")
+            u, s, vh = torch.linalg.svd(weight, full_matrices=False)
+            weight.copy_(u[:, :rank] @ torch.diag(s[:rank]) @ vh[:rank])
+    assert largest_difference(logits_of(loaded), logits_of(without_layers(by_hand, [0]))) < 10 * family.tolerance
+
+
+def test_a_low_rank_model_loads_as_remote_code_streams_as_it_loads_and_generates(
+    family: Family, low_rank: Path, tmp_path: Path
+) -> None:
+    loaded = layer_surgery.load(low_rank).eval()
+    remote, info = load_stock(low_rank, trust_remote_code=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert largest_difference(logits_of(remote), logits_of(loaded)) < family.tolerance
+    logits = walked_logits(streamed(low_rank, dtype=family.model.dtype, resident_bytes=0), TOKENS, settings(tmp_path))
+    assert largest_difference(logits, logits_of(loaded)) < family.tolerance
+    texts = generated(loaded)
+    assert texts[0] == texts[1]
+
+
+def test_a_low_rank_model_does_not_load_as_something_else(family: Family, low_rank: Path) -> None:
+    for loader in (AutoModelForCausalLM, type(family.model)):
+        options = {"trust_remote_code": False} if loader is AutoModelForCausalLM else {}
+        with pytest.raises(Exception, match=r"trust_remote_code|Layer Surgery|cannot be interpreted as an integer"):
+            loader.from_pretrained(low_rank, **options)
+
+
+def tied_families() -> list[str]:
+    """Families in which input and output embeddings can be the same tensor."""
+    return sorted(name for name in ARCHITECTURES if name != "gptj")
+
+
+@pytest.mark.parametrize("model_type", tied_families())
+def test_tied_embeddings_stay_tied(tmp_path: Path, model_type: str) -> None:
+    family = family_of(model_type, tmp_path, tied=True)
+    count, model = len(family.layers), family.model
+    base = open_checkpoint(family.path)
+    plan = make_test_plan(count, removed=REMOVED, low_rank={count - 1: full_ranks(base, count - 1)}, method="svd")
+    loaded = layer_surgery.load(save_operated(family.path, tmp_path / "output", plan)).eval()
+    assert loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
+    assert not any(p.is_meta for p in loaded.parameters())
+    expected = logits_of(without_layers(model, REMOVED))
+    assert largest_difference(logits_of(loaded), expected) < 10 * family.tolerance
+
+
+def test_a_checkpoint_that_leaves_out_what_follows_from_a_pattern_is_cut_rightly(
+    family: Family, tmp_path: Path
+) -> None:
+    """Older checkpoints do not write their per-layer lists; they follow from the number of the layer."""
+    fields = json.loads((family.path / "config.json").read_text())
+    left_out = [name for name in ("layer_types", "no_rope_layers", "attention_layers") if fields.pop(name, None)]
+    if not left_out or family.model_type in ("lfm2", "granitemoehybrid"):
+        pytest.skip("no list follows from a pattern")
+    path = tmp_path / "model"
+    path.mkdir()
+    for file in family.path.iterdir():
+        (path / file.name).symlink_to(file)
+    (path / "config.json").unlink()
+    (path / "config.json").write_text(json.dumps(fields))
+    plan = make_test_plan(len(family.layers), removed=REMOVED, method="remove")
+    loaded, _ = load_stock(save_operated(path, tmp_path / "output", plan))
+    assert largest_difference(logits_of(loaded), logits_of(without_layers(family.model, REMOVED))) < family.tolerance
+
+
+# The table
+
+
+def test_every_entry_is_filed_under_its_model_type() -> None:
+    assert all(entry.model_type == name for name, entry in ARCHITECTURES.items())
+
+
+def test_a_low_rank_model_has_the_architecture_of_its_base(tmp_path: Path) -> None:
+    plan = make_test_plan(4, low_rank={1: {"mlp.up_proj": 2}}, method="svd")
+    output = save_operated(tiny_checkpoint(tmp_path), tmp_path / "output", plan)
+    checkpoint = open_checkpoint(output)
+    assert base_model_type(checkpoint.config) == "llama"
+    assert architecture_of(checkpoint.skeleton) is ARCHITECTURES["llama"]

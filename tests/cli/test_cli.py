@@ -1,0 +1,487 @@
+"""The command line: what goes to stdout and what to stderr, exit codes, and an end that leaves nothing behind."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from safetensors import SafetensorError
+from tiny_checkpoints import (
+    DEMO,
+    CommandLine,
+    environment,
+    interrupt,
+    listing,
+    run_process,
+    saved_model,
+    strict_json,
+    text_file,
+)
+from tiny_tokenizer import tiny_tokenizer
+
+import layer_surgery
+from layer_surgery.records import LayerScores
+from layer_surgery.reporting.console import print_scores
+from layer_surgery.scoring import SCORERS
+from layer_surgery.surgeon import METHODS
+
+SHORT = ("--sequence-length", 16)
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> CommandLine:
+    return CommandLine(monkeypatch, capsys)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return saved_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return text_file(tmp_path_factory.mktemp("text") / "text.txt")
+
+
+@pytest.fixture(scope="module")
+def low_rank(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("low rank") / "output"
+    layer_surgery.compress(model, output, layers=[1, 2], keep=0.3, method="svd", eval_data=None)
+    return output
+
+
+@pytest.fixture(scope="module")
+def data(text: Path) -> list[str | Path]:
+    return ["--calibration", text, "--samples", "4", "--sequence-length", "16"]
+
+
+# Help
+
+
+@pytest.mark.parametrize("command", [[], ["compress"], ["score"], ["evaluate"], ["sweep"], ["report"]], ids=str)
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_every_command_has_help(run: CommandLine, command: list[str], flag: str) -> None:
+    outcome = run(*command, flag)
+    assert outcome.code == 0
+    assert outcome.out.startswith("Usage: layer-surgery")
+    assert outcome.err == ""
+
+
+def test_help_of_compress_lists_every_scorer_and_method_with_its_source(run: CommandLine) -> None:
+    text = " ".join(run("compress", "--help").out.split())
+    for entry in (*SCORERS, *METHODS):
+        assert f" {entry.name} " in text
+        assert entry.source in text
+    assert text.count("(default)") == 2
+
+
+def test_help_of_score_lists_scorers_only(run: CommandLine) -> None:
+    text = run("score", "--help").out
+    assert all(name in text for name in SCORERS.names)
+    assert "grasp_sequential" not in text
+
+
+def test_help_lists_every_command(run: CommandLine) -> None:
+    text = run("--help").out
+    assert all(f"\n  {name} " in text for name in ("compress", "score", "evaluate", "sweep"))
+
+
+def test_help_of_compress_states_the_defaults_of_the_configuration(run: CommandLine) -> None:
+    text = " ".join(run("compress", "--help").out.split())
+    assert "Calibration sequences, from all sources together. [default: 128]" in text
+    assert "[default: 0.1]" in text
+
+
+def test_help_shows_how_to_mix_sources_and_what_weights_are(run: CommandLine) -> None:
+    for command in ("compress", "score"):
+        text = " ".join(run(command, "--help").out.split())
+        assert "--calibration NAME|FILE[:WEIGHT] " in text
+        assert "--calibration task.jsonl:2 --calibration bundled:1" in text
+        assert "A weight (default 1) is a share of sequences, not of the tokens that carry loss" in text
+
+
+def test_version_is_that_of_the_package(run: CommandLine) -> None:
+    assert run("--version").out.strip() == f"layer-surgery, version {layer_surgery.__version__}"
+
+
+def test_no_arguments_show_the_help(run: CommandLine) -> None:
+    outcome = run()
+    assert "Usage: layer-surgery" in outcome.out + outcome.err
+
+
+def test_help_does_not_import_torch() -> None:
+    script = (
+        "import sys; sys.argv = ['layer-surgery', '--help']\n"
+        "from layer_surgery.cli.main import main\n"
+        "try:\n    main()\nexcept SystemExit as stop:\n    assert not stop.code\n"
+        "slow = {'torch', 'transformers', 'datasets', 'numpy', 'safetensors'} & set(sys.modules)\n"
+        "assert not slow, slow\n"
+    )
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "Usage:" in done.stdout
+    assert time.perf_counter() - start < 3
+
+
+# stdout and stderr
+
+
+def test_compress_prints_a_report_and_says_where_it_went(
+    run: CommandLine, model: Path, text: Path, data: list[str | Path], tmp_path: Path
+) -> None:
+    output = tmp_path / "output"
+    outcome = run("compress", model, "--target-layers", 2, *data, "--eval-data", text, "--output", output)
+    assert outcome.code == 0
+    assert "2 of 4 layers whole" in outcome.out
+    assert "perplexity" in outcome.out and "change" in outcome.out
+    assert f"saved to {output}" in outcome.out
+    assert [line.split(":")[0] for line in outcome.error_lines] == ["calibration", "refit", "evaluation"]
+    assert (output / "surgery.json").is_file()
+
+
+def test_compress_json_is_the_report_on_disk(
+    run: CommandLine, model: Path, text: Path, data: list[str | Path], tmp_path: Path
+) -> None:
+    output = tmp_path / "output"
+    outcome = run("compress", model, "--target-layers", 2, *data, "--eval-data", text, "--output", output, "--json")
+    assert outcome.code == 0
+    assert strict_json(outcome.out) == strict_json((output / "surgery.json").read_text())
+    assert [line.split(":")[0] for line in outcome.error_lines] == ["calibration", "refit", "evaluation"]
+
+
+def test_the_report_holds_the_command_line(
+    run: CommandLine, model: Path, data: list[str | Path], tmp_path: Path
+) -> None:
+    options = ["--layers", 1, "--keep", 0, "--no-refit", "--no-eval", "--seed", 5]
+    run("compress", model, "--output", tmp_path / "my output", *options)
+    provenance = strict_json((tmp_path / "my output" / "surgery.json").read_text())["provenance"]
+    expected = f"layer-surgery compress {model} --output '{tmp_path}/my output' {' '.join(map(str, options))}"
+    assert provenance["command"].replace("'", "") == expected.replace("'", "")
+    assert provenance["seed"] == 5
+    assert provenance["config"]["budget"]["layers"] == [1]
+
+
+def test_score_ranks_every_layer(run: CommandLine, model: Path, data: list[str | Path]) -> None:
+    outcome = run("score", model, *data)
+    assert outcome.code == 0
+    assert "fisher" in outcome.out
+    scores = strict_json(run("score", model, *data, "--json").out)
+    assert len(scores["values"]) == 4
+    assert sorted(scores["removal_order"]) == [0, 1, 2, 3]
+    assert scores["tokens"] == 4 * 16
+    rows = [line.split() for line in outcome.out.splitlines() if line.strip()[:1].isdigit()]
+    assert [int(row[1]) for row in rows] == scores["removal_order"]
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2], [0, 2, 1]])
+def test_an_order_that_is_not_that_of_the_values_is_explained(
+    capsys: pytest.CaptureFixture[str], order: list[int]
+) -> None:
+    scores = LayerScores(scorer="fisher", source="", quantity="", values=[0.1, 0.2, 0.3], removal_order=order, tokens=1)
+    print_scores(Console(), scores)
+    assert ("the order is of layers together" in capsys.readouterr().out) == (order != [0, 1, 2])
+
+
+@pytest.mark.parametrize("where", [".", "inside/.."])
+def test_a_model_that_is_the_current_directory_goes_by_its_name(
+    run: CommandLine, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    here = tmp_path / "my model"
+    shutil.copytree(model, here)
+    (here / "inside").mkdir()
+    monkeypatch.chdir(here)
+    done = run("compress", where, "--layers", 1, "--method", "remove", "--output", "../out", "--no-eval")
+    assert done.out.startswith("my model: 3 of 4 layers whole; removed: 1\n")
+    assert "`my model` made smaller by" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_advice_for_a_low_rank_model_works(run: CommandLine, low_rank: Path, data: list[str | Path]) -> None:
+    arguments = ("compress", low_rank, "--target-layers", 2, *data, "--no-eval", "--dry-run")
+    advice = "--keep 0 --scorer block_influence"
+    refused = run(*arguments, "--keep", 0.3)
+    assert refused.code == 2 and f"remove outright with {advice}, or" in refused.err
+    assert run(*arguments, *advice.split(), "--no-refit").code == 0
+
+
+def test_parts_that_were_removed_are_not_called_low_rank(run: CommandLine, model: Path, tmp_path: Path) -> None:
+    options = ("--remove", "mlp", "--keep", 0, "--method", "svd", "--no-eval")
+    done = run("compress", model, "--layers", 2, *options, "--output", tmp_path / "out")
+    assert "3 of 4 layers whole; parts removed: 2\n" in done.out
+
+
+@pytest.mark.parametrize("scorer", SCORERS.names)
+def test_score_takes_every_scorer(run: CommandLine, model: Path, data: list[str | Path], scorer: str) -> None:
+    outcome = run("score", model, *data, "--scorer", scorer, "--target-layers", 2, "--json")
+    assert strict_json(outcome.out)["scorer"] == scorer
+    assert len(strict_json(outcome.out)["removal_order"]) >= 2
+
+
+@pytest.mark.parametrize("target", [0, 4])
+def test_score_refuses_an_impossible_target(run: CommandLine, model: Path, data: list[str | Path], target: int) -> None:
+    outcome = run("score", model, *data, "--target-layers", target)
+    assert outcome.code == 2
+    assert f"--target-layers is {target}; allowed: 1 to 3" in outcome.err
+
+
+def test_evaluate_measures_one_model(run: CommandLine, model: Path, text: Path) -> None:
+    outcome = run("evaluate", model, "--eval-data", text, "--sequence-length", 16)
+    assert outcome.code == 0
+    assert "perplexity" in outcome.out and "parameters" in outcome.out
+    result = strict_json(run("evaluate", model, "--eval-data", text, "--sequence-length", 16, "--json").out)
+    assert result["baseline"] is None
+    assert result["model"]["layers"] == 4
+    assert result["model"]["perplexity"][str(text)]["value"] > 1
+
+
+def test_evaluate_takes_a_low_rank_model_and_a_baseline(
+    run: CommandLine, model: Path, low_rank: Path, text: Path
+) -> None:
+    arguments = ["evaluate", low_rank, "--baseline", model, "--eval-data", text, "--sequence-length", 16]
+    outcome = run(*arguments)
+    assert outcome.code == 0
+    assert "baseline" in outcome.out and "change" in outcome.out
+    result = strict_json(run(*arguments, "--json").out)
+    alone = strict_json(run("evaluate", model, "--eval-data", text, "--sequence-length", 16, "--json").out)
+    assert result["baseline"] == alone["model"]
+    assert result["model"]["parameters"] < result["baseline"]["parameters"]
+    assert result["model"]["perplexity"] != result["baseline"]["perplexity"]
+
+
+def test_evaluate_takes_several_texts(run: CommandLine, model: Path, text: Path, tmp_path: Path) -> None:
+    other = text_file(tmp_path / "other.txt", seed=1)
+    outcome = run(
+        "evaluate",
+        model,
+        "--eval-data",
+        text,
+        "--eval-data",
+        other,
+        "--sequence-length",
+        16,
+        "--eval-windows",
+        3,
+        "--json",
+    )
+    measured = strict_json(outcome.out)["model"]["perplexity"]
+    assert list(measured) == [str(text), str(other)]
+    assert {result["windows"] for result in measured.values()} == {3}
+
+
+def test_evaluate_refuses_a_baseline_with_another_tokenizer(
+    run: CommandLine, model: Path, text: Path, tmp_path: Path
+) -> None:
+    other = saved_model(tmp_path / "other")
+    tiny_tokenizer(adds_bos=True).save_pretrained(other)
+    outcome = run("evaluate", model, "--baseline", other, "--eval-data", text, "--sequence-length", 16)
+    assert outcome.code == 2
+    assert "tokenise" in outcome.err and "cannot be compared" in outcome.err
+    assert outcome.out == ""
+
+
+def test_a_dry_run_says_the_numbers_and_writes_nothing(
+    run: CommandLine, model: Path, text: Path, data: list[str | Path], tmp_path: Path
+) -> None:
+    outcome = run("compress", model, "--target-layers", 2, *data, "--eval-data", text, "--dry-run")
+    assert outcome.code == 0
+    assert "perplexity" in outcome.out
+    assert "saved" not in outcome.out
+    assert listing(tmp_path) == {}
+
+
+def test_names_that_look_like_markup_are_printed_as_they_are(run: CommandLine, tmp_path: Path) -> None:
+    path, text = saved_model(tmp_path / "[red]model"), text_file(tmp_path / "[blue]text.txt")
+    output = tmp_path / "[bold]output"
+    removal = ["--layers", 1, "--keep", 0, "--no-refit"]
+    compressed = run("compress", path, *removal, *SHORT, "--eval-data", text, "--output", output)
+    evaluated = run("evaluate", output, *SHORT, "--eval-data", text)
+    assert (compressed.code, evaluated.code) == (0, 0)
+    shown = ["".join(text.split()) for text in (compressed.out, compressed.err, evaluated.out)]  # long names are folded
+    assert "[red]model:3of4" in shown[0]
+    assert all("[blue]text.txt" in text for text in shown)
+    assert "[bold]output" in shown[0] and "[bold]output" in shown[2]
+
+
+# Exit codes
+
+
+def test_an_existing_output_is_a_mistake_of_the_user(run: CommandLine, model: Path, tmp_path: Path) -> None:
+    (tmp_path / "output").mkdir()
+    (tmp_path / "output" / "config.json").write_text("{}")
+    before = listing(tmp_path)
+    outcome = run("compress", model, "--layers", 1, "--output", tmp_path / "output")
+    assert outcome.code == 2
+    assert outcome.error_lines[-1].startswith("error: --output ") and "--overwrite" in outcome.err
+    assert listing(tmp_path) == before
+
+
+def test_overwrite_replaces_it(run: CommandLine, model: Path, tmp_path: Path) -> None:
+    arguments = ["compress", model, "--layers", 1, "--keep", 0, "--no-refit", "--no-eval"]
+    arguments += ["--output", tmp_path / "output"]
+    assert run(*arguments).code == 0
+    before = listing(tmp_path)
+    assert run(*arguments).code == 2
+    assert listing(tmp_path) == before
+    assert run(*arguments, "--overwrite", "--seed", 1).code == 0
+    assert listing(tmp_path).keys() == before.keys()
+    assert listing(tmp_path) != before
+
+
+@pytest.mark.parametrize(
+    ("place", "error"),
+    [
+        ("layer_surgery.checkpoint.save.StreamedSafetensors.write", OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))),
+        (
+            "layer_surgery.checkpoint.new_tensors.save_file",
+            SafetensorError("I/O error: No space left on device"),
+        ),
+        ("layer_surgery.runs.compress.report_dict", OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))),
+    ],
+    ids=["weights", "factors", "report"],
+)
+def test_a_full_disk_is_a_failure_and_leaves_nothing(
+    run: CommandLine, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, error: Exception
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(place, full)
+    outcome = run(
+        "compress",
+        model,
+        "--layers",
+        1,
+        "--keep",
+        0.3,
+        "--method",
+        "svd",
+        "--no-eval",
+        "--output",
+        tmp_path / "new" / "output",
+    )
+    assert outcome.code == 1
+    (message,) = outcome.error_lines
+    assert message.startswith("error: ") and "No space left on device" in message
+    assert listing(tmp_path) == {}
+
+
+def test_running_out_of_memory_says_what_to_do(
+    run: CommandLine, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr("layer_surgery.runs.operation.result_checkpoint", fail)
+    outcome = run("compress", model, "--layers", 1, "--method", "svd", "--no-eval", "--output", tmp_path / "output")
+    assert outcome.code == 1
+    assert "--batch-size" in outcome.err
+    assert listing(tmp_path) == {}
+
+
+def test_an_interruption_is_no_error(
+    run: CommandLine, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("layer_surgery.runs.operation.result_checkpoint", stop)
+    outcome = run("compress", model, "--layers", 1, "--method", "svd", "--no-eval", "--output", tmp_path / "output")
+    assert outcome.code == 130
+    assert outcome.error_lines[-1] == "interrupted; nothing half-written is left."
+    assert listing(tmp_path) == {}
+
+
+# As a process of its own
+
+
+@pytest.mark.slow
+def test_the_process_ends_with_2_one_line_and_no_traceback_for_a_mistake(model: Path, tmp_path: Path) -> None:
+    outcome = run_process("compress", model, "--target-layers", "9", "--output", "output", home=tmp_path)
+    assert (outcome.code, outcome.out) == (2, "")
+    (message,) = outcome.err.splitlines()
+    assert message.startswith("error: --target-layers is 9")
+    assert "output" not in listing(tmp_path)
+
+
+@pytest.mark.slow
+def test_the_process_shows_a_traceback_with_debug(model: Path, tmp_path: Path) -> None:
+    outcome = run_process("compress", model, "--target-layers", "9", "--dry-run", "--debug", home=tmp_path)
+    assert outcome.code != 0
+    assert "Traceback (most recent call last)" in outcome.err
+    assert "PlanError" in outcome.err
+
+
+@pytest.mark.slow
+def test_the_process_prints_json_alone_on_stdout(model: Path, text: Path, tmp_path: Path) -> None:
+    arguments: list[Any] = [
+        "--layers",
+        "1",
+        "--method",
+        "svd",
+        "--eval-data",
+        text,
+        "--sequence-length",
+        "16",
+        "--output",
+        "output",
+    ]
+    outcome = run_process("compress", model, *arguments, "--json", home=tmp_path)
+    assert outcome.code == 0, outcome.err
+    assert strict_json(outcome.out)["plan"]["target_layers"] == 3
+    assert [line.split(":")[0] for line in outcome.error_lines] == ["evaluation"]
+
+
+def test_the_installed_command_is_this_main() -> None:
+    from importlib.metadata import entry_points
+
+    (entry,) = entry_points(group="console_scripts", name="layer-surgery")
+    assert entry.value == "layer_surgery.cli.main:main"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wait", [0.0, 2.5], ids=["at the beginning", "at work"])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"])
+def test_a_signal_leaves_no_output_and_no_leftovers(tmp_path: Path, number: int, code: int, wait: float) -> None:
+    work = tmp_path / "work"
+    work.mkdir()
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    command = [sys.executable, "-m", "layer_surgery", "compress", str(DEMO), "--target-layers", "6"]
+    command += ["--method", "grasp_sequential", "--samples", "64", "--output", "new/output"]
+    process = subprocess.Popen(
+        command,
+        cwd=work,
+        env=environment(tmp_path) | {"TMPDIR": str(temporary)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while not list(work.glob("new/.output.partial-*")):
+            assert process.poll() is None and time.monotonic() < deadline, "the work did not begin"
+            time.sleep(0.02)
+        time.sleep(wait)
+        assert list(work.glob("new/.output.partial-*")), "the work was done before the signal was sent"
+        outcome = interrupt(process, number)
+    finally:
+        process.kill()
+    assert outcome.code == code
+    assert "Traceback" not in outcome.err
+    assert listing(work) == {}
+    assert listing(temporary) == {}
+
+
+def test_scores_in_json_are_numbers(run: CommandLine, model: Path, data: list[str | Path]) -> None:
+    values = json.loads(run("score", model, *data, "--scorer", "taylor", "--json").out)["values"]
+    assert all(isinstance(value, float) for value in values)
