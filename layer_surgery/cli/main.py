@@ -1,4 +1,4 @@
-"""The command line: arguments to keyword arguments to `layer_surgery.api`. No mathematics."""
+"""The command line: its entry point, and what every error comes to."""
 
 from __future__ import annotations
 
@@ -6,30 +6,13 @@ import logging
 import os
 import signal
 import sys
-from dataclasses import asdict
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import click
-from rich.console import Console
 
 from layer_surgery import __version__
-from layer_surgery.cli.common import (
-    CONTEXT,
-    WithNames,
-    check_complete,
-    comma_list,
-    command_line,
-    given,
-    print_json,
-    progress_ui,
-)
-from layer_surgery.cli.evaluation_options import EVALUATION
-from layer_surgery.cli.export import export
-from layer_surgery.cli.options import CALIBRATION, REFIT, REMOVE, RUNTIME
-from layer_surgery.cli.report import report as report_command
-from layer_surgery.cli.sweep import sweep
-from layer_surgery.config import BudgetConfig, EvaluationConfig
+from layer_surgery.cli import commands
+from layer_surgery.cli.common import CONTEXT
 
 
 def main() -> NoReturn:
@@ -75,114 +58,14 @@ def cli() -> None:
     """
 
 
-@cli.command(cls=WithNames, context_settings=CONTEXT)
-@click.argument("model")
-@click.option("--target-layers", type=int, metavar="N", help="Number of layers left whole.")
-@click.option("--output", type=click.Path(path_type=Path), metavar="DIR", help="Directory for the compressed model.")
-@click.option(
-    "--keep",
-    type=float,
-    metavar="F",
-    help="Fraction of the other layers' parameters to spend on low-rank components, 0 to 1; 0 removes the layers "
-    f"outright.  [default: {BudgetConfig.DEFAULT_KEEP}]",
-)
-@click.option(
-    "--target-parameters",
-    type=float,
-    metavar="F",
-    help="The same budget as a fraction of all the model's parameters, instead of --keep.",
-)
-@click.option(
-    "--layers",
-    callback=comma_list(int, "layer numbers", "3,5,7"),
-    metavar="I,J,...",
-    help="The layers to operate on, counted from 0, instead of the scorer's choice.",
-)
-@REMOVE
-@click.option("--scorer", default=None, metavar="NAME", help="How layers are ranked (see below).")
-@click.option("--method", default=None, metavar="NAME", help="How low-rank components are made (see below).")
-@REFIT
-@click.option(
-    "--plan",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="Apply this plan, or the plan in this surgery.json, instead of making one.",
-)
-@CALIBRATION
-@EVALUATION
-@click.option("--dry-run", is_flag=True, help="Do everything but the writing.")
-@click.option("--overwrite", is_flag=True, help="Replace the output directory if it holds a model already.")
-@RUNTIME
-def compress(model: str, no_eval: bool, as_json: bool, debug: bool, **options: Any) -> None:
-    """Remove the least important layers of MODEL, put low-rank components in their place, and save the result."""
-    from layer_surgery import api
-    from layer_surgery.reporting.console import print_report
-    from layer_surgery.runs.provenance import report_dict
-
-    if no_eval:
-        options["eval_data"] = None
-    with progress_ui() as ui:
-        report = api.compress(model, ui=ui, command=command_line(), **given(options))
-    if as_json:
-        print_json(report_dict(report))
-    else:
-        print_report(Console(highlight=False, soft_wrap=True), report)
-    check_complete(report.failures)
-
-
-@cli.command(cls=WithNames, context_settings=CONTEXT)
-@click.argument("model")
-@click.option("--scorer", default=None, metavar="NAME", help="How layers are ranked (see below).")
-@click.option(
-    "--target-layers",
-    type=int,
-    metavar="N",
-    help="Choose the layers for this target (greedy and block scorers need it).",
-)
-@REMOVE
-@CALIBRATION
-@RUNTIME
-def score(model: str, as_json: bool, debug: bool, **options: Any) -> None:
-    """Rank the layers of MODEL by importance, the least important first."""
-    from layer_surgery import api
-    from layer_surgery.reporting.console import print_scores
-
-    with progress_ui() as ui:
-        scores = api.score(model, ui=ui, command=command_line(), **given(options))
-    if as_json:
-        print_json(asdict(scores))
-    else:
-        print_scores(Console(highlight=False, soft_wrap=True), scores)
-
-
-@cli.command(context_settings=CONTEXT)
-@click.argument("model")
-@click.option(
-    "--baseline", metavar="OTHER", help="A second model to measure on the same tokens, for example the original."
-)
-@EVALUATION
-@click.option(
-    "--sequence-length", default=EvaluationConfig.sequence_length, show_default=True, help="Tokens in a window."
-)
-@click.option("--text-column", metavar="NAME", help="Column that holds the text in a table file.")
-@RUNTIME
-def evaluate(model: str, no_eval: bool, as_json: bool, debug: bool, **options: Any) -> None:
-    """Measure MODEL, alone or beside a baseline: size, perplexity, distance, tasks, speed and memory."""
-    from layer_surgery import api
-    from layer_surgery.reporting.console import print_evaluation
-
-    if no_eval:
-        options["eval_data"] = None
-    with progress_ui() as ui:
-        report = api.evaluate(model, ui=ui, command=command_line(), **given(options))
-    if as_json:
-        print_json(report.to_dict())
-    else:
-        print_evaluation(Console(highlight=False, soft_wrap=True), report, model)
-    check_complete(report.failures)
-
-
-for _command in (sweep, report_command, export):
+for _command in (
+    commands.compress,
+    commands.score,
+    commands.evaluate,
+    commands.sweep,
+    commands.report,
+    commands.export,
+):
     cli.add_command(_command)
 
 

@@ -1,17 +1,105 @@
-"""Options that several commands take."""
+"""Options of the command line, made of the declarations in `layer_surgery.config`."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar
 
+import attrs
 import click
 
-from layer_surgery.cli.common import combine
-from layer_surgery.config import DEFAULT_METHOD, BudgetConfig, CalibrationConfig, RefitConfig, RuntimeConfig
+from layer_surgery.config.declaring import About, Options, about_of, fields_of
+
+F = TypeVar("F", bound=Callable[..., Any])
+#: What click takes a value for, by its annotation; everything else is text.
+_TYPES: dict[str, Any] = {"int": int, "float": float, "Path": click.Path(path_type=Path)}
 
 
-def _bytes(_context: click.Context, _parameter: click.Parameter, value: str | None) -> int | None:
+def options_of(config: type[Options], *, required: tuple[str, ...] = ()) -> Callable[[F], F]:
+    """Return a decorator that adds an option for each field of a configuration that the command line has.
+
+    Options that are not given are None, so that defaults live in the configuration alone: see `given`.
+    """
+
+    def decorate(function: F) -> F:
+        fields = [field for field in fields_of(config) if about_of(field).terminal]
+        for field in reversed(fields):
+            function = _option(field, required=field.name in required)(function)
+        return function
+
+    return decorate
+
+
+NO_EVAL = click.option("--no-eval", is_flag=True, help="Do not measure perplexity and distance.")
+AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
+DEBUG = click.option("--debug", is_flag=True, help="Show tracebacks and the libraries' own messages.")
+
+
+def given(options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options that were given, as keyword arguments; `--no-eval` is `eval_data` without texts."""
+    without_texts = {"eval_data": ()} if options.pop("no_eval", False) else {}
+    return {name: value for name, value in options.items() if value is not None} | without_texts
+
+
+def _option(field: attrs.Attribute[Any], *, required: bool) -> Callable[[F], F]:
+    about, kind = about_of(field), _kind(field)
+    name = about.option(field.name)
+    settings: dict[str, Any] = {"default": None, "help": _help(field, about), "metavar": about.metavar}
+    if about.form == "switch":
+        return click.option(f"{name}/--no-{name[2:]}", field.name, default=None, help=settings["help"])
+    if kind is bool:
+        return click.option(name, field.name, is_flag=True, default=None, help=settings["help"])
+    if about.form == "size":
+        settings |= {"callback": _size}
+    elif about.form == "list":
+        settings |= {"multiple": True, "callback": _list_of(kind or str, about)}
+    elif about.form == "repeat":
+        settings |= {"multiple": True, "type": kind, "callback": _none_if_empty}
+    else:
+        settings |= {"type": kind}
+    return click.option(name, field.name, required=required, **settings)
+
+
+def _kind(field: attrs.Attribute[Any]) -> Any:
+    """Return the type of one value, from the field's annotation (a text): `tuple[int, ...] | None` is int."""
+    annotation = str(field.type).removesuffix(" | None").removeprefix("tuple[").removesuffix(", ...]")
+    return bool if annotation == "bool" else _TYPES.get(annotation)
+
+
+def _help(field: attrs.Attribute[Any], about: About) -> str:
+    default, value = about.default, field.default
+    if default is None and about.form == "switch":
+        default = f"{'' if value else 'no-'}{about.option(field.name)[2:]}"
+    elif default is None and value is not None and value is not False and value != ():
+        default = ",".join(map(str, value)) if isinstance(value, tuple) else f"{value}"
+    return f"{about.help}  [default: {default}]" if default else about.help
+
+
+def _list_of(kind: Callable[[str], Any], about: About) -> Callable[..., tuple[Any, ...] | None]:
+    """Return a callback for several values between commas; the option may be given several times too."""
+
+    def values(_context: click.Context, _parameter: click.Parameter, given: Any) -> tuple[Any, ...] | None:
+        if not given:
+            return None
+        text = ",".join(given)
+        try:
+            return tuple(kind(part.strip()) for part in text.split(",") if part.strip())
+        except ValueError:
+            raise click.BadParameter(
+                f"'{text}' is not a list of {about.items}; give for example {about.example}."
+            ) from None
+
+    return values
+
+
+def _none_if_empty(_context: click.Context, _parameter: click.Parameter, given: Any) -> Any:
+    return given or None
+
+
+def _size(_context: click.Context, _parameter: click.Parameter, value: str | None) -> int | None:
+    """Return `8GB` or `500MiB` in bytes."""
     if value is None:
         return None
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", value.strip(), re.IGNORECASE)
@@ -19,104 +107,3 @@ def _bytes(_context: click.Context, _parameter: click.Parameter, value: str | No
         raise click.BadParameter(f"'{value}' is not a size; give for example 8GB or 500MiB.")
     number, unit, binary = match.groups()
     return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(unit.upper() or " "))
-
-
-REMOVE = click.option(
-    "--remove",
-    default=BudgetConfig.remove,
-    show_default=True,
-    metavar="layer|attention|mlp",
-    help="Operate on whole layers, or only on their attention or their MLP; the budget is then of these.",
-)
-REFIT = combine(
-    click.option(
-        "--refit/--no-refit",
-        default=None,
-        help="Re-solve what stays, in closed form, so that the result follows the original.  [default: with --method "
-        f"{DEFAULT_METHOD}]",
-    ),
-    click.option(
-        "--refit-scope",
-        default=RefitConfig.scope,
-        show_default=True,
-        metavar="all|operated",
-        help="operated: low-rank layers only; the others stay as they are, bit for bit.",
-    ),
-    click.option(
-        "--refit-general",
-        default=RefitConfig.general,
-        show_default=True,
-        metavar="F",
-        help="Sequences of general text (the bundled one) that the refit looks at, for each calibration sequence; at "
-        "least 8, or none with 0.",
-    ),
-)
-RUNTIME = combine(
-    click.option(
-        "--device",
-        default=RuntimeConfig.device,
-        show_default=True,
-        metavar="auto|cpu|cuda[:N]",
-        help="Where to compute.",
-    ),
-    click.option(
-        "--dtype",
-        default=RuntimeConfig.dtype,
-        show_default=True,
-        metavar="auto|float32|bfloat16|float16",
-        help="dtype of computation; auto is float32 on a CPU and the checkpoint's own on CUDA. The saved checkpoint "
-        "always has the original's dtype.",
-    ),
-    click.option(
-        "--batch-size",
-        default=RuntimeConfig.batch_size,
-        show_default=True,
-        help="Sequences at a time; changes speed, not results.",
-    ),
-    click.option(
-        "--memory-limit",
-        callback=_bytes,
-        metavar="SIZE",
-        help="Stay below this, such as 8GB, where there is a choice of what to keep in memory, and refuse a refit that "
-        "does not fit.  [default: what is free]",
-    ),
-    click.option("--seed", default=RuntimeConfig.seed, show_default=True, help="Seed of every random choice."),
-    click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with the checkpoint."),
-    click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout."),
-    click.option("--debug", is_flag=True, help="Show tracebacks and the libraries' own messages."),
-)
-CALIBRATION = combine(
-    click.option(
-        "--calibration",
-        multiple=True,
-        default=CalibrationConfig.sources,
-        show_default=True,
-        metavar="NAME|FILE[:WEIGHT]",
-        help="Calibration data: bundled, a .txt .jsonl .json .csv .parquet file, or a hub data set "
-        "(wikitext2, c4, gsm8k, OWNER/NAME[#CONFIG][@SPLIT]). Rows with prompt and answer, or chat messages, carry "
-        "loss on the answer only. May be given several times to mix sources: --calibration task.jsonl:2 "
-        "--calibration bundled:1 takes two thirds of the sequences from task.jsonl. A weight (default "
-        f"{CalibrationConfig.DEFAULT_WEIGHT:g}) is a share of sequences, not of the tokens that carry loss; the notes "
-        "printed on the way say how many of those each source has.",
-    ),
-    click.option(
-        "--samples",
-        default=CalibrationConfig.samples,
-        show_default=True,
-        help="Calibration sequences, from all sources together.",
-    ),
-    click.option(
-        "--sequence-length",
-        default=CalibrationConfig.sequence_length,
-        show_default=True,
-        help="Tokens in a sequence, in calibration and evaluation.",
-    ),
-    click.option("--text-column", metavar="NAME", help="Column that holds the text in a table file."),
-    click.option(
-        "--cache",
-        type=click.Path(path_type=Path, file_okay=False),
-        metavar="DIR",
-        help="Keep the calibration statistics here, so that another target or budget needs no new pass over the data. "
-        "They take about as much room as the model.",
-    ),
-)

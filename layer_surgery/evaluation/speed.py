@@ -43,16 +43,16 @@ def measure_speed(
     Each point begins with a run of every model that does not count.
     """
     points: list[list[SpeedPoint]] = [[] for _ in models]
-    shapes = [(batch, length) for batch in config.batch_sizes for length in config.prompt_lengths]
-    with progress("speed", len(shapes) * (config.repeats + 2) * len(models)) as advance:
+    shapes = [(batch, length) for batch in config.speed_batch_sizes for length in config.speed_lengths]
+    with progress("speed", len(shapes) * (config.speed_repeats + 2) * len(models)) as advance:
         for batch, length in shapes:
             prompt = _prompt(models, batch, length, seed)
             timings = [_Timings() for _ in models]
-            for turn in range(config.repeats + 1):
+            for turn in range(config.speed_repeats + 1):
                 # The one that goes first changes, so that no model always finds the caches as the other left them.
                 order = range(len(models)) if turn % 2 == 0 else reversed(range(len(models)))
                 for k in order:
-                    _run(models[k], prompt, config.new_tokens, timings[k] if turn else _Timings())
+                    _run(models[k], prompt, config.speed_new_tokens, timings[k] if turn else _Timings())
                     advance()
             for k, model in enumerate(models):
                 peak = peak_memory_bytes(model, prompt)
@@ -105,10 +105,10 @@ def _point(timings: _Timings, peak: int, batch: int, length: int, config: SpeedC
     return SpeedPoint(
         batch_size=batch,
         prompt_tokens=length,
-        new_tokens=config.new_tokens,
-        repeats=config.repeats,
+        new_tokens=config.speed_new_tokens,
+        repeats=config.speed_repeats,
         prefill_tokens_per_second=batch * length / prefill,
-        decode_tokens_per_second=batch * (config.new_tokens - 1) / median(timings.decode),
+        decode_tokens_per_second=batch * (config.speed_new_tokens - 1) / median(timings.decode),
         time_to_first_token_seconds=prefill,
         latency_p50_seconds=float(p50),
         latency_p95_seconds=float(p95),

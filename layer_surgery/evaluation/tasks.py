@@ -48,17 +48,17 @@ class Tasks:
         Raises `DataError` for an unknown task, a damaged one, and one whose data are not here and cannot be had.
         """
         self._config = config
-        own = [bundled, *config.paths]
+        own = [bundled, *config.task_path]
         # lm-eval's own tasks are 15,000 files, whose index takes seconds; often nobody asks for them.
         for with_defaults in (False, True):
             self._manager = TaskManager(include_path=own, include_defaults=with_defaults)
-            unknown = [name for name in config.names if not self._known(name)]
+            unknown = [name for name in config.tasks if not self._known(name)]
             if unknown and not with_defaults:
                 continue
             if unknown:
                 raise DataError(self._unknown(unknown[0]))
             try:
-                self._specs = [spec for name in dict.fromkeys(config.names) for spec in self._load(name)]
+                self._specs = [spec for name in dict.fromkeys(config.tasks) for spec in self._load(name)]
                 break
             except DataError as error:  # perhaps a group of the user's has one of lm-eval's own tasks
                 if with_defaults or isinstance(error.__cause__, ConnectionError):

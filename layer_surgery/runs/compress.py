@@ -1,17 +1,14 @@
-"""Composes a run: open, evaluate, score, plan, operate (operation.py), evaluate (evaluator.py), save."""
+"""The main job, top to bottom: open, calibrate, score, plan, operate, evaluate, save."""
 
 from __future__ import annotations
 
 import json
 import logging
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerBase
-
 from layer_surgery.calibration.cache import check_cache
-from layer_surgery.checkpoint.open import Checkpoint, open_checkpoint
 from layer_surgery.checkpoint.save import (
     check_free_space,
     check_not_same,
@@ -19,173 +16,136 @@ from layer_surgery.checkpoint.save import (
     save_checkpoint,
     staged_directory,
 )
-from layer_surgery.config import DEFAULT_METHOD, BudgetConfig, CompressConfig
-from layer_surgery.data.tokens import PackedTokens
-from layer_surgery.errors import CheckpointError, OutputError, PlanError, describe
+from layer_surgery.config import CompressConfig
+from layer_surgery.errors import OutputError, PlanError, describe
 from layer_surgery.machine import peak_device_memory_bytes, peak_memory_bytes
-from layer_surgery.progress import Ui
-from layer_surgery.records import LayerScores, StageFailure, SurgeryPlan, SurgeryReport
+from layer_surgery.records import LayerScores, StageFailure, SurgeryReport
 from layer_surgery.records.reading_surgery import REPORT_FILE
 from layer_surgery.reporting.publish import write_page_and_card
-from layer_surgery.runs.compression import Compression, check_options
+from layer_surgery.runs.bench import general_text, open_bench
 from layer_surgery.runs.evaluator import Evaluator
-from layer_surgery.runs.operation import RefitData, refit_data, statistics_source
+from layer_surgery.runs.planning import Planning, checked
 from layer_surgery.runs.provenance import (
     base_model_record,
-    calibration_names,
+    check_saved,
     checkpoint_hash,
     described_tokens,
     report_dict,
-    rounded,
     run_provenance,
 )
-from layer_surgery.runs.session import Model, calibration_walk, check_column, open_session
+from layer_surgery.runs.session import Model, check_sources, open_session
 
 _LOG = logging.getLogger(__name__)
 
 
-def run_compress(
-    model: Model,
-    config: CompressConfig,
-    *,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    ui: Ui | None = None,
-    known_scores: LayerScores | None = None,
-) -> SurgeryReport:
-    """Compress a model: the main job. Everything that can be refused is refused before any work is done.
+def run_compress(model: Model, config: CompressConfig, *, known_scores: LayerScores | None = None) -> SurgeryReport:
+    """Compress a model. Everything that can be refused is refused before any work is done.
 
     `known_scores` are what the scorer has given for the same options before; it is then not asked again.
     """
-    given = _given_plan(config)
-    config = replace(config, method=config.method or (given.method if given else "") or DEFAULT_METHOD)
-    check_options(config)
+    config = checked(config)
     if config.output is None and not config.dry_run:
         raise OutputError("give --output (a directory for the compressed model), or --dry-run.")
-    check_cache(config.runtime.cache)
-    check_column(config.calibration.column, [*calibration_names(config.calibration), *config.evaluation.sources])
+    check_cache(config.cache)
+    check_sources(config.text_column, calibration=config.calibration, evaluation=config.eval_data)
     with ExitStack() as stack:
-        staging = None
-        if config.output is not None:
-            check_not_same(model, config.output)
-            check_output(config.output, overwrite=config.overwrite)
-            if not config.dry_run:
-                staging = stack.enter_context(staged_directory(config.output, overwrite=config.overwrite))
-        session = stack.enter_context(
-            open_session(model, tokenizer, config.runtime, ui or Ui(), staging.parent if staging else None)
-        )
-        job = Compression(config, session)
-        trial = job.trial_plan()
+        # Open: the output, the model, the data, and what there is to measure.
+        staging = _open_output(model, config, stack)
+        session = stack.enter_context(open_session(model, config, staging.parent if staging else None))
+        original = session.checkpoint
+        planning = Planning(config, original)
         if staging is not None:
-            check_free_space(staging, trial.parameters * session.checkpoint.dtype.itemsize)
-        scope = job.refit_scope(trial)
-        tokens = session.calibration_tokens(config.calibration) if job.needs_data(trial) else None
-        data = refit_data(session, tokens, scope, config.refit.general) if tokens is not None and scope else None
-        texts = session.evaluation_tokens(config.evaluation)
-        evaluator = stack.enter_context(Evaluator(session, config.evaluation, texts, baseline=session))
-        report = _Run(job, trial, tokens, data, known_scores).operate(evaluator, staging)
-    return report
-
-
-def _given_plan(config: CompressConfig) -> SurgeryPlan | None:
-    if config.plan is None:
-        return None
-    budget = config.budget
-    if budget != BudgetConfig():
-        raise PlanError(
-            "--plan says already which layers and ranks; leave out --target-layers, --layers, --keep, "
-            "--target-parameters and --remove."
-        )
-    return config.plan
-
-
-@dataclass
-class _Run:
-    job: Compression
-    trial: SurgeryPlan
-    tokens: PackedTokens | None
-    data: RefitData | None
-    known_scores: LayerScores | None
-
-    def operate(self, evaluator: Evaluator, staging: Path | None) -> SurgeryReport:
-        job, session, config, tokens = self.job, self.job.session, self.job.config, self.tokens
-        clock = session.clock
-        session.stream(session.checkpoint)  # proves, before anything else is done, that it can be walked over
+            check_free_space(staging, planning.trial.parameters * original.dtype.itemsize)
+        scope, tokens, general = planning.refit_scope, None, None
+        if planning.needs_data:
+            tokens = session.calibration_tokens(config)
+            general = general_text(session, tokens, config.refit_general) if scope is not None else None
+        evaluator = stack.enter_context(Evaluator(session, config, session.evaluation_tokens(config), baseline=session))
+        session.stream(original)  # proves, before anything else is done, that it can be walked over
         sha256 = checkpoint_hash(session)
-        _check_hash(config, sha256)
-        with clock.stage("evaluate_before"):
-            evaluator.measure("before", session.checkpoint)
-        with calibration_walk(session, session.stream(session.checkpoint), tokens) as walk:
-            statistics = statistics_source(session, sha256, config.runtime.cache, config.budget.remove)
-            scores = self.known_scores
-            if scores is None and job.chooses:
-                scores = job.scores(job.scoring_context(walk, statistics, self.trial))
-            operation = job.carry_out(walk, statistics, scores, self.data, trial=self.trial, base_sha256=sha256)
-        plan, operated = operation.plan, operation.checkpoint
-        with clock.stage("evaluate_after"):
-            evaluator.measure("after", operated)
+        _check_plan_is_for(config, sha256)
+        # Evaluate the original.
+        with session.clock.stage("evaluate_before"):
+            evaluator.measure("before", original)
+        # Calibrate, score, plan, operate.
+        with open_bench(session, tokens, config, part=config.remove, general=general, base_sha256=sha256) as bench:
+            scores = known_scores
+            if scores is None and planning.chooses:
+                scores = bench.scores(
+                    config.scorer,
+                    len(planning.trial.operated),
+                    keep=planning.ranked_keep,
+                    refit=scope is not None,
+                    keep_boundaries=planning.keep_boundaries,
+                )
+            plan = planning.plan(scores, sha256)
+            result = bench.operate(plan, planning.method.name, scope, ranks_fixed=config.plan is not None)
+        # Evaluate the result.
+        with session.clock.stage("evaluate_after"):
+            evaluator.measure("after", result.checkpoint)
             comparison = evaluator.compare()
             device_peak = peak_device_memory_bytes(session.device)  # the next measurement begins to count anew
             evaluator.measure_speed()
+        # Save.
         if staging is not None:
-            with clock.stage("save"):
+            with session.clock.stage("save"):
                 save_checkpoint(
-                    operated, staging, base=job.checkpoint, tokenizer=session.tokenizer, progress=session.ui.progress
+                    result.checkpoint, staging, base=original, tokenizer=session.tokenizer, progress=session.ui.progress
                 )
-                _check_saved(staging, operated)
+                check_saved(staging, result.checkpoint)
         report = SurgeryReport(
-            base_model=base_model_record(session.checkpoint, sha256),
-            plan=plan,
+            base_model=base_model_record(original, sha256),
+            plan=result.plan,
             scores=scores,
-            refit=operation.refitted,
-            spectra=operation.spectra,
+            refit=result.refitted,
+            spectra=result.spectra,
             before=evaluator.result("before"),
             after=evaluator.result("after"),
             comparison=comparison,
             continuations=evaluator.side_by_side(),
             failures=evaluator.failures,
-            timings=rounded(clock.seconds),
+            timings=session.clock.rounded,
             peak_memory_bytes=peak_memory_bytes(),
             peak_device_memory_bytes=device_peak,
             calibration=described_tokens(tokens),
-            provenance=run_provenance(session, config.command, config.describe()),
+            provenance=run_provenance(session, config),
             output=str(config.output) if staging is not None else None,
         )
-        if staging is not None:
-            _write_report(report, staging)
-            report = self._with_page(report, staging)
-        return report
-
-    def _with_page(self, report: SurgeryReport, staging: Path) -> SurgeryReport:
-        """Write page and card; their failure must not lose the model, so it is recorded like that of an evaluation."""
-        assert self.job.config.output is not None
-        try:
-            write_page_and_card(staging, report, self.job.config.output.name)
-        except Exception as error:
-            _LOG.debug("the report page failed", exc_info=True)
-            failure = StageFailure(stage="report page", error=describe(error))
-            report = replace(report, failures=[*report.failures, failure])
-            _write_report(report, staging)
-        return report
+        return report if staging is None else _write_report(report, staging, config)
 
 
-def _check_hash(config: CompressConfig, sha256: str) -> None:
-    if config.plan is not None and config.plan.base_sha256 not in ("", sha256):
+def _open_output(model: Model, config: CompressConfig, stack: ExitStack) -> Path | None:
+    """Return a staging directory that becomes the output when `stack` is left; None for a dry run."""
+    if config.output is None:
+        return None
+    check_not_same(model, config.output)
+    check_output(config.output, overwrite=config.overwrite)
+    return None if config.dry_run else stack.enter_context(staged_directory(config.output, overwrite=config.overwrite))
+
+
+def _check_plan_is_for(config: CompressConfig, sha256: str) -> None:
+    if config.plan is not None and config.plan.plan.base_sha256 not in ("", sha256):
         raise PlanError(
-            f"{config.plan_name} was made for another checkpoint (its base_sha256 begins "
-            f"{config.plan.base_sha256[:12]}, this one's {sha256[:12]}); to apply it all the same, clear "
+            f"{config.plan.name} was made for another checkpoint (its base_sha256 begins "
+            f"{config.plan.plan.base_sha256[:12]}, this one's {sha256[:12]}); to apply it all the same, clear "
             "base_sha256 in the plan."
         )
 
 
-def _write_report(report: SurgeryReport, directory: Path) -> None:
-    text = json.dumps(report_dict(report), indent=2, ensure_ascii=False, allow_nan=False)
-    (directory / REPORT_FILE).write_text(text + "\n", encoding="utf-8")
+def _write_report(report: SurgeryReport, directory: Path, config: CompressConfig) -> SurgeryReport:
+    """Write `surgery.json`, page and card; if these fail, that is recorded and the model is not lost."""
 
+    def write(report: SurgeryReport) -> SurgeryReport:
+        text = json.dumps(report_dict(report), indent=2, ensure_ascii=False, allow_nan=False)
+        (directory / REPORT_FILE).write_text(text + "\n", encoding="utf-8")
+        return report
 
-def _check_saved(directory: Path, operated: Checkpoint) -> None:
-    """Open what was written: every tensor must be there with its shape, and the parameters must add up."""
-    saved = open_checkpoint(directory, trust_remote_code=operated.trust_remote_code)
-    if saved.parameters != operated.parameters or saved.low_rank != operated.low_rank:
-        raise CheckpointError(
-            f"what was written to {directory} is not what was to be written; this is a bug, report it."
-        )
+    write(report)
+    assert config.output is not None
+    try:
+        write_page_and_card(directory, report, config.output.name)
+    except Exception as error:
+        _LOG.debug("the report page failed", exc_info=True)
+        failure = StageFailure(stage="report page", error=describe(error))
+        report = write(replace(report, failures=[*report.failures, failure]))
+    return report

@@ -132,14 +132,14 @@ class Evaluator:
 
     def measure_speed(self) -> None:
         """Measure the speed of all measured models, which take turns."""
-        if not self._config.speed.measure:
+        if not self._config.speed:
             return
         moments: list[Moment] = list(self._measured)
         with self._attempt("speed"):
             models = [self._measured[moment] for moment in moments]
             points = measure_speed(
                 [measured.session.stream(measured.checkpoint).load_whole() for measured in models],
-                self._config.speed,
+                self._config,
                 self._session.ui.progress,
                 self._session.runtime.seed,
             )
@@ -200,26 +200,26 @@ class Evaluator:
         if self._prompts:
             with self._attempt(f"continuations {moment}"):
                 prompts = [encode_prompt(tokenizer, prompt) for prompt in self._prompts]
-                new_tokens = self._config.continuations.new_tokens
+                new_tokens = self._config.NEW_TOKENS
                 measured.written = continuations(model, tokenizer, prompts, new_tokens, session.ui.progress)
 
     # -- what is checked before any work -----------------------------------------------------------------------------
 
     def _load_tasks(self) -> Tasks | None:
-        if not self._config.tasks.names:
+        if not self._config.tasks:
             return None
         self._session.need_tokenizer()
         from layer_surgery.evaluation.tasks import Tasks  # lm-eval takes seconds to import
 
-        return Tasks(self._config.tasks, bundled_tasks())
+        return Tasks(self._config, bundled_tasks())
 
     def _choose_prompts(self) -> list[str]:
         """Return the prompts of the user's, or the beginnings of windows of the first text."""
-        config, session = self._config.continuations, self._session
+        config, session = self._config, self._session
         if config.prompts:
             session.need_tokenizer()
             return list(config.prompts)
-        count = config.count
+        count = config.continuations
         if count is None:
             small = self._whole_bytes(session, session.checkpoint) <= session.resident_bytes
             count = config.DEFAULT_COUNT if small else 0
@@ -228,7 +228,7 @@ class Evaluator:
         tokenizer = session.need_tokenizer()
         return [
             str(tokenizer.decode(ids, skip_special_tokens=True))
-            for ids in prompts_from(self._texts[0], count, config.prompt_tokens)
+            for ids in prompts_from(self._texts[0], count, config.PROMPT_TOKENS)
         ]
 
     def _check(self, checkpoint: Checkpoint) -> None:
@@ -240,9 +240,9 @@ class Evaluator:
                 f"{first.name} has a vocabulary of {sizes[0]} tokens and {checkpoint.name} one of {sizes[1]}, so "
                 "their predictions cannot be compared; pass --no-distance."
             )
-        speed, longest = self._config.speed, getattr(checkpoint.config, "max_position_embeddings", None)
-        needed = max(speed.prompt_lengths) + speed.new_tokens
-        if speed.measure and longest is not None and needed > longest:
+        config, longest = self._config, getattr(checkpoint.config, "max_position_embeddings", None)
+        needed = max(config.speed_lengths) + config.speed_new_tokens
+        if config.speed and longest is not None and needed > longest:
             raise DataError(
                 f"--speed-lengths and --speed-new-tokens make {needed} tokens, but {checkpoint.name} takes at most "
                 f"{longest}; choose shorter ones."
@@ -252,15 +252,15 @@ class Evaluator:
         """Tasks, speed and continuations need the whole model in memory; surgery and perplexity do not."""
         session = self._session
         options = {
-            "--tasks": bool(self._config.tasks.names),
-            "--speed": self._config.speed.measure,
+            "--tasks": bool(self._config.tasks),
+            "--speed": self._config.speed,
             "--continuations": bool(self._prompts),
         }
         asked = [option for option, given in options.items() if given]
         if not asked:
             return
         sizes = [self._whole_bytes(each, each.checkpoint) for each in self._sessions.values()]
-        needed = sum(sizes) if self._config.speed.measure else max(sizes)
+        needed = sum(sizes) if self._config.speed else max(sizes)
         available = available_memory_bytes(session.device)
         if available is not None and needed > available:
             raise CheckpointError(

@@ -18,12 +18,13 @@ from transformers import AutoConfig
 from layer_surgery.checkpoint.open import Checkpoint, open_checkpoint
 from layer_surgery.checkpoint.save import check_not_same, check_output, save_checkpoint, staged_directory
 from layer_surgery.checkpoint.tensors import TensorSource, TensorSpec
-from layer_surgery.errors import CheckpointError, NumericalError
+from layer_surgery.config import ExportConfig
+from layer_surgery.errors import CheckpointError, NumericalError, OutputError
 from layer_surgery.machine import provenance
-from layer_surgery.progress import Progress, no_progress
 from layer_surgery.records import REPORT_SCHEMA_VERSION
 from layer_surgery.records.reading import read_json
 from layer_surgery.records.reading_surgery import REPORT_FILE
+from layer_surgery.runs.session import Model
 
 _IN, _OUT = ".in_factor.weight", ".out_factor.weight"
 
@@ -50,21 +51,17 @@ class DenseExport:
     """The directory that was written. Not part of `surgery.json`."""
 
 
-def run_export(
-    directory: str | Path,
-    output: Path,
-    *,
-    overwrite: bool = False,
-    command: str | None = None,
-    progress: Progress = no_progress,
-) -> DenseExport:
+def run_export(directory: Model, config: ExportConfig) -> DenseExport:
     """Write the checkpoint in `directory` to `output` with its factors multiplied out, and say what was done.
 
     Raises `CheckpointError` for a plain checkpoint, `ReportError` for a damaged `surgery.json`, `OutputError` for an
     output that may not be written, and `NumericalError` for a product that is not finite in the checkpoint's dtype.
     """
+    output = config.output
+    if output is None:
+        raise OutputError("give --output (a directory for the exported model).")
     check_not_same(directory, output)
-    check_output(output, overwrite=overwrite)
+    check_output(output, overwrite=config.overwrite)
     low_rank = open_checkpoint(directory)
     if not low_rank.low_rank:
         raise CheckpointError(
@@ -72,9 +69,9 @@ def run_export(
             "there is nothing to export; every tool loads it as it is."
         )
     report = _stored_report(low_rank)
-    with staged_directory(output, overwrite=overwrite) as staging:
+    with staged_directory(output, overwrite=config.overwrite) as staging:
         dense = dense_checkpoint(low_rank)
-        save_checkpoint(dense, staging, base=low_rank, progress=progress)
+        save_checkpoint(dense, staging, base=low_rank, progress=config.ui.progress)
         _check_saved(staging, dense)
         record = DenseExport(
             source=str(directory),
@@ -87,7 +84,7 @@ def run_export(
             parameters=dense.parameters,
             size_bytes_before=low_rank.size_bytes,
             size_bytes=dense.size_bytes,
-            provenance=provenance(torch.device("cpu")) | {"command": command},
+            provenance=provenance(torch.device("cpu")) | {"command": config.command},
         )
         _write_report(report, record, staging)
     return replace(record, output=str(output))

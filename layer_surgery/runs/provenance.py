@@ -1,4 +1,4 @@
-"""What the records of every run say: its data, its times, and what made it."""
+"""Records of where the numbers of a run are from: its model, its data, and what computed them."""
 
 from __future__ import annotations
 
@@ -6,19 +6,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from layer_surgery.checkpoint.open import Checkpoint
+from layer_surgery.checkpoint.open import Checkpoint, open_checkpoint
 from layer_surgery.checkpoint.origin import origin
-from layer_surgery.config import CalibrationConfig
-from layer_surgery.data import weighted_sources
+from layer_surgery.config import RuntimeConfig
 from layer_surgery.data.tokens import PackedTokens
+from layer_surgery.errors import CheckpointError
 from layer_surgery.machine import provenance
 from layer_surgery.records import SurgeryReport
 from layer_surgery.runs.session import Session
-
-
-def calibration_names(config: CalibrationConfig) -> list[str]:
-    """Return the sources without their weights; refuses wrong weights before there is anything to undo."""
-    return [source.name for source in weighted_sources(config.sources)]
 
 
 def report_dict(report: SurgeryReport) -> dict[str, Any]:
@@ -56,20 +51,15 @@ def _name(checkpoint: Checkpoint) -> str:
     return checkpoint.name
 
 
-def run_provenance(session: Session, command: str | None, settings: dict[str, Any]) -> dict[str, Any]:
-    """Return versions, hardware, seed, dtype, all settings and the command of a run."""
+def run_provenance(session: Session, config: RuntimeConfig, **more: Any) -> dict[str, Any]:
+    """Return versions, hardware, seed, dtype, all settings (`more` among them) and the command of a run."""
     dtype = session.runtime.torch_dtype(session.device, session.checkpoint.dtype)
     return provenance(session.device) | {
-        "command": command,
-        "seed": session.runtime.seed,
+        "command": config.command,
+        "seed": config.seed,
         "compute_dtype": str(dtype).removeprefix("torch."),
-        "config": settings,
+        "config": more | config.described(),
     }
-
-
-def rounded(seconds: dict[str, float]) -> dict[str, float]:
-    """Return times in seconds, to the millisecond."""
-    return {name: round(value, 3) for name, value in seconds.items()}
 
 
 def described_tokens(tokens: PackedTokens | None) -> dict[str, Any] | None:
@@ -84,3 +74,12 @@ def described_tokens(tokens: PackedTokens | None) -> dict[str, Any] | None:
         "predicted_tokens": tokens.predicted_tokens,
         "sources": [asdict(source) for source in tokens.sources],
     }
+
+
+def check_saved(directory: Path, result: Checkpoint) -> None:
+    """Open what was written: every tensor must be there with its shape, and the parameters must add up."""
+    saved = open_checkpoint(directory, trust_remote_code=result.trust_remote_code)
+    if saved.parameters != result.parameters or saved.low_rank != result.low_rank:
+        raise CheckpointError(
+            f"what was written to {directory} is not what was to be written; this is a bug, report it."
+        )

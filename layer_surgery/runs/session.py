@@ -13,7 +13,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from layer_surgery.checkpoint.open import Checkpoint, open_checkpoint
-from layer_surgery.config import CalibrationConfig, EvaluationConfig, RuntimeConfig
+from layer_surgery.config import CalibrationConfig, PerplexityConfig, RuntimeConfig
 from layer_surgery.data import check_vocabulary, load_documents, pack_evaluation, pack_mixture, weighted_sources
 from layer_surgery.data.tokens import PackedTokens
 from layer_surgery.errors import CheckpointError, DataError
@@ -21,7 +21,7 @@ from layer_surgery.machine import available_memory_bytes
 from layer_surgery.progress import Clock, Ui
 from layer_surgery.walk.self_check import check_walk
 from layer_surgery.walk.streamed import StreamedModel
-from layer_surgery.walk.walk import Walk, WalkSettings
+from layer_surgery.walk.walk import WalkSettings
 
 #: What folders with scratch files are called.
 SCRATCH_PREFIX = ".layer-surgery-"
@@ -95,10 +95,10 @@ class Session:
 
     def calibration_tokens(self, config: CalibrationConfig) -> PackedTokens:
         """Load and pack the calibration data, and say how much of it is used."""
-        sources = weighted_sources(config.sources)
+        sources = weighted_sources(config.calibration)
         tokens = pack_mixture(
             [
-                load_documents(source.name, column=_column(config.column, source.name), part="calibration")
+                load_documents(source.name, column=_column(config.text_column, source.name), part="calibration")
                 for source in sources
             ],
             [source.weight for source in sources],
@@ -112,16 +112,16 @@ class Session:
             self.ui.note(line)
         return tokens
 
-    def evaluation_tokens(self, config: EvaluationConfig) -> list[PackedTokens]:
+    def evaluation_tokens(self, config: PerplexityConfig) -> list[PackedTokens]:
         """Load and pack every evaluation text."""
         packed = []
-        for source in config.sources:
-            data = load_documents(source, column=_column(config.column, source), part="evaluation")
+        for source in config.eval_data:
+            data = load_documents(source, column=_column(config.text_column, source), part="evaluation")
             tokens = pack_evaluation(
                 data,
                 self.need_tokenizer(),
                 sequence_length=config.sequence_length,
-                max_windows=config.max_windows,
+                max_windows=config.eval_windows,
             )
             self._check(tokens)
             self.ui.note(
@@ -154,11 +154,12 @@ def _calibration_notes(tokens: PackedTokens) -> Iterator[str]:
 
 
 @contextmanager
-def open_session(
-    model: Model, tokenizer: PreTrainedTokenizerBase | None, runtime: RuntimeConfig, ui: Ui, scratch_parent: Path | None
-) -> Iterator[Session]:
-    """Open a model with its tokenizer; scratch files are gone on exit."""
-    clock = Clock()
+def open_session(model: Model, runtime: RuntimeConfig, scratch_parent: Path | None = None) -> Iterator[Session]:
+    """Open a model with its tokenizer; scratch files are gone on exit.
+
+    They are in `runtime.scratch`, else in `scratch_parent`, else where the system keeps its temporary files.
+    """
+    clock, tokenizer, ui = Clock(), runtime.tokenizer, runtime.ui
     device = runtime.torch_device()
     with clock.stage("open"):
         checkpoint = open_checkpoint(model, trust_remote_code=runtime.trust_remote_code)
@@ -201,8 +202,9 @@ def _check_tokenizer(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase 
         )
 
 
-def check_column(column: str | None, sources: Sequence[str]) -> None:
-    """Raise `DataError` if a column is given and none of the sources has columns."""
+def check_sources(column: str | None, calibration: Sequence[str] = (), evaluation: Sequence[str] = ()) -> None:
+    """Raise `DataError` for wrong weights, and for a column if none of the sources has columns."""
+    sources = [*(source.name for source in weighted_sources(calibration)), *evaluation]
     if column is not None and all(_column(column, source) is None for source in sources):
         raise DataError(
             f"--text-column {column} applies to none of {', '.join(sources) or 'no data'}, which have no columns; "
@@ -226,15 +228,3 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
         raise CheckpointError(f"the tokenizer in {checkpoint.directory} cannot be loaded: {reason}") from error
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
     return tokenizer
-
-
-@contextmanager
-def calibration_walk(session: Session, model: StreamedModel, tokens: PackedTokens | None) -> Iterator[Walk]:
-    """Yield a walk over the calibration tokens; over a single dummy token if nothing looks at any."""
-    if tokens is None:
-        one = torch.zeros(1, 1, dtype=torch.int64)
-        tokens = PackedTokens(
-            name="none", token_ids=one, loss_mask=one > 0, valid=one > 0, tokens_available=0, sha256=""
-        )
-    with Walk(model, tokens, session.settings) as walk:
-        yield walk

@@ -476,11 +476,11 @@ STAGES = [
     "layer_surgery.runs.evaluator.window_losses",
     "layer_surgery.calibration.couplings.Responses.add",
     "layer_surgery.surgeon.grasp.attributed_groups",
-    "layer_surgery.runs.operation.result_checkpoint",
+    "layer_surgery.runs.bench.result_checkpoint",
     "layer_surgery.runs.compress.save_checkpoint",
     "layer_surgery.checkpoint.save.StreamedSafetensors.write",
     "layer_surgery.checkpoint.save._copy_companions",
-    "layer_surgery.runs.compress._check_saved",
+    "layer_surgery.runs.compress.check_saved",
     "layer_surgery.runs.compress.report_dict",
 ]
 

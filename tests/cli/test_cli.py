@@ -169,7 +169,7 @@ def test_the_report_holds_the_command_line(
     expected = f"layer-surgery compress {model} --output '{tmp_path}/my output' {' '.join(map(str, options))}"
     assert provenance["command"].replace("'", "") == expected.replace("'", "")
     assert provenance["seed"] == 5
-    assert provenance["config"]["budget"]["layers"] == [1]
+    assert provenance["config"]["layers"] == [1]
 
 
 def test_score_ranks_every_layer(run: CommandLine, model: Path, data: list[str | Path]) -> None:
@@ -381,7 +381,7 @@ def test_running_out_of_memory_says_what_to_do(
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
 
-    monkeypatch.setattr("layer_surgery.runs.operation.result_checkpoint", fail)
+    monkeypatch.setattr("layer_surgery.runs.bench.result_checkpoint", fail)
     outcome = run("compress", model, "--layers", 1, "--method", "svd", "--no-eval", "--output", tmp_path / "output")
     assert outcome.code == 1
     assert "--batch-size" in outcome.err
@@ -394,7 +394,7 @@ def test_an_interruption_is_no_error(
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("layer_surgery.runs.operation.result_checkpoint", stop)
+    monkeypatch.setattr("layer_surgery.runs.bench.result_checkpoint", stop)
     outcome = run("compress", model, "--layers", 1, "--method", "svd", "--no-eval", "--output", tmp_path / "output")
     assert outcome.code == 130
     assert outcome.error_lines[-1] == "interrupted; nothing half-written is left."

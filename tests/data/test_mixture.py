@@ -198,14 +198,14 @@ def test_another_error_in_one_source_names_it() -> None:
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({"sources": ("a", "b", "c"), "samples": 2}, "--samples is 2, but --calibration names 3 sources"),
-        ({"sources": ()}, "--calibration names no data"),
+        ({"calibration": ("a", "b", "c"), "samples": 2}, "--samples is 2, but --calibration names 3 sources"),
+        ({"calibration": ()}, "--calibration names no data"),
     ],
 )
 def test_more_sources_than_samples_and_none_are_refused(options: dict[str, Any], expected: str) -> None:
     with pytest.raises(UserError, match=expected):
         CalibrationConfig(**options)
-    assert CalibrationConfig(sources=("a", "b", "c"), samples=3).samples == 3
+    assert CalibrationConfig(calibration=("a", "b", "c"), samples=3).samples == 3
 
 
 # From the command line to the report
@@ -248,7 +248,7 @@ def test_the_report_and_the_notes_list_every_source(
     assert (second["name"], second["weight"], second["sequences"]) == (text, 1, 2)
     for key in ("tokens", "predicted_tokens", "sequences", "tokens_available"):
         assert first[key] + second[key] == block[key]
-    assert report["provenance"]["config"]["calibration"]["sources"] == [f"{task}:2", text]
+    assert report["provenance"]["config"]["calibration"] == [f"{task}:2", text]
     (first_note, second_note) = outcome.error_lines
     part = 100 * first["predicted_tokens"] / block["predicted_tokens"]
     assert first_note == (

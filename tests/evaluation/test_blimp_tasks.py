@@ -52,7 +52,7 @@ def test_accuracy_is_how_often_the_good_sentence_is_likelier(script: ModuleType,
             logits = model(torch.tensor([ids])).logits[0].log_softmax(-1)
         return sum(float(logits[k - 1, ids[k]]) for k in range(1, len(ids)))
 
-    tasks = Tasks(TaskConfig(names=("blimp_local",), paths=(tmp_path / "tasks",)), bundled_tasks())
+    tasks = Tasks(TaskConfig(tasks=("blimp_local",), task_path=(tmp_path / "tasks",)), bundled_tasks())
     outcome = tasks.run(model, tiny_tokenizer(), no_progress)
     right = 0
     for name, pairs in PAIRS.items():

@@ -25,7 +25,9 @@ def test_numbers_follow_from_the_times_of_prefill_and_steps(monkeypatch: pytest.
     """Each reading of the clock is 2 s after the one before, so a prefill and every step take 2 s."""
     ticks = itertools.count(0, 2)
     monkeypatch.setattr(module, "_now", lambda _device: float(next(ticks)))
-    config = SpeedConfig(measure=True, batch_sizes=(1, 3), prompt_lengths=(4, 8), new_tokens=5, repeats=3)
+    config = SpeedConfig(
+        speed=True, speed_batch_sizes=(1, 3), speed_lengths=(4, 8), speed_new_tokens=5, speed_repeats=3
+    )
     (points,) = measure_speed([tiny_model()], config, no_progress, seed=0)
     assert [(p.batch_size, p.prompt_tokens) for p in points] == [(1, 4), (1, 8), (3, 4), (3, 8)]
     for point in points:
@@ -43,7 +45,7 @@ def test_percentiles_are_over_all_steps_and_medians_over_runs(monkeypatch: pytes
         times += list(itertools.accumulate((0, *run)))
     stream = iter(times)
     monkeypatch.setattr(module, "_now", lambda _device: float(next(stream)))
-    config = SpeedConfig(measure=True, prompt_lengths=(6,), new_tokens=3, repeats=3)
+    config = SpeedConfig(speed=True, speed_lengths=(6,), speed_new_tokens=3, speed_repeats=3)
     ((point,),) = measure_speed([tiny_model()], config, no_progress, seed=0)
     assert point.time_to_first_token_seconds == 3
     assert point.prefill_tokens_per_second == 2
@@ -62,7 +64,7 @@ def test_models_take_turns_and_each_goes_first_in_half_of_them(monkeypatch: pyte
         run(model, *arguments)
 
     monkeypatch.setattr(module, "_run", spy)
-    measure_speed([before, after], SpeedConfig(measure=True, prompt_lengths=(4,), repeats=3), no_progress, seed=0)
+    measure_speed([before, after], SpeedConfig(speed=True, speed_lengths=(4,), speed_repeats=3), no_progress, seed=0)
     assert order == [4, 3, 3, 4, 4, 3, 3, 4, 4, 3]
 
 
@@ -102,11 +104,11 @@ def test_peak_memory_is_the_weights_and_what_generation_takes(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"batch_sizes": (0,)}, "--speed-batch-sizes is 0; allowed: 1 or more"),
-        ({"batch_sizes": ()}, "--speed-batch-sizes is empty"),
-        ({"prompt_lengths": (8, -1)}, "--speed-lengths is -1"),
-        ({"new_tokens": 1}, "--speed-new-tokens is 1; allowed: 2 or more"),
-        ({"repeats": 0}, "--speed-repeats is 0"),
+        ({"speed_batch_sizes": (0,)}, "--speed-batch-sizes is 0; allowed: 1 or more"),
+        ({"speed_batch_sizes": ()}, "--speed-batch-sizes is empty"),
+        ({"speed_lengths": (8, -1)}, "--speed-lengths is -1"),
+        ({"speed_new_tokens": 1}, "--speed-new-tokens is 1; allowed: 2 or more"),
+        ({"speed_repeats": 0}, "--speed-repeats is 0"),
     ],
 )
 def test_settings_of_speed_that_cannot_be_are_refused(options: dict[str, Any], message: str) -> None:
@@ -160,8 +162,8 @@ def test_a_prompt_begins_as_a_text_and_does_not_end(adds_eos: bool) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"count": -1}, "--continuations is -1"),
-        ({"count": 2, "prompts": ("x",)}, "use one of the two"),
+        ({"continuations": -1}, "--continuations is -1"),
+        ({"continuations": 2, "prompts": ("x",)}, "use one of the two"),
         ({"prompts": (" ",)}, "--prompt is empty"),
     ],
 )

@@ -107,7 +107,7 @@ def model() -> PreTrainedModel:
 
 
 def run(names: tuple[str, ...], own: Path, model: PreTrainedModel, **options: Any) -> TaskOutcome:
-    tasks = Tasks(TaskConfig(names=names, paths=(own,), **options), bundled_tasks())
+    tasks = Tasks(TaskConfig(tasks=names, task_path=(own,), **options), bundled_tasks())
     return tasks.run(model, tiny_tokenizer(), no_progress)
 
 
@@ -168,7 +168,7 @@ def test_a_group_brings_its_tasks_and_num_fewshot_and_limit_reach_lm_eval(own: P
 
 
 def test_the_same_tasks_can_be_run_on_one_model_after_another(own: Path, model: PreTrainedModel) -> None:
-    tasks = Tasks(TaskConfig(names=("own_choice", "own_generate"), paths=(own,), num_fewshot=1), bundled_tasks())
+    tasks = Tasks(TaskConfig(tasks=("own_choice", "own_generate"), task_path=(own,), num_fewshot=1), bundled_tasks())
     other = model_with_vocabulary(seed=1)
     first, second, again = (tasks.run(m, tiny_tokenizer(), no_progress) for m in (model, other, model))
     assert first.results == again.results
@@ -187,7 +187,7 @@ def test_the_difference_between_models_is_paired_by_item(own: Path, model: PreTr
 
 
 def test_the_bundled_tasks_run_and_add_up(model: PreTrainedModel) -> None:
-    tasks = Tasks(TaskConfig(names=("bundled",), limit=3), bundled_tasks())
+    tasks = Tasks(TaskConfig(tasks=("bundled",), limit=3), bundled_tasks())
     outcome = tasks.run(model, tiny_tokenizer(), no_progress)
     leaves = [name for name in outcome.results if name != "bundled"]
     assert len(leaves) >= 5
@@ -201,7 +201,7 @@ def test_the_bundled_tasks_run_and_add_up(model: PreTrainedModel) -> None:
 
 def test_neither_model_nor_tokenizer_nor_global_generators_change(own: Path, model: PreTrainedModel) -> None:
     tokenizer = tiny_tokenizer(pad=None)
-    tasks = Tasks(TaskConfig(names=("own_choice",), paths=(own,)), bundled_tasks())
+    tasks = Tasks(TaskConfig(tasks=("own_choice",), task_path=(own,)), bundled_tasks())
     random.seed(4)
     np.random.seed(4)
     torch.manual_seed(4)
@@ -236,7 +236,7 @@ def test_nothing_goes_to_stdout_and_every_answer_advances_the_progress(
         yield lambda: ticks.append(None)
 
     names = ("own_choice", "own_rolling", "own_generate")
-    Tasks(TaskConfig(names=names, paths=(own,)), bundled_tasks()).run(model, tiny_tokenizer(), progress)
+    Tasks(TaskConfig(tasks=names, task_path=(own,)), bundled_tasks()).run(model, tiny_tokenizer(), progress)
     printed = capfd.readouterr()
     assert printed.out == "" and "git" not in printed.err
     assert sorted(total for _, total in seen) == [16, 16, 48]
@@ -258,7 +258,7 @@ def test_the_batch_size_follows_from_the_longest_request(
 
 
 def load(*names: str, own: Path | None = None) -> Tasks:
-    return Tasks(TaskConfig(names=names, paths=(own,) if own else ()), bundled_tasks())
+    return Tasks(TaskConfig(tasks=names, task_path=(own,) if own else ()), bundled_tasks())
 
 
 def test_a_task_whose_data_are_on_the_hub_is_refused_offline(own: Path) -> None:
@@ -312,13 +312,13 @@ def test_a_damaged_task_is_one_sentence(own: Path) -> None:
 
 def test_options_that_cannot_be_are_refused(tmp_path: Path) -> None:
     for options, message in (
-        ({"names": ("a",), "limit": 0}, "--limit is 0; allowed: 1 or more"),
-        ({"names": ("a",), "num_fewshot": -1}, "--num-fewshot is -1"),
-        ({"names": ("a",), "paths": (tmp_path / "none",)}, "is not a directory"),
-        ({"names": ("none.yaml",)}, "none.yaml, which is not there"),
+        ({"tasks": ("a",), "limit": 0}, "--limit is 0; allowed: 1 or more"),
+        ({"tasks": ("a",), "num_fewshot": -1}, "--num-fewshot is -1"),
+        ({"tasks": ("a",), "task_path": (tmp_path / "none",)}, "is not a directory"),
+        ({"tasks": ("none.yaml",)}, "none.yaml, which is not there"),
         ({"limit": 3}, "--limit says how tasks are run, but no task is named"),
         ({"num_fewshot": 0}, "--num-fewshot says how"),
-        ({"paths": (tmp_path,)}, "--task-path says how"),
+        ({"task_path": (tmp_path,)}, "--task-path says how"),
     ):
         with pytest.raises(UserError, match=message):
             TaskConfig(**options)

@@ -19,11 +19,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import layer_surgery
 from layer_surgery import SweepPoint, SweepReport
 from layer_surgery.errors import NumericalError, OutputError, UserError
+from layer_surgery.records import LayerScores, SurgeryPlan
 from layer_surgery.records.reading_sweep import read_sweep
 from layer_surgery.reporting.sweep_page import sweep_rows
-from layer_surgery.runs.compression import Compression
+from layer_surgery.runs.bench import Bench
 from layer_surgery.runs.evaluator import Evaluator
-from layer_surgery.runs.sweep.measuring import PointBench
+from layer_surgery.runs.sweep.measuring import Measuring
+from layer_surgery.scoring import SCORERS, ScoringContext
 from layer_surgery.walk.boundaries import BoundaryStore
 
 SEQUENCE = 16
@@ -173,14 +175,19 @@ def test_nothing_but_the_results_is_left(swept: tuple[Path, SweepReport]) -> Non
 def test_scores_are_computed_once_for_what_the_scorer_depends_on(
     model: Path, options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ranked: list[tuple[str, int]] = []
-    scores = Compression.scores
+    ranked: list[tuple[str, int | None]] = []
 
-    def counted(self: Compression, context: Any) -> Any:
-        ranked.append((self.scorer.name, context.count))
-        return scores(self, context)
+    def counted(name: str) -> Any:
+        rank = SCORERS[name].function
 
-    monkeypatch.setattr(Compression, "scores", counted)
+        def scorer(context: ScoringContext) -> LayerScores:
+            ranked.append((name, context.count))
+            return rank(context)
+
+        return replace(SCORERS[name], function=scorer)
+
+    entries = {name: counted(name) for name in ("block_influence", "angular")}
+    monkeypatch.setattr("layer_surgery.runs.bench.SCORERS", entries)
     grid = {"target_layers": [4, 3], "keep": [0.2, 0.3], "method": "svd", "scorer": ["block_influence", "angular"]}
     layer_surgery.sweep(model, tmp_path / "output", **grid, **options)
     assert sorted(ranked) == [("angular", 1), ("angular", 2), ("block_influence", 1)]
@@ -197,15 +204,15 @@ def test_a_stopped_sweep_goes_on_and_ends_the_same(
     monkeypatch: pytest.MonkeyPatch,
     measured: list[str],
 ) -> None:
-    measure, begun = PointBench.measure, []
+    measure, begun = Measuring.point, []
 
-    def stopping(self: PointBench, config: Any, settings: Any) -> SweepPoint:
+    def stopping(self: Measuring, config: Any, settings: Any) -> SweepPoint:
         begun.append(settings)
         if len(begun) == 9:
             raise KeyboardInterrupt
         return measure(self, config, settings)
 
-    monkeypatch.setattr(PointBench, "measure", stopping)
+    monkeypatch.setattr(Measuring, "point", stopping)
     output = tmp_path / "output"
     with pytest.raises(KeyboardInterrupt):
         layer_surgery.sweep(model, output, **GRID, **options)
@@ -290,7 +297,7 @@ def test_overwrite_starts_anew_and_removes_the_old_best(
     output = tmp_path / "output"
     layer_surgery.sweep(model, output, target_layers=3, best="perplexity<=1000x", **grid, **options)
     assert (output / "best").is_dir() and (output / "report.html").is_file()
-    monkeypatch.setattr(PointBench, "measure", interrupted)
+    monkeypatch.setattr(Measuring, "point", interrupted)
     again: Options = {"target_layers": 4, "seed": 1, "overwrite": True, **grid, **options}
     with pytest.raises(KeyboardInterrupt):
         layer_surgery.sweep(model, output, **again)
@@ -307,19 +314,19 @@ def test_overwrite_starts_anew_and_removes_the_old_best(
 def test_a_point_that_fails_is_recorded_and_tried_again(
     run: CommandLine, model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    carry_out = Compression.carry_out
+    carry_out = Bench.operate
 
-    def failing(self: Compression, *arguments: Any, **keywords: Any) -> Any:
-        if self.method.name == "svd":
+    def failing(self: Bench, plan: SurgeryPlan, method: str, *arguments: Any, **keywords: Any) -> Any:
+        if method == "svd":
             raise NumericalError("a number of svd is not finite.")
-        return carry_out(self, *arguments, **keywords)
+        return carry_out(self, plan, method, *arguments, **keywords)
 
     output = tmp_path / "output"
     command: list[str | Path] = ["sweep", model, "--target-layers", "3", "--method", "svd,fisher", "--keep", "0.3"]
     command += ["--scorer", "last", "--no-refit", "--calibration", text, "--eval-data", text, "--samples", "8"]
     command += ["--sequence-length", str(SEQUENCE), "--output", output]
     with monkeypatch.context() as patch:
-        patch.setattr(Compression, "carry_out", failing)
+        patch.setattr(Bench, "operate", failing)
         outcome = run(*command)
     assert outcome.code == 1
     assert outcome.error_lines[-1] == "error: 1 of 2 points failed; the same command tries them again."
@@ -629,7 +636,7 @@ def test_what_is_kept_of_a_point_is_freed_before_the_next(
 ) -> None:
     open_stores: set[int] = set()
     at_begin: list[tuple[int, int]] = []
-    begin, close, measure = BoundaryStore.__init__, BoundaryStore.close, PointBench.measure
+    begin, close, measure = BoundaryStore.__init__, BoundaryStore.close, Measuring.point
 
     def opened(self: BoundaryStore, *arguments: Any, **keywords: Any) -> None:
         open_stores.add(id(self))
@@ -639,13 +646,13 @@ def test_what_is_kept_of_a_point_is_freed_before_the_next(
         open_stores.discard(id(self))
         close(self)
 
-    def watched(self: PointBench, *arguments: Any) -> SweepPoint:
-        at_begin.append((len(open_stores), len(list(self.session.scratch.iterdir()))))
+    def watched(self: Measuring, *arguments: Any) -> SweepPoint:
+        at_begin.append((len(open_stores), len(list(self.bench.session.scratch.iterdir()))))
         return measure(self, *arguments)
 
     monkeypatch.setattr(BoundaryStore, "__init__", opened)
     monkeypatch.setattr(BoundaryStore, "close", closed)
-    monkeypatch.setattr(PointBench, "measure", watched)
+    monkeypatch.setattr(Measuring, "point", watched)
     grid = {"target_layers": [4, 3, 2], "method": "svd", "scorer": "last"}
     report = layer_surgery.sweep(model, tmp_path / "output", **grid, **options)
     assert {point.status for point in report.points} == {"done"}

@@ -77,8 +77,8 @@ def parse_condition(text: str, evaluation: EvaluationConfig) -> Condition:
         raise UserError(f"--best is '{text}', but only perplexity is compared with the original's; leave out the x.")
     if not math.isfinite(bound):
         raise UserError(f"--best is '{text}'; give a finite number.")
-    if not evaluation.sources or (quantity != "perplexity" and not evaluation.distance):
-        option = "--no-distance" if evaluation.sources else "--no-eval"
+    if not evaluation.eval_data or (quantity != "perplexity" and not evaluation.distance):
+        option = "--no-distance" if evaluation.eval_data else "--no-eval"
         raise UserError(f"--best is '{text}', but {quantity} is not measured with {option}; leave that out.")
     return Condition(text, quantity, bound, strict=sign in "<>", relative=bool(times))
 

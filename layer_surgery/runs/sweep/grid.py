@@ -6,9 +6,11 @@ from collections.abc import Iterable
 from dataclasses import replace
 from itertools import product
 
-from layer_surgery.config import BudgetConfig, CompressConfig, SweepConfig
+import attrs
+
+from layer_surgery.config import CompressConfig, SweepConfig
 from layer_surgery.records.sweep import SweepSettings
-from layer_surgery.runs.compression import check_options
+from layer_surgery.runs.planning import checked
 from layer_surgery.surgeon import METHODS
 
 
@@ -19,18 +21,16 @@ def grid(config: SweepConfig) -> list[SweepSettings]:
     together.
     """
     points: set[SweepSettings] = set()
-    for target, keep, method, scorer in product(config.target_layers, config.keeps, config.methods, config.scorers):
+    for target, keep, method, scorer in product(config.target_layers, config.keep, config.method, config.scorer):
         entry = METHODS[method]
-        wanted = config.refit.enabled
         point = SweepSettings(
             target_layers=target,
             keep=0.0 if entry.removes else float(keep),
             method=entry.name,
             scorer=scorer,
-            refit=entry.refits if wanted is None else wanted,
+            refit=entry.refits if config.refit is None else config.refit,
         )
-        BudgetConfig(keep=float(keep))  # refuses what is no fraction, for methods that have no use for it too
-        check_options(compress_config(config, point))
+        checked(compress_config(config, point))
         points.add(point)
     return in_order(points)
 
@@ -42,20 +42,17 @@ def in_order(points: Iterable[SweepSettings]) -> list[SweepSettings]:
 
 def compress_config(config: SweepConfig, point: SweepSettings) -> CompressConfig:
     """Return the compression that gives this point's model; without an output."""
+    own = {"target_layers", "keep", "method", "scorer", "refit", "output", "overwrite"}
+    known = {field.name for field in attrs.fields(SweepConfig)} - own
+    shared = {field.name: getattr(config, field.name) for field in attrs.fields(CompressConfig) if field.name in known}
     return CompressConfig(
-        budget=BudgetConfig(
-            target_layers=point.target_layers,
-            keep=None if METHODS[point.method].removes else point.keep,
-            remove=config.remove,
-        ),
-        scorer=point.scorer,
+        target_layers=point.target_layers,
+        keep=None if METHODS[point.method].removes else point.keep,
         method=point.method,
-        refit=replace(config.refit, enabled=point.refit),
-        calibration=config.calibration,
-        evaluation=config.evaluation,
-        runtime=config.runtime,
+        scorer=point.scorer,
+        refit=point.refit,
         dry_run=True,
-        command=config.command,
+        **shared,
     )
 
 

@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from layer_surgery.config import SweepConfig, TaskConfig, as_json
+from layer_surgery.config import SweepConfig, TaskConfig
 from layer_surgery.data.tokens import PackedTokens
 from layer_surgery.errors import OutputError
 from layer_surgery.machine import version
@@ -22,21 +22,26 @@ def sweep_identity(
     Not in it: what changes speed or memory only, as the batch size, and what names the points.
     """
     dtype = session.runtime.torch_dtype(session.device, session.checkpoint.dtype)
-    speed = as_json(config.evaluation.speed)
+    speed = {
+        "batch_sizes": list(config.speed_batch_sizes),
+        "prompt_lengths": list(config.speed_lengths),
+        "new_tokens": config.speed_new_tokens,
+        "repeats": config.speed_repeats,
+    }
     return {
         "the model (sha256)": sha256,
-        "--seed": config.runtime.seed,
-        "--samples": config.calibration.samples,
-        "--sequence-length": config.calibration.sequence_length,
-        "--eval-windows": config.evaluation.max_windows,
+        "--seed": config.seed,
+        "--samples": config.samples,
+        "--sequence-length": config.sequence_length,
+        "--eval-windows": config.eval_windows,
         "--calibration (sha256 of its tokens)": tokens.sha256,
         EVALUATION_DATA: [text.sha256 for text in texts],
         "--remove": config.remove,
-        "--refit-scope": config.refit.scope,
-        "--refit-general": config.refit.general,
-        "--distance": config.evaluation.distance,
-        "--tasks": _tasks(config.evaluation.tasks),
-        "--speed": speed if speed.pop("measure") else None,
+        "--refit-scope": config.refit_scope,
+        "--refit-general": config.refit_general,
+        "--distance": config.distance,
+        "--tasks": _tasks(config),
+        "--speed": speed if config.speed else None,
         "--device": session.device.type,
         "--dtype": str(dtype).removeprefix("torch."),
         "the release of layer-surgery": version("layer-surgery"),
@@ -56,10 +61,10 @@ def check_same(directory: Path, was: dict[str, Any], now: dict[str, Any]) -> Non
 
 def _tasks(config: TaskConfig) -> dict[str, Any] | None:
     """Return what tasks are run, with hashes in the place of files and folders."""
-    if not config.names:
+    if not config.tasks:
         return None
-    names = [_sha256([Path(name)]) if name.endswith((".yaml", ".yml")) else name for name in config.names]
-    files = [sorted(path for path in folder.rglob("*") if path.is_file()) for folder in config.paths]
+    names = [_sha256([Path(name)]) if name.endswith((".yaml", ".yml")) else name for name in config.tasks]
+    files = [sorted(path for path in folder.rglob("*") if path.is_file()) for folder in config.task_path]
     return {
         "names": names,
         "files": [_sha256(found) for found in files],

@@ -6,42 +6,46 @@ import logging
 import time
 from dataclasses import dataclass, field, replace
 
-from layer_surgery.calibration.cache import StatisticsSource
 from layer_surgery.config import CompressConfig
 from layer_surgery.errors import describe
 from layer_surgery.records import EvaluationResult, LayerScores, StageFailure
 from layer_surgery.records.sweep import SweepPoint, SweepSettings
-from layer_surgery.runs.compression import Compression
+from layer_surgery.runs.bench import Bench, Result
 from layer_surgery.runs.evaluator import Evaluator
-from layer_surgery.runs.operation import Operation, RefitData
-from layer_surgery.runs.session import Session
+from layer_surgery.runs.planning import Planning
 from layer_surgery.runs.sweep.pareto import perplexity_ratio
-from layer_surgery.scoring import ScoringContext
-from layer_surgery.walk.walk import Walk
 
 _LOG = logging.getLogger(__name__)
 
 
 @dataclass
-class PointBench:
-    """What points share: the model, its measurements, the walk over the calibration data, statistics and scores."""
+class Measuring:
+    """The points of a sweep, one after another, on one bench."""
 
-    session: Session
+    bench: Bench
     evaluator: Evaluator
     """It has measured the original."""
-    walk: Walk
-    statistics: StatisticsSource
-    refit_data: RefitData | None
     base_sha256: str
     _scores: dict[tuple[object, ...], LayerScores] = field(default_factory=dict)
 
-    def measure(self, config: CompressConfig, settings: SweepSettings) -> SweepPoint:
+    def point(self, config: CompressConfig, settings: SweepSettings) -> SweepPoint:
         """Carry out and measure one compression. What fails is recorded, so that the others go on."""
         start, failures = time.perf_counter(), len(self.evaluator.failures)
         try:
-            with self.session.own_scratch("point") as session:
-                scores, operation = self._operate(Compression(config, session))
-                point = self._evaluate(settings, scores, operation, failures)
+            with self.bench.own_scratch("point") as bench:
+                planning = Planning(config, bench.session.checkpoint)
+                scope = planning.refit_scope
+                scores = bench.scores(
+                    config.scorer,
+                    len(planning.trial.operated),
+                    keep=planning.ranked_keep,
+                    refit=scope is not None,
+                    keep_boundaries=planning.keep_boundaries,
+                    known=self._scores,
+                )
+                plan = planning.plan(scores, self.base_sha256)
+                result = bench.operate(plan, planning.method.name, scope)
+                point = self._evaluate(settings, scores, result, failures)
         except Exception as error:
             _LOG.debug("%s failed", settings.name, exc_info=True)
             point = _point(settings, status="failed", error=describe(error))
@@ -49,26 +53,11 @@ class PointBench:
             self.evaluator.forget("after")
         return replace(point, seconds=round(time.perf_counter() - start, 3))
 
-    def _operate(self, job: Compression) -> tuple[LayerScores, Operation]:
-        trial = job.trial_plan()
-        statistics = self.statistics.branch(job.session.new_scratch("statistics"))
-        scores = self._ranked(job, job.scoring_context(self.walk, statistics, trial))
-        data = self.refit_data if job.refit_scope(trial) is not None else None
-        operation = job.carry_out(self.walk, statistics, scores, data, trial=trial, base_sha256=self.base_sha256)
-        return scores, operation
-
-    def _ranked(self, job: Compression, context: ScoringContext) -> LayerScores:
-        """Rank the layers, or return the ranking that another point has had for all that this scorer looks at."""
-        key = (job.scorer.name, *(getattr(context, name) for name in job.scorer.depends_on))
-        if key not in self._scores:
-            self._scores[key] = job.scores(context)
-        return self._scores[key]
-
     def _evaluate(
-        self, settings: SweepSettings, scores: LayerScores, operation: Operation, known_failures: int
+        self, settings: SweepSettings, scores: LayerScores, result: Result, known_failures: int
     ) -> SweepPoint:
-        evaluator, plan = self.evaluator, operation.plan
-        evaluator.measure("after", operation.checkpoint)
+        evaluator, plan = self.evaluator, result.plan
+        evaluator.measure("after", result.checkpoint)
         comparison = evaluator.compare()
         evaluator.measure_speed()
         before, after = evaluator.result("before"), evaluator.result("after")

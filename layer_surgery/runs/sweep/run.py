@@ -6,35 +6,33 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-from transformers import PreTrainedTokenizerBase
+import attrs
 
 from layer_surgery.calibration.cache import check_cache
 from layer_surgery.checkpoint.save import check_not_same
-from layer_surgery.config import ContinuationConfig, SweepConfig, as_json
+from layer_surgery.config import SweepConfig
 from layer_surgery.data.tokens import PackedTokens
 from layer_surgery.errors import LayerSurgeryError, PlanError
-from layer_surgery.progress import Ui
 from layer_surgery.records import SurgeryPlan
 from layer_surgery.records.reading_surgery import REPORT_FILE
 from layer_surgery.records.reading_sweep import read_sweep
 from layer_surgery.records.sweep import SweepBest, SweepPoint, SweepReport, SweepSettings
 from layer_surgery.reporting.publish import write_sweep_page
+from layer_surgery.runs.bench import general_text, open_bench
 from layer_surgery.runs.compress import run_compress
-from layer_surgery.runs.compression import Compression
 from layer_surgery.runs.evaluator import Evaluator
-from layer_surgery.runs.operation import RefitData, refit_data, statistics_source
+from layer_surgery.runs.planning import Planning
 from layer_surgery.runs.provenance import (
     base_model_record,
-    calibration_names,
     checkpoint_hash,
     described_tokens,
     run_provenance,
 )
-from layer_surgery.runs.session import Model, Session, calibration_walk, check_column, open_session
+from layer_surgery.runs.session import Model, Session, check_sources, open_session
 from layer_surgery.runs.sweep.condition import Condition, find_best, parse_condition
 from layer_surgery.runs.sweep.grid import compress_config, grid, in_order, same_surgery
 from layer_surgery.runs.sweep.identity import check_same, sweep_identity
-from layer_surgery.runs.sweep.measuring import PointBench
+from layer_surgery.runs.sweep.measuring import Measuring
 from layer_surgery.runs.sweep.pareto import with_fronts
 from layer_surgery.runs.sweep.state import (
     BEST_FOLDER,
@@ -48,33 +46,30 @@ from layer_surgery.runs.sweep.state import (
 _ADVICE = "give another --output, or --overwrite to start anew"
 
 
-def run_sweep(
-    model: Model, config: SweepConfig, *, tokenizer: PreTrainedTokenizerBase | None = None, ui: Ui | None = None
-) -> SweepReport:
+def run_sweep(model: Model, config: SweepConfig) -> SweepReport:
     """Measure every point that is not in the output yet; then save the best model, if one is asked for.
 
     Everything that can be refused is refused before any work is done. What is found is on disk after every point.
     """
-    ui = ui or Ui()
     points = grid(config)
-    condition = parse_condition(config.best, config.evaluation) if config.best is not None else None
-    check_cache(config.runtime.cache)
-    check_column(config.calibration.column, [*calibration_names(config.calibration), *config.evaluation.sources])
+    condition = parse_condition(config.best, config) if config.best is not None else None
+    check_cache(config.cache)
+    check_sources(config.text_column, calibration=config.calibration, evaluation=config.eval_data)
     if condition is not None or config.overwrite:
-        check_not_same(model, config.output / BEST_FOLDER)
-        check_best(config.output)
-    check_sweep_directory(config.output)
-    known = None if config.overwrite else read_sweep(config.output, _ADVICE)
+        check_not_same(model, config.directory / BEST_FOLDER)
+        check_best(config.directory)
+    check_sweep_directory(config.directory)
+    known = None if config.overwrite else read_sweep(config.directory, _ADVICE)
     with (
-        sweep_directory(config.output) as directory,
-        open_session(model, tokenizer, config.runtime, ui, directory) as session,
+        sweep_directory(config.directory) as directory,
+        open_session(model, config, directory) as session,
     ):
         report = _Sweep.begin(session, config, points, known).finished()
     if condition is not None:
-        report = _with_best(model, config, condition, report, tokenizer, ui)
+        report = _with_best(model, config, condition, report)
     elif report.best is not None:
-        report = _with_old_best(config, report.best, report, ui)
-    write_sweep_page(config.output, report)
+        report = _with_old_best(config, report.best, report)
+    write_sweep_page(config.directory, report)
     return report
 
 
@@ -85,7 +80,7 @@ class _Sweep:
     session: Session
     config: SweepConfig
     points: list[SweepSettings]
-    data: RefitData | None
+    general: PackedTokens | None
     tokens: PackedTokens
     texts: list[PackedTokens]
     report: SweepReport
@@ -95,17 +90,16 @@ class _Sweep:
         cls, session: Session, config: SweepConfig, points: list[SweepSettings], known: SweepReport | None
     ) -> _Sweep:
         """Make every check that there is, and begin with what is known already."""
-        config = replace(config, evaluation=replace(config.evaluation, continuations=ContinuationConfig(count=0)))
-        jobs = [Compression(compress_config(config, point), session) for point in points]
-        scopes = [job.refit_scope(job.trial_plan()) for job in jobs]
-        tokens = session.calibration_tokens(config.calibration)
-        scope = next((scope for scope in scopes if scope is not None), None)
-        data = refit_data(session, tokens, scope, config.refit.general) if scope else None
-        texts = session.evaluation_tokens(config.evaluation)
+        without_texts = attrs.evolve(config, continuations=0, prompts=())
+        scopes = [Planning(compress_config(config, point), session.checkpoint).refit_scope for point in points]
+        tokens = session.calibration_tokens(config)
+        refitted = any(scope is not None for scope in scopes)
+        general = general_text(session, tokens, config.refit_general) if refitted else None
+        texts = session.evaluation_tokens(config)
         sha256 = checkpoint_hash(session)
         identity = sweep_identity(session, config, sha256, tokens, texts)
         if known is not None:
-            check_same(config.output, known.identity, identity)
+            check_same(config.directory, known.identity, identity)
             names = [text["name"] for text in known.evaluation]
             texts = [replace(text, name=name) for text, name in zip(texts, names, strict=True)]
         report = SweepReport(
@@ -118,19 +112,19 @@ class _Sweep:
             # Those that failed are tried again if they are still asked for.
             points=[point for point in known.points if point.status == "done"] if known else [],
             best=known.best if known else None,
-            provenance=run_provenance(session, config.command, as_json(config)),
+            provenance=run_provenance(session, config),
         )
-        return cls(session, config, points, data, tokens, texts, report)
+        return cls(session, without_texts, points, general, tokens, texts, report)
 
     def finished(self) -> SweepReport:
         """Measure all points that are missing or have failed, and write after each what there is."""
         missing = [point for point in self.points if point not in self._done()]
         with self._evaluator(missing) as evaluator:
             if self.config.overwrite:
-                clear_sweep(self.config.output)
-            write_sweep(self.config.output, self.report)
+                clear_sweep(self.config.directory)
+            write_sweep(self.config.directory, self.report)
             if evaluator is None:
-                self.session.ui.note(f"all {len(self.points)} points are in {self.config.output} already")
+                self.session.ui.note(f"all {len(self.points)} points are in {self.config.directory} already")
                 return self.report
             self._measure(missing, evaluator)
         return self.report
@@ -141,7 +135,7 @@ class _Sweep:
         if not missing and self.report.original is not None and not self.report.failures:
             yield None
             return
-        with Evaluator(self.session, self.config.evaluation, self.texts, baseline=self.session) as evaluator:
+        with Evaluator(self.session, self.config, self.texts, baseline=self.session) as evaluator:
             yield evaluator
 
     def _measure(self, missing: Sequence[SweepSettings], evaluator: Evaluator) -> None:
@@ -149,22 +143,23 @@ class _Sweep:
         count = len(self.points)
         session.ui.note(
             f"{count} point{'s' * (count > 1)}, {count - len(missing)} of them known; each is kept in "
-            f"{config.output} when it is done, and the same command goes on from there"
+            f"{config.directory} when it is done, and the same command goes on from there"
         )
         checkpoint = session.checkpoint
         with session.clock.stage("evaluate_before"):
             evaluator.measure("before", checkpoint)
         failures = list(evaluator.failures)
         self._write(replace(self.report, original=evaluator.result("before"), failures=failures))
-        with calibration_walk(session, session.stream(checkpoint), self.tokens) as walk:
-            sha256 = self.report.base_model["sha256"]
-            statistics = statistics_source(session, sha256, config.runtime.cache, config.remove)
-            bench = PointBench(session, evaluator, walk, statistics, self.data, sha256)
+        sha256 = self.report.base_model["sha256"]
+        with open_bench(
+            session, self.tokens, config, part=config.remove, general=self.general, base_sha256=sha256
+        ) as bench:
+            measuring = Measuring(bench, evaluator, sha256)
             for number, settings in enumerate(missing, start=1):
                 session.ui.note(f"point {number} of {len(missing)}: {settings.name}")
                 point = self._copied(settings)
                 if point is None:
-                    point = bench.measure(compress_config(config, settings), settings)
+                    point = measuring.point(compress_config(config, settings), settings)
                     session.ui.note(_outcome(point))
                 self._write(replace(self.report, points=[*self._others(settings), point]))
 
@@ -172,7 +167,7 @@ class _Sweep:
         by_settings = {point.settings: point for point in report.points}
         points = [by_settings[settings] for settings in in_order(by_settings)]
         self.report = replace(report, points=with_fronts(points))
-        write_sweep(self.config.output, self.report)
+        write_sweep(self.config.directory, self.report)
 
     def _done(self) -> dict[SweepSettings, SweepPoint]:
         return {point.settings: point for point in self.report.points if point.status == "done"}
@@ -197,35 +192,30 @@ def _outcome(point: SweepPoint) -> str:
     return f"  {point.parameters:,} parameters{quality}, {point.seconds:.1f} s"
 
 
-def _with_best(
-    model: Model,
-    config: SweepConfig,
-    condition: Condition,
-    report: SweepReport,
-    tokenizer: PreTrainedTokenizerBase | None,
-    ui: Ui,
-) -> SweepReport:
+def _with_best(model: Model, config: SweepConfig, condition: Condition, report: SweepReport) -> SweepReport:
     """Save the best model, unless it is there already, and write down which it is."""
     best = find_best(condition, report.points)
     if best.point is not None:
         point = next(point for point in report.points if point.settings == best.point)
         if not _is_saved(config, report, point):
-            ui.note(f"saving the smallest model with {condition.text}: {point.settings.name}")
-            _save(model, config, point, tokenizer, ui)
+            config.ui.note(f"saving the smallest model with {condition.text}: {point.settings.name}")
+            _save(model, config, point)
         best = replace(best, output=BEST_FOLDER)
     report = replace(report, best=best)
-    write_sweep(config.output, report)
+    write_sweep(config.directory, report)
     return report
 
 
-def _with_old_best(config: SweepConfig, best: SweepBest, report: SweepReport, ui: Ui) -> SweepReport:
+def _with_old_best(config: SweepConfig, best: SweepBest, report: SweepReport) -> SweepReport:
     """Forget the best of an earlier run if points that have come since change the answer."""
-    found = find_best(parse_condition(best.condition, config.evaluation), report.points)
+    found = find_best(parse_condition(best.condition, config), report.points)
     if (found.point, found.nearest) == (best.point, best.nearest):
         return report
-    ui.note(f"with the new points the answer to --best '{best.condition}' is another; give it again to save that model")
+    config.ui.note(
+        f"with the new points the answer to --best '{best.condition}' is another; give it again to save that model"
+    )
     report = replace(report, best=None)
-    write_sweep(config.output, report)
+    write_sweep(config.directory, report)
     return report
 
 
@@ -233,19 +223,17 @@ def _is_saved(config: SweepConfig, report: SweepReport, point: SweepPoint) -> bo
     """Whether the best model of an earlier run is this point."""
     if report.best is None or report.best.point != point.settings or point.plan is None:
         return False
-    saved = config.output / BEST_FOLDER / REPORT_FILE
+    saved = config.directory / BEST_FOLDER / REPORT_FILE
     try:
         return saved.is_file() and SurgeryPlan.read(saved).layers == point.plan.layers
     except PlanError:
         return False
 
 
-def _save(
-    model: Model, config: SweepConfig, point: SweepPoint, tokenizer: PreTrainedTokenizerBase | None, ui: Ui
-) -> None:
-    output = config.output / BEST_FOLDER
-    compress = replace(compress_config(config, point.settings), output=output, dry_run=False, overwrite=True)
-    surgery = run_compress(model, compress, tokenizer=tokenizer, ui=ui, known_scores=point.scores)
+def _save(model: Model, config: SweepConfig, point: SweepPoint) -> None:
+    output = config.directory / BEST_FOLDER
+    compress = attrs.evolve(compress_config(config, point.settings), output=output, dry_run=False, overwrite=True)
+    surgery = run_compress(model, compress, known_scores=point.scores)
     if point.plan is None or surgery.plan.layers != point.plan.layers:
         raise LayerSurgeryError(
             f"what was saved to {output} has other layers or ranks than the point had ({point.settings.name}); did the "

@@ -1,0 +1,46 @@
+"""Every option, declared once: name, type, default, unit, help and check.
+
+The options of the command line (`cli/options.py`) and the keyword arguments of the Python interface (`api.py`) are
+derived from the classes here. A class is a group of options; a command takes a class that inherits the groups it needs.
+"""
+
+from layer_surgery.config.commands import CompressConfig, EvaluateConfig, ExportConfig, ScoreConfig, SweepConfig
+from layer_surgery.config.evaluation import (
+    ContinuationConfig,
+    EvaluationConfig,
+    PerplexityConfig,
+    SpeedConfig,
+    TaskConfig,
+)
+from layer_surgery.config.inputs import CalibrationConfig, TextConfig
+from layer_surgery.config.runtime import RuntimeConfig
+from layer_surgery.config.surgery import (
+    DEFAULT_METHOD,
+    DEFAULT_SCORER,
+    BudgetConfig,
+    ChoiceConfig,
+    GivenPlan,
+    RefitConfig,
+)
+
+__all__ = [
+    "DEFAULT_METHOD",
+    "DEFAULT_SCORER",
+    "BudgetConfig",
+    "CalibrationConfig",
+    "ChoiceConfig",
+    "CompressConfig",
+    "ContinuationConfig",
+    "EvaluateConfig",
+    "EvaluationConfig",
+    "ExportConfig",
+    "GivenPlan",
+    "PerplexityConfig",
+    "RefitConfig",
+    "RuntimeConfig",
+    "ScoreConfig",
+    "SpeedConfig",
+    "SweepConfig",
+    "TaskConfig",
+    "TextConfig",
+]

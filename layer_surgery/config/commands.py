@@ -1,0 +1,168 @@
+"""The options of each command: the groups that it takes, and its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from layer_surgery.config.declaring import Options, about, absolute_path, names, numbers, whole_numbers
+from layer_surgery.config.evaluation import EvaluationConfig
+from layer_surgery.config.inputs import CalibrationConfig
+from layer_surgery.config.runtime import CallConfig, RuntimeConfig
+from layer_surgery.config.surgery import (
+    DEFAULT_METHOD,
+    DEFAULT_SCORER,
+    BudgetConfig,
+    ChoiceConfig,
+    PartConfig,
+    RefitConfig,
+    check_keep,
+)
+from layer_surgery.errors import UserError
+
+# The bases of a class are listed last group first; see evaluation.py.
+
+
+@attrs.frozen(kw_only=True, slots=False)
+class OutputConfig(Options):
+    """Where a result goes."""
+
+    output: Path | None = attrs.field(
+        default=None,
+        converter=absolute_path,
+        metadata=about("Directory for the compressed model.", metavar="DIR"),
+    )
+    dry_run: bool = attrs.field(default=False, metadata=about("Do everything but the writing."))
+    overwrite: bool = attrs.field(
+        default=False, metadata=about("Replace the output directory if it holds a model already.")
+    )
+
+
+@attrs.frozen(kw_only=True, slots=False)
+class CompressConfig(
+    RuntimeConfig,
+    OutputConfig,
+    EvaluationConfig,
+    CalibrationConfig,
+    RefitConfig,
+    ChoiceConfig,
+    BudgetConfig,
+):
+    """Options of `compress`."""
+
+    FIRST = ("target_layers", "output", "keep", "target_parameters", "layers")
+
+
+@attrs.frozen(kw_only=True, slots=False)
+class ScoreConfig(RuntimeConfig, CalibrationConfig, PartConfig):
+    """Options of `score`."""
+
+    FIRST = ("scorer", "target_layers")
+
+    scorer: str = attrs.field(
+        default=DEFAULT_SCORER, metadata=about("How layers are ranked (see below).", metavar="NAME", default="")
+    )
+    target_layers: int | None = attrs.field(
+        default=None,
+        metadata=about("Choose the layers for this target (greedy and block scorers need it).", metavar="N"),
+    )
+
+
+@attrs.frozen(kw_only=True, slots=False)
+class EvaluateConfig(RuntimeConfig, EvaluationConfig):
+    """Options of `evaluate`."""
+
+    FIRST = ("baseline",)
+
+    baseline: Any = attrs.field(
+        default=None,
+        metadata=about(
+            "A second model to measure on the same tokens, for example the original.", metavar="OTHER", recorded=False
+        ),
+    )
+
+
+@attrs.frozen(kw_only=True, slots=False)
+class ExportConfig(CallConfig):
+    """Options of `export`."""
+
+    output: Path | None = attrs.field(
+        default=None, converter=absolute_path, metadata=about("Directory for the exported model.", metavar="OUT")
+    )
+    overwrite: bool = attrs.field(
+        default=False, metadata=about("Replace the output directory if it holds a result already.")
+    )
+
+
+@attrs.frozen(kw_only=True, slots=False)
+class SweepConfig(RuntimeConfig, EvaluationConfig, CalibrationConfig, PartConfig, RefitConfig):
+    """Options of `sweep`: several compressions of one model, every combination of the first four."""
+
+    FIRST = ("target_layers", "keep", "method", "scorer", "output", "best")
+
+    target_layers: tuple[int, ...] = attrs.field(
+        default=(),
+        converter=whole_numbers,
+        metadata=about(
+            "Numbers of layers left whole.", form="list", metavar="N,...", items="numbers of layers", example="11,10,9"
+        ),
+    )
+    keep: tuple[float, ...] = attrs.field(
+        default=(BudgetConfig.DEFAULT_KEEP,),
+        converter=numbers,
+        validator=check_keep,
+        metadata=about(
+            "Fractions of the other layers' parameters to spend on low-rank components; 0 removes the layers outright. "
+            "Methods that keep nothing have one point for all of them.",
+            form="list",
+            metavar="F,...",
+            items="fractions",
+            example="0,0.1,0.3",
+        ),
+    )
+    method: tuple[str, ...] = attrs.field(
+        default=(DEFAULT_METHOD,),
+        converter=names,
+        metadata=about("How low-rank components are made (see below).", form="list", metavar="NAME,...", default=""),
+    )
+    scorer: tuple[str, ...] = attrs.field(
+        default=(DEFAULT_SCORER,),
+        converter=names,
+        metadata=about("How layers are ranked (see below).", form="list", metavar="NAME,...", default=""),
+    )
+    output: Path | None = attrs.field(
+        default=None,
+        converter=absolute_path,
+        metadata=about(
+            "Directory for sweep.json, sweep.csv, sweep.md and the page report.html. A sweep that was stopped goes on "
+            "where it was, and one of the same model, data and settings grows by the points that it has not.",
+            metavar="DIR",
+        ),
+    )
+    best: str | None = attrs.field(
+        default=None,
+        metadata=about(
+            "Save the smallest model that satisfies this in DIR/best: 'perplexity<=1.1x' (times the original's), "
+            "'perplexity<=20', 'kl_divergence<=0.05' or 'top1_agreement>=0.9'; of several texts the mean counts.",
+            metavar="CONDITION",
+        ),
+    )
+    overwrite: bool = attrs.field(default=False, metadata=about("Start anew if the directory holds a sweep already."))
+
+    @property
+    def directory(self) -> Path:
+        """The output, which the command line and the Python interface ask for."""
+        assert self.output is not None
+        return self.output
+
+    def _check(self) -> None:
+        for option, values in (
+            ("--target-layers", self.target_layers),
+            ("--keep", self.keep),
+            ("--method", self.method),
+            ("--scorer", self.scorer),
+        ):
+            if not values:
+                raise UserError(f"{option} is empty; give one value, or several with commas between them.")

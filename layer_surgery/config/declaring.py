@@ -1,0 +1,161 @@
+"""The parts that a declaration of an option is made of: its description, its checks, its converters.
+
+An option is a field of an `attrs` class: `attrs.field(default=..., converter=..., validator=..., metadata=about(...))`.
+The converter's parameter says what users may pass, the field's annotation what the rest of the package gets.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import attrs
+
+from layer_surgery.errors import UserError
+
+_ABOUT = "about"
+Form = Literal["value", "list", "repeat", "size", "switch"]
+"""How the command line writes it: one value; several between commas; given several times; bytes, such as 8GB; a pair
+of flags `--x/--no-x`. A bool that is no switch is a lone flag."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class About:
+    """Description of an option, for help texts and for the command line."""
+
+    help: str
+    metavar: str | None = None
+    """The value as help texts write it."""
+    default: str | None = None
+    """The default in words, where the value itself does not say it."""
+    form: Form = "value"
+    name: str | None = None
+    """Name on the command line, without the dashes, where it is not the field's."""
+    items: str = ""
+    example: str = ""
+    """Names of the items of a list, and an example of one, for errors."""
+    terminal: bool = True
+    """Whether the command line has it too."""
+    recorded: bool = True
+    """Whether it is among the settings in a record's provenance."""
+
+    def option(self, field: str) -> str:
+        """Return what the command line calls the option of a field."""
+        return f"--{self.name or field.replace('_', '-')}"
+
+
+def about(help: str, **more: Any) -> dict[str, About]:
+    """Return the metadata of a field; see `About`."""
+    return {_ABOUT: About(help=help, **more)}
+
+
+def about_of(field: attrs.Attribute[Any]) -> About:
+    """Return the description of a field."""
+    description: About = field.metadata[_ABOUT]
+    return description
+
+
+@attrs.frozen(kw_only=True, slots=False)
+class Options:
+    """Base of the groups. After the checks of single options, `_check` of every group sees them together."""
+
+    FIRST: ClassVar[tuple[str, ...]] = ()
+    """Options that help texts and signatures name first."""
+
+    def __attrs_post_init__(self) -> None:
+        for group in type(self).__mro__:
+            if "_check" in vars(group):
+                group._check(self)  # type: ignore[attr-defined]
+
+    def described(self) -> dict[str, Any]:
+        """Return the settings as plain JSON, for provenance and identities."""
+        fields = attrs.fields(type(self))
+        return {field.name: _plain(getattr(self, field.name)) for field in fields if about_of(field).recorded}
+
+
+def fields_of(config: type[Options]) -> list[attrs.Attribute[Any]]:
+    """Return the fields of an options class in the order in which help texts and signatures have them."""
+    fields = list(attrs.fields(config))
+    first = [field for name in config.FIRST for field in fields if field.name == name]
+    return first + [field for field in fields if field not in first]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    if hasattr(value, "to_dict"):
+        return value.to_dict()
+    return str(value) if isinstance(value, Path) else value
+
+
+# -- checks ----------------------------------------------------------------------------------------------------------
+
+Validator = Callable[[Any, "attrs.Attribute[Any]", Any], None]
+
+
+def at_least(least: int) -> Validator:
+    """Return a check that a number, or every number of a tuple, is `least` or more; None passes."""
+
+    def check(_instance: Any, field: attrs.Attribute[Any], value: Any) -> None:
+        for number in value if isinstance(value, tuple) else (value,):
+            if number is not None and number < least:
+                option = about_of(field).option(field.name)
+                raise UserError(f"{option} is {number}; allowed: {least} or more.")
+
+    return check
+
+
+def one_of(allowed: Collection[str], error: type[UserError] = UserError) -> Validator:
+    """Return a check that a value is one of a few words."""
+
+    def check(_instance: Any, field: attrs.Attribute[Any], value: Any) -> None:
+        if value not in allowed:
+            option = about_of(field).option(field.name)
+            raise error(f"{option} is '{value}'; allowed: {', '.join(allowed)}.")
+
+    return check
+
+
+# -- converters: what users may pass, and what the package gets ------------------------------------------------------
+
+
+def names(value: str | Path | Sequence[str | Path] | None) -> tuple[str, ...]:
+    """Return one name, or several, or None, as a tuple."""
+    return tuple(map(str, _several(value)))
+
+
+def paths(value: str | Path | Sequence[str | Path] | None) -> tuple[Path, ...]:
+    """Return one path, or several, or None, as a tuple; `~` is the home directory."""
+    return tuple(Path(path).expanduser() for path in _several(value))
+
+
+def path(value: str | Path | None) -> Path | None:
+    """Return a path in which `~` is the home directory."""
+    return None if value is None else Path(value).expanduser()
+
+
+def absolute_path(value: str | Path | None) -> Path | None:
+    """Return an absolute path in which `~` is the home directory."""
+    return None if value is None else Path(os.path.abspath(Path(value).expanduser()))
+
+
+def whole_numbers(value: int | Sequence[int]) -> tuple[int, ...]:
+    """Return one number or several as a tuple."""
+    return tuple(_several(value))
+
+
+def numbers(value: float | Sequence[float]) -> tuple[float, ...]:
+    """Return one number or several as a tuple."""
+    return tuple(_several(value))
+
+
+def maybe_whole_numbers(value: Sequence[int] | None) -> tuple[int, ...] | None:
+    """Return several numbers as a tuple, or None."""
+    return None if value is None else tuple(value)
+
+
+def _several(value: Any) -> Sequence[Any]:
+    return [value] if isinstance(value, str | Path | int | float) else list(value or ())

@@ -1,0 +1,155 @@
+"""Options that say what is measured, and on what."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar
+
+import attrs
+
+from layer_surgery.config.declaring import Options, about, at_least, names, paths, whole_numbers
+from layer_surgery.config.inputs import TextConfig
+from layer_surgery.errors import UserError
+
+
+@attrs.frozen(kw_only=True, slots=False)
+class ContinuationConfig(Options):
+    """Greedy continuations of a few prompts, side by side."""
+
+    DEFAULT_COUNT: ClassVar[int] = 3
+    PROMPT_TOKENS: ClassVar[int] = 24
+    """Length of a prompt from the text."""
+    NEW_TOKENS: ClassVar[int] = 32
+
+    continuations: int | None = attrs.field(
+        default=None,
+        validator=at_least(0),
+        metadata=about(
+            "Prompts from the first text that both models continue greedily; 0 for none.",
+            metavar="N",
+            default=f"{DEFAULT_COUNT}, none for a large model",
+        ),
+    )
+    prompts: tuple[str, ...] = attrs.field(
+        default=(),
+        converter=names,
+        metadata=about("A prompt of your own instead; repeatable.", form="repeat", metavar="TEXT", name="prompt"),
+    )
+
+    def _check(self) -> None:
+        if self.continuations and self.prompts:
+            raise UserError("--continuations takes prompts from the text and --prompt gives them; use one of the two.")
+        if not all(prompt.strip() for prompt in self.prompts):
+            raise UserError("--prompt is empty; give some text to continue.")
+
+
+@attrs.frozen(kw_only=True, slots=False)
+class SpeedConfig(Options):
+    """How speed and memory of generation are measured."""
+
+    speed: bool = attrs.field(default=False, metadata=about("Speed and memory of generation.", form="switch"))
+    speed_batch_sizes: tuple[int, ...] = attrs.field(
+        default=(1,),
+        converter=whole_numbers,
+        validator=at_least(1),
+        metadata=about("Sequences.", form="list", metavar="N,...", items="whole numbers", example="1,8"),
+    )
+    speed_lengths: tuple[int, ...] = attrs.field(
+        default=(128,),
+        converter=whole_numbers,
+        validator=at_least(1),
+        metadata=about("Tokens of a prompt.", form="list", metavar="N,...", items="whole numbers", example="1,8"),
+    )
+    speed_new_tokens: int = attrs.field(default=32, validator=at_least(2), metadata=about("Tokens generated."))
+    speed_repeats: int = attrs.field(default=5, validator=at_least(1), metadata=about("Runs of each model, in turns."))
+
+    def _check(self) -> None:
+        for option, values in (
+            ("--speed-batch-sizes", self.speed_batch_sizes),
+            ("--speed-lengths", self.speed_lengths),
+        ):
+            if not values:
+                raise UserError(f"{option} is empty; give for example 1,8.")
+
+
+@attrs.frozen(kw_only=True, slots=False)
+class TaskConfig(Options):
+    """Which lm-eval tasks are run."""
+
+    tasks: tuple[str, ...] = attrs.field(
+        default=(),
+        converter=names,
+        metadata=about(
+            "lm-eval tasks, groups or YAML files to run before and after; `bundled` is a set that needs no network.",
+            form="list",
+            metavar="A,B",
+        ),
+    )
+    task_path: tuple[Path, ...] = attrs.field(
+        default=(),
+        converter=paths,
+        metadata=about(
+            "Directory with lm-eval task configurations of your own; may be given several times.",
+            form="repeat",
+            metavar="DIR",
+        ),
+    )
+    num_fewshot: int | None = attrs.field(
+        default=None,
+        validator=at_least(0),
+        metadata=about("Examples before each item.", metavar="N", default="the task's own"),
+    )
+    limit: int | None = attrs.field(
+        default=None,
+        validator=at_least(1),
+        metadata=about("Only the first N items of each task.", metavar="N", default="all"),
+    )
+
+    def _check(self) -> None:
+        for name in self.tasks:
+            if name.endswith((".yaml", ".yml")) and not Path(name).is_file():
+                raise UserError(f"--tasks names the file {name}, which is not there.")
+        for folder in self.task_path:
+            if not folder.is_dir():
+                raise UserError(f"--task-path {folder} is not a directory; give the folder of the task's YAML files.")
+        if not self.tasks:
+            for option, given in (
+                ("--task-path", self.task_path),
+                ("--num-fewshot", self.num_fewshot is not None),
+                ("--limit", self.limit is not None),
+            ):
+                if given:
+                    raise UserError(f"{option} says how tasks are run, but no task is named; add --tasks NAME.")
+
+
+@attrs.frozen(kw_only=True, slots=False)
+class PerplexityConfig(TextConfig):
+    """The texts that perplexity and distance to the original are measured on."""
+
+    eval_data: tuple[str, ...] = attrs.field(
+        default=("bundled",),
+        converter=names,
+        metadata=about(
+            "Text to measure perplexity on; may be given several times.", form="repeat", metavar="NAME|FILE"
+        ),
+    )
+    eval_windows: int | None = attrs.field(
+        default=None,
+        validator=at_least(1),
+        metadata=about("Use only the first N windows of each text.", metavar="N", default="all"),
+    )
+    distance: bool = attrs.field(
+        default=True, metadata=about("KL divergence and top-1 agreement with the original.", form="switch")
+    )
+
+    def _check(self) -> None:
+        repeated = [name for name in self.eval_data if self.eval_data.count(name) > 1]
+        if repeated:
+            raise UserError(f"--eval-data names '{repeated[0]}' more than once; give each text once.")
+
+
+# The bases of a class are listed last group first: that is the order in which attrs, help texts and signatures have
+# them the right way round.
+@attrs.frozen(kw_only=True, slots=False)
+class EvaluationConfig(ContinuationConfig, SpeedConfig, TaskConfig, PerplexityConfig):
+    """Everything that is measured."""

@@ -1,0 +1,161 @@
+"""Options that say where and how computations run, and how a run speaks to its user."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import attrs
+
+from layer_surgery.config.declaring import Options, about, at_least, path
+from layer_surgery.errors import UserError
+from layer_surgery.progress import Ui
+
+if TYPE_CHECKING:
+    import torch  # at run time only where it is needed: the command line reads defaults from here without it
+    from transformers import PreTrainedTokenizerBase
+
+#: The tool's own use of memory on a CPU must not grow with the model, so these limits are fixed.
+CPU_MEMORY_BYTES = 1 << 29
+DTYPES = ("float32", "bfloat16", "float16")
+_LARGEST_SEED = (1 << 63) - 1
+
+
+def _ui(value: Ui | None) -> Ui:
+    return value or Ui()
+
+
+def _device_name(value: str | torch.device) -> str:
+    return str(value)
+
+
+def _dtype_name(value: str | torch.dtype) -> str:
+    return str(value).removeprefix("torch.")
+
+
+@attrs.frozen(kw_only=True, slots=False)
+class CallConfig(Options):
+    """Keyword arguments of the Python interface that are objects, and no settings."""
+
+    tokenizer: PreTrainedTokenizerBase | None = attrs.field(
+        default=None,
+        metadata=about("Tokenizer of a model that is given in memory.", terminal=False, recorded=False),
+    )
+    ui: Ui = attrs.field(
+        default=None,
+        converter=_ui,
+        metadata=about("Receiver of progress and notes; silent by default.", terminal=False, recorded=False),
+    )
+    command: str | None = attrs.field(
+        default=None, metadata=about("Command line to keep in the record.", terminal=False, recorded=False)
+    )
+
+
+@attrs.frozen(kw_only=True, slots=False)
+class RuntimeConfig(CallConfig):
+    """Where and how computations run."""
+
+    device: str = attrs.field(
+        default="auto",
+        converter=_device_name,
+        metadata=about("Where to compute.", metavar="auto|cpu|cuda[:N]"),
+    )
+    dtype: str = attrs.field(
+        default="auto",
+        converter=_dtype_name,
+        metadata=about(
+            "dtype of computation; auto is float32 on a CPU and the checkpoint's own on CUDA. The saved checkpoint "
+            "always has the original's dtype.",
+            metavar="auto|float32|bfloat16|float16",
+        ),
+    )
+    batch_size: int = attrs.field(
+        default=8, validator=at_least(1), metadata=about("Sequences at a time; changes speed, not results.")
+    )
+    memory_limit: int | None = attrs.field(
+        default=None,
+        validator=at_least(1),
+        metadata=about(
+            "Stay below this, such as 8GB, where there is a choice of what to keep in memory, and refuse a refit that "
+            "does not fit.",
+            form="size",
+            metavar="SIZE",
+            default="what is free",
+        ),
+    )
+    seed: int = attrs.field(default=0, validator=at_least(0), metadata=about("Seed of every random choice."))
+    trust_remote_code: bool = attrs.field(
+        default=False, metadata=about("Run Python code that comes with the checkpoint.")
+    )
+    resident_bytes: int | None = attrs.field(
+        default=None,
+        metadata=about(
+            "Keep all layers on the device if together they take at most this much, instead of reading each when "
+            "needed.",
+            default="512 MiB on a CPU, half of the free memory on CUDA",
+            terminal=False,
+        ),
+    )
+    boundary_bytes: int | None = attrs.field(
+        default=None,
+        metadata=about(
+            "Keep hidden states at layer boundaries on the device up to this much, and beyond it in a scratch file.",
+            default="512 MiB on a CPU, a quarter of the free memory on CUDA",
+            terminal=False,
+        ),
+    )
+    scratch: Path | None = attrs.field(
+        default=None,
+        converter=path,
+        metadata=about(
+            "Directory for scratch files.",
+            default="beside the output, else the system's temporary directory",
+            terminal=False,
+        ),
+    )
+
+    def _check(self) -> None:
+        if self.dtype != "auto" and self.dtype not in DTYPES:
+            raise UserError(f"--dtype is '{self.dtype}'; allowed: auto, {', '.join(DTYPES)}.")
+        if self.seed > _LARGEST_SEED:
+            raise UserError(f"--seed is {self.seed}; allowed: 0 to {_LARGEST_SEED}.")
+
+    def torch_device(self) -> torch.device:
+        """Return the device; `UserError` if it is not there."""
+        import torch
+
+        name = self.device
+        if name == "auto":
+            name = "cuda" if torch.cuda.is_available() else "cpu"
+        kind, _, number = name.partition(":")
+        if kind not in ("cpu", "cuda") or (number and not number.isdigit()) or name.endswith(":"):
+            raise UserError(f"--device is '{self.device}'; allowed: auto, cpu, cuda, cuda:N.")
+        if kind == "cuda" and not torch.cuda.is_available():
+            raise UserError(f"--device is '{self.device}', but torch sees no CUDA device; use --device cpu.")
+        if kind == "cuda" and number and int(number) >= torch.cuda.device_count():
+            raise UserError(f"--device is '{self.device}', but there are {torch.cuda.device_count()} CUDA devices.")
+        return torch.device(name)
+
+    def memory(self, device: torch.device) -> tuple[int, int]:
+        """Return `resident_bytes` and `boundary_bytes` for a device."""
+        import torch
+
+        resident = boundary = CPU_MEMORY_BYTES
+        if device.type == "cuda":
+            free, _total = torch.cuda.mem_get_info(device)
+            resident, boundary = free // 2, free // 4
+        if self.memory_limit is not None:
+            resident, boundary = min(resident, self.memory_limit // 2), min(boundary, self.memory_limit // 4)
+        return (
+            resident if self.resident_bytes is None else self.resident_bytes,
+            boundary if self.boundary_bytes is None else self.boundary_bytes,
+        )
+
+    def torch_dtype(self, device: torch.device, stored: torch.dtype) -> torch.dtype:
+        """Return the dtype of computation on `device` for a checkpoint stored in `stored`."""
+        import torch
+
+        if self.dtype != "auto":
+            dtype: torch.dtype = getattr(torch, self.dtype)
+            return dtype
+        return torch.float32 if device.type == "cpu" else stored

@@ -1,0 +1,229 @@
+"""One opened checkpoint with its calibration data, the walk over them and their statistics: to score and operate on.
+
+`compress`, `sweep`, `score` and the experiments work on one of these, so each of them does the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from layer_surgery.calibration.cache import StatisticsSource
+from layer_surgery.checkpoint.new_tensors import FactorStore
+from layer_surgery.checkpoint.open import Checkpoint
+from layer_surgery.checkpoint.result import result_checkpoint
+from layer_surgery.config import BudgetConfig, CalibrationConfig
+from layer_surgery.data import load_documents, pack_evaluation
+from layer_surgery.data.tokens import PackedTokens
+from layer_surgery.errors import UserError
+from layer_surgery.records import LayerScores, Part, RefitRecord, RefitScope, SpectrumRecord, SurgeryPlan
+from layer_surgery.runs.session import Session
+from layer_surgery.scoring import SCORERS, ScoringContext
+from layer_surgery.surgeon import METHODS, SurgeryContext
+from layer_surgery.surgeon.refit import check_windows, refit
+from layer_surgery.walk.self_check import check_survivors
+from layer_surgery.walk.streamed import StreamedModel
+from layer_surgery.walk.walk import Walk
+
+GENERAL_TEXT = "bundled"
+#: Fewest windows of general text, where there is any (but no more than calibration sequences): with as many, one of
+#: them is among those that ridges are chosen on.
+LEAST_GENERAL = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """The model that surgery gives, and how. Its tensors are in scratch files of the session."""
+
+    plan: SurgeryPlan
+    """As carried out."""
+    checkpoint: Checkpoint
+    refitted: list[RefitRecord] = field(default_factory=list)
+    spectra: list[SpectrumRecord] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """A checkpoint to score and operate on; see `open_bench`."""
+
+    session: Session
+    walk: Walk
+    statistics: StatisticsSource
+    general: PackedTokens | None = None
+    """General text that a refit looks at beside the calibration tokens."""
+
+    @property
+    def model(self) -> StreamedModel:
+        return self.walk.model
+
+    def scores(
+        self,
+        scorer: str,
+        count: int | None = None,
+        *,
+        keep: float = BudgetConfig.DEFAULT_KEEP,
+        refit: bool = True,
+        keep_boundaries: bool = False,
+        known: dict[tuple[object, ...], LayerScores] | None = None,
+    ) -> LayerScores:
+        """Rank the layers.
+
+        Args:
+            scorer: name of the scorer.
+            count: how many layers are to go; None if only the values are asked for.
+            keep: fraction of a layer's parameters that low-rank components would get.
+            refit: whether a refit follows the surgery.
+            keep_boundaries: whether a later stage reads the hidden states at all layer boundaries.
+            known: rankings of earlier calls by all that they depend on; the new one is added.
+        """
+        entry = SCORERS[scorer]
+        context = ScoringContext(
+            walk=self.walk,
+            count=count,
+            seed=self.session.runtime.seed,
+            statistics=self.statistics,
+            keep=keep,
+            refit=refit,
+            keep_boundaries=keep_boundaries,
+        )
+        key = (entry.name, *(getattr(context, name) for name in entry.depends_on))
+        if known is None or key not in known:
+            with self.session.clock.stage("score"):
+                found = entry.function(context)
+            if known is None:
+                return found
+            known[key] = found
+        return known[key]
+
+    def operate(
+        self, plan: SurgeryPlan, method: str, refit_scope: RefitScope | None = None, *, ranks_fixed: bool = False
+    ) -> Result:
+        """Carry out a plan on the original: the method, then the refit of `refit_scope` (None: none).
+
+        `ranks_fixed` forbids the method to choose other ranks than the plan's.
+        """
+        self._check_survivors(plan)
+        session, entry = self.session, METHODS[method]
+        factors = FactorStore(session.new_scratch("factors"), session.checkpoint.dtype)
+        spectra: list[SpectrumRecord] = []
+        if plan.low_rank or entry.removes:
+            with session.clock.stage("operate"):
+                context = SurgeryContext(
+                    model=self.model,
+                    walk=self.walk,
+                    factors=factors,
+                    statistics=self.statistics,
+                    progress=session.ui.progress,
+                    ranks_fixed=ranks_fixed,
+                    spectra=spectra,
+                )
+                plan = entry.function(plan, context)
+        plan = replace(plan, refit=refit_scope or "none")
+        checkpoint = result_checkpoint(session.checkpoint, plan, factors)
+        if refit_scope is None:
+            return Result(plan=plan, checkpoint=checkpoint, spectra=spectra)
+        with session.clock.stage("refit"), ExitStack() as stack:
+            walks = [self.walk]
+            if self.general is not None:
+                walks.append(stack.enter_context(Walk(self.model, self.general, session.settings)))
+            refitted = FactorStore(session.new_scratch("refitted"), session.checkpoint.dtype)
+            records = refit(plan, walks, session.stream(checkpoint), refitted, refit_scope)
+        checkpoint = result_checkpoint(session.checkpoint, plan, factors, refitted)
+        return Result(plan=plan, checkpoint=checkpoint, refitted=records, spectra=spectra)
+
+    @contextmanager
+    def own_scratch(self, name: str) -> Iterator[Bench]:
+        """Yield this bench for one of several results: with scratch files and statistics of its own, gone on exit."""
+        with self.session.own_scratch(name) as session:
+            statistics = self.statistics.branch(session.new_scratch("statistics"))
+            yield replace(self, session=session, statistics=statistics)
+
+    def _check_survivors(self, plan: SurgeryPlan) -> None:
+        """Check that the layers that stay are not changed by the going of others, before anything is computed."""
+        if len(plan.surviving) == len(plan.layers):
+            return
+        kept = [replace(layer, action="keep", ranks={}) if layer.ranks else layer for layer in plan.layers]
+        rest = result_checkpoint(self.session.checkpoint, replace(plan, layers=kept))
+        survivors = StreamedModel(rest, device=self.model.device, dtype=self.model.dtype)
+        check_survivors(self.model, survivors, plan.surviving)
+
+
+@contextmanager
+def open_bench(
+    session: Session,
+    tokens: PackedTokens | None,
+    config: CalibrationConfig,
+    *,
+    part: Part = "layer",
+    general: PackedTokens | None = None,
+    base_sha256: str = "",
+) -> Iterator[Bench]:
+    """Yield a bench on a session's checkpoint.
+
+    Args:
+        tokens: calibration tokens; without any, a single dummy token stands in for them, which nothing looks at.
+        config: where statistics are cached.
+        part: part of the layers that costs are measured for.
+        general: see `general_text`.
+        base_sha256: hash of the checkpoint, if it is known already.
+    """
+    if tokens is None:
+        one = torch.zeros(1, 1, dtype=torch.int64)
+        tokens = PackedTokens(
+            name="none", token_ids=one, loss_mask=one > 0, valid=one > 0, tokens_available=0, sha256=""
+        )
+    statistics = StatisticsSource(
+        session.new_scratch("statistics"),
+        session.checkpoint.dtype,
+        cache=config.cache,
+        base_sha256=base_sha256,
+        part=part,
+        note=session.ui.note,
+    )
+    with Walk(session.stream(session.checkpoint), tokens, session.settings) as walk:
+        yield Bench(session=session, walk=walk, statistics=statistics, general=general)
+
+
+def general_text(session: Session, tokens: PackedTokens, share: float) -> PackedTokens | None:
+    """Return the general text that a refit looks at: windows of the bundled text's calibration part.
+
+    As many as `share` of the calibration sequences, but at least `LEAST_GENERAL`, if there are as many calibration
+    sequences. None with a share of 0, and beside calibration data that have it already.
+    Raises `DataError` for too few windows, `UserError` if a refit does not fit into memory.
+    """
+    check_windows(tokens.sequences)
+    _check_memory(session)
+    if not share or any(source.name == GENERAL_TEXT for source in tokens.sources):
+        return None
+    general = pack_evaluation(
+        load_documents(GENERAL_TEXT, part="calibration"),
+        session.need_tokenizer(),
+        sequence_length=tokens.sequence_length,
+        max_windows=max(round(share * tokens.sequences), min(LEAST_GENERAL, tokens.sequences)),
+    )
+    session.ui.note(
+        f"refit: on the calibration sequences and {general.sequences} of general text ('{GENERAL_TEXT}'; "
+        "--refit-general 0 for none)"
+    )
+    return general
+
+
+def _check_memory(session: Session) -> None:
+    """Raise `UserError` if one layer of each model and the sums of its widest linear do not fit."""
+    dtype = session.runtime.torch_dtype(session.device, session.checkpoint.dtype)
+    largest = max(sum(p.numel() for p in layer.parameters()) for layer in session.checkpoint.layers)
+    sums = [
+        # training and held-out sums in float32, and the solution in float64
+        2 * 4 * (in_ * in_ + out * in_) + 8 * (3 * in_ * in_ + out * in_)
+        for layer in session.checkpoint.layers
+        for out, in_ in (p.shape for p in layer.parameters() if p.dim() == 2)
+    ]
+    needed, available = 2 * largest * dtype.itemsize + max(sums, default=0), session.available_bytes()
+    if available is not None and needed > available:
+        raise UserError(
+            f"--refit holds a layer of the original, one of the result and the sums of one linear, "
+            f"{needed:,} bytes, but --memory-limit (or what is free) is {available:,}; raise it, or pass --no-refit."
+        )

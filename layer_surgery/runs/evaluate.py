@@ -1,0 +1,60 @@
+"""Evaluation alone: one model, or two on the same data."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import replace
+
+import attrs
+
+from layer_surgery.config import EvaluateConfig
+from layer_surgery.data.tokens import PackedTokens
+from layer_surgery.errors import CheckpointError
+from layer_surgery.progress import Ui
+from layer_surgery.records import EvaluationReport
+from layer_surgery.runs.evaluator import Evaluator
+from layer_surgery.runs.provenance import run_provenance
+from layer_surgery.runs.session import Model, Session, check_sources, open_session
+
+
+def run_evaluate(model: Model, config: EvaluateConfig) -> EvaluationReport:
+    """Measure a model and, with a baseline, another one on the same data."""
+    check_sources(config.text_column, evaluation=config.eval_data)
+    with ExitStack() as stack:
+        session = stack.enter_context(open_session(model, config, None))
+        texts = session.evaluation_tokens(config)
+        other = None
+        if config.baseline is not None:
+            opened = stack.enter_context(open_session(config.baseline, attrs.evolve(config, ui=Ui()), None))
+            _check_same_tokens(session, opened, texts, config)
+            other = replace(opened, ui=session.ui)
+        evaluator = stack.enter_context(Evaluator(session, config, texts, baseline=other))
+        if other is not None:
+            evaluator.measure("before", other.checkpoint)
+        evaluator.measure("after", session.checkpoint)
+        comparison = evaluator.compare() if other is not None else None
+        evaluator.measure_speed()
+        return EvaluationReport(
+            model=evaluator.result("after"),
+            baseline=evaluator.result("before") if other is not None else None,
+            comparison=comparison,
+            continuations=evaluator.side_by_side(),
+            failures=evaluator.failures,
+            timings=session.clock.rounded,
+            provenance=run_provenance(
+                session,
+                config,
+                model=session.checkpoint.name,
+                baseline=other.checkpoint.name if other is not None else None,
+            ),
+        )
+
+
+def _check_same_tokens(session: Session, other: Session, texts: list[PackedTokens], config: EvaluateConfig) -> None:
+    """Raise `CheckpointError` unless both models read the texts as the same tokens."""
+    for ours, theirs in zip(texts, other.evaluation_tokens(config), strict=True):
+        if ours.sha256 != theirs.sha256:
+            raise CheckpointError(
+                f"{session.checkpoint.name} and the baseline {other.checkpoint.name} tokenise '{ours.name}' "
+                "differently, so their perplexities cannot be compared; evaluate each by itself."
+            )
