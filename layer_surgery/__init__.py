@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     )
     from layer_surgery.records.sweep import SweepPoint, SweepReport
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Imported on first use: torch and transformers take seconds, and `layer-surgery --help` needs neither.
 _HOMES = {
