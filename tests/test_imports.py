@@ -33,7 +33,16 @@ STAGES = next(names for names in LAYERS if "scoring" in names)
 #: What knows torch and the standard library only, itself and all that it imports.
 PURE = ("linalg.low_rank", "linalg.least_squares", "walk.boundaries", "walk.gradients", "walk.moments")
 #: What not even knows torch: the command line reads it before anything is imported that takes seconds.
-LIGHT = ("config", "errors", "records.plan", "records.surgery", "records.sweep", "registry", "progress", "cli.main")
+LIGHT = (
+    "config.__init__",
+    "errors",
+    "records.plan",
+    "records.surgery",
+    "records.sweep",
+    "registry",
+    "progress",
+    "cli.main",
+)
 
 FILES = sorted(ROOT.rglob("*.py"))
 

@@ -23,7 +23,6 @@ from common import DEMO_CHECKPOINT, ROOT, write_report
 
 from layer_surgery.config import EvaluationConfig, RuntimeConfig
 from layer_surgery.evaluation.perplexity import perplexity
-from layer_surgery.progress import Ui
 from layer_surgery.runs.session import open_session
 
 
@@ -39,8 +38,8 @@ def main() -> None:
     torch.set_num_threads(1)
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype="float32").eval()
     seconds: dict[str, list[float]] = {"forward": [], "perplexity": []}
-    with open_session(arguments.model, None, RuntimeConfig(dtype="float32"), Ui(), None) as session:
-        config = EvaluationConfig(sources=(arguments.eval_data,), max_windows=arguments.eval_windows)
+    with open_session(arguments.model, RuntimeConfig(dtype="float32")) as session:
+        config = EvaluationConfig(eval_data=arguments.eval_data, eval_windows=arguments.eval_windows)
         [tokens] = session.evaluation_tokens(config)
         predicted = int(tokens.loss_mask.sum())
         session.stream(session.checkpoint)  # the self-check of a model is part of every run, whatever is measured

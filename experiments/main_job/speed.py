@@ -16,23 +16,18 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-import tempfile
 import time
 from pathlib import Path
-
-from measuring import size_and_perplexity
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import DEMO_CHECKPOINT, ROOT, write_report
 
-from layer_surgery.checkpoint.result import result_checkpoint
 from layer_surgery.config import BudgetConfig, CalibrationConfig, EvaluationConfig, RuntimeConfig
-from layer_surgery.data.tokens import PackedTokens
+from layer_surgery.evaluation.perplexity import perplexity
 from layer_surgery.progress import Ui
-from layer_surgery.records import SurgeryPlan
-from layer_surgery.runs.operation import statistics_source
-from layer_surgery.runs.session import Session, calibration_walk, open_session
-from layer_surgery.surgeon import METHODS, FactorStore, SurgeryContext, make_plan, model_shape
+from layer_surgery.runs.bench import Bench, open_bench
+from layer_surgery.runs.session import open_session
+from layer_surgery.surgeon import make_plan, model_shape
 from layer_surgery.walk.gradients import accumulated_gradients
 from layer_surgery.walk.walk import Observer
 
@@ -44,32 +39,13 @@ class AllGradients(Observer):
         return accumulated_gradients({name: p for name, p in layer.named_parameters() if p.dim() == 2})
 
 
-def whole_pass(session: Session, tokens: PackedTokens) -> float:
+def whole_pass(bench: Bench) -> float:
     """Return the seconds of one forward and backward over the whole model."""
+    walk, path = bench.walk, list(range(bench.model.layer_count))
     start = time.perf_counter()
-    with calibration_walk(session, session.stream(session.checkpoint), tokens) as walk:
-        path = list(range(walk.model.layer_count))
-        with walk.new_store(1 << 30) as gradient:
-            walk.losses(walk.forward(path, keep=True), gradient=(gradient, 0))
-            walk.backward(path, (gradient, 0), observers=[AllGradients()])
-    return time.perf_counter() - start
-
-
-def operate(session: Session, tokens: PackedTokens, plan: SurgeryPlan, method: str, directory: Path) -> float:
-    """Return the seconds that a method takes from an opened checkpoint to factors."""
-    factors = FactorStore(directory, session.checkpoint.dtype)
-    start = time.perf_counter()
-    with calibration_walk(session, session.stream(session.checkpoint), tokens) as walk:
-        METHODS[method].function(
-            plan,
-            SurgeryContext(
-                model=walk.model,
-                walk=walk,
-                factors=factors,
-                statistics=statistics_source(session, "", None),
-                progress=session.ui.progress,
-            ),
-        )
+    with walk.new_store(1 << 30) as gradient:
+        walk.losses(walk.forward(path, keep=True), gradient=(gradient, 0))
+        walk.backward(path, (gradient, 0), observers=[AllGradients()])
     return time.perf_counter() - start
 
 
@@ -88,24 +64,26 @@ def main() -> None:
     arguments = parser.parse_args()
     times: dict[str, list[float]] = {"grasp": [], "grasp_sequential": [], "one whole pass": []}
     quality: dict[str, dict[str, float]] = {}
-    with open_session(arguments.model, None, RuntimeConfig(device=arguments.device), Ui(note=print), None) as session:
-        tokens = session.calibration_tokens(CalibrationConfig(sources=tuple(arguments.calibration or ["bundled"])))
-        texts = session.evaluation_tokens(
-            EvaluationConfig(sources=tuple(arguments.eval_data or ["bundled"]), max_windows=arguments.eval_windows)
-        )
+    data = CalibrationConfig(calibration=arguments.calibration or "bundled")
+    texts = EvaluationConfig(eval_data=arguments.eval_data or "bundled", eval_windows=arguments.eval_windows)
+    with open_session(arguments.model, RuntimeConfig(device=arguments.device, ui=Ui(note=print))) as session:
+        tokens, packed = session.calibration_tokens(data), session.evaluation_tokens(texts)
         plan = make_plan(model_shape(session.checkpoint), arguments.layers, BudgetConfig(keep=arguments.keep), "grasp")
         for repeat in range(arguments.repeats):
-            times["one whole pass"].append(whole_pass(session, tokens))
+            with open_bench(session, tokens, data) as bench:
+                times["one whole pass"].append(whole_pass(bench))
             for method in ("grasp", "grasp_sequential"):
-                with tempfile.TemporaryDirectory(dir=session.scratch) as directory:
-                    times[method].append(operate(session, tokens, plan, method, Path(directory)))
-                    print(method, times[method][-1], flush=True)
-                    if repeat == 0:
-                        factors = FactorStore(Path(directory), session.checkpoint.dtype)
-                        result = size_and_perplexity(
-                            session, result_checkpoint(session.checkpoint, plan, factors), texts
-                        )
-                        quality[method] = {Path(n).name: round(p.value, 4) for n, p in result.perplexity.items()}
+                start = time.perf_counter()
+                with open_bench(session, tokens, data) as bench:
+                    done = bench.operate(plan, method)
+                times[method].append(time.perf_counter() - start)
+                print(method, times[method][-1], flush=True)
+                if repeat == 0:
+                    model = session.stream(done.checkpoint)
+                    quality[method] = {
+                        Path(text.name).name: round(perplexity(model, text, session.settings).value, 4)
+                        for text in packed
+                    }
     median = {name: statistics.median(values) for name, values in times.items()}
     whole = 2 * len(arguments.layers) * median["one whole pass"]
     results = {

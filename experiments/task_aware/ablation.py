@@ -17,7 +17,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from points import Bench, bench, described, one_thread
+from points import Points, described, one_thread, points
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import DEMO_CHECKPOINT, ROOT, write_report
@@ -58,7 +58,7 @@ def one_damping(share: float) -> Iterator[None]:
         yield
 
 
-def parts(run: Bench, add: Callable[..., None], published: list[int], ours: list[int], keep: float) -> None:
+def parts(run: Points, add: Callable[..., None], published: list[int], ours: list[int], keep: float) -> None:
     """Measure one part of the method after the other."""
     steps: list[tuple[str, dict[str, Any]]] = [
         ("svd", {"layers": published, "method": "svd"}),
@@ -95,7 +95,7 @@ def main() -> None:
     data: dict[str, Any] = found.get("data", {})
 
     def opened(samples: int) -> Any:
-        return bench(
+        return points(
             arguments.model,
             arguments.calibration,
             arguments.eval_data,
@@ -103,7 +103,7 @@ def main() -> None:
             windows=arguments.eval_windows,
         )
 
-    def add(run: Bench, part: str, setting: str, point: Callable[[], dict[str, Any]]) -> None:
+    def add(run: Points, part: str, setting: str, point: Callable[[], dict[str, Any]]) -> None:
         if any(row["part"] == part and row["setting"] == setting for row in rows):
             return
         row = point() | {"part": part, "setting": setting, "tokens": int(run.tokens.valid.sum())}

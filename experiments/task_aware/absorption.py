@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from points import bench, described, one_thread
+from points import described, one_thread, points
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import DEMO_CHECKPOINT, ROOT, write_report
@@ -32,7 +32,7 @@ def main() -> None:
     arguments = parser.parse_args()
     one_thread()
     rows: list[dict[str, Any]] = []
-    with bench(
+    with points(
         arguments.model,
         arguments.calibration,
         arguments.eval_data,

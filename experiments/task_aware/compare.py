@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from points import bench, described, one_thread
+from points import described, one_thread, points
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import DEMO_CHECKPOINT, ROOT, write_report
@@ -62,7 +62,7 @@ def main() -> None:
     known = {(r["seed"], r["target_layers"], r["method"], r["published_layers"], r["refit"]) for r in rows}
     data: dict[str, Any] = found.get("data", {})
     for seed in arguments.seeds:
-        with bench(
+        with points(
             arguments.model,
             arguments.calibration,
             arguments.eval_data,

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import statistics as numbers
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -22,14 +21,13 @@ from transformers import AutoModelForCausalLM
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import DEMO_CHECKPOINT, ROOT, write_report
 
-from layer_surgery.calibration.cache import StatisticsSource
 from layer_surgery.calibration.statistics import useful_ranks
 from layer_surgery.config import BudgetConfig, CalibrationConfig, RuntimeConfig
 from layer_surgery.data.tokens import PackedTokens
-from layer_surgery.progress import Ui
-from layer_surgery.runs.operation import operate, refit_data
-from layer_surgery.runs.session import Session, calibration_walk, open_session
-from layer_surgery.surgeon import METHODS, make_plan, model_shape
+from layer_surgery.records import RefitScope
+from layer_surgery.runs.bench import general_text, open_bench
+from layer_surgery.runs.session import Session, open_session
+from layer_surgery.surgeon import make_plan, model_shape
 
 
 def whole_model(path: str, tokens: PackedTokens, batch_size: int) -> float:
@@ -47,19 +45,16 @@ def whole_model(path: str, tokens: PackedTokens, batch_size: int) -> float:
 def surgery(session: Session, tokens: PackedTokens, layers: list[int], keep: float) -> dict[str, float]:
     """Return the seconds of the statistics of all layers, of the surgery, and of the refit."""
     seconds: dict[str, float] = {}
-    with (
-        calibration_walk(session, session.stream(session.checkpoint), tokens) as walk,
-        tempfile.TemporaryDirectory(dir=session.scratch) as scratch,
-    ):
-        source = StatisticsSource(Path(scratch), session.checkpoint.dtype)
+    general = general_text(session, tokens, 0.25)
+    with open_bench(session, tokens, CalibrationConfig(), general=general) as bench:
         start = time.perf_counter()
-        source.get(walk, useful_ranks(walk.model, range(walk.model.layer_count)))
+        bench.statistics.get(bench.walk, useful_ranks(bench.model, range(bench.model.layer_count)))
         seconds["statistics"] = time.perf_counter() - start
         plan = make_plan(model_shape(session.checkpoint), layers, BudgetConfig(keep=keep), "fisher")
-        data = refit_data(session, tokens, "all", 0.25)
-        for name, looked_at in (("surgery", None), ("surgery and refit", data)):
+        scopes: dict[str, RefitScope | None] = {"surgery": None, "surgery and refit": "all"}
+        for name, scope in scopes.items():
             start = time.perf_counter()
-            operate(session, walk, plan, METHODS["fisher"], source, refit_data=looked_at)
+            bench.operate(plan, "fisher", scope)
             seconds[name] = time.perf_counter() - start
     return seconds
 
@@ -76,7 +71,7 @@ def main() -> None:
     arguments = parser.parse_args()
     one_thread()
     runs: list[dict[str, float]] = []
-    with open_session(arguments.model, None, RuntimeConfig(), Ui(), None) as session:
+    with open_session(arguments.model, RuntimeConfig()) as session:
         tokens = session.calibration_tokens(CalibrationConfig(samples=arguments.samples))
         for _ in range(arguments.repeats):
             seconds = {"forward and backward": whole_model(arguments.model, tokens, 8)}

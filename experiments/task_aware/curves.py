@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from points import bench, described, one_thread
+from points import described, one_thread, points
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import DEMO_CHECKPOINT, ROOT, write_report
@@ -41,7 +41,7 @@ def main() -> None:
     found = json.loads(arguments.report.read_text()) if arguments.report.exists() else {}
     rows: list[dict[str, Any]] = found.get("rows", [])
     known = {(row["method"], row["refit"], row["published_layers"], row["keep"]) for row in rows}
-    with bench(arguments.model, arguments.calibration, arguments.eval_data, windows=arguments.eval_windows) as run:
+    with points(arguments.model, arguments.calibration, arguments.eval_data, windows=arguments.eval_windows) as run:
         gone = run.session.checkpoint.layer_count - arguments.target_layers
         published = run.order("block_influence", gone, 0.1, refit=False)
         data = {text.name: described(text) for text in [run.tokens, *run.texts]}

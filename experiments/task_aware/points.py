@@ -15,13 +15,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from layer_surgery.calibration.cache import StatisticsSource
 from layer_surgery.config import BudgetConfig, CalibrationConfig, EvaluationConfig, RuntimeConfig
 from layer_surgery.data.tokens import PackedTokens
-from layer_surgery.progress import Ui
-from layer_surgery.runs.operation import operate, refit_data, statistics_source
-from layer_surgery.runs.session import Session, calibration_walk, open_session
-from layer_surgery.scoring import SCORERS, ScoringContext
+from layer_surgery.runs.bench import Bench, general_text, open_bench
+from layer_surgery.runs.session import Session, open_session
 from layer_surgery.surgeon import METHODS, make_plan, model_shape
 from layer_surgery.walk.walk import Losses, Walk
 
@@ -29,22 +26,24 @@ REMOVING = tuple(entry.name for entry in METHODS if entry.removes)
 
 
 @dataclass
-class Bench:
-    """One model, one set of calibration tokens, several evaluation texts."""
+class Points:
+    """One model on a bench, with several evaluation texts and the original's losses on them."""
 
-    session: Session
-    tokens: PackedTokens
-    walk: Walk
+    bench: Bench
     texts: list[PackedTokens]
-    statistics: StatisticsSource
     dense: dict[str, Losses]
+
+    @property
+    def session(self) -> Session:
+        return self.bench.session
+
+    @property
+    def tokens(self) -> PackedTokens:
+        return self.bench.walk.tokens
 
     def order(self, scorer: str, count: int, keep: float, *, refit: bool) -> list[int]:
         """Return the layers that a scorer would remove."""
-        context = ScoringContext(
-            walk=self.walk, count=count, seed=0, statistics=self.statistics, keep=keep or 0.1, refit=refit
-        )
-        return SCORERS[scorer].function(context).removal_order[:count]
+        return self.bench.scores(scorer, count, keep=keep or 0.1, refit=refit).removal_order[:count]
 
     def measure(
         self,
@@ -59,11 +58,9 @@ class Bench:
         """Operate and evaluate; return sizes, losses and times."""
         keep = 0.0 if method in REMOVING else keep
         plan = make_plan(model_shape(self.session.checkpoint), layers, BudgetConfig(keep=keep), method)
-        data = refit_data(self.session, self.tokens, "all", general) if refit else None
+        bench = replace(self.bench, general=general_text(self.session, self.tokens, general) if refit else None)
         start = time.perf_counter()
-        done = operate(
-            self.session, self.walk, plan, METHODS[method], self.statistics, refit_data=data, ranks_fixed=ranks_fixed
-        )
+        done = bench.operate(plan, method, "all" if refit else None, ranks_fixed=ranks_fixed)
         seconds = time.perf_counter() - start
         losses = evaluate(self.session, done.checkpoint, self.texts)
         return {
@@ -99,7 +96,7 @@ def paired(losses: Losses, dense: Losses) -> dict[str, float]:
 
 
 @contextmanager
-def bench(
+def points(
     model: str,
     calibration: Sequence[str],
     texts: Sequence[str],
@@ -108,17 +105,16 @@ def bench(
     samples: int = 128,
     windows: int | None = None,
     dtype: str = "auto",
-) -> Iterator[Bench]:
+) -> Iterator[Points]:
     """Open everything that points need."""
-    runtime = RuntimeConfig(seed=seed, dtype=dtype)
-    with open_session(model, None, runtime, Ui(), None) as session:
-        tokens = session.calibration_tokens(CalibrationConfig(sources=tuple(calibration), samples=samples))
-        packed = session.evaluation_tokens(EvaluationConfig(sources=tuple(texts), max_windows=windows))
+    data = CalibrationConfig(calibration=calibration, samples=samples)
+    with open_session(model, RuntimeConfig(seed=seed, dtype=dtype)) as session:
+        tokens = session.calibration_tokens(data)
+        packed = session.evaluation_tokens(EvaluationConfig(eval_data=texts, eval_windows=windows))
         packed = [replace(text, name=Path(text.name).name) for text in packed]
         dense = evaluate(session, session.checkpoint, packed)
-        with calibration_walk(session, session.stream(session.checkpoint), tokens) as walk:
-            statistics = statistics_source(session, "", None)
-            yield Bench(session, tokens, walk, packed, statistics, dense)
+        with open_bench(session, tokens, data) as bench:
+            yield Points(bench, packed, dense)
 
 
 def described(tokens: PackedTokens) -> dict[str, Any]:

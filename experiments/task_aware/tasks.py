@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from points import bench, described, evaluate, one_thread, paired
+from points import described, evaluate, one_thread, paired, points
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import DEMO_CHECKPOINT, ROOT, write_report
@@ -35,9 +35,8 @@ from common import DEMO_CHECKPOINT, ROOT, write_report
 from layer_surgery.checkpoint.open import Checkpoint
 from layer_surgery.config import BudgetConfig
 from layer_surgery.data.tokens import PackedTokens
-from layer_surgery.runs.operation import operate, refit_data
 from layer_surgery.runs.session import Session
-from layer_surgery.surgeon import METHODS, make_plan, model_shape
+from layer_surgery.surgeon import make_plan, model_shape
 from layer_surgery.walk.walk import Walk
 
 Item = tuple[str, list[str], int]  # context, choices, which is right
@@ -167,7 +166,7 @@ def main() -> None:
         for seed in arguments.seeds:
             layers: list[int] = []
             for kind, (sources, samples) in kinds.items():
-                with bench(
+                with points(
                     arguments.model,
                     sources,
                     [arguments.eval_data, arguments.domain_eval],
@@ -190,8 +189,7 @@ def main() -> None:
                         model_shape(session.checkpoint), layers, BudgetConfig(keep=arguments.keep), "fisher"
                     )
                     for refit in (False, True):
-                        looked_at = refit_data(session, run.tokens, "all", 0.0) if refit else None
-                        done = operate(session, run.walk, plan, METHODS["fisher"], run.statistics, refit_data=looked_at)
+                        done = run.bench.operate(plan, "fisher", "all" if refit else None)
                         losses = evaluate(session, done.checkpoint, run.texts)
                         row = {
                             "calibration": kind,
