@@ -48,10 +48,7 @@ def whole_pass(session: Session, tokens: PackedTokens) -> float:
     """Return the seconds of one forward and backward over the whole model."""
     start = time.perf_counter()
     with calibration_walk(session, session.stream(session.checkpoint), tokens) as walk:
-        path = list(range(walk.model.layer_count))
-        with walk.new_store(1 << 30) as gradient:
-            walk.losses(walk.forward(path, keep=True), gradient=(gradient, 0))
-            walk.backward(path, (gradient, 0), observers=[AllGradients()])
+        walk.backpropagate([AllGradients()])
     return time.perf_counter() - start
 
 
@@ -62,13 +59,7 @@ def operate(session: Session, tokens: PackedTokens, plan: SurgeryPlan, method: s
     with calibration_walk(session, session.stream(session.checkpoint), tokens) as walk:
         METHODS[method].function(
             plan,
-            SurgeryContext(
-                model=walk.model,
-                walk=walk,
-                factors=factors,
-                statistics=statistics_source(session, "", None),
-                progress=session.ui.progress,
-            ),
+            SurgeryContext(walk=walk, factors=factors, statistics=statistics_source(session, "", None)),
         )
     return time.perf_counter() - start
 

@@ -1,4 +1,4 @@
-"""What one walk over the calibration data says about every linear: its components in the metric of the task loss.
+"""Statistics of every linear from one walk over the calibration data: its components in the metric of the task loss.
 
 The second moments of a layer exist only while the walk is at that layer. What stays is the spectrum of each linear and
 its leading components, as many as can be of use, so that another target, budget or plan needs no new walk.
@@ -10,15 +10,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor, nn
 
 from layer_surgery.calibration.couplings import LEVELS, Couplings, Responses
+from layer_surgery.checkpoint.modeling_layer_surgery import IN_FACTOR, OUT_FACTOR
 from layer_surgery.checkpoint.new_tensors import FactorStore
 from layer_surgery.data.tokens import PackedTokens
 from layer_surgery.errors import DataError, NumericalError
-from layer_surgery.linalg.low_rank import Factors, knapsack, shrunk, whitened_svd
+from layer_surgery.linalg.low_rank import Factors, knapsack, no_components, shrunk, whitened_svd
 from layer_surgery.records import Part
+from layer_surgery.walk.boundaries import Boundary
 from layer_surgery.walk.moments import MomentRecorder
 from layer_surgery.walk.streamed import StreamedModel
 from layer_surgery.walk.walk import Observer, Walk
@@ -47,7 +48,7 @@ class Statistics:
     """For each output projection, the linears whose outputs it reads."""
 
     def covers(self, layers: Mapping[int, Ranks]) -> bool:
-        """Whether all of these components are there."""
+        """Return whether all of these components are there."""
         return all(
             rank <= self.ranks.get(index, {}).get(name, 0)
             for index, ranks in layers.items()
@@ -58,7 +59,7 @@ class Statistics:
         """Return the leading components of some linears of a layer."""
         tensors = self.components.read(index)
         return {
-            name: Factors(tensors[f"{name}.out_factor.weight"][:, :rank], tensors[f"{name}.in_factor.weight"][:rank])
+            name: Factors(tensors[f"{name}.{OUT_FACTOR}"][:, :rank], tensors[f"{name}.{IN_FACTOR}"][:rank])
             for name, rank in ranks.items()
         }
 
@@ -152,20 +153,26 @@ def collect(walk: Walk, statistics: Statistics, layers: Mapping[int, Ranks], par
     if not layers:
         return
     check_tokens(walk.tokens, walk.model.hidden_size, "the fisher metric")
-    path = list(range(walk.model.layer_count))
-    with walk.new_store(walk.settings.boundary_memory_bytes) as gradient:
-        observer = _Collector(statistics, layers, Responses(walk, (gradient, 0)), part)
-        walk.losses(walk.forward(path, keep=True), gradient=(gradient, 0))
-        walk.backward(path, (gradient, 0), stop=min(layers), observers=[observer], watch=layers)
-    statistics.couplings = observer.responses.couplings()
+    observer = _Collector(walk, statistics, layers, part)
+    walk.backpropagate([observer], watch=layers)
+    statistics.couplings = observer.couplings()
 
 
 class _Collector(Observer):
     """Decomposes the linears of each layer that it sees, on the spot, and tries the layer with the components."""
 
-    def __init__(self, statistics: Statistics, layers: Mapping[int, Ranks], responses: Responses, part: Part) -> None:
-        self._statistics, self._layers, self.responses, self._part = statistics, layers, responses, part
+    def __init__(self, walk: Walk, statistics: Statistics, layers: Mapping[int, Ranks], part: Part) -> None:
+        self._walk, self._statistics, self._layers, self._part = walk, statistics, layers, part
+        self._responses: Responses | None = None
         self._recorder: MomentRecorder | None = None
+
+    def begin_backward(self, gradient: Boundary) -> None:
+        self._responses = Responses(self._walk, gradient)
+
+    def couplings(self) -> Couplings:
+        """Return the couplings of the layers that it has seen."""
+        assert self._responses is not None
+        return self._responses.couplings()
 
     @contextmanager
     def watching(self, index: int, layer: nn.Module) -> Iterator[None]:
@@ -192,19 +199,20 @@ class _Collector(Observer):
 
     def _try(self, index: int, layer: nn.Module) -> None:
         """Measure what comes of the layer, or of its part, with components at each level of `LEVELS`; 0 is without."""
+        assert self._responses is not None
         sizes = self._statistics.sizes[index]
         parameters = sum(p.numel() for p in layer.parameters())
         if self._part == "layer":
-            self.responses.add(index, 0.0, None)
+            self._responses.add(index, 0.0, None)
         else:
             parameters = sum(out * in_ for out, in_ in sizes.values())
-            nothing = {name: Factors(torch.zeros(out, 0), torch.zeros(0, in_)) for name, (out, in_) in sizes.items()}
+            nothing = {name: no_components(size) for name, size in sizes.items()}
             with _composed(layer, nothing):
-                self.responses.add(index, 0.0, layer)
+                self._responses.add(index, 0.0, layer)
         for keep in LEVELS[1:]:
             ranks = self._statistics.layer_ranks(index, keep, parameters)
             with _composed(layer, self._statistics.factors(index, ranks)):
-                self.responses.add(index, keep, layer)
+                self._responses.add(index, keep, layer)
 
     def batch(self, valid: Tensor) -> None:
         assert self._recorder is not None

@@ -1,4 +1,4 @@
-"""What a decoder layer and its linears are called, for every supported `model_type`.
+"""Names of decoder layers and of their linears, for every supported `model_type`.
 
 Nothing else in the package knows a module name of an architecture. Embeddings, position embeddings, masks, final norm
 and head need no entry: the walk learns them by running the model itself with stubs in place of its layers.
@@ -152,3 +152,9 @@ def base_model_type(config: Any) -> str:
     """Return the `model_type` of the stock architecture, also for a checkpoint with low-rank layers."""
     base_class = getattr(config, "base_class", None)
     return str(base_class.model_type if base_class is not None else config.model_type)
+
+
+def longest_sequence(config: Any) -> int | None:
+    """Return how many tokens a model takes at most; None where its configuration does not say."""
+    limits = (getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len"))  # the latter: MPT
+    return min((int(limit) for limit in limits if limit), default=None)

@@ -22,6 +22,12 @@ class Factors(NamedTuple):
     right: Tensor  # [r, in]
 
 
+def no_components(size: tuple[int, int]) -> Factors:
+    """Return factors of rank 0 for a weight [out, in] of this size: their product is zero."""
+    out, in_ = size
+    return Factors(torch.zeros(out, 0), torch.zeros(0, in_))
+
+
 class Spectrum(NamedTuple):
     """`u @ diag(s) @ vh`, singular values in descending order."""
 

@@ -11,17 +11,17 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from layer_surgery.calibration.cache import check_cache
-from layer_surgery.checkpoint.open import Checkpoint, open_checkpoint
 from layer_surgery.checkpoint.save import (
     check_free_space,
     check_not_same,
     check_output,
+    check_saved,
     save_checkpoint,
     staged_directory,
 )
 from layer_surgery.config import DEFAULT_METHOD, BudgetConfig, CompressConfig
 from layer_surgery.data.tokens import PackedTokens
-from layer_surgery.errors import CheckpointError, OutputError, PlanError, describe
+from layer_surgery.errors import OutputError, PlanError, describe
 from layer_surgery.machine import peak_device_memory_bytes, peak_memory_bytes
 from layer_surgery.progress import Ui
 from layer_surgery.records import LayerScores, StageFailure, SurgeryPlan, SurgeryReport
@@ -131,7 +131,7 @@ class _Run:
                 save_checkpoint(
                     operated, staging, base=job.checkpoint, tokenizer=session.tokenizer, progress=session.ui.progress
                 )
-                _check_saved(staging, operated)
+                check_saved(staging, operated)
         report = SurgeryReport(
             base_model=base_model_record(session.checkpoint, sha256),
             plan=plan,
@@ -180,12 +180,3 @@ def _check_hash(config: CompressConfig, sha256: str) -> None:
 def _write_report(report: SurgeryReport, directory: Path) -> None:
     text = json.dumps(report_dict(report), indent=2, ensure_ascii=False, allow_nan=False)
     (directory / REPORT_FILE).write_text(text + "\n", encoding="utf-8")
-
-
-def _check_saved(directory: Path, operated: Checkpoint) -> None:
-    """Open what was written: every tensor must be there with its shape, and the parameters must add up."""
-    saved = open_checkpoint(directory, trust_remote_code=operated.trust_remote_code)
-    if saved.parameters != operated.parameters or saved.low_rank != operated.low_rank:
-        raise CheckpointError(
-            f"what was written to {directory} is not what was to be written; this is a bug, report it."
-        )

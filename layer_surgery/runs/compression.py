@@ -10,11 +10,10 @@ from layer_surgery.checkpoint.result import result_checkpoint
 from layer_surgery.config import DEFAULT_METHOD, BudgetConfig, CompressConfig
 from layer_surgery.errors import PlanError
 from layer_surgery.records import LayerScores, RefitScope, SurgeryPlan
-from layer_surgery.registry import Entry
 from layer_surgery.runs.operation import Operation, RefitData, operate
 from layer_surgery.runs.session import Session
-from layer_surgery.scoring import SCORERS, Scorer, ScoringContext
-from layer_surgery.surgeon import METHODS, Method, check_plan, make_plan, model_shape, removal_count
+from layer_surgery.scoring import SCORERS, ScorerEntry, ScoringContext
+from layer_surgery.surgeon import METHODS, MethodEntry, check_plan, make_plan, model_shape, removal_count
 from layer_surgery.walk.self_check import check_survivors
 from layer_surgery.walk.streamed import StreamedModel
 from layer_surgery.walk.walk import Walk
@@ -56,11 +55,11 @@ class Compression:
         return self.config.plan
 
     @property
-    def scorer(self) -> Entry[Scorer]:
+    def scorer(self) -> ScorerEntry:
         return SCORERS[self.config.scorer]
 
     @property
-    def method(self) -> Entry[Method]:
+    def method(self) -> MethodEntry:
         return METHODS[self.config.method or DEFAULT_METHOD]
 
     @property

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig
 
+from layer_surgery.checkpoint.modeling_layer_surgery import IN_FACTOR, OUT_FACTOR
 from layer_surgery.checkpoint.open import Checkpoint, open_checkpoint
-from layer_surgery.checkpoint.save import check_not_same, check_output, save_checkpoint, staged_directory
+from layer_surgery.checkpoint.save import check_not_same, check_output, check_saved, save_checkpoint, staged_directory
 from layer_surgery.checkpoint.tensors import TensorSource, TensorSpec
 from layer_surgery.errors import CheckpointError, NumericalError
 from layer_surgery.machine import provenance
@@ -25,7 +26,7 @@ from layer_surgery.records import REPORT_SCHEMA_VERSION
 from layer_surgery.records.reading import read_json
 from layer_surgery.records.reading_surgery import REPORT_FILE
 
-_IN, _OUT = ".in_factor.weight", ".out_factor.weight"
+_IN, _OUT = f".{IN_FACTOR}", f".{OUT_FACTOR}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +76,7 @@ def run_export(
     with staged_directory(output, overwrite=overwrite) as staging:
         dense = dense_checkpoint(low_rank)
         save_checkpoint(dense, staging, base=low_rank, progress=progress)
-        _check_saved(staging, dense)
+        check_saved(staging, dense)
         record = DenseExport(
             source=str(directory),
             linears=len(low_rank.low_rank),
@@ -145,13 +146,6 @@ class MultipliedSource:
         if not torch.isfinite(weight).all():
             raise NumericalError(f"the product of the factors of '{linear}' is not finite in {weight.dtype}.")
         return weight
-
-
-def _check_saved(directory: Path, dense: Checkpoint) -> None:
-    """Open what was written, which compares every tensor's name and shape with what the plain architecture has."""
-    saved = open_checkpoint(directory)
-    if saved.low_rank or saved.parameters != dense.parameters:
-        raise CheckpointError(f"what was written to {directory} is not a plain checkpoint; this is a bug, report it.")
 
 
 def _stored_report(low_rank: Checkpoint) -> dict[str, Any]:

@@ -15,9 +15,8 @@ from layer_surgery.data import load_documents, pack_evaluation
 from layer_surgery.data.tokens import PackedTokens
 from layer_surgery.errors import UserError
 from layer_surgery.records import Part, RefitRecord, RefitScope, SpectrumRecord, SurgeryPlan
-from layer_surgery.registry import Entry
 from layer_surgery.runs.session import Session
-from layer_surgery.surgeon import Method, SurgeryContext
+from layer_surgery.surgeon import MethodEntry, SurgeryContext
 from layer_surgery.surgeon.refit import check_windows, refit
 from layer_surgery.walk.walk import Walk
 
@@ -50,7 +49,7 @@ def operate(
     session: Session,
     walk: Walk,
     plan: SurgeryPlan,
-    method: Entry[Method],
+    method: MethodEntry,
     statistics: StatisticsSource,
     *,
     refit_data: RefitData | None = None,
@@ -63,11 +62,9 @@ def operate(
     if plan.low_rank or method.removes:
         with session.clock.stage("operate"):
             context = SurgeryContext(
-                model=walk.model,
                 walk=walk,
                 factors=factors,
                 statistics=statistics,
-                progress=session.ui.progress,
                 ranks_fixed=ranks_fixed,
                 spectra=spectra,
             )

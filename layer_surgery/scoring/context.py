@@ -1,9 +1,9 @@
-"""What a scorer is given, and the registry of scorers."""
+"""The input of a scorer, and the registry of scorers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -48,7 +48,28 @@ class ScoringContext:
 
 
 Scorer = Callable[[ScoringContext], LayerScores]
-SCORERS: Registry[Scorer] = Registry("scorer")
+
+
+@dataclass(frozen=True)
+class ScorerEntry:
+    """A scorer that can be chosen by name."""
+
+    function: Scorer
+    name: str
+    summary: str = field(kw_only=True)
+    """One line for help texts."""
+    source: str = field(default="", kw_only=True)
+    """URL of the paper, or "" where there is none."""
+    needs_data: bool = field(default=False, kw_only=True)
+    """Whether it looks at calibration data."""
+    parts: bool = field(default=False, kw_only=True)
+    """Whether it can rank the attention and the MLP of layers too."""
+    depends_on: tuple[str, ...] = field(default=(), kw_only=True)
+    """The fields of the context, apart from model, data and seed, that what it returns depends on. Where these are the
+    same, one ranking serves several compressions."""
+
+
+SCORERS = Registry("scorer", ScorerEntry)
 
 
 def least_first(values: Iterable[float]) -> list[int]:

@@ -1,4 +1,4 @@
-"""What layers cost after their best low-rank replacement, alone and together, as Fisher information predicts it."""
+"""Costs of layers after their best low-rank replacement, alone and together, as Fisher information predicts them."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ ABSORBED = 1 / 3
     "fisher",
     summary="predicted rise of the loss when layers are replaced by their best low-rank components, also jointly",
     source=URL,
-    needs_boundaries=True,
+    needs_data=True,
     parts=True,
     depends_on=("count", "keep", "refit"),
 )
-def fisher(context: ScoringContext) -> LayerScores:
+def predicted_cost(context: ScoringContext) -> LayerScores:
     """Return the predicted cost of each layer alone; the order is greedy by the cost of all chosen so far together.
 
     The cost is that of a fraction `context.keep` kept: low-rank components of the method `fisher`, chosen for each

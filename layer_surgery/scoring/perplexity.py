@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from layer_surgery.records import LayerScores
 from layer_surgery.scoring.context import SCORERS, ScoringContext, least_first
+from layer_surgery.walk.boundaries import Boundary
 
 URL = "https://arxiv.org/abs/2402.09025"
 
@@ -15,10 +16,10 @@ URL = "https://arxiv.org/abs/2402.09025"
     "perplexity",
     summary="greedy: remove the layer whose removal raises the loss least, repeat (SLEB)",
     source=URL,
-    needs_boundaries=True,
+    needs_data=True,
     depends_on=("count",),
 )
-def perplexity(context: ScoringContext) -> LayerScores:
+def rise_without_each(context: ScoringContext) -> LayerScores:
     """Return the rise of the mean loss when each layer alone is removed; the order is greedy.
 
     The boundaries of the current model are cached, so that only the layers after a cut are recomputed.
@@ -48,14 +49,15 @@ def _losses_without_each(context: ScoringContext, path: list[int]) -> list[float
     """Return the mean loss of the current model with each position of `path` left out (nats per token)."""
     walk, losses = context.walk, []
     with (
-        walk.new_store(walk.settings.boundary_memory_bytes) as scratch,
+        walk.new_store() as store,
         walk.settings.progress("removing each layer in turn", len(path)) as advance,
     ):
+        scratch = Boundary(store, 0)
         for position in range(len(path)):
-            source = (walk.store, position)
+            source = walk.boundary(position)
             for index in path[position + 1 :]:
-                walk.step(index, source, (scratch, 0))
-                source = (scratch, 0)
-            losses.append(walk.losses(source[1], store=source[0]).mean)
+                walk.step(index, source, scratch)
+                source = scratch
+            losses.append(walk.losses(source).mean)
             advance()
     return losses

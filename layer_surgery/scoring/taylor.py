@@ -39,16 +39,13 @@ class TaylorObserver(Observer):
     "taylor",
     summary="sum of |weight x gradient| over a layer's linears (one backward walk)",
     source=URL,
-    needs_boundaries=True,
+    needs_data=True,
 )
 def taylor(context: ScoringContext) -> LayerScores:
     """Return `sum |W * G|` per layer, with G the gradient of the summed loss; the least go first."""
     observer = TaylorObserver()
-    walk, path = context.walk, context.path
-    with walk.new_store(walk.settings.boundary_memory_bytes) as gradient:
-        walk.losses(walk.forward(path, keep=True), gradient=(gradient, 0))
-        walk.backward(path, (gradient, 0), observers=[observer])
-    values = [observer.values[index] for index in path]
+    context.walk.backpropagate([observer])
+    values = [observer.values[index] for index in context.path]
     return LayerScores(
         scorer="taylor",
         source=URL,

@@ -1,4 +1,4 @@
-"""One layer of the original beside the same layer of the operated model: what goes in and out of their linears.
+"""One layer of the original beside the same layer of the result: what goes in and out of their linears.
 
 Shapes: B sequences in a micro-batch, S tokens each, D hidden.
 """

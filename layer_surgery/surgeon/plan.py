@@ -1,4 +1,4 @@
-"""Which layers, which action, which ranks: pure arithmetic, budgets met exactly."""
+"""Layers, actions and ranks of a surgery: pure arithmetic, budgets met exactly."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def uniform_ranks(
 
 
 def plan_parameters(shape: ModelShape, plan: SurgeryPlan) -> int:
-    """Return the number of parameters of the operated model."""
+    """Return the number of parameters of the result."""
     total = shape.parameters
     for layer_plan in plan.operated:
         layer = shape.layers[layer_plan.index]
@@ -187,6 +187,16 @@ def check_plan(shape: ModelShape, plan: SurgeryPlan, origin: str) -> SurgeryPlan
                 )
     parameters = plan_parameters(shape, plan)
     return replace(plan, parameters=parameters, parameter_bound=parameters)
+
+
+def runs_behind_a_layer(plan: SurgeryPlan) -> list[tuple[int, int]]:
+    """Return the plan's removed runs, for a method that puts something into the layer before each.
+
+    Raises `PlanError` if layer 0 is removed.
+    """
+    if plan.layers[0].action == "remove":
+        raise PlanError(f"--method {plan.method} needs a layer before each removed run, but layer 0 is removed.")
+    return plan.removed_runs
 
 
 def _parameter_bound(budget: BudgetConfig, total: int, operated: int) -> int:

@@ -9,7 +9,7 @@ from layer_surgery.surgeon.spectra import spectrum_record
 
 
 @METHODS.add("svd", summary="truncated SVD of each weight: the nearest in Frobenius norm; looks at no data")
-def svd(plan: SurgeryPlan, context: SurgeryContext) -> SurgeryPlan:
+def plain_svd(plan: SurgeryPlan, context: SurgeryContext) -> SurgeryPlan:
     """Replace each linear of the low-rank layers by its truncated SVD."""
     with context.progress("truncating", len(plan.low_rank)) as advance:
         for layer in plan.low_rank:

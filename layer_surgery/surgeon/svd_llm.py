@@ -15,7 +15,7 @@ from layer_surgery.calibration.statistics import check_tokens, damped
 from layer_surgery.checkpoint.new_tensors import FactorStore
 from layer_surgery.linalg.low_rank import Factors, whitened_svd
 from layer_surgery.records import SpectrumRecord, SurgeryPlan
-from layer_surgery.surgeon.context import METHODS, SurgeryContext, the_walk
+from layer_surgery.surgeon.context import METHODS, SurgeryContext
 from layer_surgery.surgeon.spectra import spectrum_record
 from layer_surgery.walk.moments import MomentRecorder
 from layer_surgery.walk.walk import Observer
@@ -58,9 +58,9 @@ class WhitenedObserver(Observer):
 )
 def svd_llm(plan: SurgeryPlan, context: SurgeryContext) -> SurgeryPlan:
     """Truncate each linear in the metric of its inputs' second moment, at the plan's ranks."""
-    walk = the_walk(context)
+    walk = context.walk
     check_tokens(walk.tokens, walk.model.hidden_size, "svd_llm")
     ranks = {layer.index: layer.ranks for layer in plan.low_rank}
     observer = WhitenedObserver(ranks, context.factors, context.spectra)
-    walk.forward(list(range(max(ranks) + 1)), keep=False, observers=[observer], watch=ranks)
+    walk.forward(range(max(ranks) + 1), keep=False, observers=[observer], watch=ranks)
     return plan

@@ -480,7 +480,7 @@ STAGES = [
     "layer_surgery.runs.compress.save_checkpoint",
     "layer_surgery.checkpoint.save.StreamedSafetensors.write",
     "layer_surgery.checkpoint.save._copy_companions",
-    "layer_surgery.runs.compress._check_saved",
+    "layer_surgery.runs.compress.check_saved",
     "layer_surgery.runs.compress.report_dict",
 ]
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from surgery_helpers import statistics_source
 from tiny_models import (
     changes,
     decoder_layers,
@@ -16,7 +17,6 @@ from tiny_models import (
     packed_tokens,
     settings,
     snapshot,
-    statistics_source,
     streamed,
     tiny_checkpoint,
     tiny_model,
@@ -32,7 +32,8 @@ from layer_surgery.data.tokens import PackedTokens
 from layer_surgery.errors import UserError
 from layer_surgery.records import LayerScores
 from layer_surgery.registry import Registry
-from layer_surgery.scoring import SCORERS, ScoringContext
+from layer_surgery.scoring import SCORERS, ScorerEntry, ScoringContext
+from layer_surgery.surgeon import METHODS
 from layer_surgery.walk.walk import Walk
 
 TOKENS = packed_tokens(5, 11, padding=True, excluded=0.2)
@@ -264,17 +265,16 @@ def test_an_unknown_scorer_unlike_any_is_answered_with_all() -> None:
 
 
 def test_a_registry_refuses_a_name_that_is_taken() -> None:
-    registry: Registry = Registry("thing")
+    registry = Registry("thing", ScorerEntry)
     registry.add("one", summary="")(lambda: 1)
     with pytest.raises(ValueError, match="thing 'one' is registered already"):
-        registry.add("one", summary="")
-    assert registry.names == ["one"]
+        registry.add("one", summary="")(lambda: 2)
+    assert registry.names == ["one"] and registry["one"].function() == 1
 
 
 def test_needing_boundaries_is_needing_data() -> None:
-    registry: Registry = Registry("thing")
-    registry.add("one", summary="", needs_boundaries=True)(lambda: 1)
-    assert registry["one"].needs_data
+    assert all(method.needs_data for method in METHODS if method.needs_boundaries)
+    assert any(method.needs_boundaries for method in METHODS)
 
 
 def test_every_scorer_that_looks_at_data_says_so_and_names_its_paper(tmp_path: Path) -> None:

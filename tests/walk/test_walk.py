@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from layer_surgery.data.tokens import PackedTokens
 from layer_surgery.walk import walk as walk_module
+from layer_surgery.walk.boundaries import Boundary
 from layer_surgery.walk.gradients import accumulated_gradients
 from layer_surgery.walk.streamed import StreamedModel
 from layer_surgery.walk.walk import Observer, Walk
@@ -63,9 +64,9 @@ def test_boundaries_equal_the_whole_models(tmp_path: Path, family: str, resident
     path = tiny_checkpoint(tmp_path, model, max_shard_size="30KB")
     where = settings(tmp_path, boundary_memory_bytes=boundaries)
     with Walk(streamed(path, resident_bytes=resident), TOKENS, where) as walk:
-        assert walk.forward(range(4), keep=True) == 4
-        for slot, states in enumerate(expected):
-            assert largest_difference(walk.store.read(slot, slice(0, 5)), states) < 1e-9
+        assert walk.forward(range(4), keep=True) == walk.boundary(4)
+        for position, states in enumerate(expected):
+            assert largest_difference(walk.boundary(position).read(slice(0, 5)), states) < 1e-9
 
 
 @pytest.mark.parametrize("tokens", [TOKENS, PADDED], ids=["full", "padded"])
@@ -108,19 +109,25 @@ def test_gradient_that_leaves_the_walk_is_that_of_the_embeddings(tmp_path: Path)
     embedded = model.get_input_embeddings()(TOKENS.token_ids).detach().requires_grad_()
     loss = whole_losses(model(inputs_embeds=embedded).logits, TOKENS).sum()
     (expected,) = torch.autograd.grad(loss, embedded)
-    with Walk(streamed(model), TOKENS, settings(tmp_path)) as walk, walk.new_store(1 << 29) as gradient:
-        walk.losses(walk.forward(range(4), keep=True), gradient=(gradient, 0))
-        walk.backward(range(4), (gradient, 0))
-        assert largest_difference(gradient.read(0, slice(0, 5)), expected) < 1e-9
+    with Walk(streamed(model), TOKENS, settings(tmp_path)) as walk, walk.new_store() as store:
+        gradient = Boundary(store, 0)
+        walk.losses(walk.forward(range(4), keep=True), gradient)
+        walk.backward(range(4), gradient)
+        assert largest_difference(gradient.read(slice(0, 5)), expected) < 1e-9
 
 
 def test_backward_walk_that_stops_early_sees_the_same_gradients(tmp_path: Path) -> None:
     model = tiny_model()
     expected = layer_gradients(whole_gradients(model, TOKENS))
     observer = GradientObserver()
-    with Walk(streamed(model), TOKENS, settings(tmp_path)) as walk, walk.new_store(1 << 29) as gradient:
-        walk.losses(walk.forward(range(4), keep=True), gradient=(gradient, 0))
-        walk.backward(range(4), (gradient, 0), stop=2, observers=[observer], watch=[2])
+    model_on_the_way = streamed(model)
+    with Walk(model_on_the_way, TOKENS, settings(tmp_path)) as walk:
+        walk.forward(range(4), keep=True)
+        loaded: list[int] = []
+        layer = model_on_the_way.layer
+        model_on_the_way.layer = lambda index: (loaded.append(index), layer(index))[1]  # type: ignore[method-assign]
+        walk.backpropagate([observer], watch=[2])
+    assert loaded == [3, 2]
     watched = {name: tensor for name, tensor in expected.items() if name.startswith("model.layers.2.")}
     assert largest_gradient_difference(observer.gradients, watched) < 1e-9
 
@@ -172,7 +179,7 @@ def test_right_padding_changes_nothing_for_valid_tokens(tmp_path: Path) -> None:
     for tokens in (short, padded):
         with Walk(model, tokens, settings(tmp_path)) as walk:
             losses = walk.losses(walk.forward(range(4), keep=True))
-            states = walk.store.read(4, slice(0, 3))[:, :9].clone()
+            states = walk.boundary(4).read(slice(0, 3))[:, :9].clone()
             results.append((losses.sums, states, walked_gradients(walk)))
     assert largest_difference(results[0][0], results[1][0]) < 1e-10
     assert largest_difference(results[0][1], results[1][1]) < 1e-10
@@ -254,8 +261,8 @@ def test_a_forgotten_position_is_walked_again(tmp_path: Path, monkeypatch: pytes
 
 def test_walk_that_keeps_nothing_holds_one_boundary(tmp_path: Path) -> None:
     with Walk(streamed(tiny_model()), TOKENS, settings(tmp_path)) as walk:
-        slot = walk.forward(range(4), keep=False)
-        assert [candidate for candidate in range(-1, 6) if candidate in walk.store] == [slot]
+        last = walk.forward(range(4), keep=False)
+        assert [candidate for candidate in range(-1, 6) if candidate in walk.store] == [last.slot]
 
 
 # Nothing left behind
@@ -306,9 +313,9 @@ def test_nothing_is_left_on_the_model_after_success(tmp_path: Path, resident: in
     model = streamed(tiny_checkpoint(tmp_path), resident_bytes=resident)
     originals = list(model.layers)
     observer = Raising(-1, "")
-    with Walk(model, TOKENS, settings(tmp_path)) as walk, walk.new_store(0) as gradient:
-        walk.losses(walk.forward(range(4), keep=True, observers=[observer]), gradient=(gradient, 0))
-        walk.backward(range(4), (gradient, 0), observers=[observer])
+    with Walk(model, TOKENS, settings(tmp_path)) as walk:
+        walk.forward(range(4), keep=True, observers=[observer])
+        walk.backpropagate([observer])
     assert len(observer.parameters) == 2 * sum(1 for layer in originals for _ in layer.parameters())
     assert_clean(model, originals, observer)
 
@@ -329,10 +336,8 @@ def test_nothing_is_left_on_the_model_after_an_exception_on_the_way_forward(
 def test_nothing_is_left_on_the_model_after_an_exception_on_the_way_back(tmp_path: Path, where: str) -> None:
     model = streamed(tiny_checkpoint(tmp_path))
     originals, observer = list(model.layers), Raising(1, where)
-    with Walk(model, TOKENS, settings(tmp_path)) as walk, walk.new_store(0) as gradient:
-        walk.losses(walk.forward(range(4), keep=True), gradient=(gradient, 0))
-        with pytest.raises((RuntimeError, TypeError)):
-            walk.backward(range(4), (gradient, 0), observers=[observer])
+    with Walk(model, TOKENS, settings(tmp_path)) as walk, pytest.raises((RuntimeError, TypeError)):
+        walk.backpropagate([observer])
     assert_clean(model, originals, observer)
 
 
