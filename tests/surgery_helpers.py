@@ -24,7 +24,7 @@ from tiny_models import (
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from layer_surgery.calibration.cache import StatisticsSource
+from layer_surgery.calibration.source import StatisticsSource
 from layer_surgery.checkpoint.open import Checkpoint, open_checkpoint
 from layer_surgery.checkpoint.result import result_checkpoint
 from layer_surgery.checkpoint.save import save_checkpoint

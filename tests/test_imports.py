@@ -26,7 +26,8 @@ LAYERS: list[tuple[str, ...]] = [
     ("data",),
     ("config",),
     ("linalg", "records"),
-    ("errors", "machine", "progress", "registry"),
+    ("machine", "progress", "registry"),
+    ("errors",),
 ]
 STAGES = next(names for names in LAYERS if "scoring" in names)
 #: What knows torch and the standard library only, itself and all that it imports.

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import DEMO_CHECKPOINT, ROOT, write_report
 
-from layer_surgery.calibration.cache import StatisticsSource
+from layer_surgery.calibration.source import StatisticsSource
 from layer_surgery.calibration.statistics import useful_ranks
 from layer_surgery.config import BudgetConfig, CalibrationConfig, RuntimeConfig
 from layer_surgery.data.tokens import PackedTokens

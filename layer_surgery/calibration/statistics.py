@@ -47,6 +47,13 @@ class Statistics:
     fed_by: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """For each output projection, the linears whose outputs it reads."""
 
+    @classmethod
+    def empty(cls, walk: Walk, components: FactorStore) -> Statistics:
+        """Return statistics of no linear yet, for what a walk goes over."""
+        architecture = walk.model.architecture
+        fed_by = {names[-1]: names[:-1] for names in (architecture.attention, architecture.mlp) if names}
+        return cls(components, int(walk.tokens.valid.sum()) / walk.tokens.predicted_tokens, fed_by=fed_by)
+
     def covers(self, layers: Mapping[int, Ranks]) -> bool:
         """Return whether all of these components are there."""
         return all(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from layer_surgery.calibration.cache import StatisticsSource
+from layer_surgery.calibration.source import StatisticsSource
 from layer_surgery.records import LayerScores
 from layer_surgery.registry import Registry
 from layer_surgery.walk.walk import Walk

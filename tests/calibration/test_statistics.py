@@ -24,7 +24,7 @@ from tiny_models import (
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from layer_surgery.calibration.cache import StatisticsSource
+from layer_surgery.calibration.source import StatisticsSource
 from layer_surgery.calibration.statistics import Statistics, useful_rank, useful_ranks
 from layer_surgery.data.tokens import PackedTokens
 from layer_surgery.errors import DataError, NumericalError

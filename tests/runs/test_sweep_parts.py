@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from tiny_models import packed_tokens, settings, streamed, tiny_checkpoint
 
-from layer_surgery.calibration.cache import StatisticsSource
+from layer_surgery.calibration.source import StatisticsSource
 from layer_surgery.calibration.statistics import useful_ranks
 from layer_surgery.checkpoint.new_tensors import FactorStore
 from layer_surgery.config import EvaluationConfig

@@ -6,7 +6,7 @@ import logging
 import time
 from dataclasses import dataclass, field, replace
 
-from layer_surgery.calibration.cache import StatisticsSource
+from layer_surgery.calibration.source import StatisticsSource
 from layer_surgery.config import CompressConfig
 from layer_surgery.errors import describe
 from layer_surgery.records import EvaluationResult, LayerScores, StageFailure
