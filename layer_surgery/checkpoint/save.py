@@ -23,7 +23,7 @@ from layer_surgery.checkpoint.tensors import INDEX_FILE, SAFETENSORS_DTYPES, SIN
 from layer_surgery.errors import CheckpointError, LayerSurgeryError, NumericalError, OutputError
 from layer_surgery.machine import release_freed_memory
 from layer_surgery.progress import Progress, no_progress
-from layer_surgery.records.reading_surgery import REPORT_FILE
+from layer_surgery.records.reading import REPORT_FILE
 
 #: Largest shard when the original was not in files (transformers' own default).
 DEFAULT_SHARD_BYTES = 50 * 1000**3

@@ -1,4 +1,4 @@
-"""Where tensors come from: files, a model in memory, or a mixture. Read by name, and only when asked for."""
+"""Sources of tensors: files, a model in memory, or a mixture. Read by name, and only when asked for."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ from layer_surgery.errors import OutputError, PlanError, describe
 from layer_surgery.machine import peak_device_memory_bytes, peak_memory_bytes
 from layer_surgery.progress import Ui
 from layer_surgery.records import LayerScores, StageFailure, SurgeryPlan, SurgeryReport
-from layer_surgery.records.reading_surgery import REPORT_FILE
+from layer_surgery.records.reading import REPORT_FILE
 from layer_surgery.reporting.publish import write_page_and_card
 from layer_surgery.runs.compression import Compression, check_options
 from layer_surgery.runs.evaluator import Evaluator

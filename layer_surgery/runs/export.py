@@ -23,8 +23,7 @@ from layer_surgery.errors import CheckpointError, NumericalError
 from layer_surgery.machine import provenance
 from layer_surgery.progress import Progress, no_progress
 from layer_surgery.records import REPORT_SCHEMA_VERSION
-from layer_surgery.records.reading import read_json
-from layer_surgery.records.reading_surgery import REPORT_FILE
+from layer_surgery.records.reading import REPORT_FILE, read_json
 
 _IN, _OUT = f".{IN_FACTOR}", f".{OUT_FACTOR}"
 

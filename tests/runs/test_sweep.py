@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import layer_surgery
 from layer_surgery import SweepPoint, SweepReport
 from layer_surgery.errors import NumericalError, OutputError, UserError
-from layer_surgery.records.reading_sweep import read_sweep
+from layer_surgery.records.reading import read_sweep
 from layer_surgery.reporting.sweep_page import sweep_rows
 from layer_surgery.runs.compression import Compression
 from layer_surgery.runs.evaluator import Evaluator
