@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from layer_surgery.calibration.source import StatisticsSource
+from layer_surgery.calibration.statistics import MomentObserver
 from layer_surgery.checkpoint.open import Checkpoint, open_checkpoint
 from layer_surgery.checkpoint.result import result_checkpoint
 from layer_surgery.checkpoint.save import save_checkpoint
@@ -33,8 +32,8 @@ from layer_surgery.linalg.least_squares import RIDGES
 from layer_surgery.records import RefitRecord, RefitScope, SurgeryPlan
 from layer_surgery.surgeon import METHODS, FactorStore, SurgeryContext
 from layer_surgery.surgeon.refit import refit
-from layer_surgery.walk.moments import LayerMoments, MomentRecorder
-from layer_surgery.walk.walk import Observer, Walk
+from layer_surgery.walk.moments import LayerMoments
+from layer_surgery.walk.walk import Walk
 
 #: The linears of a Llama layer.
 ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
@@ -234,29 +233,26 @@ def held_out_error(weight: Tensor, z: Tensor, y: Tensor) -> float:
 # Moments
 
 
-class MomentObserver(Observer):
-    """Records the moments of all linears of every layer that it sees."""
+class RecordedMoments(MomentObserver):
+    """Keeps the moments of all linears of every layer that it sees."""
 
     def __init__(self, *, fail: bool = False) -> None:
+        super().__init__(dict.fromkeys(range(4), LINEARS), gradients=True)
         self.moments: dict[int, LayerMoments] = {}
         self._fail = fail
 
-    @contextmanager
-    def watching(self, index: int, layer: nn.Module) -> Iterator[None]:
-        self._recorder = MomentRecorder({name: layer.get_submodule(name) for name in LINEARS}, gradients=True)
-        with self._recorder.recording() as moments:
-            yield
-            if self._fail:
-                raise RuntimeError("on purpose")
-        self.moments[index] = moments
-
     def batch(self, valid: Tensor) -> None:
-        self._recorder.start_batch(valid)
+        super().batch(valid)
+        if self._fail:
+            raise RuntimeError("on purpose")
+
+    def reduce(self, index: int, layer: nn.Module, moments: LayerMoments) -> None:
+        self.moments[index] = moments
 
 
 def walked_moments(tokens: PackedTokens, scratch: Path, batch_size: int = 2) -> dict[int, LayerMoments]:
     """Return the moments of the tiny Llama's linears from one forward and backward walk."""
-    observer = MomentObserver()
+    observer = RecordedMoments()
     with Walk(streamed(tiny_model()), tokens, settings(scratch, batch_size=batch_size)) as walk:
         walk.backpropagate([observer])
     return observer.moments

@@ -42,7 +42,7 @@ def removal_order(session: Session, tokens: PackedTokens, scorer: str, count: in
         context = ScoringContext(
             walk=walk, count=count, seed=0, statistics=statistics_source(session, "", None), keep=0.1, refit=False
         )
-        scores = SCORERS[scorer].function(context)
+        scores = SCORERS[scorer].scores(context)
     return scores.removal_order[:count]
 
 

@@ -44,7 +44,7 @@ class Bench:
         context = ScoringContext(
             walk=self.walk, count=count, seed=0, statistics=self.statistics, keep=keep or 0.1, refit=refit
         )
-        return SCORERS[scorer].function(context).removal_order[:count]
+        return SCORERS[scorer].scores(context).removal_order[:count]
 
     def measure(
         self,

@@ -20,7 +20,7 @@ from layer_surgery.errors import DataError, NumericalError
 from layer_surgery.linalg.low_rank import Factors, knapsack, no_components, shrunk, whitened_svd
 from layer_surgery.records import Part
 from layer_surgery.walk.boundaries import Boundary
-from layer_surgery.walk.moments import MomentRecorder
+from layer_surgery.walk.moments import LayerMoments, MomentRecorder
 from layer_surgery.walk.streamed import StreamedModel
 from layer_surgery.walk.walk import Observer, Walk
 
@@ -165,13 +165,38 @@ def collect(walk: Walk, statistics: Statistics, layers: Mapping[int, Ranks], par
     statistics.couplings = observer.couplings()
 
 
-class _Collector(Observer):
+class MomentObserver(Observer):
+    """Takes the second moments of some linears of each layer that it sees, and reduces them behind the layer."""
+
+    def __init__(self, layers: Mapping[int, Iterable[str]], *, gradients: bool) -> None:
+        """Look at these linears, by layer; with `gradients`, also at the loss gradients at their outputs."""
+        self._linears, self._gradients = layers, gradients
+        self._recorder: MomentRecorder | None = None
+
+    @contextmanager
+    def watching(self, index: int, layer: nn.Module) -> Iterator[None]:
+        linears = {name: layer.get_submodule(name) for name in self._linears[index]}
+        self._recorder = MomentRecorder(linears, gradients=self._gradients)
+        with self._recorder.recording() as moments:
+            yield
+        self.reduce(index, layer, moments)
+
+    def batch(self, valid: Tensor) -> None:
+        assert self._recorder is not None
+        self._recorder.start_batch(valid)
+
+    def reduce(self, index: int, layer: nn.Module, moments: LayerMoments) -> None:
+        """Make of the moments what is wanted of them; the layer still has its weights."""
+        raise NotImplementedError
+
+
+class _Collector(MomentObserver):
     """Decomposes the linears of each layer that it sees, on the spot, and tries the layer with the components."""
 
     def __init__(self, walk: Walk, statistics: Statistics, layers: Mapping[int, Ranks], part: Part) -> None:
+        super().__init__(layers, gradients=True)
         self._walk, self._statistics, self._layers, self._part = walk, statistics, layers, part
         self._responses: Responses | None = None
-        self._recorder: MomentRecorder | None = None
 
     def begin_backward(self, gradient: Boundary) -> None:
         self._responses = Responses(self._walk, gradient)
@@ -181,27 +206,15 @@ class _Collector(Observer):
         assert self._responses is not None
         return self._responses.couplings()
 
-    @contextmanager
-    def watching(self, index: int, layer: nn.Module) -> Iterator[None]:
-        linears = {name: layer.get_submodule(name) for name in self._layers[index]}
-        self._recorder = MomentRecorder(linears, gradients=True)
-        with self._recorder.recording() as moments:
-            yield
-        values: dict[str, list[float]] = {}
-        inputs: dict[str, Tensor] = {}  # damped, by the first linear that read the input
-        for name, rank in self._layers[index].items():
-            reader = moments.reads[name]
-            if reader not in inputs:
-                inputs[reader] = damped(moments.input_moment(name), moments.tokens, index, name)
+    def reduce(self, index: int, layer: nn.Module, moments: LayerMoments) -> None:
+        ranks, found = self._layers[index], self._statistics
+        found.values[index], found.sizes[index], found.ranks[index] = {}, {}, dict(ranks)
+        for name, weight, inputs in weights_with_inputs(layer, ranks, moments, index):
             outputs = damped(moments.output_moment(name), moments.tokens, index, name)
-            weight = layer.get_parameter(f"{name}.weight").detach()
-            (left, right), singular = whitened_svd(weight, inputs[reader], outputs)
-            self._statistics.components.write(index, {name: Factors(left[:, :rank], right[:rank])})
-            values[name] = singular.tolist()
-        self._statistics.values[index] = values
-        sizes = {name: layer.get_parameter(f"{name}.weight").shape for name in values}
-        self._statistics.sizes[index] = {name: (size[0], size[1]) for name, size in sizes.items()}
-        self._statistics.ranks[index] = dict(self._layers[index])
+            (left, right), values = whitened_svd(weight, inputs, outputs)
+            found.components.write(index, {name: Factors(left[:, : ranks[name]], right[: ranks[name]])})
+            found.values[index][name] = values.tolist()
+            found.sizes[index][name] = (weight.shape[0], weight.shape[1])
         self._try(index, layer)
 
     def _try(self, index: int, layer: nn.Module) -> None:
@@ -221,10 +234,6 @@ class _Collector(Observer):
             with _composed(layer, self._statistics.factors(index, ranks)):
                 self._responses.add(index, keep, layer)
 
-    def batch(self, valid: Tensor) -> None:
-        assert self._recorder is not None
-        self._recorder.start_batch(valid)
-
 
 @contextmanager
 def _composed(layer: nn.Module, factors: Mapping[str, Factors]) -> Iterator[None]:
@@ -239,6 +248,18 @@ def _composed(layer: nn.Module, factors: Mapping[str, Factors]) -> Iterator[None
     finally:
         for name, weight in weights.items():
             weight.data = originals[name]
+
+
+def weights_with_inputs(
+    layer: nn.Module, names: Iterable[str], moments: LayerMoments, index: int
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Yield each linear's name, weight [out, in] and damped second moment of its inputs [in, in], float64."""
+    inputs: dict[str, Tensor] = {}  # by the first linear that read the input
+    for name in names:
+        reader = moments.reads[name]
+        if reader not in inputs:
+            inputs[reader] = damped(moments.input_moment(name), moments.tokens, index, name)
+        yield name, layer.get_parameter(f"{name}.weight").detach(), inputs[reader]
 
 
 def damped(moment: Tensor, tokens: int, index: int, name: str) -> Tensor:

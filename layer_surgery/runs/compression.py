@@ -143,7 +143,7 @@ class Compression:
     def scores(self, context: ScoringContext) -> LayerScores:
         """Rank the layers."""
         with self.session.clock.stage("score"):
-            return self.scorer.function(context)
+            return self.scorer.scores(context)
 
     def carry_out(
         self,

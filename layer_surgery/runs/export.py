@@ -6,7 +6,7 @@ Written shard by shard and tensor by tensor, so that memory holds one matrix, wh
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -116,19 +116,15 @@ class MultipliedSource:
     def __init__(self, source: TensorSource, linears: Iterable[str]) -> None:
         self._source = source
         self._linear_of = {f"{linear}.weight": linear for linear in linears}
-        self._specs: dict[str, TensorSpec] = {}
+        self.specs: dict[str, TensorSpec] = {}
         factors = {f"{linear}{part}" for linear in self._linear_of.values() for part in (_IN, _OUT)}
         for name, spec in source.specs.items():
             if name not in factors:
-                self._specs[name] = spec
+                self.specs[name] = spec
             elif name.endswith(_OUT):
                 linear = name.removesuffix(_OUT)
                 shape = (spec.shape[0], source.specs[linear + _IN].shape[1])
-                self._specs[f"{linear}.weight"] = TensorSpec(shape, spec.dtype)
-
-    @property
-    def specs(self) -> Mapping[str, TensorSpec]:
-        return self._specs
+                self.specs[f"{linear}.weight"] = TensorSpec(shape, spec.dtype)
 
     def read(self, names: Iterable[str], device: torch.device) -> dict[str, Tensor]:
         names = list(names)
@@ -141,7 +137,7 @@ class MultipliedSource:
         linear = self._linear_of[name]
         factors = self._source.read([linear + _OUT, linear + _IN], device)
         product = factors[linear + _OUT].double() @ factors[linear + _IN].double()
-        weight = product.to(self._specs[name].dtype)
+        weight = product.to(self.specs[name].dtype)
         if not torch.isfinite(weight).all():
             raise NumericalError(f"the product of the factors of '{linear}' is not finite in {weight.dtype}.")
         return weight

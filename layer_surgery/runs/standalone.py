@@ -48,7 +48,7 @@ def run_score(
         count = None if target_layers is None else layer_count - target_layers
         tokens = session.calibration_tokens(calibration) if entry.needs_data else None
         with calibration_walk(session, session.stream(session.checkpoint), tokens) as walk:
-            scores = entry.function(
+            scores = entry.scores(
                 ScoringContext(
                     walk=walk,
                     count=count,

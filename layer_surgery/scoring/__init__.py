@@ -1,7 +1,10 @@
 """Scorers: each ranks the decoder layers by importance. One per file; importing this package registers all."""
 
 # In the order in which `--help` lists them.
-from layer_surgery.scoring import angular, random_order, last, block_influence, fisher, perplexity, taylor  # isort: skip
+# isort: off
+from layer_surgery.scoring import angular, random_order, last, block_influence, fisher, perplexity, taylor  # noqa: F401
+
+# isort: on
 from layer_surgery.scoring.context import SCORERS, Scorer, ScorerEntry, ScoringContext
 
 __all__ = [
@@ -9,11 +12,4 @@ __all__ = [
     "Scorer",
     "ScorerEntry",
     "ScoringContext",
-    "angular",
-    "block_influence",
-    "fisher",
-    "last",
-    "perplexity",
-    "random_order",
-    "taylor",
 ]

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from layer_surgery.records import LayerScores
-from layer_surgery.scoring.context import SCORERS, ScoringContext, least_first
+from layer_surgery.scoring.context import SCORERS, Ranking, ScoringContext
 
 
 @SCORERS.add("last", summary="the deepest layers but the final one", parts=True)
-def deepest_first(context: ScoringContext) -> LayerScores:
+def deepest_first(context: ScoringContext) -> Ranking:
     """Return the distance from the end; the final layer, which prepares the output, goes last of all."""
     count = context.layer_count
     values = [float(count - index) for index in range(count - 1)] + [float(count + 1)]
-    return LayerScores(
-        scorer="last", source="", quantity="layers from the end", values=values, removal_order=least_first(values)
-    )
+    return Ranking("layers from the end", values)

@@ -5,8 +5,7 @@ Song et al., SLEB; Kim et al., Shortened LLaMA (perplexity).
 
 from __future__ import annotations
 
-from layer_surgery.records import LayerScores
-from layer_surgery.scoring.context import SCORERS, ScoringContext, least_first
+from layer_surgery.scoring.context import SCORERS, Ranking, ScoringContext
 from layer_surgery.walk.boundaries import Boundary
 
 URL = "https://arxiv.org/abs/2402.09025"
@@ -19,7 +18,7 @@ URL = "https://arxiv.org/abs/2402.09025"
     needs_data=True,
     depends_on=("count",),
 )
-def rise_without_each(context: ScoringContext) -> LayerScores:
+def rise_without_each(context: ScoringContext) -> Ranking:
     """Return the rise of the mean loss when each layer alone is removed; the order is greedy.
 
     The boundaries of the current model are cached, so that only the layers after a cut are recomputed.
@@ -35,14 +34,8 @@ def rise_without_each(context: ScoringContext) -> LayerScores:
             rises = [loss - original_loss for loss in losses]
         position = min(range(len(path)), key=lambda p: (losses[p], -p))
         order.append(path.pop(position))
-    return LayerScores(
-        scorer="perplexity",
-        source=URL,
-        quantity="rise of the mean loss when this layer alone is removed (nats per token)",
-        values=rises,
-        removal_order=order if context.count else least_first(rises),
-        tokens=context.tokens,
-    )
+    quantity = "rise of the mean loss when this layer alone is removed (nats per token)"
+    return Ranking(quantity, rises, order if context.count else None)
 
 
 def _losses_without_each(context: ScoringContext, path: list[int]) -> list[float]:

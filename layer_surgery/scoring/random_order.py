@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from layer_surgery.records import LayerScores
-from layer_surgery.scoring.context import SCORERS, ScoringContext, least_first
+from layer_surgery.scoring.context import SCORERS, Ranking, ScoringContext
 
 
 @SCORERS.add("random", summary="a seeded random order", parts=True)
-def random_order(context: ScoringContext) -> LayerScores:
+def random_order(context: ScoringContext) -> Ranking:
     """Return uniform random values from the user's seed."""
     values = torch.rand(context.layer_count, generator=context.generator(), dtype=torch.float64).tolist()
-    return LayerScores(
-        scorer="random", source="", quantity="random in [0, 1)", values=values, removal_order=least_first(values)
-    )
+    return Ranking("random in [0, 1)", values)

@@ -10,8 +10,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from layer_surgery.records import LayerScores
-from layer_surgery.scoring.context import SCORERS, ScoringContext, least_first
+from layer_surgery.scoring.context import SCORERS, Ranking, ScoringContext
 from layer_surgery.walk.gradients import accumulated_gradients
 from layer_surgery.walk.walk import Observer
 
@@ -41,16 +40,9 @@ class TaylorObserver(Observer):
     source=URL,
     needs_data=True,
 )
-def taylor(context: ScoringContext) -> LayerScores:
+def taylor(context: ScoringContext) -> Ranking:
     """Return `sum |W * G|` per layer, with G the gradient of the summed loss; the least go first."""
     observer = TaylorObserver()
     context.walk.backpropagate([observer])
     values = [observer.values[index] for index in context.path]
-    return LayerScores(
-        scorer="taylor",
-        source=URL,
-        quantity="sum of |weight x gradient| (nats, first order)",
-        values=values,
-        removal_order=least_first(values),
-        tokens=context.tokens,
-    )
+    return Ranking("sum of |weight x gradient| (nats, first order)", values)

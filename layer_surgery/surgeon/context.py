@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import KW_ONLY, dataclass, field
 
 from layer_surgery.calibration.source import StatisticsSource
 from layer_surgery.checkpoint.new_tensors import FactorStore
+from layer_surgery.linalg.low_rank import Factors
 from layer_surgery.progress import Progress
-from layer_surgery.records import SpectrumRecord, SurgeryPlan
+from layer_surgery.records import SpectrumMetric, SpectrumRecord, SurgeryPlan
 from layer_surgery.registry import Registry
+from layer_surgery.surgeon.spectra import Kept, spectrum_record
 from layer_surgery.walk.streamed import StreamedModel
 from layer_surgery.walk.walk import Walk
 
@@ -26,6 +28,13 @@ class SurgeryContext:
     """Whether the ranks are the user's own, so that a method must not choose better ones."""
     spectra: list[SpectrumRecord] = field(default_factory=list)
     """Where methods that decompose linears leave their singular values, for the report."""
+
+    def write(
+        self, layer: int, linear: str, factors: Factors, metric: SpectrumMetric, values: Sequence[float], kept: Kept
+    ) -> None:
+        """Write the factors of a linear, and for the report its singular values; see `spectrum_record`."""
+        self.factors.write(layer, {linear: factors})
+        self.spectra.append(spectrum_record(layer, linear, metric, values, kept))
 
     @property
     def model(self) -> StreamedModel:
@@ -48,17 +57,18 @@ class MethodEntry:
 
     function: Method
     name: str
-    summary: str = field(kw_only=True)
+    _: KW_ONLY
+    summary: str
     """One line for help texts."""
-    source: str = field(default="", kw_only=True)
+    source: str = ""
     """URL of the paper, or "" where there is none."""
-    needs_data: bool = field(default=False, kw_only=True)
+    needs_data: bool = False
     """Whether it looks at calibration data."""
-    needs_boundaries: bool = field(default=False, kw_only=True)
+    needs_boundaries: bool = False
     """Whether it reads the hidden states at all layer boundaries."""
-    removes: bool = field(default=False, kw_only=True)
+    removes: bool = False
     """Whether the layers are removed and nothing of them is kept, so that there is no budget to spend."""
-    refits: bool = field(default=False, kw_only=True)
+    refits: bool = False
     """Whether a refit follows unless the user says otherwise."""
 
 

@@ -13,7 +13,6 @@ from layer_surgery.calibration.statistics import replaceable_linears, useful_ran
 from layer_surgery.records import SurgeryPlan
 from layer_surgery.surgeon.context import METHODS, SurgeryContext
 from layer_surgery.surgeon.remove import without_parts
-from layer_surgery.surgeon.spectra import spectrum_record
 
 
 @METHODS.add(
@@ -43,11 +42,8 @@ def fisher_svd(plan: SurgeryPlan, context: SurgeryContext) -> SurgeryPlan:
         spendable = _cost(planned, sizes) + plan.parameter_bound - plan.parameters
         ranks = statistics.best_ranks(planned, spendable)
     for index in ranks:
-        context.factors.write(index, statistics.factors(index, ranks[index]))
-        context.spectra.extend(
-            spectrum_record(index, name, "fisher", statistics.values[index][name], rank)
-            for name, rank in ranks[index].items()
-        )
+        for name, factors in statistics.factors(index, ranks[index]).items():
+            context.write(index, name, factors, "fisher", statistics.values[index][name], ranks[index][name])
     layers = [replace(layer, ranks=dict(ranks.get(layer.index, {}))) for layer in plan.layers]
     # The prediction knows neither layers removed outright nor plans of which other linears than usual are low-rank.
     usual = {index: replaceable_linears(context.model, index, context.statistics.part) for index in ranks}

@@ -10,11 +10,9 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from layer_surgery.checkpoint.new_tensors import FactorStore
 from layer_surgery.linalg.low_rank import attributed_groups, select_groups, svd
-from layer_surgery.records import SpectrumRecord, SurgeryPlan
+from layer_surgery.records import SurgeryPlan
 from layer_surgery.surgeon.context import METHODS, SurgeryContext
-from layer_surgery.surgeon.spectra import spectrum_record
 from layer_surgery.walk.gradients import accumulated_gradients
 from layer_surgery.walk.walk import Observer
 
@@ -24,10 +22,8 @@ URL = "https://arxiv.org/abs/2501.00339"
 class GraspObserver(Observer):
     """Turns the linears of each layer that it sees into factors, on the spot, from their summed gradients."""
 
-    def __init__(
-        self, ranks: Mapping[int, Mapping[str, int]], factors: FactorStore, spectra: list[SpectrumRecord]
-    ) -> None:
-        self._ranks, self._factors, self._spectra = ranks, factors, spectra
+    def __init__(self, ranks: Mapping[int, Mapping[str, int]], context: SurgeryContext) -> None:
+        self._ranks, self._context = ranks, context
 
     @contextmanager
     def watching(self, index: int, layer: nn.Module) -> Iterator[None]:
@@ -38,8 +34,8 @@ class GraspObserver(Observer):
             for name, rank in ranks.items():
                 spectrum = svd(weights[name].detach())
                 chosen = attributed_groups(spectrum, gradients[name], rank)
-                self._factors.write(index, {name: select_groups(spectrum, chosen)})
-                self._spectra.append(spectrum_record(index, name, "weight", spectrum.s.tolist(), set(chosen.tolist())))
+                factors, values = select_groups(spectrum, chosen), spectrum.s.tolist()
+                self._context.write(index, name, factors, "weight", values, set(chosen.tolist()))
 
 
 @METHODS.add(
@@ -57,5 +53,4 @@ def grasp(plan: SurgeryPlan, context: SurgeryContext) -> SurgeryPlan:
 
 def replace_by_groups(ranks: Mapping[int, Mapping[str, int]], context: SurgeryContext) -> None:
     """Write factors of these ranks, by layer and linear, from the gradients of the model as it is."""
-    observer = GraspObserver(ranks, context.factors, context.spectra)
-    context.walk.backpropagate([observer], watch=ranks)
+    context.walk.backpropagate([GraspObserver(ranks, context)], watch=ranks)

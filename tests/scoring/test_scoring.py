@@ -33,6 +33,7 @@ from layer_surgery.errors import UserError
 from layer_surgery.records import LayerScores
 from layer_surgery.registry import Registry
 from layer_surgery.scoring import SCORERS, ScorerEntry, ScoringContext
+from layer_surgery.scoring.context import Ranking
 from layer_surgery.surgeon import METHODS
 from layer_surgery.walk.walk import Walk
 
@@ -58,7 +59,7 @@ def score(
         context = ScoringContext(
             walk=walk, count=count, seed=seed, statistics=statistics_source(scratch), keep=keep, refit=refit
         )
-        return SCORERS[name].function(context)
+        return SCORERS[name].scores(context)
 
 
 def mean_loss(model: PreTrainedModel, tokens: PackedTokens = TOKENS) -> float:
@@ -266,10 +267,11 @@ def test_an_unknown_scorer_unlike_any_is_answered_with_all() -> None:
 
 def test_a_registry_refuses_a_name_that_is_taken() -> None:
     registry = Registry("thing", ScorerEntry)
-    registry.add("one", summary="")(lambda: 1)
+    ranking = Ranking("things", [1.0])
+    registry.add("one", summary="")(lambda _context: ranking)
     with pytest.raises(ValueError, match="thing 'one' is registered already"):
-        registry.add("one", summary="")(lambda: 2)
-    assert registry.names == ["one"] and registry["one"].function() == 1
+        registry.add("one", summary="")(lambda _context: Ranking("others", []))
+    assert registry.names == ["one"] and registry["one"].rank(None) is ranking
 
 
 def test_needing_boundaries_is_needing_data() -> None:
@@ -302,6 +304,6 @@ def test_scoring_leaves_no_hook_and_no_boundary_file(tmp_path: Path, scorer: str
     before = list(tmp_path.iterdir())
     with Walk(model, TOKENS, settings(tmp_path, boundary_memory_bytes=0)) as walk:
         context = ScoringContext(walk=walk, count=2, seed=0, statistics=statistics, keep=0.1)
-        SCORERS[scorer].function(context)
+        SCORERS[scorer].scores(context)
         assert hooks_on(model.model) == []
     assert list(tmp_path.iterdir()) == before

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from surgery_helpers import LINEARS, MomentObserver, carried_out, operate, result_of, statistics_source, walked_moments
+from surgery_helpers import LINEARS, RecordedMoments, carried_out, operate, result_of, statistics_source, walked_moments
 from tiny_models import (
     CALIBRATION,
     decoder_layers,
@@ -89,10 +89,10 @@ def test_moments_do_not_depend_on_the_batch_size(tmp_path: Path) -> None:
 def test_hooks_are_gone_after_success_and_after_an_exception(tmp_path: Path) -> None:
     model = streamed(open_checkpoint(tiny_model("llama")))
     with Walk(model, CALIBRATION, settings(tmp_path)) as walk:
-        walk.forward([0, 1], keep=False, observers=[MomentObserver()])
+        walk.forward([0, 1], keep=False, observers=[RecordedMoments()])
         assert hooks_on(model.model) == []
         with pytest.raises(RuntimeError, match="on purpose"):
-            walk.forward([0, 1], keep=False, observers=[MomentObserver(fail=True)])
+            walk.forward([0, 1], keep=False, observers=[RecordedMoments(fail=True)])
     assert hooks_on(model.model) == []
 
 
