@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -102,7 +102,7 @@ def refit(
             before_a_cut = after > index + 1
             if low_rank or (scope == "all" and (before_a_cut or not same)):
                 with original.layer(index) as reference, result.layer(position) as layer:
-                    pair = _Pair(reference, layer, index, position, after, tracks, calls, original, result)
+                    pair = _Pair(reference, layer, index, position, after, tracks, calls, result.checkpoint.dtype)
                     records += pair.refit(refitted)
                     pair.step()
             elif not same:
@@ -146,40 +146,30 @@ class _Batch:
     result_call: LayerCall
 
 
+@dataclass
 class _Pair:
     """A layer of the original and the same layer of the result, whose linears are re-solved in turn."""
 
-    def __init__(
-        self,
-        reference: nn.Module,
-        layer: nn.Module,
-        index: int,
-        position: int,
-        after: int,
-        tracks: Sequence[_Track],
-        calls: Rehearsal,
-        original: StreamedModel,
-        result: StreamedModel,
-    ) -> None:
-        self.reference, self.layer = reference, layer
-        self.index, self.position, self.after = index, position, after
-        self.tracks, self.calls, self.original = tracks, calls, original
-        self.dtype = result.checkpoint.dtype
-        windows = sum(track.walk.tokens.sequences for track in tracks)
-        self.every = _HELD_OUT if windows >= _HELD_OUT else 2
-        self.records: list[RefitRecord] = []
+    reference: nn.Module
+    layer: nn.Module
+    index: int  # in the original
+    position: int  # in the result
+    after: int  # boundary of the original that the layer of the result is to reach
+    tracks: Sequence[_Track]
+    calls: Rehearsal
+    dtype: torch.dtype  # of the stored result
+    records: list[RefitRecord] = field(default_factory=list)
 
     def refit(self, refitted: FactorStore) -> list[RefitRecord]:
         """Re-solve queries, keys and values; attention out; gate and up; MLP down: each sees what those before give."""
-        architecture = self.original.architecture
+        architecture = self.tracks[0].walk.model.architecture
         *attention, attention_out = self._present(architecture.attention) or [""]
         *mlp, mlp_out = self._present(architecture.mlp) or [""]
         scales = self._scales(attention_out, mlp_out)
         self._follow_outputs(attention)
         if scales is None:
-            self._follow_outputs([name for name in (attention_out,) if name])
-            self._follow_outputs(mlp)
-            self._follow_outputs([name for name in (mlp_out,) if name])
+            for group in ([attention_out], mlp, [mlp_out]):
+                self._follow_outputs(group)
         else:
             self._follow_stream_after_attention(attention_out, mlp_out, scales)
             self._follow_outputs(mlp)
@@ -201,7 +191,7 @@ class _Pair:
     @torch.no_grad()
     def _follow_outputs(self, names: Sequence[str]) -> None:
         """Re-solve linears to give what the original's give, on the inputs that they have in the result."""
-        names = [name for name in names if not self._gone(name)]
+        names = [name for name in names if name and not self._gone(name)]
         if not names:
             return
         problems = _Problems(self.layer, names)
@@ -273,13 +263,15 @@ class _Pair:
     # -- the micro-batches -----------------------------------------------------------------------------------------
 
     def _batches(self) -> Iterator[_Batch]:
-        device = self.original.device
+        windows = sum(track.walk.tokens.sequences for track in self.tracks)
+        every = _HELD_OUT if windows >= _HELD_OUT else 2
         for track in self.tracks:
+            device = track.walk.model.device
             stream = track.stream(self.position)
             for rows in track.walk.batches():
                 ids = track.walk.tokens.token_ids[rows]
                 tokens = track.walk.tokens.valid[rows]
-                held_out = tokens & track.held_out(rows, self.every)[:, None]
+                held_out = tokens & track.held_out(rows, every)[:, None]
                 yield _Batch(
                     track=track,
                     rows=rows,
