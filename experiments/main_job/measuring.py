@@ -7,7 +7,7 @@ from dataclasses import replace
 from layer_surgery.checkpoint.open import Checkpoint
 from layer_surgery.config import EvaluationConfig
 from layer_surgery.data.tokens import PackedTokens
-from layer_surgery.evaluation.perplexity import measure_perplexity
+from layer_surgery.evaluation.perplexity import summarise, window_losses
 from layer_surgery.records import EvaluationResult
 from layer_surgery.runs.evaluator import size_and_costs
 from layer_surgery.runs.session import Session
@@ -20,4 +20,4 @@ def size_and_perplexity(session: Session, checkpoint: Checkpoint, texts: list[Pa
     if not texts:
         return result
     model = session.stream(checkpoint)
-    return replace(result, perplexity={t.name: measure_perplexity(model, t, session.settings) for t in texts})
+    return replace(result, perplexity={t.name: summarise(window_losses(model, t, session.settings), t) for t in texts})

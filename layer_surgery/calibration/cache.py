@@ -32,29 +32,34 @@ RECORD_FILE = "statistics.json"
 class StatisticsCache:
     """Statistics of all layers, each in a folder that is found by the content of what they were made from."""
 
-    def __init__(
-        self,
-        directory: Path,
-        scratch: Path,
-        dtype: torch.dtype,
-        *,
-        base_sha256: str,
-        part: Part,
-        note: Callable[[str], None],
-    ) -> None:
-        """Keep statistics in `directory`; see `StatisticsSource` for the arguments."""
-        self._directory, self._scratch, self._dtype = directory, scratch, dtype
-        self._base_sha256, self._part, self._note = base_sha256, part, note
+    def __init__(self, directory: Path, base_sha256: str, note: Callable[[str], None]) -> None:
+        """Keep statistics in `directory`; `base_sha256` is the checkpoint's hash ("": not known yet)."""
+        self._directory, self._base_sha256, self._note = directory, base_sha256, note
 
-    def get(self, walk: Walk) -> Statistics | None:
+    def get(self, walk: Walk, scratch: Path, dtype: torch.dtype, part: Part) -> Statistics | None:
         """Return the statistics of all layers, made now if they are not there; None, with a note, if they cannot be
-        kept."""
-        identity = self._identity(walk)
+        kept.
+
+        Args:
+            walk: over the calibration tokens.
+            scratch: for components that another run is faster to keep.
+            dtype: of the stored components.
+            part: what of the layers costs are measured for.
+        """
+        identity = {
+            "schema_version": SCHEMA_VERSION,
+            "checkpoint_sha256": self._base_sha256 or walk.model.checkpoint.sha256(),
+            "part": part,
+            "data_sha256": walk.tokens.sha256,
+            "compute_dtype": str(walk.model.dtype),
+            "stored_dtype": str(dtype),
+            "device": walk.model.device.type,
+        }
         key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:40]
         folder = self._directory / key
         if folder.exists():
             try:
-                statistics = _read(folder, identity, Statistics.empty(walk, FactorStore(folder, self._dtype)))
+                statistics = _read(folder, identity, Statistics.empty(walk, FactorStore(folder, dtype)))
             except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
                 self._note(f"warning: the cached statistics in {folder} are not used ({error}); computing them again")
                 shutil.rmtree(folder, ignore_errors=True)
@@ -69,28 +74,17 @@ class StatisticsCache:
             self._note(f"warning: statistics are not kept: {reason}")
             return None
         try:
-            statistics = Statistics.empty(walk, FactorStore(staging, self._dtype))
-            collect(walk, statistics, useful_ranks(walk.model, range(walk.model.layer_count), self._part), self._part)
+            statistics = Statistics.empty(walk, FactorStore(staging, dtype))
+            collect(walk, statistics, useful_ranks(walk.model, range(walk.model.layer_count), part), part)
             _write(staging, identity, statistics)
             try:
                 staging.rename(folder)
             except OSError:  # another run has put the same there in the meantime and may be reading it
-                folder = Path(shutil.move(staging, self._scratch / key))
+                folder = Path(shutil.move(staging, scratch / key))
         finally:
             shutil.rmtree(staging, ignore_errors=True)
-        statistics.components = FactorStore(folder, self._dtype)
+        statistics.components = FactorStore(folder, dtype)
         return statistics
-
-    def _identity(self, walk: Walk) -> dict[str, Any]:
-        return {
-            "schema_version": SCHEMA_VERSION,
-            "checkpoint_sha256": self._base_sha256 or walk.model.checkpoint.sha256(),
-            "part": self._part,
-            "data_sha256": walk.tokens.sha256,
-            "compute_dtype": str(walk.model.dtype),
-            "stored_dtype": str(self._dtype),
-            "device": walk.model.device.type,
-        }
 
 
 def check_cache(cache: Path | None) -> None:

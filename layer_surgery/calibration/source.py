@@ -32,21 +32,13 @@ class StatisticsSource:
         part: Part = "layer",
         note: Callable[[str], None] = lambda _text: None,
     ) -> None:
-        """Compute into folders of `scratch`, or keep the statistics of all layers in a `cache`.
+        """Compute into folders of `scratch`, or keep the statistics of all layers in a `cache`; see `StatisticsCache`.
 
-        Args:
-            scratch: where components go that are in no cache.
-            dtype: of the stored components.
-            cache: a folder for many runs; None if there is none.
-            base_sha256: hash of the checkpoint, where it is known.
-            part: what of the layers costs are measured for.
-            note: told what the cache does.
+        `dtype` is that of the stored components, and `part` is what of the layers costs are measured for.
         """
         self.part = part
         self._scratch, self._dtype = scratch, dtype
-        self._cache = None
-        if cache is not None:
-            self._cache = StatisticsCache(cache, scratch, dtype, base_sha256=base_sha256, part=part, note=note)
+        self._cache = None if cache is None else StatisticsCache(cache, base_sha256, note)
         self._trunk: StatisticsSource | None = None
         self._statistics: Statistics | None = None
         self._of_all_layers_failed = False
@@ -79,7 +71,7 @@ class StatisticsSource:
         """Return the statistics of all layers that another source or the cache gives; None if neither does."""
         found = None if self._trunk is None else self._trunk._of_all_layers(walk)
         if found is None and self._cache is not None:
-            found = self._cache.get(walk)
+            found = self._cache.get(walk, self._scratch, self._dtype, self.part)
             if found is None:
                 self._cache = None
         return found

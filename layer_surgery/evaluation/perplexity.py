@@ -14,19 +14,14 @@ from layer_surgery.walk.streamed import StreamedModel
 from layer_surgery.walk.walk import Losses, Walk, WalkSettings
 
 
-def measure_perplexity(model: StreamedModel, tokens: PackedTokens, settings: WalkSettings) -> Perplexity:
-    """Return exp(total loss / predicted tokens) over all windows; one layer of the model is in memory at a time.
-
-    Windows do not overlap, each token is predicted at most once and weighs the same.
-    Raises `NumericalError` if the loss of any window is not finite.
-    """
-    return summarise(window_losses(model, tokens, settings), tokens)
-
-
 def window_losses(
     model: StreamedModel, tokens: PackedTokens, settings: WalkSettings, keep: Boundary | None = None
 ) -> Losses:
-    """Return the loss of every window; with `keep`, copy the last boundary there."""
+    """Return the loss of every window; one layer of the model is in memory at a time.
+
+    Windows do not overlap, each token is predicted at most once and weighs the same. With `keep`, the last boundary is
+    copied there. Raises `NumericalError` if the loss of any window is not finite.
+    """
     with Walk(model, tokens, settings) as walk:
         last = walk.forward(range(model.layer_count), keep=False)
         losses = walk.losses(last)
@@ -37,7 +32,7 @@ def window_losses(
 
 
 def summarise(losses: Losses, tokens: PackedTokens) -> Perplexity:
-    """Return the perplexity with its standard error, which the delta method takes through exp."""
+    """Return exp(total loss / predicted tokens) with its standard error, which the delta method takes through exp."""
     total = int(losses.tokens.sum())
     if total == 0:
         raise DataError(f"'{tokens.name}' has no token to predict.")

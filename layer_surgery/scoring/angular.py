@@ -13,8 +13,6 @@ from torch import Tensor
 from layer_surgery.scoring.context import SCORERS, Ranking, ScoringContext
 from layer_surgery.walk.walk import Observer
 
-URL = "https://arxiv.org/abs/2403.17887"
-
 
 class LastTokenObserver(Observer):
     """Keeps the hidden state [D] of each sequence's last valid token at every boundary."""
@@ -44,7 +42,7 @@ def angular_distance(a: Tensor, b: Tensor) -> float:
 @SCORERS.add(
     "angular",
     summary="angular distance across a contiguous block of layers, at the last token",
-    source=URL,
+    source="https://arxiv.org/abs/2403.17887",
     needs_data=True,
     depends_on=("count",),
 )

@@ -11,8 +11,6 @@ from torch import Tensor
 from layer_surgery.scoring.context import SCORERS, Ranking, ScoringContext
 from layer_surgery.walk.walk import Observer
 
-URL = "https://arxiv.org/abs/2403.03853"
-
 
 class CosineObserver(Observer):
     """Sums cos(h_l, h_{l+1}) over valid tokens, for every layer it sees."""
@@ -28,7 +26,10 @@ class CosineObserver(Observer):
 
 
 @SCORERS.add(
-    "block_influence", summary="1 - mean cosine of a layer's input and output (ShortGPT)", source=URL, needs_data=True
+    "block_influence",
+    summary="1 - mean cosine of a layer's input and output (ShortGPT)",
+    source="https://arxiv.org/abs/2403.03853",
+    needs_data=True,
 )
 def block_influence(context: ScoringContext) -> Ranking:
     """Return `BI_l = 1 - E_t cos(h_l, h_{l+1})`; the least influential layers go first."""

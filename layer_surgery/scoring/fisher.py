@@ -7,7 +7,6 @@ from layer_surgery.calibration.statistics import useful_ranks
 from layer_surgery.errors import PlanError
 from layer_surgery.scoring.context import SCORERS, Ranking, ScoringContext
 
-URL = "https://arxiv.org/abs/1412.1193"
 #: Share of the first layer's error, in amplitude, that a refit of all later layers takes away; its cost then falls to
 #: the square of what is left, 4/9. On the demo checkpoint the cost of single layers fell to 0.4, 0.5 and 0.6 for the
 #: first ones and to 0.7 to 0.85 for the deeper ones (reports/task_aware/absorption.json, on development text).
@@ -17,7 +16,7 @@ ABSORBED = 1 / 3
 @SCORERS.add(
     "fisher",
     summary="predicted rise of the loss when layers are replaced by their best low-rank components, also jointly",
-    source=URL,
+    source="https://arxiv.org/abs/1412.1193",
     needs_data=True,
     parts=True,
     depends_on=("count", "keep", "refit"),

@@ -8,13 +8,11 @@ from __future__ import annotations
 from layer_surgery.scoring.context import SCORERS, Ranking, ScoringContext
 from layer_surgery.walk.boundaries import Boundary
 
-URL = "https://arxiv.org/abs/2402.09025"
-
 
 @SCORERS.add(
     "perplexity",
     summary="greedy: remove the layer whose removal raises the loss least, repeat (SLEB)",
-    source=URL,
+    source="https://arxiv.org/abs/2402.09025",
     needs_data=True,
     depends_on=("count",),
 )

@@ -14,8 +14,6 @@ from layer_surgery.scoring.context import SCORERS, Ranking, ScoringContext
 from layer_surgery.walk.gradients import accumulated_gradients
 from layer_surgery.walk.walk import Observer
 
-URL = "https://arxiv.org/abs/2402.02834"
-
 
 class TaylorObserver(Observer):
     """Reduces each layer to `sum |W * dLoss/dW|` over the weights of its linears."""
@@ -37,7 +35,7 @@ class TaylorObserver(Observer):
 @SCORERS.add(
     "taylor",
     summary="sum of |weight x gradient| over a layer's linears (one backward walk)",
-    source=URL,
+    source="https://arxiv.org/abs/2402.02834",
     needs_data=True,
 )
 def taylor(context: ScoringContext) -> Ranking:

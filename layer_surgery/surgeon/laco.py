@@ -14,13 +14,11 @@ from layer_surgery.surgeon.context import METHODS, SurgeryContext
 from layer_surgery.surgeon.plan import runs_behind_a_layer
 from layer_surgery.walk.streamed import StreamedModel
 
-URL = "https://arxiv.org/abs/2402.11187"
-
 
 @METHODS.add(
     "laco",
     summary="remove; add the weight differences of each removed run to the layer before it (LaCo)",
-    source=URL,
+    source="https://arxiv.org/abs/2402.11187",
     removes=True,
 )
 def laco(plan: SurgeryPlan, context: SurgeryContext) -> SurgeryPlan:

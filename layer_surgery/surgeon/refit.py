@@ -25,10 +25,9 @@ from layer_surgery.records import RefitRecord, RefitScope, SurgeryPlan
 from layer_surgery.surgeon.layer_pair import (
     ResidualScales,
     bias_of,
-    linear_inputs,
-    linear_outputs,
     residual_scales,
     run_watched,
+    watch_linears,
     wide,
 )
 from layer_surgery.walk.boundaries import Boundary
@@ -196,9 +195,11 @@ class _Pair:
             return
         problems = _Problems(self.layer, names)
         for batch in self._batches():
-            targets = linear_outputs(self.reference, names, batch.reference_call, batch.reference)
-            inputs = linear_inputs(self.layer, names, batch.result_call, batch.result)
-            problems.add(inputs, targets, batch)
+            wanted = watch_linears(
+                self.reference, names, batch.reference_call, batch.reference, until="outputs"
+            ).outputs
+            targets = {name: _less(wanted[name], bias_of(self.reference, name)) for name in names}
+            problems.add(self._inputs(names, batch), targets, batch)
         self._solve(problems)
 
     @torch.no_grad()
@@ -216,11 +217,10 @@ class _Pair:
                 aim = wide(batch.track.walk.boundary(self.after).read(batch.rows))
             else:
                 after, seen = run_watched(self.reference, [mlp_out], batch.reference_call, batch.reference)
-                aim = wide(after) - scales.mlp * wide(seen[mlp_out])
+                aim = wide(after) - scales.mlp * wide(seen.outputs[mlp_out])
             # The stream is large and what is added to it small: the difference is taken in float32 or better.
             target = (aim - wide(batch.result)) / scales.attention
-            inputs = linear_inputs(self.layer, [name], batch.result_call, batch.result)
-            problems.add(inputs, {name: target if bias is None else target - bias}, batch)
+            problems.add(self._inputs([name], batch), {name: _less(target, bias)}, batch)
         self._solve(problems)
 
     @torch.no_grad()
@@ -231,17 +231,10 @@ class _Pair:
         problems = _Problems(self.layer, [name])
         bias = bias_of(self.layer, name)
         for batch in self._batches():
-            inputs: dict[str, Tensor] = {}
-            hook = self.layer.get_submodule(name).register_forward_pre_hook(
-                lambda _module, arguments, inputs=inputs: inputs.update({name: arguments[0]})
-            )
-            try:
-                after, seen = run_watched(self.layer, [name], batch.result_call, batch.result)
-            finally:
-                hook.remove()
+            after, seen = run_watched(self.layer, [name], batch.result_call, batch.result)
             aim = batch.track.walk.boundary(self.after).read(batch.rows)
-            target = (wide(aim) - wide(after)) / scales.mlp + wide(seen[name])
-            problems.add(inputs, {name: target if bias is None else target - bias}, batch)
+            target = (wide(aim) - wide(after)) / scales.mlp + wide(seen.outputs[name])
+            problems.add(seen.inputs, {name: _less(target, bias)}, batch)
         self._solve(problems)
 
     def _solve(self, problems: _Problems) -> None:
@@ -283,6 +276,10 @@ class _Pair:
                     result_call=self.calls.call(self.position, ids),
                 )
 
+    def _inputs(self, names: Sequence[str], batch: _Batch) -> dict[str, Tensor]:
+        """Return what the linears read in the result [B, S, in]."""
+        return watch_linears(self.layer, names, batch.result_call, batch.result, until="inputs").inputs
+
     def _scales(self, attention_out: str, mlp_out: str) -> ResidualScales | None:
         batch = next(self._batches())
         return residual_scales(self.reference, attention_out, mlp_out, batch.reference_call, batch.reference)
@@ -295,6 +292,11 @@ class _Pair:
     def _gone(self, name: str) -> bool:
         """Return whether nothing is left of a linear."""
         return bool(getattr(self.layer.get_submodule(name), "rank", 1) == 0)
+
+
+def _less(output: Tensor, bias: Tensor | None) -> Tensor:
+    """Return the output of a linear without its bias."""
+    return output if bias is None else output - bias
 
 
 class _Problems:

@@ -16,13 +16,11 @@ from layer_surgery.surgeon.layer_pair import residual_scales, run_watched
 from layer_surgery.surgeon.plan import runs_behind_a_layer
 from layer_surgery.walk.walk import Walk
 
-URL = "https://arxiv.org/abs/2505.02819"
-
 
 @METHODS.add(
     "replaceme",
     summary="remove; fold the best linear map for each removed run into the MLP before it (ReplaceMe)",
-    source=URL,
+    source="https://arxiv.org/abs/2505.02819",
     needs_data=True,
     needs_boundaries=True,
     removes=True,
@@ -60,7 +58,7 @@ def _best_map(walk: Walk, index: int, after: int) -> tuple[str, Tensor]:
             call = walk.rehearsal.call(index, walk.tokens.token_ids[rows])
             output, seen = run_watched(layer, [name], call, hidden)
             valid = walk.tokens.valid[rows].to(hidden.device)
-            mlp = scale * seen[name][valid].double()
+            mlp = scale * seen.outputs[name][valid].double()
             wanted = walk.boundary(after).read(rows)[valid].double() - (output[valid].double() - mlp)
             gram = gram + mlp.T @ mlp
             products = products + mlp.T @ wanted

@@ -125,13 +125,9 @@ class Rehearsal:
 
     def _rehearse(self, token_ids: Tensor) -> tuple[Tensor, list[LayerCall]]:
         """Return the first boundary and what each layer is called with."""
-        if self._layers_return_tuples is None:
-            return self._rehearse_first(token_ids)
-        return self._record(token_ids)
-
-    def _rehearse_first(self, token_ids: Tensor) -> tuple[Tensor, list[LayerCall]]:
-        """Find out whether the model unpacks what a layer returns: only one of the two works."""
-        failures = []
+        if self._layers_return_tuples is not None:
+            return self._record(token_ids)
+        failures = []  # the first time: only one of the two works, as the model unpacks what a layer returns or not
         for tuples in (False, True):
             self._layers_return_tuples = tuples
             try:
