@@ -111,6 +111,13 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     return layers
 
 
+@torch.no_grad()
+def whole_logits(model: PreTrainedModel, tokens: PackedTokens) -> Tensor:
+    """Return the logits [N, S, V] of the whole model at once, without a cache."""
+    logits: Tensor = model(tokens.token_ids, use_cache=False).logits
+    return logits
+
+
 def whole_losses(logits: Tensor, tokens: PackedTokens) -> Tensor:
     """Return the summed cross-entropy [N] of the tokens that count, written without torch's own cross-entropy."""
     log_probabilities = logits[:, :-1].log_softmax(-1)

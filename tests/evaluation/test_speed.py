@@ -174,8 +174,9 @@ def test_a_continuation_is_what_transformers_generate(tmp_path: Path) -> None:
     assert len(set(written)) == 2
 
 
-def test_a_continuation_stops_where_the_model_ends() -> None:
-    model = tiny_model(max_position_embeddings=16, vocab_size=320)
+@pytest.mark.parametrize(("model_type", "field"), [("llama", "max_position_embeddings"), ("mpt", "max_seq_len")])
+def test_a_continuation_stops_where_the_model_ends(model_type: str, field: str) -> None:
+    model = tiny_model(model_type, vocab_size=320, **{field: 16})
     prompt = list(range(5, 19))
     (text,) = continuations(model, tiny_tokenizer(), [prompt], 9, no_progress)
     ids = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=2, pad_token_id=0)

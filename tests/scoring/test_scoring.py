@@ -22,6 +22,7 @@ from tiny_models import (
     tiny_model,
     whole_boundaries,
     whole_gradients,
+    whole_logits,
     whole_losses,
     without_layers,
 )
@@ -63,8 +64,7 @@ def score(
 
 
 def mean_loss(model: PreTrainedModel, tokens: PackedTokens = TOKENS) -> float:
-    with torch.no_grad():
-        sums = whole_losses(model(tokens.token_ids, use_cache=False).logits, tokens)
+    sums = whole_losses(whole_logits(model, tokens), tokens)
     return float(sums.sum() / tokens.loss_mask.sum())
 
 

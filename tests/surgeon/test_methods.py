@@ -25,6 +25,7 @@ from tiny_models import (
     tiny_model,
     walked_logits,
     whole_gradients,
+    whole_logits,
     whole_losses,
 )
 from torch import Tensor
@@ -75,8 +76,7 @@ def test_svd_at_full_rank_reproduces_the_logits(tmp_path: Path, model_type: str)
     checkpoint = open_checkpoint(model)
     plan = make_test_plan(4, low_rank={index: full_ranks(checkpoint, index) for index in range(4)})
     operated = result_of(plan, checkpoint, tmp_path)
-    with torch.no_grad():
-        expected = model(CALIBRATION.token_ids, use_cache=False).logits
+    expected = whole_logits(model, CALIBRATION)
     assert largest_difference(walked_logits(streamed(operated), CALIBRATION, settings(tmp_path)), expected) < 1e-9
 
 
@@ -140,8 +140,7 @@ def test_grasp_at_full_rank_reproduces_the_logits(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(model)
     plan = make_test_plan(4, low_rank={k: full_ranks(checkpoint, k) for k in (0, 2)}, method="grasp_sequential")
     operated = result_of(plan, checkpoint, tmp_path)
-    with torch.no_grad():
-        expected = model(CALIBRATION.token_ids, use_cache=False).logits
+    expected = whole_logits(model, CALIBRATION)
     assert largest_difference(walked_logits(streamed(operated), CALIBRATION, settings(tmp_path)), expected) < 1e-9
 
 

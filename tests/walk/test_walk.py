@@ -25,6 +25,7 @@ from tiny_models import (
     walked_gradients,
     whole_boundaries,
     whole_gradients,
+    whole_logits,
     whole_losses,
     without_layers,
 )
@@ -73,8 +74,7 @@ def test_boundaries_equal_the_whole_models(tmp_path: Path, family: str, resident
 @pytest.mark.parametrize("family", FAMILIES)
 def test_loss_of_each_sequence_equals_the_whole_models(tmp_path: Path, family: str, tokens: PackedTokens) -> None:
     model = tiny_model(family)
-    with torch.no_grad():
-        expected = whole_losses(model(tokens.token_ids, use_cache=False).logits, tokens)
+    expected = whole_losses(whole_logits(model, tokens), tokens)
     with Walk(streamed(model), tokens, settings(tmp_path)) as walk:
         losses = walk.losses(walk.forward(range(4), keep=False))
     assert largest_difference(losses.sums, expected) < 1e-9
@@ -139,8 +139,7 @@ def test_cutting_the_head_into_chunks_changes_neither_losses_nor_gradients(
 ) -> None:
     model = tiny_model()
     expected = layer_gradients(whole_gradients(model, PADDED))
-    with torch.no_grad():
-        sums = whole_losses(model(PADDED.token_ids, use_cache=False).logits, PADDED)
+    sums = whole_losses(whole_logits(model, PADDED), PADDED)
     monkeypatch.setattr(walk_module, "LOGITS_AT_A_TIME", elements)
     with Walk(streamed(model), PADDED, settings(tmp_path, batch_size=5)) as walk:
         losses = walk.losses(walk.forward(range(4), keep=False))
@@ -191,8 +190,7 @@ def test_batch_size_changes_neither_losses_nor_gradients(tmp_path: Path, batch_s
     model = tiny_model()
     tokens = packed_tokens(8, 10, padding=True, excluded=0.2)
     expected = layer_gradients(whole_gradients(model, tokens))
-    with torch.no_grad():
-        sums = whole_losses(model(tokens.token_ids, use_cache=False).logits, tokens)
+    sums = whole_losses(whole_logits(model, tokens), tokens)
     with Walk(streamed(model), tokens, settings(tmp_path, batch_size=batch_size)) as walk:
         losses = walk.losses(walk.forward(range(4), keep=False))
         gradients = walked_gradients(walk)
@@ -212,8 +210,7 @@ def test_bfloat16_gradients_are_summed_in_float32(tmp_path: Path) -> None:
 @pytest.mark.parametrize("keep", [True, False])
 def test_path_that_skips_layers_equals_the_model_without_them(tmp_path: Path, keep: bool) -> None:
     model = tiny_model()
-    with torch.no_grad():
-        expected = whole_losses(without_layers(model, [1, 2])(TOKENS.token_ids, use_cache=False).logits, TOKENS)
+    expected = whole_losses(whole_logits(without_layers(model, [1, 2]), TOKENS), TOKENS)
     with Walk(streamed(model), TOKENS, settings(tmp_path)) as walk:
         walk.forward(range(4), keep=True)
         losses = walk.losses(walk.forward([0, 3], keep=keep))
@@ -363,8 +360,7 @@ def test_walk_frees_its_boundaries_after_an_exception(tmp_path: Path) -> None:
 
 def test_a_walk_goes_on_rightly_after_an_exception(tmp_path: Path) -> None:
     model = tiny_model()
-    with torch.no_grad():
-        expected = whole_losses(model(TOKENS.token_ids, use_cache=False).logits, TOKENS)
+    expected = whole_losses(whole_logits(model, TOKENS), TOKENS)
     with Walk(streamed(model), TOKENS, settings(tmp_path)) as walk:
         with pytest.raises(RuntimeError):
             walk.forward(range(4), keep=True, observers=[Raising(2, "boundaries")])
