@@ -1,4 +1,4 @@
-"""Pure linear algebra of low-rank replacements. Knows torch only.
+"""Pure linear algebra of low-rank replacements. Knows torch (and einops) only.
 
 Shapes: W [out, in] a weight, r a rank, k = min(out, in). Factors multiply to `left @ right`, [out, r] @ [r, in].
 Plain decompositions run in float32, or in float64 for float64 input; whitened ones in float64.

@@ -47,10 +47,10 @@ class GraspObserver(Observer):
 )
 def grasp(plan: SurgeryPlan, context: SurgeryContext) -> SurgeryPlan:
     """Select groups for all layers at once, from the gradients of the original model: `dLoss/ds_k = u_k^T G v_k`."""
-    replace_by_groups({layer.index: layer.ranks for layer in plan.low_rank}, context)
+    write_best_groups({layer.index: layer.ranks for layer in plan.low_rank}, context)
     return plan
 
 
-def replace_by_groups(ranks: Mapping[int, Mapping[str, int]], context: SurgeryContext) -> None:
-    """Write factors of these ranks, by layer and linear, from the gradients of the model as it is."""
+def write_best_groups(ranks: Mapping[int, Mapping[str, int]], context: SurgeryContext) -> None:
+    """Write factors of these ranks, by layer and linear, chosen by the gradients of the model as it is."""
     context.walk.backpropagate([GraspObserver(ranks, context)], watch=ranks)

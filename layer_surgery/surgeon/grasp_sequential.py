@@ -9,7 +9,7 @@ from functools import partial
 
 from layer_surgery.records import SurgeryPlan
 from layer_surgery.surgeon.context import METHODS, SurgeryContext
-from layer_surgery.surgeon.grasp import URL, replace_by_groups
+from layer_surgery.surgeon.grasp import URL, write_best_groups
 
 
 @METHODS.add(
@@ -30,7 +30,7 @@ def grasp_sequential(plan: SurgeryPlan, context: SurgeryContext) -> SurgeryPlan:
             for group in (model.architecture.mlp, model.architecture.attention):
                 ranks = {name: rank for name, rank in layer.ranks.items() if name in group}
                 if ranks:
-                    replace_by_groups({layer.index: ranks}, context)
+                    write_best_groups({layer.index: ranks}, context)
                     model.replace(layer.index, ranks, partial(context.factors.read, layer.index))
                     walk.forget(layer.index)
     finally:  # the model is the original again for whoever uses it next
