@@ -18,7 +18,7 @@ class LayerSurgeryError(Exception):
 
 
 class UserError(LayerSurgeryError, ValueError):
-    """What was asked for cannot be done as asked."""
+    """A request that cannot be carried out as it was made."""
 
     exit_code = 2
 
@@ -40,7 +40,7 @@ class OutputError(UserError):
 
 
 class ReportError(UserError):
-    """What is to be reported on is not a report, is damaged, or is of a newer release."""
+    """A file to report on that is no report, is damaged, or is of a newer release."""
 
 
 class NumericalError(LayerSurgeryError):

@@ -3,86 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar
 
 from layer_surgery.errors import UserError, unknown_name
 
-F = TypeVar("F", bound=Callable[..., object])
+
+class Entry(Protocol):
+    """A registered function with what is known about it."""
+
+    @property
+    def name(self) -> str: ...
 
 
-@dataclass(frozen=True)
-class Entry(Generic[F]):
-    """A registered function."""
-
-    name: str
-    function: F
-    summary: str
-    """One line for help texts."""
-    source: str
-    """URL of the paper, or "" where there is none."""
-    needs_data: bool
-    """Whether the function looks at calibration data."""
-    needs_boundaries: bool
-    """Whether the function reads the hidden states at all layer boundaries."""
-    removes: bool = False
-    """Methods: whether the layers are removed and nothing of them is kept, so that there is no budget to spend."""
-    parts: bool = False
-    """Scorers: whether the attention and the MLP of layers can be ranked too."""
-    refits: bool = False
-    """Methods: whether a refit follows unless the user says otherwise."""
-    depends_on: tuple[str, ...] = ()
-    """Scorers: the fields of the context, apart from model, data and seed, that what it returns depends on. Where
-    these are the same, one ranking serves several compressions."""
+E = TypeVar("E", bound=Entry)
+F = TypeVar("F", bound=Callable[..., Any])
+Facts = ParamSpec("Facts")
 
 
-class Registry(Generic[F]):
-    """Functions by name. Names are unique; an unknown one is answered with the nearest."""
+class Registry(Generic[E, Facts]):
+    """Entries by name. Names are unique; an unknown one is answered with the nearest."""
 
-    def __init__(self, kind: str) -> None:
-        self._kind = kind
-        self._entries: dict[str, Entry[F]] = {}
+    def __init__(self, kind: str, entry: Callable[Concatenate[Any, Facts], E]) -> None:
+        """Make an empty registry for a `kind` of thing, whose entries are `entry(function, ...)`."""
+        self._kind, self._entry = kind, entry
+        self._entries: dict[str, E] = {}
 
-    def add(
-        self,
-        name: str,
-        *,
-        summary: str,
-        source: str = "",
-        needs_data: bool = False,
-        needs_boundaries: bool = False,
-        removes: bool = False,
-        parts: bool = False,
-        refits: bool = False,
-        depends_on: tuple[str, ...] = (),
-    ) -> Callable[[F], F]:
-        """Return a decorator that registers a function under `name`; see `Entry`."""
-        if name in self._entries:
-            raise ValueError(f"{self._kind} '{name}' is registered already")
+    def add(self, *args: Facts.args, **facts: Facts.kwargs) -> Callable[[F], F]:
+        """Return a decorator that registers a function; the arguments are those of the entry behind the function."""
 
         def register(function: F) -> F:
-            self._entries[name] = Entry(
-                name,
-                function,
-                summary,
-                source,
-                needs_data or needs_boundaries,
-                needs_boundaries,
-                removes,
-                parts,
-                refits,
-                depends_on,
-            )
+            entry = self._entry(function, *args, **facts)
+            if entry.name in self._entries:
+                raise ValueError(f"{self._kind} '{entry.name}' is registered already")
+            self._entries[entry.name] = entry
             return function
 
         return register
 
-    def __getitem__(self, name: str) -> Entry[F]:
+    def __getitem__(self, name: str) -> E:
         if name not in self._entries:
             raise UserError(unknown_name(self._kind, name, self._entries))
         return self._entries[name]
 
-    def __iter__(self) -> Iterator[Entry[F]]:
+    def __iter__(self) -> Iterator[E]:
         return iter(self._entries.values())
 
     @property

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,13 +13,10 @@ from tiny_families import FIELDS, SIZES, VOCABULARY
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from layer_surgery.calibration.cache import StatisticsSource
 from layer_surgery.checkpoint.open import Checkpoint, open_checkpoint
 from layer_surgery.checkpoint.recognition import architecture_of
 from layer_surgery.data.tokens import PackedTokens
-from layer_surgery.progress import no_progress
 from layer_surgery.records import LayerPlan, SurgeryPlan
-from layer_surgery.surgeon import METHODS, FactorStore, SurgeryContext
 from layer_surgery.walk.gradients import accumulated_gradients
 from layer_surgery.walk.streamed import StreamedModel
 from layer_surgery.walk.walk import Observer, Walk, WalkSettings
@@ -115,6 +111,13 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     return layers
 
 
+@torch.no_grad()
+def whole_logits(model: PreTrainedModel, tokens: PackedTokens) -> Tensor:
+    """Return the logits [N, S, V] of the whole model at once, without a cache."""
+    logits: Tensor = model(tokens.token_ids, use_cache=False).logits
+    return logits
+
+
 def whole_losses(logits: Tensor, tokens: PackedTokens) -> Tensor:
     """Return the summed cross-entropy [N] of the tokens that count, written without torch's own cross-entropy."""
     log_probabilities = logits[:, :-1].log_softmax(-1)
@@ -177,21 +180,18 @@ class GradientObserver(Observer):
             self.gradients |= {f"{self.layers}.{index}.{name}": tensor for name, tensor in gradients.items()}
 
 
-def walked_gradients(walk: Walk, path: list[int] | None = None) -> dict[str, Tensor]:
+def walked_gradients(walk: Walk) -> dict[str, Tensor]:
     """Return the gradient of the summed loss for every parameter of every layer, from one forward and backward walk."""
-    path = list(range(walk.model.layer_count)) if path is None else path
     observer = GradientObserver(walk.model.architecture.layers)
-    with walk.new_store(walk.settings.boundary_memory_bytes) as gradient:
-        walk.losses(walk.forward(path, keep=True), gradient=(gradient, 0))
-        walk.backward(path, (gradient, 0), observers=[observer])
+    walk.backpropagate([observer])
     return observer.gradients
 
 
 def walked_logits(model: StreamedModel, tokens: PackedTokens, where: WalkSettings) -> Tensor:
     """Return the logits [N, S, V] of a streamed walk."""
     with Walk(model, tokens, where) as walk, torch.no_grad():
-        slot = walk.forward(list(range(model.layer_count)), keep=False)
-        return torch.cat([walk.rehearsal.head(walk.store.read(slot, rows)) for rows in walk.batches()])
+        last = walk.forward(range(model.layer_count), keep=False)
+        return torch.cat([walk.rehearsal.head(last.read(rows)) for rows in walk.batches()])
 
 
 def make_test_plan(
@@ -215,43 +215,6 @@ def full_ranks(checkpoint: Checkpoint, index: int) -> dict[str, int]:
     prefix = checkpoint.layer_prefix(index)
     shapes = {name: checkpoint.source.specs.get(f"{prefix}{name}.weight") for name in checkpoint.architecture.linears}
     return {name: min(spec.shape) for name, spec in shapes.items() if spec is not None}
-
-
-def operate(
-    plan: SurgeryPlan,
-    checkpoint: Checkpoint,
-    scratch: Path,
-    *,
-    tokens: PackedTokens | None = None,
-    batch_size: int = 2,
-    on_disk: bool = False,
-    ranks_fixed: bool = False,
-    dtype: torch.dtype = torch.float64,
-) -> FactorStore:
-    """Run the plan's method (over `CALIBRATION`, if nothing else is given) and return the factors that it made."""
-    limit = 0 if on_disk else 1 << 29
-    scratch.mkdir(exist_ok=True)
-    factors = FactorStore(scratch, checkpoint.dtype)
-    model = streamed(checkpoint, dtype=dtype, resident_bytes=limit)
-    where = settings(scratch, batch_size=batch_size, boundary_memory_bytes=limit)
-    with Walk(model, CALIBRATION if tokens is None else tokens, where) as walk:
-        METHODS[plan.method].function(
-            plan,
-            SurgeryContext(
-                model=model,
-                walk=walk,
-                factors=factors,
-                statistics=statistics_source(scratch, checkpoint.dtype),
-                progress=no_progress,
-                ranks_fixed=ranks_fixed,
-            ),
-        )
-    return factors
-
-
-def statistics_source(scratch: Path, dtype: torch.dtype = torch.float64, **options: Any) -> StatisticsSource:
-    """Return a source of statistics that computes into a new folder of `scratch`."""
-    return StatisticsSource(Path(tempfile.mkdtemp(dir=scratch)), dtype, **options)
 
 
 def largest_difference(a: Tensor, b: Tensor) -> float:

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import DEMO_CHECKPOINT, ROOT, write_report
 
 from layer_surgery.config import EvaluationConfig, RuntimeConfig
-from layer_surgery.evaluation.perplexity import perplexity
+from layer_surgery.evaluation.perplexity import summarise, window_losses
 from layer_surgery.runs.session import open_session
 
 
@@ -55,7 +55,8 @@ def main() -> None:
             own = math.exp(total / predicted)
             seconds["forward"].append(time.perf_counter() - start)
             start = time.perf_counter()
-            ours = perplexity(session.stream(session.checkpoint), tokens, session.settings).value
+            losses = window_losses(session.stream(session.checkpoint), tokens, session.settings)
+            ours = summarise(losses, tokens).value
             seconds["perplexity"].append(time.perf_counter() - start)
             print({name: round(values[-1], 2) for name, values in seconds.items()}, own, ours, flush=True)
     ratios = [ours / own for own, ours in zip(seconds["forward"], seconds["perplexity"], strict=True)]

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import DEMO_CHECKPOINT, ROOT, write_report
 
 from layer_surgery.config import BudgetConfig, CalibrationConfig, EvaluationConfig, RuntimeConfig
-from layer_surgery.evaluation.perplexity import perplexity
+from layer_surgery.evaluation.perplexity import summarise, window_losses
 from layer_surgery.progress import Ui
 from layer_surgery.runs.bench import Bench, open_bench
 from layer_surgery.runs.session import open_session
@@ -41,11 +41,8 @@ class AllGradients(Observer):
 
 def whole_pass(bench: Bench) -> float:
     """Return the seconds of one forward and backward over the whole model."""
-    walk, path = bench.walk, list(range(bench.model.layer_count))
     start = time.perf_counter()
-    with walk.new_store(1 << 30) as gradient:
-        walk.losses(walk.forward(path, keep=True), gradient=(gradient, 0))
-        walk.backward(path, (gradient, 0), observers=[AllGradients()])
+    bench.walk.backpropagate([AllGradients()])
     return time.perf_counter() - start
 
 
@@ -81,7 +78,9 @@ def main() -> None:
                 if repeat == 0:
                     model = session.stream(done.checkpoint)
                     quality[method] = {
-                        Path(text.name).name: round(perplexity(model, text, session.settings).value, 4)
+                        Path(text.name).name: round(
+                            summarise(window_losses(model, text, session.settings), text).value, 4
+                        )
                         for text in packed
                     }
     median = {name: statistics.median(values) for name, values in times.items()}

@@ -1,4 +1,4 @@
-"""What operating on layers costs together: to second order, with how their errors meet at the same tokens.
+"""Joint costs of operating on layers: to second order, with how their errors meet at the same tokens.
 
 If operating on layer i changes the stream after it by `delta_i`, and g_i is the gradient of the summed loss there, the
 loss of a token changes by about `d_i = g_i . delta_i`; for a set S of layers by their sum. The expected rise of the
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from layer_surgery.walk.boundaries import BoundaryStore
+from layer_surgery.walk.boundaries import Boundary
 from layer_surgery.walk.walk import Walk
 
 #: Fractions of a layer's parameters kept at which costs are measured; 0 is the layer removed.
@@ -79,7 +79,7 @@ class Couplings:
 class Responses:
     """Collects d_i for every layer and level while a walk goes back through the layers."""
 
-    def __init__(self, walk: Walk, gradient: tuple[BoundaryStore, int]) -> None:
+    def __init__(self, walk: Walk, gradient: Boundary) -> None:
         self._walk, self._gradient = walk, gradient
         count = walk.tokens.sequences
         self._chosen = torch.arange(count) % (4 if count >= _MANY_SEQUENCES else 1) == 0
@@ -88,20 +88,19 @@ class Responses:
     @torch.no_grad()
     def add(self, index: int, level: float, layer: nn.Module | None) -> None:
         """Run a changed layer `index` (None: without it) and compare with the boundary after the original's."""
-        walk, parts = self._walk, []
-        store, slot = self._gradient
+        walk, changes = self._walk, []
         for rows in walk.batches():
             chosen = self._chosen[rows]
             if not chosen.any():
                 continue
-            before = walk.store.read(index, rows)[chosen]
+            before = walk.boundary(index).read(rows)[chosen]
             after = before
             if layer is not None:
                 after = walk.rehearsal.call(index, walk.tokens.token_ids[rows][chosen])(layer, before)
-            delta = after.double() - walk.store.read(index + 1, rows)[chosen].double()
-            change = (delta * store.read(slot, rows)[chosen].double()).sum(dim=-1)
-            parts.append(change[walk.tokens.valid[rows][chosen].to(change.device)].cpu())
-        self._values[index, level] = torch.cat(parts)
+            delta = after.double() - walk.boundary(index + 1).read(rows)[chosen].double()
+            change = (delta * self._gradient.read(rows)[chosen].double()).sum(dim=-1)
+            changes.append(change[walk.tokens.valid[rows][chosen].to(change.device)].cpu())
+        self._values[index, level] = torch.cat(changes)
 
     def couplings(self) -> Couplings:
         """Return K for all layers that were added."""

@@ -1,4 +1,4 @@
-"""What one walk over the calibration data says about every linear: its components in the metric of the task loss.
+"""Statistics of every linear from one walk over the calibration data: its components in the metric of the task loss.
 
 The second moments of a layer exist only while the walk is at that layer. What stays is the spectrum of each linear and
 its leading components, as many as can be of use, so that another target, budget or plan needs no new walk.
@@ -10,16 +10,17 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor, nn
 
 from layer_surgery.calibration.couplings import LEVELS, Couplings, Responses
+from layer_surgery.checkpoint.modeling_layer_surgery import IN_FACTOR, OUT_FACTOR
 from layer_surgery.checkpoint.new_tensors import FactorStore
 from layer_surgery.data.tokens import PackedTokens
 from layer_surgery.errors import DataError, NumericalError
-from layer_surgery.linalg.low_rank import Factors, knapsack, shrunk, whitened_svd
+from layer_surgery.linalg.low_rank import Factors, knapsack, no_components, shrunk, whitened_svd
 from layer_surgery.records import Part
-from layer_surgery.walk.moments import MomentRecorder
+from layer_surgery.walk.boundaries import Boundary
+from layer_surgery.walk.moments import LayerMoments, MomentRecorder
 from layer_surgery.walk.streamed import StreamedModel
 from layer_surgery.walk.walk import Observer, Walk
 
@@ -46,8 +47,15 @@ class Statistics:
     fed_by: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """For each output projection, the linears whose outputs it reads."""
 
+    @classmethod
+    def empty(cls, walk: Walk, components: FactorStore) -> Statistics:
+        """Return statistics of no linear yet, for what a walk goes over."""
+        architecture = walk.model.architecture
+        fed_by = {names[-1]: names[:-1] for names in (architecture.attention, architecture.mlp) if names}
+        return cls(components, int(walk.tokens.valid.sum()) / walk.tokens.predicted_tokens, fed_by=fed_by)
+
     def covers(self, layers: Mapping[int, Ranks]) -> bool:
-        """Whether all of these components are there."""
+        """Return whether all of these components are there."""
         return all(
             rank <= self.ranks.get(index, {}).get(name, 0)
             for index, ranks in layers.items()
@@ -58,7 +66,7 @@ class Statistics:
         """Return the leading components of some linears of a layer."""
         tensors = self.components.read(index)
         return {
-            name: Factors(tensors[f"{name}.out_factor.weight"][:, :rank], tensors[f"{name}.in_factor.weight"][:rank])
+            name: Factors(tensors[f"{name}.{OUT_FACTOR}"][:, :rank], tensors[f"{name}.{IN_FACTOR}"][:rank])
             for name, rank in ranks.items()
         }
 
@@ -152,63 +160,79 @@ def collect(walk: Walk, statistics: Statistics, layers: Mapping[int, Ranks], par
     if not layers:
         return
     check_tokens(walk.tokens, walk.model.hidden_size, "the fisher metric")
-    path = list(range(walk.model.layer_count))
-    with walk.new_store(walk.settings.boundary_memory_bytes) as gradient:
-        observer = _Collector(statistics, layers, Responses(walk, (gradient, 0)), part)
-        walk.losses(walk.forward(path, keep=True), gradient=(gradient, 0))
-        walk.backward(path, (gradient, 0), stop=min(layers), observers=[observer], watch=layers)
-    statistics.couplings = observer.responses.couplings()
+    observer = _Collector(walk, statistics, layers, part)
+    walk.backpropagate([observer], watch=layers)
+    statistics.couplings = observer.couplings()
 
 
-class _Collector(Observer):
-    """Decomposes the linears of each layer that it sees, on the spot, and tries the layer with the components."""
+class MomentObserver(Observer):
+    """Takes the second moments of some linears of each layer that it sees, and reduces them behind the layer."""
 
-    def __init__(self, statistics: Statistics, layers: Mapping[int, Ranks], responses: Responses, part: Part) -> None:
-        self._statistics, self._layers, self.responses, self._part = statistics, layers, responses, part
+    def __init__(self, layers: Mapping[int, Iterable[str]], *, gradients: bool) -> None:
+        """Look at these linears, by layer; with `gradients`, also at the loss gradients at their outputs."""
+        self._linears, self._gradients = layers, gradients
         self._recorder: MomentRecorder | None = None
 
     @contextmanager
     def watching(self, index: int, layer: nn.Module) -> Iterator[None]:
-        linears = {name: layer.get_submodule(name) for name in self._layers[index]}
-        self._recorder = MomentRecorder(linears, gradients=True)
+        linears = {name: layer.get_submodule(name) for name in self._linears[index]}
+        self._recorder = MomentRecorder(linears, gradients=self._gradients)
         with self._recorder.recording() as moments:
             yield
-        values: dict[str, list[float]] = {}
-        inputs: dict[str, Tensor] = {}  # damped, by the first linear that read the input
-        for name, rank in self._layers[index].items():
-            reader = moments.reads[name]
-            if reader not in inputs:
-                inputs[reader] = damped(moments.input_moment(name), moments.tokens, index, name)
-            outputs = damped(moments.output_moment(name), moments.tokens, index, name)
-            weight = layer.get_parameter(f"{name}.weight").detach()
-            (left, right), singular = whitened_svd(weight, inputs[reader], outputs)
-            self._statistics.components.write(index, {name: Factors(left[:, :rank], right[:rank])})
-            values[name] = singular.tolist()
-        self._statistics.values[index] = values
-        sizes = {name: layer.get_parameter(f"{name}.weight").shape for name in values}
-        self._statistics.sizes[index] = {name: (size[0], size[1]) for name, size in sizes.items()}
-        self._statistics.ranks[index] = dict(self._layers[index])
-        self._try(index, layer)
-
-    def _try(self, index: int, layer: nn.Module) -> None:
-        """Measure what comes of the layer, or of its part, with components at each level of `LEVELS`; 0 is without."""
-        sizes = self._statistics.sizes[index]
-        parameters = sum(p.numel() for p in layer.parameters())
-        if self._part == "layer":
-            self.responses.add(index, 0.0, None)
-        else:
-            parameters = sum(out * in_ for out, in_ in sizes.values())
-            nothing = {name: Factors(torch.zeros(out, 0), torch.zeros(0, in_)) for name, (out, in_) in sizes.items()}
-            with _composed(layer, nothing):
-                self.responses.add(index, 0.0, layer)
-        for keep in LEVELS[1:]:
-            ranks = self._statistics.layer_ranks(index, keep, parameters)
-            with _composed(layer, self._statistics.factors(index, ranks)):
-                self.responses.add(index, keep, layer)
+        self.reduce(index, layer, moments)
 
     def batch(self, valid: Tensor) -> None:
         assert self._recorder is not None
         self._recorder.start_batch(valid)
+
+    def reduce(self, index: int, layer: nn.Module, moments: LayerMoments) -> None:
+        """Make of the moments what is wanted of them; the layer still has its weights."""
+        raise NotImplementedError
+
+
+class _Collector(MomentObserver):
+    """Decomposes the linears of each layer that it sees, on the spot, and tries the layer with the components."""
+
+    def __init__(self, walk: Walk, statistics: Statistics, layers: Mapping[int, Ranks], part: Part) -> None:
+        super().__init__(layers, gradients=True)
+        self._walk, self._statistics, self._layers, self._part = walk, statistics, layers, part
+        self._responses: Responses | None = None
+
+    def begin_backward(self, gradient: Boundary) -> None:
+        self._responses = Responses(self._walk, gradient)
+
+    def couplings(self) -> Couplings:
+        """Return the couplings of the layers that it has seen."""
+        assert self._responses is not None
+        return self._responses.couplings()
+
+    def reduce(self, index: int, layer: nn.Module, moments: LayerMoments) -> None:
+        ranks, found = self._layers[index], self._statistics
+        found.values[index], found.sizes[index], found.ranks[index] = {}, {}, dict(ranks)
+        for name, weight, inputs in weights_with_inputs(layer, ranks, moments, index):
+            outputs = damped(moments.output_moment(name), moments.tokens, index, name)
+            (left, right), values = whitened_svd(weight, inputs, outputs)
+            found.components.write(index, {name: Factors(left[:, : ranks[name]], right[: ranks[name]])})
+            found.values[index][name] = values.tolist()
+            found.sizes[index][name] = (weight.shape[0], weight.shape[1])
+        self._try(index, layer)
+
+    def _try(self, index: int, layer: nn.Module) -> None:
+        """Measure what comes of the layer, or of its part, with components at each level of `LEVELS`; 0 is without."""
+        assert self._responses is not None
+        sizes = self._statistics.sizes[index]
+        parameters = sum(p.numel() for p in layer.parameters())
+        if self._part == "layer":
+            self._responses.add(index, 0.0, None)
+        else:
+            parameters = sum(out * in_ for out, in_ in sizes.values())
+            nothing = {name: no_components(size) for name, size in sizes.items()}
+            with _composed(layer, nothing):
+                self._responses.add(index, 0.0, layer)
+        for keep in LEVELS[1:]:
+            ranks = self._statistics.layer_ranks(index, keep, parameters)
+            with _composed(layer, self._statistics.factors(index, ranks)):
+                self._responses.add(index, keep, layer)
 
 
 @contextmanager
@@ -224,6 +248,18 @@ def _composed(layer: nn.Module, factors: Mapping[str, Factors]) -> Iterator[None
     finally:
         for name, weight in weights.items():
             weight.data = originals[name]
+
+
+def weights_with_inputs(
+    layer: nn.Module, names: Iterable[str], moments: LayerMoments, index: int
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Yield each linear's name, weight [out, in] and damped second moment of its inputs [in, in], float64."""
+    inputs: dict[str, Tensor] = {}  # by the first linear that read the input
+    for name in names:
+        reader = moments.reads[name]
+        if reader not in inputs:
+            inputs[reader] = damped(moments.input_moment(name), moments.tokens, index, name)
+        yield name, layer.get_parameter(f"{name}.weight").detach(), inputs[reader]
 
 
 def damped(moment: Tensor, tokens: int, index: int, name: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a decoder layer and its linears are called, for every supported `model_type`.
+"""Names of decoder layers and of their linears, for every supported `model_type`.
 
 Nothing else in the package knows a module name of an architecture. Embeddings, position embeddings, masks, final norm
 and head need no entry: the walk learns them by running the model itself with stubs in place of its layers.
@@ -49,25 +49,17 @@ _FOUR_H_MLP = ("mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
 _SHARED_EXPERT = ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj", "mlp.shared_expert.down_proj")
 _SHARED_EXPERTS = ("mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj", "mlp.shared_experts.down_proj")
 
+#: Types whose modules have the names of Llama's.
+_NAMES_OF_LLAMA = (
+    *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "gemma4_text"),
+    *("olmo", "olmo2", "olmo3", "granite", "smollm3", "stablelm", "cohere"),
+)
+
 #: Every entry has a contract test (tests/test_architectures.py). To add one, add a line here.
 ARCHITECTURES: dict[str, Architecture] = {
     entry.model_type: entry
     for entry in (
-        Architecture(model_type="llama"),
-        Architecture(model_type="mistral"),
-        Architecture(model_type="qwen2"),
-        Architecture(model_type="qwen3"),
-        Architecture(model_type="gemma"),
-        Architecture(model_type="gemma2"),
-        Architecture(model_type="gemma3_text"),
-        Architecture(model_type="gemma4_text"),
-        Architecture(model_type="olmo"),
-        Architecture(model_type="olmo2"),
-        Architecture(model_type="olmo3"),
-        Architecture(model_type="granite"),
-        Architecture(model_type="smollm3"),
-        Architecture(model_type="stablelm"),
-        Architecture(model_type="cohere"),
+        *(Architecture(model_type=name) for name in _NAMES_OF_LLAMA),
         Architecture(model_type="starcoder2", mlp=_TWO_LAYER_MLP),
         Architecture(model_type="phi3", attention=_FUSED_QKV, mlp=_FUSED_GATE_UP),
         Architecture(model_type="glm4", mlp=_FUSED_GATE_UP),
@@ -152,3 +144,9 @@ def base_model_type(config: Any) -> str:
     """Return the `model_type` of the stock architecture, also for a checkpoint with low-rank layers."""
     base_class = getattr(config, "base_class", None)
     return str(base_class.model_type if base_class is not None else config.model_type)
+
+
+def longest_sequence(config: Any) -> int | None:
+    """Return how many tokens a model takes at most; None where its configuration does not say."""
+    limits = (getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len"))  # the latter: MPT
+    return min((int(limit) for limit in limits if limit), default=None)

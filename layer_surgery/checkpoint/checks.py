@@ -1,4 +1,4 @@
-"""What must hold of a checkpoint that is opened: it is a decoder-only language model, and its tensors are whole."""
+"""Checks of a checkpoint that is opened: it is a decoder-only language model, and its tensors are whole."""
 
 from __future__ import annotations
 

@@ -106,15 +106,11 @@ class ConvertedSource:
     def __init__(self, source: TensorSource, groups: Iterable[_Group], model: PreTrainedModel) -> None:
         self._source, self._model = source, model
         self._group_of: dict[str, _Group] = {}
-        self._specs: dict[str, TensorSpec] = {}
+        self.specs: dict[str, TensorSpec] = {}
         self._waiting: dict[str, Tensor] = {}
         for group in groups:
             for name, spec in self._specs_of(group).items():
-                self._specs[name], self._group_of[name] = spec, group
-
-    @property
-    def specs(self) -> Mapping[str, TensorSpec]:
-        return self._specs
+                self.specs[name], self._group_of[name] = spec, group
 
     def read(self, names: Iterable[str], device: torch.device) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = {}
@@ -158,14 +154,10 @@ class TransposedSource:
 
     def __init__(self, source: TensorSource, names: Iterable[str]) -> None:
         self._source, self._names = source, frozenset(names)
-        self._specs = {
+        self.specs = {
             name: TensorSpec(spec.shape[::-1], spec.dtype) if name in self._names else spec
             for name, spec in source.specs.items()
         }
-
-    @property
-    def specs(self) -> Mapping[str, TensorSpec]:
-        return self._specs
 
     def read(self, names: Iterable[str], device: torch.device) -> dict[str, Tensor]:
         read = self._source.read(names, device)

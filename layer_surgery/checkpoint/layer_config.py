@@ -1,4 +1,4 @@
-"""What a configuration says about single layers, and what becomes of it when some layers go.
+"""Configuration of single layers: where it is said, and how it is cut when some layers go.
 
 Families say it in different ways: a list with an entry for each layer, a list of layer numbers, a dictionary by layer
 number, or a rule (every n-th layer, the first k). Rules do not hold for what is left, so they are written out.

@@ -35,6 +35,31 @@ AUTO_MAP = {
 }
 
 
+#: Names of the tensors of a low-rank linear, behind its own: [r, in] and [out, r].
+IN_FACTOR, OUT_FACTOR = "in_factor.weight", "out_factor.weight"
+
+
+def nested_config(fields: dict[str, Any], low_rank: dict[str, int]) -> dict[str, Any]:
+    """Return what `config.json` holds (see the top of this file).
+
+    Args:
+        fields: the configuration of the base architecture.
+        low_rank: the rank of every replaced linear.
+    """
+    own = ("low_rank", "base_model_type", "model_type", "architectures", "auto_map", "transformers_version")
+    return {
+        "architectures": ["LayerSurgeryForCausalLM"],
+        "auto_map": dict(AUTO_MAP),
+        "model_type": MODEL_TYPE,
+        "num_hidden_layers": HOW_TO_LOAD,
+        "base_model_type": fields["model_type"],
+        "base_config": {name: value for name, value in fields.items() if name not in own},
+        "low_rank": dict(low_rank),
+        "dtype": fields.get("dtype", fields.get("torch_dtype")),
+        "transformers_version": fields.get("transformers_version"),
+    }
+
+
 class NoComponents(nn.Module):
     """A factor of a linear of rank 0: a weight [out, in] without elements.
 
@@ -202,31 +227,19 @@ def expanded_plan_with_factors(model: nn.Module, expanded: dict[str, str]) -> di
 
 
 def _has_cut_factors(module: Any, style: str) -> bool:
-    """Whether factors are to be cut; a linear of rank 0 has none, and its zeros are cut like any output."""
+    """Return whether factors are to be cut; a linear of rank 0 has none, and its zeros are cut like any output."""
     return isinstance(module, LowRankLinear) and module.rank > 0 and ("colwise" in style or "rowwise" in style)
 
 
 class _LayerSurgeryConfigMixin:
-    """What every configuration with low-rank layers has beside the fields of its base class."""
+    """The part that configurations with low-rank layers have beside their base class."""
 
     model_type = MODEL_TYPE
     base_class: type[PreTrainedConfig]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the nested form that `config.json` has (see the top of this file)."""
-        base = super().to_dict()  # type: ignore[misc]
-        own = ("low_rank", "auto_map", "base_model_type", "model_type", "architectures", "transformers_version")
-        return {
-            "architectures": ["LayerSurgeryForCausalLM"],
-            "auto_map": dict(AUTO_MAP),
-            "model_type": MODEL_TYPE,
-            "num_hidden_layers": HOW_TO_LOAD,
-            "base_model_type": self.base_class.model_type,
-            "base_config": {key: value for key, value in base.items() if key not in own},
-            "low_rank": dict(self.low_rank),  # type: ignore[attr-defined]
-            "dtype": base.get("dtype"),
-            "transformers_version": base.get("transformers_version"),
-        }
+        fields = {**super().to_dict(), "model_type": self.base_class.model_type}  # type: ignore[misc]
+        return nested_config(fields, self.low_rank)  # type: ignore[attr-defined]
 
     def to_diff_dict(self) -> dict[str, Any]:
         return self.to_dict()
@@ -309,7 +322,7 @@ class LayerSurgeryConfig(PreTrainedConfig):  # type: ignore[misc]
 
 
 class _EntryPoint(PreTrainedModel):  # type: ignore[misc]
-    """What transformers' auto classes are told of; what it returns is a subclass of the stock model class."""
+    """Entry point for transformers' auto classes; what it returns is a subclass of the stock model class."""
 
     config_class = LayerSurgeryConfig
     _supports_attention_backend = True  # vLLM asks before it makes the model, which then answers for itself

@@ -1,4 +1,4 @@
-"""New tensors of operated layers as they are made: one safetensors file a linear, written when it is ready."""
+"""New tensors of layers as surgery makes them: one safetensors file a linear, written when it is ready."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from layer_surgery.checkpoint.modeling_layer_surgery import IN_FACTOR, OUT_FACTOR
 from layer_surgery.checkpoint.tensors import SafetensorsSource
 from layer_surgery.errors import LayerSurgeryError, NumericalError
 from layer_surgery.linalg.low_rank import Factors
@@ -24,7 +25,7 @@ class FactorStore:
     def write(self, index: int, factors: Mapping[str, Factors]) -> None:
         """Add factors, by linear, to layer `index`. Raises `NumericalError` if one is not finite."""
         for name, (left, right) in factors.items():
-            self.write_tensors(index, name, {"out_factor.weight": left, "in_factor.weight": right})
+            self.write_tensors(index, name, {OUT_FACTOR: left, IN_FACTOR: right})
 
     def write_tensors(self, index: int, linear: str, tensors: Mapping[str, Tensor]) -> None:
         """Add tensors of one linear, by their names within it, such as `weight`.
@@ -32,11 +33,11 @@ class FactorStore:
         Every linear has a file of its own that is written once: a file that is mapped somewhere is never changed.
         """
         stored: dict[str, Tensor] = {}
-        for part, tensor in tensors.items():
-            stored[f"{linear}.{part}"] = converted = tensor.to("cpu", self.dtype).contiguous()
+        for name, tensor in tensors.items():
+            stored[f"{linear}.{name}"] = converted = tensor.to("cpu", self.dtype).contiguous()
             if not torch.isfinite(converted).all():
                 raise NumericalError(
-                    f"the {part.removesuffix('.weight')} of '{linear}' in layer {index} is not finite in {self.dtype}."
+                    f"the {name.removesuffix('.weight')} of '{linear}' in layer {index} is not finite in {self.dtype}."
                 )
         path = self.directory / f"{_prefix(index)}{linear}.safetensors"
         if path.exists():

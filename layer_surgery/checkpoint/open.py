@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from layer_surgery.checkpoint.architectures import Architecture, base_model_type
+from layer_surgery.checkpoint.architectures import Architecture, base_model_type, longest_sequence
 from layer_surgery.checkpoint.checks import (
     check_causal_lm,
     check_directory,
@@ -72,12 +72,22 @@ class Checkpoint:
 
     @functools.cached_property
     def architecture(self) -> Architecture:
-        """What its modules are called; raises `CheckpointError` for an architecture that cannot be operated on."""
+        """Names of its modules; raises `CheckpointError` for an architecture that cannot be operated on."""
         return architecture_of(self.skeleton)
 
     @property
     def layer_count(self) -> int:
         return int(self.config.num_hidden_layers)
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Number of rows of the embedding."""
+        return int(self.skeleton.get_input_embeddings().weight.shape[0])
+
+    @property
+    def longest_sequence(self) -> int | None:
+        """Most tokens that the model takes; None where its configuration does not say."""
+        return longest_sequence(self.config)
 
     @functools.cached_property
     def skeleton(self) -> PreTrainedModel:

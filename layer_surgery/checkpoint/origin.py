@@ -1,4 +1,4 @@
-"""Where a checkpoint comes from, as far as its files say: its name on the hub, and its licence."""
+"""Origin of a checkpoint, as far as its files say: its name on the hub, and its licence."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _has_owner(name: str) -> bool:
 
 
 def is_valid_hub_id(name: Any) -> bool:
-    """Whether the hub could have a model of this name (there is no look whether it has)."""
+    """Return whether the hub could have a model of this name (there is no look whether it has)."""
     try:
         validate_repo_id(name)
     except HFValidationError:

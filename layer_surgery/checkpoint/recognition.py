@@ -36,14 +36,14 @@ def architecture_of(model: PreTrainedModel) -> Architecture:
 
 
 def _fits(entry: Architecture, model: PreTrainedModel) -> bool:
-    """Whether modules are called what the table says: another version of transformers may call them otherwise."""
+    """Return whether modules have the names in the table: another version of transformers may call them otherwise."""
     modules = dict(model.named_modules())
     layers = modules.get(entry.layers)
     return isinstance(layers, nn.ModuleList) and any(f"{entry.layers}.0.{name}" in modules for name in entry.linears)
 
 
 def is_stock(model: PreTrainedModel) -> bool:
-    """Whether the model is transformers' own for its configuration, and not made by code that came with it."""
+    """Return whether the model is transformers' own for its configuration, and not made by code that came with it."""
     base_class = getattr(model.config, "base_class", type(model.config))
     return base_class in MODEL_FOR_CAUSAL_LM_MAPPING
 

@@ -1,4 +1,4 @@
-"""The operated model as a checkpoint of its own: tensors of the original under new names, with factors in between.
+"""The result of a surgery as a checkpoint of its own: tensors of the original under new names, with factors in between.
 
 Nothing is copied or written here, so evaluating it is evaluating exactly what will be saved.
 """
@@ -10,13 +10,7 @@ from typing import Any
 from transformers import AutoConfig
 
 from layer_surgery.checkpoint.layer_config import surviving_fields
-from layer_surgery.checkpoint.modeling_layer_surgery import (
-    AUTO_MAP,
-    HOW_TO_LOAD,
-    MODEL_TYPE,
-    LayerSurgeryConfig,
-    model_class_for,
-)
+from layer_surgery.checkpoint.modeling_layer_surgery import LayerSurgeryConfig, model_class_for, nested_config
 from layer_surgery.checkpoint.new_tensors import FactorStore
 from layer_surgery.checkpoint.open import Checkpoint
 from layer_surgery.checkpoint.tensors import RenamedSource, TensorSource
@@ -59,22 +53,6 @@ def result_checkpoint(base: Checkpoint, plan: SurgeryPlan, *stores: FactorStore)
         model_class=model_class,
         directory=base.directory,
     )
-
-
-def nested_config(fields: dict[str, Any], low_rank: dict[str, int]) -> dict[str, Any]:
-    """Return what `config.json` of a checkpoint with low-rank layers holds (see modeling_layer_surgery.py)."""
-    own = ("model_type", "architectures", "auto_map", "transformers_version")
-    return {
-        "architectures": ["LayerSurgeryForCausalLM"],
-        "auto_map": dict(AUTO_MAP),
-        "model_type": MODEL_TYPE,
-        "num_hidden_layers": HOW_TO_LOAD,
-        "base_model_type": fields["model_type"],
-        "base_config": {name: value for name, value in fields.items() if name not in own},
-        "low_rank": low_rank,
-        "dtype": fields.get("dtype", fields.get("torch_dtype")),
-        "transformers_version": fields.get("transformers_version"),
-    }
 
 
 def _config_and_class(base: Checkpoint, fields: dict[str, Any], low_rank: dict[str, int]) -> tuple[Any, Any]:

@@ -18,13 +18,12 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, Pr
 
 from layer_surgery.checkpoint import modeling_layer_surgery
 from layer_surgery.checkpoint.conversion import as_stored
-from layer_surgery.checkpoint.open import Checkpoint
-from layer_surgery.checkpoint.result import nested_config
+from layer_surgery.checkpoint.open import Checkpoint, open_checkpoint
 from layer_surgery.checkpoint.tensors import INDEX_FILE, SAFETENSORS_DTYPES, SINGLE_FILE, SafetensorsSource, TensorSpec
-from layer_surgery.errors import LayerSurgeryError, NumericalError, OutputError
+from layer_surgery.errors import CheckpointError, LayerSurgeryError, NumericalError, OutputError
 from layer_surgery.machine import release_freed_memory
 from layer_surgery.progress import Progress, no_progress
-from layer_surgery.records.reading_surgery import REPORT_FILE
+from layer_surgery.records.reading import REPORT_FILE
 
 #: Largest shard when the original was not in files (transformers' own default).
 DEFAULT_SHARD_BYTES = 50 * 1000**3
@@ -120,7 +119,7 @@ def check_not_same(model: str | Path | PreTrainedModel, output: Path) -> None:
 
 
 def _is_ours(entry: Path) -> bool:
-    """Whether an entry of an output directory is one that this module may have written there."""
+    """Return whether an entry of an output directory is one that this module may have written there."""
     if entry.is_dir():
         return entry.name == TEMPLATES_FOLDER
     code = ("modeling_*.py", "configuration_*.py", "tokenization_*.py")
@@ -165,6 +164,18 @@ def save_checkpoint(
         raise LayerSurgeryError(
             f"writing to {directory.parent} failed ({error.strerror}); nothing was left there."
         ) from error
+
+
+def check_saved(directory: Path, checkpoint: Checkpoint) -> None:
+    """Open what was written, which checks the name and shape of every tensor, and count its parameters.
+
+    Raises `CheckpointError` unless it is the `checkpoint` that was to be written.
+    """
+    saved = open_checkpoint(directory, trust_remote_code=checkpoint.trust_remote_code)
+    if saved.parameters != checkpoint.parameters or saved.low_rank != checkpoint.low_rank:
+        raise CheckpointError(
+            f"what was written to {directory} is not what was to be written; this is a bug, report it."
+        )
 
 
 def write_shards(checkpoint: Checkpoint, directory: Path, *, shard_bytes: int, progress: Progress) -> None:
@@ -276,7 +287,7 @@ def _shard_bytes(base: Checkpoint) -> int:
 
 def _write_config(checkpoint: Checkpoint, directory: Path) -> None:
     if checkpoint.low_rank:
-        fields = nested_config(checkpoint.config_fields, checkpoint.low_rank)
+        fields = modeling_layer_surgery.nested_config(checkpoint.config_fields, checkpoint.low_rank)
         code = Path(modeling_layer_surgery.__file__)
         shutil.copyfile(code, directory / code.name)
     else:

@@ -1,4 +1,4 @@
-"""Where tensors come from: files, a model in memory, or a mixture. Read by name, and only when asked for."""
+"""Sources of tensors: files, a model in memory, or a mixture. Read by name, and only when asked for."""
 
 from __future__ import annotations
 
@@ -69,16 +69,12 @@ class SafetensorsSource:
 
     def __init__(self, files: Iterable[Path]) -> None:
         self._file_of: dict[str, Path] = {}
-        self._specs: dict[str, TensorSpec] = {}
+        self.specs: dict[str, TensorSpec] = {}
         for path in files:
             for name, spec in _read_header(path).items():
-                if name in self._specs:
+                if name in self.specs:
                     raise CheckpointError(f"tensor '{name}' is in two files: {self._file_of[name]} and {path}.")
-                self._file_of[name], self._specs[name] = path, spec
-
-    @property
-    def specs(self) -> Mapping[str, TensorSpec]:
-        return self._specs
+                self._file_of[name], self.specs[name] = path, spec
 
     def read(self, names: Iterable[str], device: torch.device) -> dict[str, Tensor]:
         by_file: dict[Path, list[str]] = {}
@@ -98,11 +94,7 @@ class StateDictSource:
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self._tensors = {name: tensor.detach() for name, tensor in tensors.items()}
-        self._specs = {name: TensorSpec(tuple(t.shape), t.dtype) for name, t in self._tensors.items()}
-
-    @property
-    def specs(self) -> Mapping[str, TensorSpec]:
-        return self._specs
+        self.specs = {name: TensorSpec(tuple(t.shape), t.dtype) for name, t in self._tensors.items()}
 
     def read(self, names: Iterable[str], device: torch.device) -> dict[str, Tensor]:
         return {name: self._tensors[name].to(device) for name in names}
@@ -113,11 +105,7 @@ class RenamedSource:
 
     def __init__(self, mapping: Mapping[str, tuple[TensorSource, str]]) -> None:
         self._mapping = dict(mapping)
-        self._specs = {new: source.specs[old] for new, (source, old) in self._mapping.items()}
-
-    @property
-    def specs(self) -> Mapping[str, TensorSpec]:
-        return self._specs
+        self.specs = {new: source.specs[old] for new, (source, old) in self._mapping.items()}
 
     def read(self, names: Iterable[str], device: torch.device) -> dict[str, Tensor]:
         # Group by source, so that a file is opened once and not once for every tensor.

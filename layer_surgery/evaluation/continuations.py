@@ -1,10 +1,11 @@
-"""What a model writes after a prompt, for people to read."""
+"""Continuations of prompts, for people to read."""
 
 from __future__ import annotations
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from layer_surgery.checkpoint.architectures import longest_sequence
 from layer_surgery.data.tokens import PackedTokens
 from layer_surgery.progress import Progress
 
@@ -33,7 +34,7 @@ def continuations(
     progress: Progress,
 ) -> list[str]:
     """Return the greedy continuation of every prompt (token ids), without the prompt; it ends at an EOS token."""
-    longest = getattr(model.config, "max_position_embeddings", None)
+    longest = longest_sequence(model.config)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     written = []
     with progress("continuations", len(prompts)) as advance:

@@ -1,4 +1,4 @@
-"""What a token costs, counted by running the model without its weights: on the meta device, where tensors have shapes
+"""Costs of a token, counted by running the model without its weights: on the meta device, where tensors have shapes
 only.
 
 So it holds for every architecture as it is (grouped queries, windows, experts, layers without attention), costs neither

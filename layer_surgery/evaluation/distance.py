@@ -1,4 +1,4 @@
-"""How far a model is from the original on the same text: KL divergence and top-1 agreement of their next tokens.
+"""Distance of a model from the original on the same text: KL divergence and top-1 agreement of their next tokens.
 
 The two models are never in memory together: each is walked by itself, and the hidden states after its last layer are
 kept. Here only what follows the last layer of each is needed. Shapes: N windows, S tokens each, V vocabulary.
@@ -6,21 +6,21 @@ kept. Here only what follows the last layer of each is needed. Shapes: N windows
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from layer_surgery.checkpoint.open import Checkpoint
 from layer_surgery.data.tokens import PackedTokens
 from layer_surgery.errors import CheckpointError, DataError, NumericalError
-from layer_surgery.evaluation.ratio import mean_per_token
+from layer_surgery.evaluation.uncertainty import mean_per_token
 from layer_surgery.records import KlDivergence, Top1Agreement
-from layer_surgery.walk.boundaries import BoundaryStore
-from layer_surgery.walk.rehearsal import Rehearsal
+from layer_surgery.walk.boundaries import Boundary
+from layer_surgery.walk.rehearsal import Rehearsal, blocks
 from layer_surgery.walk.streamed import StreamedModel
-from layer_surgery.walk.walk import WalkSettings
+from layer_surgery.walk.walk import NO_LABEL, WalkSettings, next_tokens
 
 #: Logits of one model exist for at most this many elements at a time (64 MiB in float32), and what is computed from
 #: them in float64 for at most as many as below (16 MiB; about five such tensors).
@@ -30,10 +30,10 @@ _EXACT_AT_A_TIME = 1 << 21
 
 @dataclass(frozen=True)
 class FinalStates:
-    """A model (its outer weights will do) and the hidden states [N, S, D] after its last layer, in slot 0."""
+    """A model (its outer weights will do) and the hidden states [N, S, D] after its last layer."""
 
     model: StreamedModel
-    store: BoundaryStore
+    hidden: Boundary
 
 
 @torch.no_grad()
@@ -45,25 +45,22 @@ def distance(
     In float64 from the logits on, so that small divergences are no rounding. Exact percentiles: one float32 is kept
     for each token. Raises `CheckpointError` if the vocabularies differ and `NumericalError` if a value is not finite.
     """
-    check_same_vocabulary(before.model, after.model)
+    check_same_vocabulary(before.model.checkpoint, after.model.checkpoint)
     if not tokens.predicted_tokens:
         raise DataError(f"'{tokens.name}' has no token to predict.")
     heads = (Rehearsal(before.model), Rehearsal(after.model))
-    # Position t predicts token t + 1, as in `Walk._batch_losses`.
-    counted = torch.zeros_like(tokens.loss_mask)
-    counted[:, :-1] = tokens.loss_mask[:, 1:]
+    counted = next_tokens(tokens, slice(0, tokens.sequences)) != NO_LABEL
     divergence = torch.zeros(tokens.loss_mask.shape)
     agrees = torch.zeros_like(tokens.loss_mask)
     with settings.progress("distance", tokens.sequences) as advance:
         for rows in tokens.batches(settings.batch_size):
-            hidden = (before.store.read(0, rows), after.store.read(0, rows))
-            for part in _parts(rows, tokens.sequence_length, before.model.vocabulary_size):
-                if not counted[part].any():
+            hidden = (before.hidden.read(rows), after.hidden.read(rows))
+            for block in blocks(counted[rows].shape, LOGITS_AT_A_TIME // before.model.vocabulary_size):
+                if not counted[rows][block].any():
                     continue
-                local = (slice(part[0].start - rows.start, part[0].stop - rows.start), part[1])
-                logits = [head.head(states[local]) for head, states in zip(heads, hidden, strict=True)]
-                divergence[part] = kl_divergence(*logits).float().cpu()
-                agrees[part] = (logits[0].argmax(dim=-1) == logits[1].argmax(dim=-1)).cpu()
+                logits = [head.head(states[block]) for head, states in zip(heads, hidden, strict=True)]
+                divergence[rows][block] = kl_divergence(*logits).float().cpu()
+                agrees[rows][block] = (logits[0].argmax(dim=-1) == logits[1].argmax(dim=-1)).cpu()
             for _ in range(rows.stop - rows.start):
                 advance()
     return _summarise(divergence, agrees, counted, tokens.name)
@@ -83,23 +80,14 @@ def kl_divergence(before: Tensor, after: Tensor) -> Tensor:
     return torch.cat(pieces).clamp_min(0).view(before.shape[1:-1])
 
 
-def check_same_vocabulary(before: StreamedModel, after: StreamedModel) -> None:
+def check_same_vocabulary(before: Checkpoint, after: Checkpoint) -> None:
     """Raise `CheckpointError` if distributions over the vocabularies of the two models cannot be compared."""
     sizes = before.vocabulary_size, after.vocabulary_size
     if sizes[0] != sizes[1]:
         raise CheckpointError(
-            f"{before.checkpoint.name} has a vocabulary of {sizes[0]} tokens and {after.checkpoint.name} one of "
-            f"{sizes[1]}, so their predictions cannot be compared; pass --no-distance."
+            f"{before.name} has a vocabulary of {sizes[0]} tokens and {after.name} one of {sizes[1]}, so their "
+            "predictions cannot be compared; pass --no-distance."
         )
-
-
-def _parts(rows: slice, length: int, vocabulary: int) -> Iterator[tuple[slice, slice]]:
-    """Yield windows x positions for which logits fit in memory."""
-    tokens_at_a_time = max(1, LOGITS_AT_A_TIME // vocabulary)
-    row_step, column_step = max(1, tokens_at_a_time // length), min(length, tokens_at_a_time)
-    for row in range(rows.start, rows.stop, row_step):
-        for column in range(0, length, column_step):
-            yield slice(row, min(row + row_step, rows.stop)), slice(column, min(column + column_step, length))
 
 
 def _summarise(divergence: Tensor, agrees: Tensor, counted: Tensor, name: str) -> tuple[KlDivergence, Top1Agreement]:

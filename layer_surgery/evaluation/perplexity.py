@@ -7,37 +7,32 @@ import sys
 
 from layer_surgery.data.tokens import PackedTokens
 from layer_surgery.errors import DataError, NumericalError
-from layer_surgery.evaluation.ratio import mean_per_token
+from layer_surgery.evaluation.uncertainty import mean_per_token
 from layer_surgery.records import Perplexity
-from layer_surgery.walk.boundaries import BoundaryStore
+from layer_surgery.walk.boundaries import Boundary
 from layer_surgery.walk.streamed import StreamedModel
 from layer_surgery.walk.walk import Losses, Walk, WalkSettings
 
 
-def perplexity(model: StreamedModel, tokens: PackedTokens, settings: WalkSettings) -> Perplexity:
-    """Return exp(total loss / predicted tokens) over all windows; one layer of the model is in memory at a time.
-
-    Windows do not overlap, each token is predicted at most once and weighs the same.
-    Raises `NumericalError` if the loss of any window is not finite.
-    """
-    return summarise(window_losses(model, tokens, settings), tokens)
-
-
 def window_losses(
-    model: StreamedModel, tokens: PackedTokens, settings: WalkSettings, keep: BoundaryStore | None = None
+    model: StreamedModel, tokens: PackedTokens, settings: WalkSettings, keep: Boundary | None = None
 ) -> Losses:
-    """Return the loss of every window; with `keep`, leave the last boundary in its slot 0."""
+    """Return the loss of every window; one layer of the model is in memory at a time.
+
+    Windows do not overlap, each token is predicted at most once and weighs the same. With `keep`, the last boundary is
+    copied there. Raises `NumericalError` if the loss of any window is not finite.
+    """
     with Walk(model, tokens, settings) as walk:
-        slot = walk.forward(list(range(model.layer_count)), keep=False)
-        losses = walk.losses(slot)
+        last = walk.forward(range(model.layer_count), keep=False)
+        losses = walk.losses(last)
         if keep is not None:
             for rows in walk.batches():
-                keep.write(0, rows, walk.store.read(slot, rows))
+                keep.write(rows, last.read(rows))
     return losses
 
 
 def summarise(losses: Losses, tokens: PackedTokens) -> Perplexity:
-    """Return the perplexity with its standard error, which the delta method takes through exp."""
+    """Return exp(total loss / predicted tokens) with its standard error, which the delta method takes through exp."""
     total = int(losses.tokens.sum())
     if total == 0:
         raise DataError(f"'{tokens.name}' has no token to predict.")

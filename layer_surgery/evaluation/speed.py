@@ -7,7 +7,8 @@ not what a serving engine reaches.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
@@ -15,10 +16,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from layer_surgery.config import SpeedConfig
-from layer_surgery.evaluation.allocations import Allocations
 from layer_surgery.progress import Progress
 from layer_surgery.records import SpeedPoint
 
@@ -55,13 +57,13 @@ def measure_speed(
                     _run(models[k], prompt, config.speed_new_tokens, timings[k] if turn else _Timings())
                     advance()
             for k, model in enumerate(models):
-                peak = peak_memory_bytes(model, prompt)
+                peak = generation_memory_bytes(model, prompt)
                 points[k].append(_point(timings[k], peak, batch, length, config))
                 advance()
     return points
 
 
-def peak_memory_bytes(model: PreTrainedModel, prompt: Tensor, steps: int = 2) -> int:
+def generation_memory_bytes(model: PreTrainedModel, prompt: Tensor, steps: int = 2) -> int:
     """Return the bytes of the model's weights and buffers, and the most that tensors take beside them in generation.
 
     On a CPU tensors are followed one by one, so that other models and freed memory in the same process do not count;
@@ -79,6 +81,46 @@ def peak_memory_bytes(model: PreTrainedModel, prompt: Tensor, steps: int = 2) ->
     with allocations:
         _run(model, prompt, steps, _Timings())
     return weights + allocations.peak_bytes
+
+
+class Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Follows the storages of all tensors that operations return inside the block: `peak_bytes` of them at a time.
+
+    Only what the block makes counts: not what was there before, and not memory that the allocator holds back. Scratch
+    memory inside of an operation is not seen.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.peak_bytes = 0
+        self._now = 0
+        self._known: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+
+    def __torch_dispatch__(
+        self, function: Callable[..., Any], _types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        for tensor in tree_leaves((args, kwargs)):  # what an operation is given was there before it, or is known
+            if isinstance(tensor, torch.Tensor):
+                self._follow(tensor.untyped_storage(), counts=False)
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self._follow(tensor.untyped_storage(), counts=True)
+        return result
+
+    def _follow(self, storage: torch.UntypedStorage, *, counts: bool) -> None:
+        key = storage._cdata
+        if key in self._known:
+            return
+        size = storage.nbytes() if counts else 0
+
+        def gone(_reference: Any) -> None:
+            self._now -= size
+            self._known.pop(key, None)
+
+        self._known[key] = weakref.ref(storage, gone)
+        self._now += size
+        self.peak_bytes = max(self.peak_bytes, self._now)
 
 
 def _run(model: PreTrainedModel, prompt: Tensor, new_tokens: int, timings: _Timings) -> None:

@@ -32,7 +32,7 @@ _HUB_TIMEOUT_SECONDS = 5
 
 @dataclass(frozen=True)
 class TaskOutcome:
-    """What one model did on the tasks."""
+    """Results of one model on the tasks."""
 
     results: dict[str, TaskResult]
     items: dict[str, dict[str, NDArray[np.float64]]]

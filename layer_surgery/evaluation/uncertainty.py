@@ -1,4 +1,4 @@
-"""Is a difference real? Two models measured on the same windows or items, compared by a paired bootstrap.
+"""Standard errors of means over windows, and paired bootstrap intervals of the difference between two models.
 
 Pairing takes out what the data have in common: windows differ far more from each other than models on one window do.
 Method: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13 (percentile intervals).
@@ -10,7 +10,9 @@ import math
 import sys
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from layer_surgery.records import Interval, PerplexityChange
 from layer_surgery.walk.walk import Losses
@@ -21,6 +23,25 @@ CONFIDENCE = 0.95
 _DRAWN_AT_A_TIME = 1 << 22
 
 Array = NDArray[np.float64]
+
+
+def mean_per_token(sums: Tensor, counts: Tensor) -> tuple[float, float | None]:
+    """Return total / tokens and its standard error over windows; None where at most one window has tokens.
+
+    Args:
+        sums: [N] float64, the sum over each window.
+        counts: [N], the tokens of each window; windows without any do not count.
+
+    The mean is a ratio of sums. Its variance over windows is that of the ratio estimator (Cochran, Sampling
+    Techniques, 1977, section 2.11).
+    """
+    counts = counts.double()
+    windows, total = int((counts > 0).sum()), float(counts.sum())
+    mean = float(sums.sum()) / total
+    if windows < 2:
+        return mean, None
+    residuals = sums - mean * counts
+    return mean, math.sqrt(windows / (windows - 1) * float(torch.sum(residuals**2)) / total**2)
 
 
 def perplexity_change(before: Losses, after: Losses, seed: int) -> PerplexityChange | None:

@@ -1,4 +1,4 @@
-"""Pure linear algebra of low-rank replacements. Knows torch only.
+"""Pure linear algebra of low-rank replacements. Knows torch (and einops) only.
 
 Shapes: W [out, in] a weight, r a rank, k = min(out, in). Factors multiply to `left @ right`, [out, r] @ [r, in].
 Plain decompositions run in float32, or in float64 for float64 input; whitened ones in float64.
@@ -20,6 +20,12 @@ class Factors(NamedTuple):
 
     left: Tensor  # [out, r]
     right: Tensor  # [r, in]
+
+
+def no_components(size: tuple[int, int]) -> Factors:
+    """Return factors of rank 0 for a weight [out, in] of this size: their product is zero."""
+    out, in_ = size
+    return Factors(torch.zeros(out, 0), torch.zeros(0, in_))
 
 
 class Spectrum(NamedTuple):

@@ -78,7 +78,7 @@ class TaskMetric:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskResult:
-    """What lm-eval measured on one task, or on a group of tasks."""
+    """Metrics of lm-eval on one task, or on a group of tasks."""
 
     metrics: dict[str, TaskMetric]
     """By lm-eval's name: the metric, with a filter after a comma where it is not the only one."""
@@ -115,7 +115,7 @@ class SpeedPoint:
 
 @dataclass(frozen=True, kw_only=True)
 class Continuation:
-    """What both models write after the same prompt, greedily."""
+    """Texts that both models write after the same prompt, greedily."""
 
     prompt: str
     before: str | None
@@ -152,7 +152,7 @@ class EvaluationResult:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Two models measured on the same data. Before is the original or baseline, after the operated model."""
+    """Two models measured on the same data. Before is the original or baseline, after the result."""
 
     perplexity: dict[str, PerplexityChange] = field(default_factory=dict)
     kl_divergence: dict[str, KlDivergence] = field(default_factory=dict)
@@ -163,7 +163,7 @@ class Comparison:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationReport:
-    """What `layer-surgery evaluate` found: `model` is the one after, `baseline` the one before."""
+    """Results of `layer-surgery evaluate`: `model` is the one after, `baseline` the one before."""
 
     model: EvaluationResult
     baseline: EvaluationResult | None

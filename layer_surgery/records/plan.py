@@ -15,7 +15,7 @@ PLAN_SCHEMA_VERSION = 1
 Action = Literal["keep", "remove", "low_rank"]
 ACTIONS: tuple[Action, ...] = ("keep", "remove", "low_rank")
 Part = Literal["layer", "attention", "mlp"]
-"""What of a layer is operated on."""
+"""The part of a layer that is operated on."""
 PARTS: tuple[Part, ...] = ("layer", "attention", "mlp")
 RefitScope = Literal["operated", "all"]
 REFIT_SCOPES: tuple[RefitScope, ...] = ("operated", "all")
@@ -23,7 +23,7 @@ REFIT_SCOPES: tuple[RefitScope, ...] = ("operated", "all")
 
 @dataclass(frozen=True, kw_only=True)
 class LayerPlan:
-    """What is done to one decoder layer of the original model (indices count from 0)."""
+    """The action on one decoder layer of the original model (indices count from 0)."""
 
     index: int
     action: Action
@@ -34,7 +34,7 @@ class LayerPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class SurgeryPlan:
-    """What is done to every layer. Plain data: read it, edit it, apply it with `--plan`."""
+    """The action on every layer. Plain data: read it, edit it, apply it with `--plan`."""
 
     method: str
     target_layers: int
@@ -43,7 +43,7 @@ class SurgeryPlan:
     base_sha256: str = ""
     """Hash of the checkpoint that the plan was made for; empty if it is for any."""
     parameters: int = 0
-    """Parameters of the operated model."""
+    """Parameters of the result."""
     parameter_bound: int = 0
     """The budget: `parameters` is never above it, and below it by less than one rank."""
     predicted_loss_rise: float | None = None
@@ -64,8 +64,16 @@ class SurgeryPlan:
 
     @property
     def surviving(self) -> list[int]:
-        """Indices of the layers that are in the operated model, whole or low-rank."""
+        """Indices of the layers that are in the result, whole or low-rank."""
         return [layer.index for layer in self.layers if layer.action != "remove"]
+
+    @property
+    def removed_runs(self) -> list[tuple[int, int]]:
+        """(First removed layer, first layer after it) for each run of removed layers."""
+        removed = [layer.index for layer in self.layers if layer.action == "remove"]
+        firsts = [index for index in removed if index - 1 not in removed]
+        lasts = [index for index in removed if index + 1 not in removed]
+        return [(first, last + 1) for first, last in zip(firsts, lasts, strict=True)]
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

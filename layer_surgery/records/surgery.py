@@ -1,4 +1,4 @@
-"""One compression: scores, what was re-solved, spectra, and the whole of `surgery.json`."""
+"""One compression: scores, re-solved linears, spectra, and the whole of `surgery.json`."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ SpectrumMetric = Literal["fisher", "inputs", "weight"]
 
 @dataclass(frozen=True, kw_only=True)
 class LayerScores:
-    """How important each decoder layer is, by one scorer."""
+    """Importance of each decoder layer, by one scorer."""
 
     scorer: str
     source: str
     """URL of the paper."""
     quantity: str
-    """What the values are, with their unit."""
+    """Meaning of the values, with their unit."""
     values: list[float]
     """One per layer; higher is more important."""
     removal_order: list[int]
@@ -74,13 +74,13 @@ class SpectrumRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class SurgeryReport:
-    """All that happened in one compression: what `surgery.json` holds."""
+    """All that happened in one compression: the content of `surgery.json`."""
 
     base_model: dict[str, Any]
     plan: SurgeryPlan
     scores: LayerScores | None
     refit: list[RefitRecord]
-    """What was re-solved after the surgery."""
+    """Linears that were re-solved after the surgery."""
     before: EvaluationResult
     after: EvaluationResult
     comparison: Comparison

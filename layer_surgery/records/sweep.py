@@ -1,18 +1,13 @@
-"""What a sweep found, point by point: what `sweep.json` holds."""
+"""Results of a sweep, point by point: the content of `sweep.json`."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from layer_surgery.records import (
-    Comparison,
-    EvaluationResult,
-    LayerScores,
-    SpeedPoint,
-    StageFailure,
-    SurgeryPlan,
-)
+from layer_surgery.records.evaluation import Comparison, EvaluationResult, SpeedPoint, StageFailure
+from layer_surgery.records.plan import SurgeryPlan
+from layer_surgery.records.surgery import LayerScores
 
 #: Raised whenever what `sweep.json` holds changes.
 SCHEMA_VERSION = 1
@@ -24,7 +19,7 @@ FRONTS: tuple[Front, ...] = ("parameters", "prefill_speed", "decode_speed")
 
 @dataclass(frozen=True, kw_only=True, order=True)
 class SweepSettings:
-    """The options in which the points of a sweep differ; what identifies a point."""
+    """Options in which the points of a sweep differ: the identity of a point."""
 
     target_layers: int
     """Layers left whole."""
@@ -36,7 +31,7 @@ class SweepSettings:
 
     @property
     def name(self) -> str:
-        """What messages call the point."""
+        """Name of the point in messages."""
         refit = "refit" if self.refit else "no refit"
         return f"{self.target_layers} layers, keep {self.keep:g}, {self.method}, scorer {self.scorer}, {refit}"
 
@@ -75,7 +70,7 @@ class SweepPoint:
     """As carried out; `compress --plan` takes it."""
     scores: LayerScores | None = None
     result: EvaluationResult | None = None
-    """Of the operated model."""
+    """Of the result."""
     original_speed: list[SpeedPoint] = field(default_factory=list)
     """Of the original, in turns with this point."""
     comparison: Comparison | None = None
@@ -86,7 +81,7 @@ class SweepPoint:
 
     @property
     def settings(self) -> SweepSettings:
-        """What identifies the point."""
+        """Identity of the point."""
         return SweepSettings(
             target_layers=self.target_layers,
             keep=self.keep,

@@ -14,8 +14,7 @@ from layer_surgery.checkpoint.origin import is_valid_hub_id
 from layer_surgery.checkpoint.save import PAGE_FILES, write_atomically
 from layer_surgery.errors import LayerSurgeryError, OutputError, ReportError, UserError
 from layer_surgery.records import SurgeryReport
-from layer_surgery.records.reading_surgery import read_report, report_file
-from layer_surgery.records.reading_sweep import read_sweep
+from layer_surgery.records.reading import read_report, read_sweep, report_file
 from layer_surgery.records.sweep import SweepReport
 
 if TYPE_CHECKING:

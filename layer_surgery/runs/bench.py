@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from layer_surgery.calibration.cache import StatisticsSource
+from layer_surgery.calibration.source import StatisticsSource
 from layer_surgery.checkpoint.new_tensors import FactorStore
 from layer_surgery.checkpoint.open import Checkpoint
 from layer_surgery.checkpoint.result import result_checkpoint
@@ -92,7 +92,7 @@ class Bench:
         key = (entry.name, *(getattr(context, name) for name in entry.depends_on))
         if known is None or key not in known:
             with self.session.clock.stage("score"):
-                found = entry.function(context)
+                found = entry.scores(context)
             if known is None:
                 return found
             known[key] = found
@@ -112,11 +112,9 @@ class Bench:
         if plan.low_rank or entry.removes:
             with session.clock.stage("operate"):
                 context = SurgeryContext(
-                    model=self.model,
                     walk=self.walk,
                     factors=factors,
                     statistics=self.statistics,
-                    progress=session.ui.progress,
                     ranks_fixed=ranks_fixed,
                     spectra=spectra,
                 )

@@ -13,6 +13,7 @@ from layer_surgery.checkpoint.save import (
     check_free_space,
     check_not_same,
     check_output,
+    check_saved,
     save_checkpoint,
     staged_directory,
 )
@@ -20,14 +21,13 @@ from layer_surgery.config import CompressConfig
 from layer_surgery.errors import OutputError, PlanError, describe
 from layer_surgery.machine import peak_device_memory_bytes, peak_memory_bytes
 from layer_surgery.records import LayerScores, StageFailure, SurgeryReport
-from layer_surgery.records.reading_surgery import REPORT_FILE
+from layer_surgery.records.reading import REPORT_FILE
 from layer_surgery.reporting.publish import write_page_and_card
 from layer_surgery.runs.bench import general_text, open_bench
 from layer_surgery.runs.evaluator import Evaluator
 from layer_surgery.runs.planning import Planning, checked
 from layer_surgery.runs.provenance import (
     base_model_record,
-    check_saved,
     checkpoint_hash,
     described_tokens,
     report_dict,

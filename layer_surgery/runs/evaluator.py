@@ -17,14 +17,14 @@ from layer_surgery.data.tokens import PackedTokens
 from layer_surgery.errors import CheckpointError, DataError, describe
 from layer_surgery.evaluation.continuations import continuations, encode_prompt, prompts_from
 from layer_surgery.evaluation.costs import token_costs
-from layer_surgery.evaluation.distance import FinalStates, distance
+from layer_surgery.evaluation.distance import FinalStates, check_same_vocabulary, distance
 from layer_surgery.evaluation.perplexity import summarise, window_losses
 from layer_surgery.evaluation.speed import measure_speed
 from layer_surgery.evaluation.uncertainty import perplexity_change
 from layer_surgery.machine import available_memory_bytes
 from layer_surgery.records import Comparison, Continuation, EvaluationResult, Perplexity, StageFailure
 from layer_surgery.runs.session import Session
-from layer_surgery.walk.boundaries import BoundaryStore
+from layer_surgery.walk.boundaries import Boundary, BoundaryStore
 from layer_surgery.walk.streamed import StreamedModel
 from layer_surgery.walk.walk import Losses
 
@@ -46,7 +46,7 @@ class _Measured:
     session: Session
     checkpoint: Checkpoint
     losses: dict[str, Losses] = field(default_factory=dict)
-    states: dict[str, BoundaryStore] = field(default_factory=dict)
+    states: dict[str, Boundary] = field(default_factory=dict)
     tasks: TaskOutcome | None = None
     written: list[str] | None = None
     kept: ExitStack = field(default_factory=ExitStack)
@@ -177,7 +177,7 @@ class Evaluator:
         with self._attempt(f"perplexity {moment}", required=required):
             model = session.stream(measured.checkpoint)
             for tokens in self._texts:
-                keep = self._new_store(model, measured, tokens) if self._distance else None
+                keep = self._new_boundary(model, measured, tokens) if self._distance else None
                 losses = window_losses(model, tokens, session.settings, keep)
                 found[tokens.name] = summarise(losses, tokens)
                 measured.losses[tokens.name] = losses
@@ -233,14 +233,9 @@ class Evaluator:
 
     def _check(self, checkpoint: Checkpoint) -> None:
         """Raise `UserError` if a stage that was asked for cannot work on this model."""
-        first = self._session.checkpoint
-        sizes = [int(c.skeleton.get_input_embeddings().weight.shape[0]) for c in (first, checkpoint)]
-        if self._distance and self._texts and sizes[0] != sizes[1]:
-            raise CheckpointError(
-                f"{first.name} has a vocabulary of {sizes[0]} tokens and {checkpoint.name} one of {sizes[1]}, so "
-                "their predictions cannot be compared; pass --no-distance."
-            )
-        config, longest = self._config, getattr(checkpoint.config, "max_position_embeddings", None)
+        if self._distance and self._texts:
+            check_same_vocabulary(self._session.checkpoint, checkpoint)
+        config, longest = self._config, checkpoint.longest_sequence
         needed = max(config.speed_lengths) + config.speed_new_tokens
         if config.speed and longest is not None and needed > longest:
             raise DataError(
@@ -278,13 +273,12 @@ class Evaluator:
     def _whole_bytes(session: Session, checkpoint: Checkpoint) -> int:
         return checkpoint.parameters * session.runtime.torch_dtype(session.device, checkpoint.dtype).itemsize
 
-    def _new_store(self, model: StreamedModel, measured: _Measured, tokens: PackedTokens) -> BoundaryStore:
+    def _new_boundary(self, model: StreamedModel, measured: _Measured, tokens: PackedTokens) -> Boundary:
         shape = (tokens.sequences, tokens.sequence_length, model.hidden_size)
         memory = measured.session.boundary_bytes // _WAITING_SHARE // (2 * len(self._texts))
         # In the scratch directory of the evaluator's own session, which lives as long as it.
-        return measured.kept.enter_context(
-            BoundaryStore(shape, model.dtype, model.device, memory, self._session.scratch)
-        )
+        store = BoundaryStore(shape, model.dtype, model.device, memory, self._session.scratch)
+        return Boundary(measured.kept.enter_context(store), 0)
 
     @staticmethod
     def _final(measured: _Measured, name: str) -> FinalStates:

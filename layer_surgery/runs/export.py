@@ -6,7 +6,7 @@ Written shard by shard and tensor by tensor, so that memory holds one matrix, wh
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,18 +15,18 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig
 
+from layer_surgery.checkpoint.modeling_layer_surgery import IN_FACTOR, OUT_FACTOR
 from layer_surgery.checkpoint.open import Checkpoint, open_checkpoint
-from layer_surgery.checkpoint.save import check_not_same, check_output, save_checkpoint, staged_directory
+from layer_surgery.checkpoint.save import check_not_same, check_output, check_saved, save_checkpoint, staged_directory
 from layer_surgery.checkpoint.tensors import TensorSource, TensorSpec
 from layer_surgery.config import ExportConfig
 from layer_surgery.errors import CheckpointError, NumericalError, OutputError
 from layer_surgery.machine import provenance
 from layer_surgery.records import REPORT_SCHEMA_VERSION
-from layer_surgery.records.reading import read_json
-from layer_surgery.records.reading_surgery import REPORT_FILE
+from layer_surgery.records.reading import REPORT_FILE, read_json
 from layer_surgery.runs.session import Model
 
-_IN, _OUT = ".in_factor.weight", ".out_factor.weight"
+_IN, _OUT = f".{IN_FACTOR}", f".{OUT_FACTOR}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +72,7 @@ def run_export(directory: Model, config: ExportConfig) -> DenseExport:
     with staged_directory(output, overwrite=config.overwrite) as staging:
         dense = dense_checkpoint(low_rank)
         save_checkpoint(dense, staging, base=low_rank, progress=config.ui.progress)
-        _check_saved(staging, dense)
+        check_saved(staging, dense)
         record = DenseExport(
             source=str(directory),
             linears=len(low_rank.low_rank),
@@ -113,19 +113,15 @@ class MultipliedSource:
     def __init__(self, source: TensorSource, linears: Iterable[str]) -> None:
         self._source = source
         self._linear_of = {f"{linear}.weight": linear for linear in linears}
-        self._specs: dict[str, TensorSpec] = {}
+        self.specs: dict[str, TensorSpec] = {}
         factors = {f"{linear}{part}" for linear in self._linear_of.values() for part in (_IN, _OUT)}
         for name, spec in source.specs.items():
             if name not in factors:
-                self._specs[name] = spec
+                self.specs[name] = spec
             elif name.endswith(_OUT):
                 linear = name.removesuffix(_OUT)
                 shape = (spec.shape[0], source.specs[linear + _IN].shape[1])
-                self._specs[f"{linear}.weight"] = TensorSpec(shape, spec.dtype)
-
-    @property
-    def specs(self) -> Mapping[str, TensorSpec]:
-        return self._specs
+                self.specs[f"{linear}.weight"] = TensorSpec(shape, spec.dtype)
 
     def read(self, names: Iterable[str], device: torch.device) -> dict[str, Tensor]:
         names = list(names)
@@ -138,17 +134,10 @@ class MultipliedSource:
         linear = self._linear_of[name]
         factors = self._source.read([linear + _OUT, linear + _IN], device)
         product = factors[linear + _OUT].double() @ factors[linear + _IN].double()
-        weight = product.to(self._specs[name].dtype)
+        weight = product.to(self.specs[name].dtype)
         if not torch.isfinite(weight).all():
             raise NumericalError(f"the product of the factors of '{linear}' is not finite in {weight.dtype}.")
         return weight
-
-
-def _check_saved(directory: Path, dense: Checkpoint) -> None:
-    """Open what was written, which compares every tensor's name and shape with what the plain architecture has."""
-    saved = open_checkpoint(directory)
-    if saved.low_rank or saved.parameters != dense.parameters:
-        raise CheckpointError(f"what was written to {directory} is not a plain checkpoint; this is a bug, report it.")
 
 
 def _stored_report(low_rank: Checkpoint) -> dict[str, Any]:

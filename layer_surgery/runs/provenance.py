@@ -6,11 +6,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from layer_surgery.checkpoint.open import Checkpoint, open_checkpoint
+from layer_surgery.checkpoint.open import Checkpoint
 from layer_surgery.checkpoint.origin import origin
 from layer_surgery.config import RuntimeConfig
 from layer_surgery.data.tokens import PackedTokens
-from layer_surgery.errors import CheckpointError
 from layer_surgery.machine import provenance
 from layer_surgery.records import SurgeryReport
 from layer_surgery.runs.session import Session
@@ -74,12 +73,3 @@ def described_tokens(tokens: PackedTokens | None) -> dict[str, Any] | None:
         "predicted_tokens": tokens.predicted_tokens,
         "sources": [asdict(source) for source in tokens.sources],
     }
-
-
-def check_saved(directory: Path, result: Checkpoint) -> None:
-    """Open what was written: every tensor must be there with its shape, and the parameters must add up."""
-    saved = open_checkpoint(directory, trust_remote_code=result.trust_remote_code)
-    if saved.parameters != result.parameters or saved.low_rank != result.low_rank:
-        raise CheckpointError(
-            f"what was written to {directory} is not what was to be written; this is a bug, report it."
-        )

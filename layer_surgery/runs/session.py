@@ -132,9 +132,8 @@ class Session:
         return packed
 
     def _check(self, tokens: PackedTokens) -> None:
-        check_vocabulary(tokens, int(self.checkpoint.skeleton.get_input_embeddings().weight.shape[0]))
-        config = self.checkpoint.config
-        longest = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
+        check_vocabulary(tokens, self.checkpoint.vocabulary_size)
+        longest = self.checkpoint.longest_sequence
         if longest is not None and tokens.sequence_length > longest:
             raise DataError(
                 f"--sequence-length is {tokens.sequence_length}, but {self.checkpoint.name} takes at most {longest}."
@@ -193,7 +192,7 @@ def _say_what_is_special(checkpoint: Checkpoint, ui: Ui) -> None:
 
 def _check_tokenizer(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase | None) -> None:
     """Refuse a tokenizer with more tokens than the model has embeddings: it belongs to another model."""
-    rows = int(checkpoint.skeleton.get_input_embeddings().weight.shape[0])
+    rows = checkpoint.vocabulary_size
     largest = max(tokenizer.get_vocab().values(), default=0) if tokenizer is not None else 0
     if largest >= rows:
         raise CheckpointError(

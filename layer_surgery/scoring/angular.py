@@ -10,11 +10,8 @@ import math
 import torch
 from torch import Tensor
 
-from layer_surgery.records import LayerScores
-from layer_surgery.scoring.context import SCORERS, ScoringContext
+from layer_surgery.scoring.context import SCORERS, Ranking, ScoringContext
 from layer_surgery.walk.walk import Observer
-
-URL = "https://arxiv.org/abs/2403.17887"
 
 
 class LastTokenObserver(Observer):
@@ -45,11 +42,11 @@ def angular_distance(a: Tensor, b: Tensor) -> float:
 @SCORERS.add(
     "angular",
     summary="angular distance across a contiguous block of layers, at the last token",
-    source=URL,
+    source="https://arxiv.org/abs/2403.17887",
     needs_data=True,
     depends_on=("count",),
 )
-def angular(context: ScoringContext) -> LayerScores:
+def angular(context: ScoringContext) -> Ranking:
     """Return the distance that each single layer spans; the block of `count` layers that spans least goes."""
     observer = LastTokenObserver()
     context.walk.forward(context.path, keep=context.keep_boundaries, observers=[observer])
@@ -58,11 +55,5 @@ def angular(context: ScoringContext) -> LayerScores:
     size = context.count or 1
     blocks = [angular_distance(states[s], states[s + size]) for s in range(context.layer_count - size + 1)]
     start = min(range(len(blocks)), key=lambda s: (blocks[s], -s))
-    return LayerScores(
-        scorer="angular",
-        source=URL,
-        quantity=f"angular distance / pi across one layer; the order is the best block of {size}",
-        values=values,
-        removal_order=list(range(start, start + size)),
-        tokens=context.tokens,
-    )
+    quantity = f"angular distance / pi across one layer; the order is the best block of {size}"
+    return Ranking(quantity, values, list(range(start, start + size)))

@@ -8,11 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from layer_surgery.records import LayerScores
-from layer_surgery.scoring.context import SCORERS, ScoringContext, least_first
+from layer_surgery.scoring.context import SCORERS, Ranking, ScoringContext
 from layer_surgery.walk.walk import Observer
-
-URL = "https://arxiv.org/abs/2403.03853"
 
 
 class CosineObserver(Observer):
@@ -29,18 +26,14 @@ class CosineObserver(Observer):
 
 
 @SCORERS.add(
-    "block_influence", summary="1 - mean cosine of a layer's input and output (ShortGPT)", source=URL, needs_data=True
+    "block_influence",
+    summary="1 - mean cosine of a layer's input and output (ShortGPT)",
+    source="https://arxiv.org/abs/2403.03853",
+    needs_data=True,
 )
-def block_influence(context: ScoringContext) -> LayerScores:
+def block_influence(context: ScoringContext) -> Ranking:
     """Return `BI_l = 1 - E_t cos(h_l, h_{l+1})`; the least influential layers go first."""
     observer = CosineObserver()
     context.walk.forward(context.path, keep=context.keep_boundaries, observers=[observer])
     values = [1.0 - observer.sums[index] / observer.tokens[index] for index in context.path]
-    return LayerScores(
-        scorer="block_influence",
-        source=URL,
-        quantity="1 - mean cosine similarity of input and output",
-        values=values,
-        removal_order=least_first(values),
-        tokens=context.tokens,
-    )
+    return Ranking("1 - mean cosine similarity of input and output", values)

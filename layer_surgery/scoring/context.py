@@ -1,13 +1,13 @@
-"""What a scorer is given, and the registry of scorers."""
+"""The input of a scorer, and the registry of scorers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 import torch
 
-from layer_surgery.calibration.cache import StatisticsSource
+from layer_surgery.calibration.source import StatisticsSource
 from layer_surgery.records import LayerScores
 from layer_surgery.registry import Registry
 from layer_surgery.walk.walk import Walk
@@ -37,18 +37,59 @@ class ScoringContext:
     def path(self) -> list[int]:
         return list(range(self.layer_count))
 
-    @property
-    def tokens(self) -> int:
-        """Number of calibration tokens."""
-        return int(self.walk.tokens.valid.sum())
-
     def generator(self) -> torch.Generator:
         """A generator seeded with the user's seed."""
         return torch.Generator().manual_seed(self.seed)
 
 
-Scorer = Callable[[ScoringContext], LayerScores]
-SCORERS: Registry[Scorer] = Registry("scorer")
+@dataclass(frozen=True)
+class Ranking:
+    """The answer of a scorer."""
+
+    quantity: str
+    """Meaning of the values, with their unit."""
+    values: list[float]
+    """One for each layer; higher is more important."""
+    order: list[int] | None = None
+    """Layers in the order in which they would go, as far as was asked for; None: by their values."""
+
+
+Scorer = Callable[[ScoringContext], Ranking]
+
+
+@dataclass(frozen=True)
+class ScorerEntry:
+    """A scorer that can be chosen by name."""
+
+    rank: Scorer
+    name: str
+    _: KW_ONLY
+    summary: str
+    """One line for help texts."""
+    source: str = ""
+    """URL of the paper, or "" where there is none."""
+    needs_data: bool = False
+    """Whether it looks at calibration data."""
+    parts: bool = False
+    """Whether it can rank the attention and the MLP of layers too."""
+    depends_on: tuple[str, ...] = ()
+    """The fields of the context, apart from model, data and seed, that what it returns depends on. Where these are the
+    same, one ranking serves several compressions."""
+
+    def scores(self, context: ScoringContext) -> LayerScores:
+        """Rank the layers."""
+        ranking = self.rank(context)
+        return LayerScores(
+            scorer=self.name,
+            source=self.source,
+            quantity=ranking.quantity,
+            values=ranking.values,
+            removal_order=least_first(ranking.values) if ranking.order is None else ranking.order,
+            tokens=int(context.walk.tokens.valid.sum()) if self.needs_data else 0,
+        )
+
+
+SCORERS = Registry("scorer", ScorerEntry)
 
 
 def least_first(values: Iterable[float]) -> list[int]:

@@ -1,14 +1,12 @@
-"""What layers cost after their best low-rank replacement, alone and together, as Fisher information predicts it."""
+"""Costs of layers after their best low-rank replacement, alone and together, as Fisher information predicts them."""
 
 from __future__ import annotations
 
 from layer_surgery.calibration.couplings import Couplings
 from layer_surgery.calibration.statistics import useful_ranks
 from layer_surgery.errors import PlanError
-from layer_surgery.records import LayerScores
-from layer_surgery.scoring.context import SCORERS, ScoringContext
+from layer_surgery.scoring.context import SCORERS, Ranking, ScoringContext
 
-URL = "https://arxiv.org/abs/1412.1193"
 #: Share of the first layer's error, in amplitude, that a refit of all later layers takes away; its cost then falls to
 #: the square of what is left, 4/9. On the demo checkpoint the cost of single layers fell to 0.4, 0.5 and 0.6 for the
 #: first ones and to 0.7 to 0.85 for the deeper ones (reports/task_aware/absorption.json, on development text).
@@ -18,12 +16,12 @@ ABSORBED = 1 / 3
 @SCORERS.add(
     "fisher",
     summary="predicted rise of the loss when layers are replaced by their best low-rank components, also jointly",
-    source=URL,
-    needs_boundaries=True,
+    source="https://arxiv.org/abs/1412.1193",
+    needs_data=True,
     parts=True,
     depends_on=("count", "keep", "refit"),
 )
-def fisher(context: ScoringContext) -> LayerScores:
+def predicted_cost(context: ScoringContext) -> Ranking:
     """Return the predicted cost of each layer alone; the order is greedy by the cost of all chosen so far together.
 
     The cost is that of a fraction `context.keep` kept: low-rank components of the method `fisher`, chosen for each
@@ -41,14 +39,8 @@ def fisher(context: ScoringContext) -> LayerScores:
     if context.refit:
         couplings = couplings.scaled([1 - ABSORBED * (1 - i / max(1, context.layer_count - 1)) for i in context.path])
     values = [couplings.cost([index], context.keep) for index in context.path]
-    return LayerScores(
-        scorer="fisher",
-        source=URL,
-        quantity=f"predicted rise of the loss with a fraction {context.keep:g} kept (nats per token)",
-        values=values,
-        removal_order=greedy_order(couplings, context.keep, context.count or context.layer_count),
-        tokens=context.tokens,
-    )
+    quantity = f"predicted rise of the loss with a fraction {context.keep:g} kept (nats per token)"
+    return Ranking(quantity, values, greedy_order(couplings, context.keep, context.count or context.layer_count))
 
 
 def greedy_order(couplings: Couplings, keep: float, count: int) -> list[int]:

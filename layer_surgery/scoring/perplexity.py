@@ -5,20 +5,18 @@ Song et al., SLEB; Kim et al., Shortened LLaMA (perplexity).
 
 from __future__ import annotations
 
-from layer_surgery.records import LayerScores
-from layer_surgery.scoring.context import SCORERS, ScoringContext, least_first
-
-URL = "https://arxiv.org/abs/2402.09025"
+from layer_surgery.scoring.context import SCORERS, Ranking, ScoringContext
+from layer_surgery.walk.boundaries import Boundary
 
 
 @SCORERS.add(
     "perplexity",
     summary="greedy: remove the layer whose removal raises the loss least, repeat (SLEB)",
-    source=URL,
-    needs_boundaries=True,
+    source="https://arxiv.org/abs/2402.09025",
+    needs_data=True,
     depends_on=("count",),
 )
-def perplexity(context: ScoringContext) -> LayerScores:
+def rise_without_each(context: ScoringContext) -> Ranking:
     """Return the rise of the mean loss when each layer alone is removed; the order is greedy.
 
     The boundaries of the current model are cached, so that only the layers after a cut are recomputed.
@@ -34,28 +32,23 @@ def perplexity(context: ScoringContext) -> LayerScores:
             rises = [loss - original_loss for loss in losses]
         position = min(range(len(path)), key=lambda p: (losses[p], -p))
         order.append(path.pop(position))
-    return LayerScores(
-        scorer="perplexity",
-        source=URL,
-        quantity="rise of the mean loss when this layer alone is removed (nats per token)",
-        values=rises,
-        removal_order=order if context.count else least_first(rises),
-        tokens=context.tokens,
-    )
+    quantity = "rise of the mean loss when this layer alone is removed (nats per token)"
+    return Ranking(quantity, rises, order if context.count else None)
 
 
 def _losses_without_each(context: ScoringContext, path: list[int]) -> list[float]:
     """Return the mean loss of the current model with each position of `path` left out (nats per token)."""
     walk, losses = context.walk, []
     with (
-        walk.new_store(walk.settings.boundary_memory_bytes) as scratch,
+        walk.new_store() as store,
         walk.settings.progress("removing each layer in turn", len(path)) as advance,
     ):
+        scratch = Boundary(store, 0)
         for position in range(len(path)):
-            source = (walk.store, position)
+            source = walk.boundary(position)
             for index in path[position + 1 :]:
-                walk.step(index, source, (scratch, 0))
-                source = (scratch, 0)
-            losses.append(walk.losses(source[1], store=source[0]).mean)
+                walk.step(index, source, scratch)
+                source = scratch
+            losses.append(walk.losses(source).mean)
             advance()
     return losses

@@ -10,12 +10,9 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from layer_surgery.records import LayerScores
-from layer_surgery.scoring.context import SCORERS, ScoringContext, least_first
+from layer_surgery.scoring.context import SCORERS, Ranking, ScoringContext
 from layer_surgery.walk.gradients import accumulated_gradients
 from layer_surgery.walk.walk import Observer
-
-URL = "https://arxiv.org/abs/2402.02834"
 
 
 class TaylorObserver(Observer):
@@ -38,22 +35,12 @@ class TaylorObserver(Observer):
 @SCORERS.add(
     "taylor",
     summary="sum of |weight x gradient| over a layer's linears (one backward walk)",
-    source=URL,
-    needs_boundaries=True,
+    source="https://arxiv.org/abs/2402.02834",
+    needs_data=True,
 )
-def taylor(context: ScoringContext) -> LayerScores:
+def taylor(context: ScoringContext) -> Ranking:
     """Return `sum |W * G|` per layer, with G the gradient of the summed loss; the least go first."""
     observer = TaylorObserver()
-    walk, path = context.walk, context.path
-    with walk.new_store(walk.settings.boundary_memory_bytes) as gradient:
-        walk.losses(walk.forward(path, keep=True), gradient=(gradient, 0))
-        walk.backward(path, (gradient, 0), observers=[observer])
-    values = [observer.values[index] for index in path]
-    return LayerScores(
-        scorer="taylor",
-        source=URL,
-        quantity="sum of |weight x gradient| (nats, first order)",
-        values=values,
-        removal_order=least_first(values),
-        tokens=context.tokens,
-    )
+    context.walk.backpropagate([observer])
+    values = [observer.values[index] for index in context.path]
+    return Ranking("sum of |weight x gradient| (nats, first order)", values)

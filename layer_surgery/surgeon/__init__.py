@@ -1,28 +1,26 @@
 """Surgery: the plan, and the methods that make low-rank factors. Importing this package registers all methods."""
 
 from layer_surgery.checkpoint.new_tensors import FactorStore
-from layer_surgery.surgeon import fisher, grasp, laco, remove, replaceme, svd, svd_llm
-from layer_surgery.surgeon.context import METHODS, Method, SurgeryContext
+from layer_surgery.surgeon.context import METHODS, Method, MethodEntry, SurgeryContext
 from layer_surgery.surgeon.plan import LayerShape, ModelShape, check_plan, make_plan, plan_parameters, removal_count
 from layer_surgery.surgeon.shape import model_shape
+
+# In the order in which `--help` lists them.
+# isort: off
+from layer_surgery.surgeon import grasp, grasp_sequential, replaceme, laco, remove, svd, svd_llm, fisher  # noqa: F401
+# isort: on
 
 __all__ = [
     "METHODS",
     "FactorStore",
     "LayerShape",
     "Method",
+    "MethodEntry",
     "ModelShape",
     "SurgeryContext",
     "check_plan",
-    "fisher",
-    "grasp",
-    "laco",
     "make_plan",
     "model_shape",
     "plan_parameters",
-    "replaceme",
     "removal_count",
-    "remove",
-    "svd",
-    "svd_llm",
 ]

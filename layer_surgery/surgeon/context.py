@@ -1,42 +1,75 @@
-"""What a surgical method is given, and the registry of methods."""
+"""The input of a surgical method, and the registry of methods."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import KW_ONLY, dataclass, field
 
-from layer_surgery.calibration.cache import StatisticsSource
+from layer_surgery.calibration.source import StatisticsSource
 from layer_surgery.checkpoint.new_tensors import FactorStore
+from layer_surgery.linalg.low_rank import Factors
 from layer_surgery.progress import Progress
-from layer_surgery.records import SpectrumRecord, SurgeryPlan
+from layer_surgery.records import SpectrumMetric, SpectrumRecord, SurgeryPlan
 from layer_surgery.registry import Registry
+from layer_surgery.surgeon.spectra import Kept, spectrum_record
 from layer_surgery.walk.streamed import StreamedModel
 from layer_surgery.walk.walk import Walk
 
 
 @dataclass(frozen=True, kw_only=True)
 class SurgeryContext:
-    """The original model, the calibration walk over it (None if no method needs one), and where new tensors go."""
+    """The calibration walk over the original model, and where new tensors go."""
 
-    model: StreamedModel
-    walk: Walk | None
+    walk: Walk
     factors: FactorStore
+    """For what the method makes."""
     statistics: StatisticsSource
-    progress: Progress
     ranks_fixed: bool = False
     """Whether the ranks are the user's own, so that a method must not choose better ones."""
     spectra: list[SpectrumRecord] = field(default_factory=list)
     """Where methods that decompose linears leave their singular values, for the report."""
+
+    def write(
+        self, layer: int, linear: str, factors: Factors, metric: SpectrumMetric, values: Sequence[float], kept: Kept
+    ) -> None:
+        """Write the factors of a linear, and for the report its singular values; see `spectrum_record`."""
+        self.factors.write(layer, {linear: factors})
+        self.spectra.append(spectrum_record(layer, linear, metric, values, kept))
+
+    @property
+    def model(self) -> StreamedModel:
+        """The original."""
+        return self.walk.model
+
+    @property
+    def progress(self) -> Progress:
+        return self.walk.settings.progress
 
 
 Method = Callable[[SurgeryPlan, SurgeryContext], SurgeryPlan]
 """Writes the factors of every low-rank layer of the plan, and new weights of other layers where it changes any, to
 `context.factors`, and returns the plan as carried out: the same, or with other ranks within the same bound."""
 
-METHODS: Registry[Method] = Registry("method")
+
+@dataclass(frozen=True)
+class MethodEntry:
+    """A method that can be chosen by name."""
+
+    function: Method
+    name: str
+    _: KW_ONLY
+    summary: str
+    """One line for help texts."""
+    source: str = ""
+    """URL of the paper, or "" where there is none."""
+    needs_data: bool = False
+    """Whether it looks at calibration data."""
+    needs_boundaries: bool = False
+    """Whether it reads the hidden states at all layer boundaries."""
+    removes: bool = False
+    """Whether the layers are removed and nothing of them is kept, so that there is no budget to spend."""
+    refits: bool = False
+    """Whether a refit follows unless the user says otherwise."""
 
 
-def the_walk(context: SurgeryContext) -> Walk:
-    """Return the calibration walk of a method that asked for data."""
-    assert context.walk is not None, "a method that needs data is always given a walk"
-    return context.walk
+METHODS = Registry("method", MethodEntry)

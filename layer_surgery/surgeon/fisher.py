@@ -11,19 +11,19 @@ from dataclasses import replace
 
 from layer_surgery.calibration.statistics import replaceable_linears, useful_rank
 from layer_surgery.records import SurgeryPlan
-from layer_surgery.surgeon.context import METHODS, SurgeryContext, the_walk
+from layer_surgery.surgeon.context import METHODS, SurgeryContext
 from layer_surgery.surgeon.remove import without_parts
-from layer_surgery.surgeon.spectra import spectrum_record
 
 
 @METHODS.add(
     "fisher",
     summary="truncated SVD in the Kronecker-factored Fisher metric, ranks by one knapsack over all matrices",
     source="https://arxiv.org/abs/2505.17974",
+    needs_data=True,
     needs_boundaries=True,
     refits=True,
 )
-def fisher(plan: SurgeryPlan, context: SurgeryContext) -> SurgeryPlan:
+def fisher_svd(plan: SurgeryPlan, context: SurgeryContext) -> SurgeryPlan:
     """Keep the components that are worth most nats per parameter; return the plan with the ranks that this gives.
 
     Ranks that the user gave (`context.ranks_fixed`) are kept as they are.
@@ -36,17 +36,14 @@ def fisher(plan: SurgeryPlan, context: SurgeryContext) -> SurgeryPlan:
         index: {name: max(rank, useful_rank(sizes[index][name])) for name, rank in ranks.items()}
         for index, ranks in planned.items()
     }
-    statistics = context.statistics.get(the_walk(context), most)
+    statistics = context.statistics.get(context.walk, most)
     ranks: Mapping[int, Mapping[str, int]] = planned
     if not context.ranks_fixed:
         spendable = _cost(planned, sizes) + plan.parameter_bound - plan.parameters
         ranks = statistics.best_ranks(planned, spendable)
     for index in ranks:
-        context.factors.write(index, statistics.factors(index, ranks[index]))
-        context.spectra.extend(
-            spectrum_record(index, name, "fisher", statistics.values[index][name], rank)
-            for name, rank in ranks[index].items()
-        )
+        for name, factors in statistics.factors(index, ranks[index]).items():
+            context.write(index, name, factors, "fisher", statistics.values[index][name], ranks[index][name])
     layers = [replace(layer, ranks=dict(ranks.get(layer.index, {}))) for layer in plan.layers]
     # The prediction knows neither layers removed outright nor plans of which other linears than usual are low-rank.
     usual = {index: replaceable_linears(context.model, index, context.statistics.part) for index in ranks}

@@ -11,16 +11,14 @@ from torch import Tensor
 from layer_surgery.errors import PlanError
 from layer_surgery.records import SurgeryPlan
 from layer_surgery.surgeon.context import METHODS, SurgeryContext
-from layer_surgery.surgeon.replaceme import removed_runs
+from layer_surgery.surgeon.plan import runs_behind_a_layer
 from layer_surgery.walk.streamed import StreamedModel
-
-URL = "https://arxiv.org/abs/2402.11187"
 
 
 @METHODS.add(
     "laco",
     summary="remove; add the weight differences of each removed run to the layer before it (LaCo)",
-    source=URL,
+    source="https://arxiv.org/abs/2402.11187",
     removes=True,
 )
 def laco(plan: SurgeryPlan, context: SurgeryContext) -> SurgeryPlan:
@@ -29,9 +27,7 @@ def laco(plan: SurgeryPlan, context: SurgeryContext) -> SurgeryPlan:
     This is the paper's merge; which layers are merged is the plan's choice and not the paper's search by similarity.
     """
     model = context.model
-    runs = removed_runs(plan)
-    if runs and runs[0][0] == 0:
-        raise PlanError("--method laco needs a layer before each removed run, but layer 0 is removed.")
+    runs = runs_behind_a_layer(plan)
     for index in [index for first, after in runs for index in range(first - 1, after)]:
         prefix = model.checkpoint.layer_prefix(index)
         if any(name.startswith(prefix) for name in model.checkpoint.low_rank):
@@ -41,17 +37,17 @@ def laco(plan: SurgeryPlan, context: SurgeryContext) -> SurgeryPlan:
     with context.progress("merging", len(runs)) as advance:
         for first, after in runs:
             for name in model.architecture.linears:
-                merged = {part: _merged(model, name, part, first, after) for part in ("weight", "bias")}
-                tensors = {part: tensor for part, tensor in merged.items() if tensor is not None}
+                merged = {own: _merged(model, f"{name}.{own}", first, after) for own in ("weight", "bias")}
+                tensors = {own: tensor for own, tensor in merged.items() if tensor is not None}
                 if tensors:
                     context.factors.write_tensors(first - 1, name, tensors)
             advance()
     return plan
 
 
-def _merged(model: StreamedModel, name: str, part: str, first: int, after: int) -> Tensor | None:
+def _merged(model: StreamedModel, name: str, first: int, after: int) -> Tensor | None:
     """Return the merged tensor, or None if one of the layers does not have it."""
-    names = [f"{model.checkpoint.layer_prefix(index)}{name}.{part}" for index in range(first - 1, after)]
+    names = [f"{model.checkpoint.layer_prefix(index)}{name}" for index in range(first - 1, after)]
     if any(tensor not in model.checkpoint.source.specs for tensor in names):
         return None
     read = model.read_weights(names)

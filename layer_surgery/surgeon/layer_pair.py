@@ -1,14 +1,15 @@
-"""One layer of the original beside the same layer of the operated model: what goes in and out of their linears.
+"""One layer of the original beside the same layer of the result: what goes in and out of their linears.
 
 Shapes: B sequences in a micro-batch, S tokens each, D hidden.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -33,45 +34,31 @@ class ResidualScales:
     mlp: float
 
 
-@torch.no_grad()
-def linear_inputs(layer: nn.Module, names: Sequence[str], call: LayerCall, hidden: Tensor) -> dict[str, Tensor]:
-    """Return what each linear is called with [B, S, in]. The layer is run no further than needed."""
-    seen: dict[str, Tensor] = {}
+@dataclass
+class Seen:
+    """The tensors that passed some linears of a layer, by linear."""
 
-    def take(name: str) -> Any:
-        def hook(_module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            seen[name] = arguments[0]
-            if len(seen) == len(names):
-                raise _Reached
-
-        return hook
-
-    with ExitStack() as hooks:
-        for name in names:
-            hooks.callback(layer.get_submodule(name).register_forward_pre_hook(take(name)).remove)
-        with suppress(_Reached):
-            call(layer, hidden)
-    return seen
+    inputs: dict[str, Tensor] = field(default_factory=dict)  # [B, S, in]
+    outputs: dict[str, Tensor] = field(default_factory=dict)  # [B, S, out], bias included
 
 
 @torch.no_grad()
-def linear_outputs(layer: nn.Module, names: Sequence[str], call: LayerCall, hidden: Tensor) -> dict[str, Tensor]:
-    """Return what each linear gives, without its bias [B, S, out]. The layer is run no further than needed."""
-    seen: dict[str, Tensor] = {}
-    with _watching_outputs(layer, names, seen, stop=True), suppress(_Reached):
+def watch_linears(
+    layer: nn.Module, names: Sequence[str], call: LayerCall, hidden: Tensor, *, until: Literal["inputs", "outputs"]
+) -> Seen:
+    """Return the inputs, or also the outputs, of some linears. The layer is run no further than needed."""
+    seen = Seen()
+    with _watching(layer, names, seen, until), suppress(_Reached):
         call(layer, hidden)
     return seen
 
 
 @torch.no_grad()
-def run_watched(
-    layer: nn.Module, names: Sequence[str], call: LayerCall, hidden: Tensor
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the layer's output [B, S, D] and what each linear gives, bias included [B, S, out]."""
-    seen: dict[str, Tensor] = {}
-    with _watching_outputs(layer, names, seen, stop=False):
-        after = call(layer, hidden)
-    return after, seen
+def run_watched(layer: nn.Module, names: Sequence[str], call: LayerCall, hidden: Tensor) -> tuple[Tensor, Seen]:
+    """Return the layer's output [B, S, D], and what passed some of its linears."""
+    seen = Seen()
+    with _watching(layer, names, seen, "end"):
+        return call(layer, hidden), seen
 
 
 def residual_scales(
@@ -87,9 +74,9 @@ def residual_scales(
         return None
     after, seen = run_watched(layer, present, call, hidden)
     change = (after - hidden).double().flatten()
-    if any(seen[name].shape != hidden.shape for name in present):
+    if any(seen.outputs[name].shape != hidden.shape for name in present):
         return None
-    parts = torch.stack([seen[name].double().flatten() for name in present], dim=1)
+    parts = torch.stack([seen.outputs[name].double().flatten() for name in present], dim=1)
     gram = parts.T @ parts
     if not torch.isfinite(gram).all() or float(torch.linalg.det(gram)) <= 0:
         return None
@@ -112,29 +99,27 @@ def wide(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def without_bias(layer: nn.Module, name: str, output: Tensor) -> Tensor:
-    """Return the output of a linear less its bias."""
-    bias = bias_of(layer, name)
-    return output if bias is None else output - bias
-
-
 @contextmanager
-def _watching_outputs(
-    layer: nn.Module, names: Sequence[str], seen: dict[str, Tensor], *, stop: bool
-) -> Iterator[Mapping[str, Tensor]]:
-    def take(name: str) -> Any:
-        def hook(_module: nn.Module, _arguments: tuple[Tensor, ...], output: Tensor) -> None:
-            # A copy, because some layers (Falcon) go on adding in place.
-            seen[name] = without_bias(layer, name, output) if stop else output.clone()
-            if stop and len(seen) == len(names):
-                raise _Reached
+def _watching(layer: nn.Module, names: Sequence[str], seen: Seen, until: str) -> Iterator[None]:
+    """Have hooks in that fill `seen`, and raise `_Reached` when it holds all the inputs or outputs that are wanted."""
 
-        return hook
+    def take_input(name: str, _module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        seen.inputs[name] = arguments[0]
+        if until == "inputs" and len(seen.inputs) == len(names):
+            raise _Reached
+
+    def take_output(name: str, _module: nn.Module, _arguments: tuple[Tensor, ...], output: Tensor) -> None:
+        seen.outputs[name] = output.clone()  # some layers (Falcon) go on adding in place
+        if until == "outputs" and len(seen.outputs) == len(names):
+            raise _Reached
 
     with ExitStack() as hooks:
         for name in names:
-            hooks.callback(layer.get_submodule(name).register_forward_hook(take(name)).remove)
-        yield seen
+            linear = layer.get_submodule(name)
+            hooks.callback(linear.register_forward_pre_hook(partial(take_input, name)).remove)
+            if until != "inputs":
+                hooks.callback(linear.register_forward_hook(partial(take_output, name)).remove)
+        yield
 
 
 def _has(layer: nn.Module, name: str) -> bool:

@@ -1,9 +1,9 @@
-"""Which layers, which action, which ranks: pure arithmetic, budgets met exactly."""
+"""Layers, actions and ranks of a surgery: pure arithmetic, budgets met exactly."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
@@ -80,30 +80,25 @@ def make_plan(shape: ModelShape, chosen: Sequence[int], budget: BudgetConfig, me
             "remove them with --keep 0."
         )
     if bound == rest and budget.remove != "layer":
-        return _without_parts(shape, chosen, method)
+        nothing = {index: dict.fromkeys(shape.layers[index].linears, 0) for index in chosen}  # biases stay
+        return _low_rank_plan(shape, nothing, method)
     if bound == rest:
         layers = [LayerPlan(index=i, action="remove" if i in chosen else "keep") for i in range(len(shape.layers))]
         return _plan(method, layers, rest, bound)
     ranks = uniform_ranks(operated, bound - rest, rest, shape.parameters, by_keep=budget.target_parameters is None)
-    by_layer = dict(zip(chosen, ranks, strict=True))
-    layers = [
-        LayerPlan(index=i, action="low_rank", ranks=by_layer[i]) if i in by_layer else LayerPlan(index=i, action="keep")
-        for i in range(len(shape.layers))
-    ]
-    plan = _plan(method, layers, 0, bound)
-    return replace(plan, parameters=plan_parameters(shape, plan))
+    return _low_rank_plan(shape, dict(zip(chosen, ranks, strict=True)), method, bound)
 
 
-def _without_parts(shape: ModelShape, chosen: Sequence[int], method: str) -> SurgeryPlan:
-    """Return the plan that gives rank 0 to all linears of the chosen parts; their biases stay."""
+def _low_rank_plan(
+    shape: ModelShape, ranks: Mapping[int, dict[str, int]], method: str, bound: int | None = None
+) -> SurgeryPlan:
+    """Return the plan that gives some layers these ranks; without a bound, its parameters are the bound."""
     layers = [
-        LayerPlan(index=i, action="low_rank", ranks=dict.fromkeys(shape.layers[i].linears, 0))
-        if i in chosen
-        else LayerPlan(index=i, action="keep")
+        LayerPlan(index=i, action="low_rank", ranks=ranks[i]) if i in ranks else LayerPlan(index=i, action="keep")
         for i in range(len(shape.layers))
     ]
     parameters = plan_parameters(shape, _plan(method, layers, 0, 0))
-    return _plan(method, layers, parameters, parameters)
+    return _plan(method, layers, parameters, parameters if bound is None else bound)
 
 
 def uniform_ranks(
@@ -154,7 +149,7 @@ def uniform_ranks(
 
 
 def plan_parameters(shape: ModelShape, plan: SurgeryPlan) -> int:
-    """Return the number of parameters of the operated model."""
+    """Return the number of parameters of the result."""
     total = shape.parameters
     for layer_plan in plan.operated:
         layer = shape.layers[layer_plan.index]
@@ -187,6 +182,16 @@ def check_plan(shape: ModelShape, plan: SurgeryPlan, origin: str) -> SurgeryPlan
                 )
     parameters = plan_parameters(shape, plan)
     return replace(plan, parameters=parameters, parameter_bound=parameters)
+
+
+def runs_behind_a_layer(plan: SurgeryPlan) -> list[tuple[int, int]]:
+    """Return the plan's removed runs, for a method that puts something into the layer before each.
+
+    Raises `PlanError` if layer 0 is removed.
+    """
+    if plan.layers[0].action == "remove":
+        raise PlanError(f"--method {plan.method} needs a layer before each removed run, but layer 0 is removed.")
+    return plan.removed_runs
 
 
 def _parameter_bound(budget: BudgetConfig, total: int, operated: int) -> int:

@@ -1,7 +1,7 @@
-"""Refit: after surgery, re-solve what stays so that the operated model follows the original again. No training.
+"""Refit: after surgery, re-solve what stays so that the result follows the original again. No training.
 
-The original and the operated model are walked side by side over the calibration tokens, layer by layer. A linear that
-reads the operated stream z, where the original's reads x, is re-solved by ridge least squares: those that read the
+The original and the result are walked side by side over the calibration tokens, layer by layer. A linear that
+reads the stream z of the result, where the original's reads x, is re-solved by ridge least squares: those that read the
 stream (queries, keys, values, gate, up) to give what the original's give, output projections so that the residual
 stream itself comes back to the original's; before a run of removed layers, to where the original is after the run. In
 low-rank linears only the left factor is re-solved. Nothing is added to the model. Related: ReplaceMe
@@ -12,13 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from layer_surgery.checkpoint.modeling_layer_surgery import LowRankLinear
+from layer_surgery.checkpoint.modeling_layer_surgery import IN_FACTOR, OUT_FACTOR, LowRankLinear
 from layer_surgery.checkpoint.new_tensors import FactorStore
 from layer_surgery.errors import DataError
 from layer_surgery.linalg.least_squares import RidgeProblem, Solution, Sums
@@ -26,13 +25,12 @@ from layer_surgery.records import RefitRecord, RefitScope, SurgeryPlan
 from layer_surgery.surgeon.layer_pair import (
     ResidualScales,
     bias_of,
-    linear_inputs,
-    linear_outputs,
     residual_scales,
     run_watched,
+    watch_linears,
     wide,
 )
-from layer_surgery.walk.boundaries import BoundaryStore
+from layer_surgery.walk.boundaries import Boundary
 from layer_surgery.walk.moments import rows_of
 from layer_surgery.walk.rehearsal import LayerCall, Rehearsal
 from layer_surgery.walk.streamed import StreamedModel
@@ -44,23 +42,21 @@ LEAST_WINDOWS = 4
 _HELD_OUT = 8
 
 
-class _Slot(NamedTuple):
-    """Where a stream's hidden states are."""
-
-    store: BoundaryStore
-    number: int
-
-
 @dataclass
 class _Track:
-    """Some calibration tokens: the walk of the original over them, and the stream of the operated model."""
+    """Some calibration tokens: the walk of the original over them, and the stream of the result."""
 
     walk: Walk
     first_window: int
     """Number of the first window among those of all tracks."""
-    stream: BoundaryStore
-    operated: _Slot | None = None
-    """None while the operated stream is still the original's."""
+    room: Boundary
+    """For the stream of the result once it differs."""
+    differs: bool = False
+    """Whether the stream of the result is no longer the original's."""
+
+    def stream(self, position: int) -> Boundary:
+        """Return the stream of the result before its layer `position`."""
+        return self.room if self.differs else self.walk.boundary(position)
 
     def held_out(self, rows: slice, every: int) -> Tensor:
         """Return which windows of a micro-batch are held out [B] bool."""
@@ -70,7 +66,7 @@ class _Track:
 def refit(
     plan: SurgeryPlan,
     walks: Sequence[Walk],
-    operated: StreamedModel,
+    result: StreamedModel,
     refitted: FactorStore,
     scope: RefitScope,
 ) -> list[RefitRecord]:
@@ -79,7 +75,7 @@ def refit(
     Args:
         plan: what was done.
         walks: over the original.
-        operated: the operated model; its layers are changed while they pass.
+        result: the model that the surgery gave; its layers are changed while they pass.
         refitted: where the tensors go.
         scope: `operated` touches low-rank layers only; `all` also the layer before a removed run and every layer after
             the first cut.
@@ -88,28 +84,28 @@ def refit(
     """
     check_windows(sum(walk.tokens.sequences for walk in walks))
     surviving = plan.surviving
-    calls = Rehearsal(operated)
+    calls = Rehearsal(result)
     records: list[RefitRecord] = []
     with ExitStack() as stack:
         tracks: list[_Track] = []
         for walk in walks:
             walk.forward(range(walk.model.layer_count), keep=True)
-            store = stack.enter_context(walk.new_store(walk.settings.boundary_memory_bytes))
-            tracks.append(_Track(walk, sum(track.walk.tokens.sequences for track in tracks), store))
+            room = Boundary(stack.enter_context(walk.new_store()), 0)
+            tracks.append(_Track(walk, sum(track.walk.tokens.sequences for track in tracks), room))
         original, progress = walks[0].model, walks[0].settings.progress
         advance = stack.enter_context(progress("refitting", len(surviving)))
         for position, index in enumerate(surviving):
             after = surviving[position + 1] if position + 1 < len(surviving) else original.layer_count
             low_rank = plan.layers[index].action == "low_rank"
-            same = tracks[0].operated is None and index == position
+            same = not tracks[0].differs and index == position
             before_a_cut = after > index + 1
             if low_rank or (scope == "all" and (before_a_cut or not same)):
-                with original.layer(index) as reference, operated.layer(position) as layer:
-                    pair = _Pair(reference, layer, index, position, after, tracks, calls, original, operated)
+                with original.layer(index) as reference, result.layer(position) as layer:
+                    pair = _Pair(reference, layer, index, position, after, tracks, calls, result.checkpoint.dtype)
                     records += pair.refit(refitted)
                     pair.step()
             elif not same:
-                with operated.layer(position) as layer:
+                with result.layer(position) as layer:
                     _step(layer, position, tracks, calls)
             advance()
     return records
@@ -125,15 +121,14 @@ def check_windows(windows: int) -> None:
 
 
 def _step(layer: nn.Module, position: int, tracks: Sequence[_Track], calls: Rehearsal) -> None:
-    """Take the operated stream of every track through a layer."""
+    """Take the result's stream of every track through a layer."""
     with torch.no_grad():
         for track in tracks:
-            source = track.operated or _Slot(track.walk.store, position)
+            source = track.stream(position)
             for rows in track.walk.batches():
-                hidden = source.store.read(source.number, rows)
-                after = calls.call(position, track.walk.tokens.token_ids[rows])(layer, hidden)
-                track.stream.write(0, rows, after)
-            track.operated = _Slot(track.stream, 0)
+                after = calls.call(position, track.walk.tokens.token_ids[rows])(layer, source.read(rows))
+                track.room.write(rows, after)
+            track.differs = True
 
 
 @dataclass
@@ -145,45 +140,35 @@ class _Batch:
     tokens: Tensor  # [B, S] bool: no padding
     held_out: Tensor  # [B, S] bool, a part of `tokens`
     reference: Tensor  # the original's stream before the layer [B, S, D]
-    operated: Tensor  # the operated stream before the layer [B, S, D]
+    result: Tensor  # the result's stream before the layer [B, S, D]
     reference_call: LayerCall
-    operated_call: LayerCall
+    result_call: LayerCall
 
 
+@dataclass
 class _Pair:
-    """A layer of the original and the same layer of the operated model, whose linears are re-solved in turn."""
+    """A layer of the original and the same layer of the result, whose linears are re-solved in turn."""
 
-    def __init__(
-        self,
-        reference: nn.Module,
-        layer: nn.Module,
-        index: int,
-        position: int,
-        after: int,
-        tracks: Sequence[_Track],
-        calls: Rehearsal,
-        original: StreamedModel,
-        operated: StreamedModel,
-    ) -> None:
-        self.reference, self.layer = reference, layer
-        self.index, self.position, self.after = index, position, after
-        self.tracks, self.calls, self.original = tracks, calls, original
-        self.dtype = operated.checkpoint.dtype
-        windows = sum(track.walk.tokens.sequences for track in tracks)
-        self.every = _HELD_OUT if windows >= _HELD_OUT else 2
-        self.records: list[RefitRecord] = []
+    reference: nn.Module
+    layer: nn.Module
+    index: int  # in the original
+    position: int  # in the result
+    after: int  # boundary of the original that the layer of the result is to reach
+    tracks: Sequence[_Track]
+    calls: Rehearsal
+    dtype: torch.dtype  # of the stored result
+    records: list[RefitRecord] = field(default_factory=list)
 
     def refit(self, refitted: FactorStore) -> list[RefitRecord]:
         """Re-solve queries, keys and values; attention out; gate and up; MLP down: each sees what those before give."""
-        architecture = self.original.architecture
+        architecture = self.tracks[0].walk.model.architecture
         *attention, attention_out = self._present(architecture.attention) or [""]
         *mlp, mlp_out = self._present(architecture.mlp) or [""]
         scales = self._scales(attention_out, mlp_out)
         self._follow_outputs(attention)
         if scales is None:
-            self._follow_outputs([name for name in (attention_out,) if name])
-            self._follow_outputs(mlp)
-            self._follow_outputs([name for name in (mlp_out,) if name])
+            for group in ([attention_out], mlp, [mlp_out]):
+                self._follow_outputs(group)
         else:
             self._follow_stream_after_attention(attention_out, mlp_out, scales)
             self._follow_outputs(mlp)
@@ -191,30 +176,30 @@ class _Pair:
         for record in self.records:
             if record.ridge is not None:
                 linear = self.layer.get_submodule(record.linear)
-                part = "out_factor.weight" if isinstance(linear, LowRankLinear) else "weight"
-                tensors: dict[str, Tensor] = {part: linear.get_parameter(part)}
-                if isinstance(linear, LowRankLinear):
-                    tensors["in_factor.weight"] = linear.in_factor.weight
+                names = (OUT_FACTOR, IN_FACTOR) if isinstance(linear, LowRankLinear) else ("weight",)
+                tensors = {name: linear.get_parameter(name) for name in names}
                 refitted.write_tensors(self.index, record.linear, tensors)
         return self.records
 
     def step(self) -> None:
-        """Take the operated stream through the layer as it now is."""
+        """Take the result's stream through the layer as it now is."""
         _step(self.layer, self.position, self.tracks, self.calls)
 
     # -- what is re-solved -----------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def _follow_outputs(self, names: Sequence[str]) -> None:
-        """Re-solve linears to give what the original's give, on the inputs that the operated model has for them."""
-        names = [name for name in names if not self._gone(name)]
+        """Re-solve linears to give what the original's give, on the inputs that they have in the result."""
+        names = [name for name in names if name and not self._gone(name)]
         if not names:
             return
         problems = _Problems(self.layer, names)
         for batch in self._batches():
-            targets = linear_outputs(self.reference, names, batch.reference_call, batch.reference)
-            inputs = linear_inputs(self.layer, names, batch.operated_call, batch.operated)
-            problems.add(inputs, targets, batch)
+            wanted = watch_linears(
+                self.reference, names, batch.reference_call, batch.reference, until="outputs"
+            ).outputs
+            targets = {name: _less(wanted[name], bias_of(self.reference, name)) for name in names}
+            problems.add(self._inputs(names, batch), targets, batch)
         self._solve(problems)
 
     @torch.no_grad()
@@ -229,14 +214,13 @@ class _Pair:
         bias = bias_of(self.layer, name)
         for batch in self._batches():
             if self._gone(mlp_out):
-                aim = wide(batch.track.walk.store.read(self.after, batch.rows))
+                aim = wide(batch.track.walk.boundary(self.after).read(batch.rows))
             else:
                 after, seen = run_watched(self.reference, [mlp_out], batch.reference_call, batch.reference)
-                aim = wide(after) - scales.mlp * wide(seen[mlp_out])
+                aim = wide(after) - scales.mlp * wide(seen.outputs[mlp_out])
             # The stream is large and what is added to it small: the difference is taken in float32 or better.
-            target = (aim - wide(batch.operated)) / scales.attention
-            inputs = linear_inputs(self.layer, [name], batch.operated_call, batch.operated)
-            problems.add(inputs, {name: target if bias is None else target - bias}, batch)
+            target = (aim - wide(batch.result)) / scales.attention
+            problems.add(self._inputs([name], batch), {name: _less(target, bias)}, batch)
         self._solve(problems)
 
     @torch.no_grad()
@@ -247,17 +231,10 @@ class _Pair:
         problems = _Problems(self.layer, [name])
         bias = bias_of(self.layer, name)
         for batch in self._batches():
-            inputs: dict[str, Tensor] = {}
-            hook = self.layer.get_submodule(name).register_forward_pre_hook(
-                lambda _module, arguments, inputs=inputs: inputs.update({name: arguments[0]})
-            )
-            try:
-                after, seen = run_watched(self.layer, [name], batch.operated_call, batch.operated)
-            finally:
-                hook.remove()
-            aim = batch.track.walk.store.read(self.after, batch.rows)
-            target = (wide(aim) - wide(after)) / scales.mlp + wide(seen[name])
-            problems.add(inputs, {name: target if bias is None else target - bias}, batch)
+            after, seen = run_watched(self.layer, [name], batch.result_call, batch.result)
+            aim = batch.track.walk.boundary(self.after).read(batch.rows)
+            target = (wide(aim) - wide(after)) / scales.mlp + wide(seen.outputs[name])
+            problems.add(seen.inputs, {name: _less(target, bias)}, batch)
         self._solve(problems)
 
     def _solve(self, problems: _Problems) -> None:
@@ -279,23 +256,29 @@ class _Pair:
     # -- the micro-batches -----------------------------------------------------------------------------------------
 
     def _batches(self) -> Iterator[_Batch]:
-        device = self.original.device
+        windows = sum(track.walk.tokens.sequences for track in self.tracks)
+        every = _HELD_OUT if windows >= _HELD_OUT else 2
         for track in self.tracks:
-            source = track.operated or _Slot(track.walk.store, self.position)
+            device = track.walk.model.device
+            stream = track.stream(self.position)
             for rows in track.walk.batches():
                 ids = track.walk.tokens.token_ids[rows]
                 tokens = track.walk.tokens.valid[rows]
-                held_out = tokens & track.held_out(rows, self.every)[:, None]
+                held_out = tokens & track.held_out(rows, every)[:, None]
                 yield _Batch(
                     track=track,
                     rows=rows,
                     tokens=tokens.to(device),
                     held_out=held_out.to(device),
-                    reference=track.walk.store.read(self.index, rows),
-                    operated=source.store.read(source.number, rows),
+                    reference=track.walk.boundary(self.index).read(rows),
+                    result=stream.read(rows),
                     reference_call=track.walk.rehearsal.call(self.index, ids),
-                    operated_call=self.calls.call(self.position, ids),
+                    result_call=self.calls.call(self.position, ids),
                 )
+
+    def _inputs(self, names: Sequence[str], batch: _Batch) -> dict[str, Tensor]:
+        """Return what the linears read in the result [B, S, in]."""
+        return watch_linears(self.layer, names, batch.result_call, batch.result, until="inputs").inputs
 
     def _scales(self, attention_out: str, mlp_out: str) -> ResidualScales | None:
         batch = next(self._batches())
@@ -307,8 +290,13 @@ class _Pair:
         return [name for name in names if name in modules]
 
     def _gone(self, name: str) -> bool:
-        """Whether nothing is left of a linear."""
+        """Return whether nothing is left of a linear."""
         return bool(getattr(self.layer.get_submodule(name), "rank", 1) == 0)
+
+
+def _less(output: Tensor, bias: Tensor | None) -> Tensor:
+    """Return the output of a linear without its bias."""
+    return output if bias is None else output - bias
 
 
 class _Problems:
@@ -355,4 +343,4 @@ class _Problems:
 def _solved_weight(layer: nn.Module, name: str) -> nn.Parameter:
     """Return the weight of a linear that a refit re-solves: its own, or its left factor [out, r]."""
     linear = layer.get_submodule(name)
-    return linear.get_parameter("out_factor.weight" if isinstance(linear, LowRankLinear) else "weight")
+    return linear.get_parameter(OUT_FACTOR if isinstance(linear, LowRankLinear) else "weight")

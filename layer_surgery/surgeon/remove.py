@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import torch
-
-from layer_surgery.linalg.low_rank import Factors
+from layer_surgery.linalg.low_rank import no_components
 from layer_surgery.records import SurgeryPlan
 from layer_surgery.surgeon.context import METHODS, SurgeryContext
 
 
 @METHODS.add("remove", summary="remove the layers outright; nothing takes their place (--keep 0)", removes=True)
 def remove(plan: SurgeryPlan, context: SurgeryContext) -> SurgeryPlan:
-    """Do nothing to removed layers; factors of rank 0 for what is removed of others."""
+    """Do nothing to removed layers; write factors of rank 0 for the removed attention or MLP of others."""
     return without_parts(plan, context)
 
 
@@ -21,5 +19,5 @@ def without_parts(plan: SurgeryPlan, context: SurgeryContext) -> SurgeryPlan:
         module = context.model.layers[layer.index]
         for name in layer.ranks:
             out, in_ = module.get_parameter(f"{name}.weight").shape
-            context.factors.write(layer.index, {name: Factors(torch.zeros(out, 0), torch.zeros(0, in_))})
+            context.factors.write(layer.index, {name: no_components((out, in_))})
     return plan

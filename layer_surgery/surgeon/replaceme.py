@@ -11,17 +11,17 @@ from torch import Tensor, nn
 from layer_surgery.calibration.statistics import check_tokens
 from layer_surgery.errors import PlanError
 from layer_surgery.records import SurgeryPlan
-from layer_surgery.surgeon.context import METHODS, SurgeryContext, the_walk
+from layer_surgery.surgeon.context import METHODS, SurgeryContext
 from layer_surgery.surgeon.layer_pair import residual_scales, run_watched
+from layer_surgery.surgeon.plan import runs_behind_a_layer
 from layer_surgery.walk.walk import Walk
-
-URL = "https://arxiv.org/abs/2505.02819"
 
 
 @METHODS.add(
     "replaceme",
     summary="remove; fold the best linear map for each removed run into the MLP before it (ReplaceMe)",
-    source=URL,
+    source="https://arxiv.org/abs/2505.02819",
+    needs_data=True,
     needs_boundaries=True,
     removes=True,
 )
@@ -32,10 +32,8 @@ def replaceme(plan: SurgeryPlan, context: SurgeryContext) -> SurgeryPlan:
     it is added to, L the stream after the run, all of the original. The paper removes one contiguous block; here every
     run of removed layers gets its own map. Least squares as in the paper, without a ridge beyond what float64 needs.
     """
-    walk = the_walk(context)
-    runs = removed_runs(plan)
-    if runs and runs[0][0] == 0:
-        raise PlanError("--method replaceme needs a layer before each removed run, but layer 0 is removed.")
+    walk = context.walk
+    runs = runs_behind_a_layer(plan)
     check_tokens(walk.tokens, context.model.hidden_size, "replaceme")
     walk.forward(range(context.model.layer_count), keep=True)
     with context.progress("solving", len(runs)) as advance:
@@ -48,14 +46,6 @@ def replaceme(plan: SurgeryPlan, context: SurgeryContext) -> SurgeryPlan:
     return plan
 
 
-def removed_runs(plan: SurgeryPlan) -> list[tuple[int, int]]:
-    """Return (first removed layer, first layer after it) for each run of removed layers."""
-    removed = [layer.index for layer in plan.layers if layer.action == "remove"]
-    firsts = [index for index in removed if index - 1 not in removed]
-    lasts = [index for index in removed if index + 1 not in removed]
-    return [(first, last + 1) for first, last in zip(firsts, lasts, strict=True)]
-
-
 @torch.no_grad()
 def _best_map(walk: Walk, index: int, after: int) -> tuple[str, Tensor]:
     """Return the MLP's output projection, and T [D, D] float64 with `s M T ~ L - Y` over the valid tokens."""
@@ -64,12 +54,12 @@ def _best_map(walk: Walk, index: int, after: int) -> tuple[str, Tensor]:
     with walk.model.layer(index) as layer:
         name, scale = _mlp_out(walk, index, layer)
         for rows in walk.batches():
-            hidden = walk.store.read(index, rows)
+            hidden = walk.boundary(index).read(rows)
             call = walk.rehearsal.call(index, walk.tokens.token_ids[rows])
             output, seen = run_watched(layer, [name], call, hidden)
             valid = walk.tokens.valid[rows].to(hidden.device)
-            mlp = scale * seen[name][valid].double()
-            wanted = walk.store.read(after, rows)[valid].double() - (output[valid].double() - mlp)
+            mlp = scale * seen.outputs[name][valid].double()
+            wanted = walk.boundary(after).read(rows)[valid].double() - (output[valid].double() - mlp)
             gram = gram + mlp.T @ mlp
             products = products + mlp.T @ wanted
     assert isinstance(gram, Tensor) and isinstance(products, Tensor)
@@ -97,7 +87,7 @@ def _mlp_out(walk: Walk, index: int, layer: nn.Module) -> tuple[str, float]:
     if getattr(projection, "bias", None) is not None:
         raise PlanError("--method replaceme folds a map into a projection without bias; this model's have one.")
     rows = next(walk.batches())
-    hidden, call = walk.store.read(index, rows), walk.rehearsal.call(index, walk.tokens.token_ids[rows])
+    hidden, call = walk.boundary(index).read(rows), walk.rehearsal.call(index, walk.tokens.token_ids[rows])
     scales = residual_scales(layer, attention_out, name, call, hidden)
     if scales is None:
         raise PlanError(

@@ -7,18 +7,16 @@ from collections.abc import Collection, Sequence
 
 from layer_surgery.records import SpectrumMetric, SpectrumRecord
 
+#: How many components were kept, if the first; else the indices of those that were, from 0 on.
+Kept = int | Collection[int]
 #: Singular values that are kept of a spectrum.
 MAX_POINTS = 48
 
 
 def spectrum_record(
-    layer: int, linear: str, metric: SpectrumMetric, values: Sequence[float], kept: int | Collection[int]
+    layer: int, linear: str, metric: SpectrumMetric, values: Sequence[float], kept: Kept
 ) -> SpectrumRecord:
-    """Return what a report keeps of all singular values of a linear, in descending order.
-
-    Args:
-        kept: how many components were kept, if the first; else the indices of those that were, from 0 on.
-    """
+    """Return what a report keeps of all singular values of a linear, in descending order."""
     leading = isinstance(kept, int)
     chosen = set(range(kept)) if isinstance(kept, int) else set(kept)
     shown = log_spaced(len(values), MAX_POINTS)

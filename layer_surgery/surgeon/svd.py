@@ -5,11 +5,10 @@ from __future__ import annotations
 from layer_surgery.linalg import low_rank
 from layer_surgery.records import SurgeryPlan
 from layer_surgery.surgeon.context import METHODS, SurgeryContext
-from layer_surgery.surgeon.spectra import spectrum_record
 
 
 @METHODS.add("svd", summary="truncated SVD of each weight: the nearest in Frobenius norm; looks at no data")
-def svd(plan: SurgeryPlan, context: SurgeryContext) -> SurgeryPlan:
+def plain_svd(plan: SurgeryPlan, context: SurgeryContext) -> SurgeryPlan:
     """Replace each linear of the low-rank layers by its truncated SVD."""
     with context.progress("truncating", len(plan.low_rank)) as advance:
         for layer in plan.low_rank:
@@ -17,7 +16,7 @@ def svd(plan: SurgeryPlan, context: SurgeryContext) -> SurgeryPlan:
             for name, rank in layer.ranks.items():
                 weight = f"{prefix}{name}.weight"
                 spectrum = low_rank.svd(context.model.read_weights([weight])[weight])
-                context.factors.write(layer.index, {name: low_rank.truncated(spectrum, rank)})
-                context.spectra.append(spectrum_record(layer.index, name, "weight", spectrum.s.tolist(), rank))
+                factors = low_rank.truncated(spectrum, rank)
+                context.write(layer.index, name, factors, "weight", spectrum.s.tolist(), rank)
             advance()
     return plan

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -106,6 +107,22 @@ class BoundaryStore:
         descriptor, path = tempfile.mkstemp(prefix="layer-surgery-boundary-", dir=self._scratch)
         os.unlink(path)  # the file lives until it is closed, and no longer
         self._on_disk[slot] = descriptor
+
+
+@dataclass(frozen=True)
+class Boundary:
+    """The hidden states [sequences, sequence_length, hidden] in one slot of a store."""
+
+    store: BoundaryStore
+    slot: int
+
+    def read(self, rows: slice) -> Tensor:
+        """Return [rows, sequence_length, hidden] on the device. Do not write to it."""
+        return self.store.read(self.slot, rows)
+
+    def write(self, rows: slice, hidden: Tensor) -> None:
+        """Store [rows, sequence_length, hidden]."""
+        self.store.write(self.slot, rows, hidden)
 
 
 def _exchange(slots: dict[int, Any], a: int, b: int) -> None:

@@ -6,7 +6,7 @@ them are the model's own code, and no other code here knows about them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +20,7 @@ from layer_surgery.walk.streamed import StreamedModel
 
 @dataclass(frozen=True)
 class LayerCall:
-    """What a decoder layer is called with beside the hidden states."""
+    """The arguments of a decoder layer beside the hidden states."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -125,13 +125,9 @@ class Rehearsal:
 
     def _rehearse(self, token_ids: Tensor) -> tuple[Tensor, list[LayerCall]]:
         """Return the first boundary and what each layer is called with."""
-        if self._layers_return_tuples is None:
-            return self._rehearse_first(token_ids)
-        return self._record(token_ids)
-
-    def _rehearse_first(self, token_ids: Tensor) -> tuple[Tensor, list[LayerCall]]:
-        """Find out whether the model unpacks what a layer returns: only one of the two works."""
-        failures = []
+        if self._layers_return_tuples is not None:
+            return self._record(token_ids)
+        failures = []  # the first time: only one of the two works, as the model unpacks what a layer returns or not
         for tuples in (False, True):
             self._layers_return_tuples = tuples
             try:
@@ -175,8 +171,18 @@ class Rehearsal:
             yield
 
 
+def blocks(shape: Sequence[int], most: int) -> Iterator[tuple[slice, slice]]:
+    """Cut [batch, sequence] into blocks of at most `most` tokens (at least 1), for `Rehearsal.head`."""
+    batch, length = shape
+    most = max(1, most)
+    row_step, column_step = max(1, most // length), min(length, most)
+    for row in range(0, batch, row_step):
+        for column in range(0, length, column_step):
+            yield slice(row, min(row + row_step, batch)), slice(column, min(column + column_step, length))
+
+
 def same_call(a: LayerCall, b: LayerCall) -> bool:
-    """Whether two calls are with equal arguments, tensors compared by value."""
+    """Return whether two calls are with equal arguments, tensors compared by value."""
     return _same(a.args, b.args) and _same(a.kwargs, b.kwargs)
 
 

@@ -86,9 +86,7 @@ def _walked_beside_own(model: StreamedModel, ids: tuple[Tensor, Tensor]) -> tupl
 
 def _sequences(model: StreamedModel) -> tuple[Tensor, Tensor]:
     """Return two sequences [1, S] of token ids that begin alike."""
-    config = model.model.config
-    limits = (getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len"))
-    length = min([LENGTH, *(int(limit) for limit in limits if limit)])
+    length = min(LENGTH, model.checkpoint.longest_sequence or LENGTH)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.vocabulary_size, (2, length), generator=generator)
     ids[0, : length // 2] = ids[1, : length // 2]
@@ -107,19 +105,19 @@ def _guessed(model: StreamedModel) -> str:
     return f" '{entry.model_type}'" + (", of which the layers were guessed," if entry.guessed else "")
 
 
-def check_survivors(base: StreamedModel, operated: StreamedModel, surviving: Sequence[int]) -> None:
-    """Raise `PlanError` unless every surviving layer of `operated` is, and is called, as it was in `base`.
+def check_survivors(base: StreamedModel, result: StreamedModel, surviving: Sequence[int]) -> None:
+    """Raise `PlanError` unless every surviving layer of `result` is, and is called, as it was in `base`.
 
-    `operated` is the model that its configuration makes after layers were removed. A rule in it that does not fit what
+    `result` is the model that its configuration makes after layers were removed. A rule in it that does not fit what
     is left (every n-th layer, the last layer always, ...) would silently change layers; this finds it by comparing all
     settings of the modules, the shapes of all weights, and masks and position embeddings.
     """
-    _check_outside(base.checkpoint, operated.checkpoint)
+    _check_outside(base.checkpoint, result.checkpoint)
     removed = sorted({*range(base.layer_count)} - {*surviving})
     ids = _sequences(base)[1]
-    before, after = Rehearsal(base), Rehearsal(operated)
+    before, after = Rehearsal(base), Rehearsal(result)
     for new, old in enumerate(surviving):
-        change = _difference(base.layers[old], operated.layers[new], old, new)
+        change = _difference(base.layers[old], result.layers[new], old, new)
         if not change and not same_call(before.call(old, ids), after.call(new, ids)):
             change = "it is called with another mask or other positions"
         if change:
@@ -137,8 +135,8 @@ def check_survivors(base: StreamedModel, operated: StreamedModel, surviving: Seq
         )
 
 
-def _check_outside(base: Checkpoint, operated: Checkpoint) -> None:
-    before, after = base.skeleton.state_dict(), operated.skeleton.state_dict()
+def _check_outside(base: Checkpoint, result: Checkpoint) -> None:
+    before, after = base.skeleton.state_dict(), result.skeleton.state_dict()
     for name in base.other_tensors():
         if name not in after or before[name].shape != after[name].shape:
             raise PlanError(

@@ -58,7 +58,7 @@ class StreamedModel:
 
     @property
     def vocabulary_size(self) -> int:
-        return int(self.model.get_input_embeddings().weight.shape[0])
+        return self.checkpoint.vocabulary_size
 
     @contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:

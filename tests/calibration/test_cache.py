@@ -17,7 +17,8 @@ from torch import Tensor
 
 import layer_surgery
 from layer_surgery.calibration import cache as statistics_cache
-from layer_surgery.calibration.cache import RECORD_FILE, StatisticsSource
+from layer_surgery.calibration.cache import RECORD_FILE
+from layer_surgery.calibration.source import StatisticsSource
 from layer_surgery.calibration.statistics import Statistics, useful_ranks
 from layer_surgery.data.tokens import PackedTokens
 from layer_surgery.errors import UserError

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from surgery_helpers import statistics_source
 from tiny_models import (
     CALIBRATION,
     decoder_layers,
     packed_tokens,
     settings,
-    statistics_source,
     streamed,
     tiny_model,
     whole_boundaries,

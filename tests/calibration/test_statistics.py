@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from surgery_helpers import LINEARS, statistics_source, walked_moments
 from tiny_models import (
     CALIBRATION,
     decoder_layers,
     largest_difference,
     packed_tokens,
     settings,
-    statistics_source,
     streamed,
     tiny_checkpoint,
     tiny_model,
@@ -24,18 +24,12 @@ from tiny_models import (
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from layer_surgery.calibration.cache import StatisticsSource
+from layer_surgery.calibration.source import StatisticsSource
 from layer_surgery.calibration.statistics import Statistics, useful_rank, useful_ranks
 from layer_surgery.data.tokens import PackedTokens
 from layer_surgery.errors import DataError, NumericalError
 from layer_surgery.linalg.low_rank import shrunk
-from layer_surgery.walk.moments import LayerMoments, MomentRecorder
-from layer_surgery.walk.walk import Observer, Walk
-
-LINEARS = (
-    *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
-    *("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
-)
+from layer_surgery.walk.walk import Walk
 
 
 def collected(
@@ -132,34 +126,12 @@ def test_padding_never_enters(tmp_path: Path) -> None:
 # Sums
 
 
-class _Moments(Observer):
-    def __init__(self) -> None:
-        self.found: dict[int, LayerMoments] = {}
-
-    def watching(self, index, layer):  # type: ignore[no-untyped-def]
-        self._recorder = MomentRecorder({name: layer.get_submodule(name) for name in LINEARS}, gradients=True)
-        self.found[index] = self._recorder.moments
-        return self._recorder.recording()
-
-    def batch(self, valid: Tensor) -> None:
-        self._recorder.start_batch(valid)
-
-
-def moments(tokens: PackedTokens, scratch: Path) -> dict[int, LayerMoments]:
-    observer, model = _Moments(), streamed(tiny_model())
-    path = list(range(model.layer_count))
-    with Walk(model, tokens, settings(scratch)) as walk, walk.new_store(1 << 29) as gradient:
-        walk.losses(walk.forward(path, keep=True), gradient=(gradient, 0))
-        walk.backward(path, (gradient, 0), observers=[observer])
-    return observer.found
-
-
 def test_moments_merged_from_halves_equal_the_whole(tmp_path: Path) -> None:
-    whole = moments(CALIBRATION, tmp_path)
+    whole = walked_moments(CALIBRATION, tmp_path)
     halves = []
     for rows in (slice(0, 2), slice(2, 5)):
         parts = {name: getattr(CALIBRATION, name)[rows] for name in ("token_ids", "loss_mask", "valid")}
-        halves.append(moments(replace(CALIBRATION, **parts), tmp_path))
+        halves.append(walked_moments(replace(CALIBRATION, **parts), tmp_path))
     for index, expected in whole.items():
         first, second = (half[index] for half in halves)
         assert first.tokens + second.tokens == expected.tokens == int(CALIBRATION.valid.sum())

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from surgery_helpers import result_of, saved_result
 from tiny_families import FLOAT32_INSIDE, LAYERS, dtype_of
 from tiny_models import (
     decoder_layers,
@@ -17,7 +18,6 @@ from tiny_models import (
     make_test_plan,
     packed_tokens,
     settings,
-    statistics_source,
     streamed,
     tiny_checkpoint,
     tiny_model,
@@ -33,13 +33,9 @@ from transformers.pytorch_utils import Conv1D
 
 import layer_surgery
 from layer_surgery.checkpoint.architectures import ARCHITECTURES, Architecture, base_model_type
-from layer_surgery.checkpoint.open import Checkpoint, open_checkpoint
+from layer_surgery.checkpoint.open import open_checkpoint
 from layer_surgery.checkpoint.recognition import architecture_of
-from layer_surgery.checkpoint.result import result_checkpoint
-from layer_surgery.checkpoint.save import save_checkpoint
-from layer_surgery.progress import no_progress
 from layer_surgery.records import SurgeryPlan
-from layer_surgery.surgeon import METHODS, FactorStore, SurgeryContext
 from layer_surgery.walk.self_check import check_survivors, check_walk
 from layer_surgery.walk.walk import Walk
 
@@ -91,14 +87,14 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def plain(family: Family, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The family's model without two layers, saved."""
     plan = make_test_plan(len(family.layers), removed=REMOVED, method="remove")
-    return save_operated(family.path, tmp_path_factory.mktemp("plain") / "output", plan)
+    return save_operated(plan, family.path, tmp_path_factory.mktemp("plain") / "output")
 
 
 @pytest.fixture(scope="module")
 def low_rank(family: Family, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The family's model with one layer removed and one low-rank, saved."""
     plan = make_test_plan(len(family.layers), removed=[0], low_rank={3: family.ranks(3)}, method="svd")
-    return save_operated(family.path, tmp_path_factory.mktemp("low_rank") / "output", plan)
+    return save_operated(plan, family.path, tmp_path_factory.mktemp("low_rank") / "output")
 
 
 @torch.no_grad()
@@ -106,24 +102,10 @@ def logits_of(model: PreTrainedModel) -> Tensor:
     return model(TOKENS.token_ids, use_cache=False).logits
 
 
-def operated(base: Checkpoint, plan: SurgeryPlan, scratch: Path) -> Checkpoint:
-    """Apply a plan that looks at no data."""
-    scratch.mkdir(parents=True)
-    factors, model = FactorStore(scratch, base.dtype), streamed(base, dtype=base.dtype)
-    context = SurgeryContext(
-        model=model, walk=None, factors=factors, statistics=statistics_source(scratch), progress=no_progress
-    )
-    METHODS[plan.method].function(plan, context)
-    return result_checkpoint(base, plan, factors)
-
-
-def save_operated(path: Path, output: Path, plan: SurgeryPlan) -> Path:
-    """Apply a plan with its method, save the result into `output` and return it."""
+def save_operated(plan: SurgeryPlan, path: Path, output: Path) -> Path:
+    """Carry out a plan in the checkpoint's own dtype, save the result into `output` and return it."""
     base = open_checkpoint(path)
-    result = operated(base, plan, output.parent / "factors")
-    output.mkdir()
-    save_checkpoint(result, output, base=base)
-    return output
+    return saved_result(plan, base, output, dtype=base.dtype)
 
 
 def load_stock(directory: Path, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
@@ -261,7 +243,7 @@ def test_the_saved_configuration_is_json_that_every_reader_takes(plain: Path, lo
 def test_the_surviving_layers_stay_what_they_are(family: Family, tmp_path: Path) -> None:
     base = open_checkpoint(family.path)
     plan = make_test_plan(base.layer_count, removed=REMOVED, method="remove")
-    result = operated(base, plan, tmp_path / "factors")
+    result = result_of(plan, base, tmp_path, dtype=base.dtype)
     models = [streamed(checkpoint, dtype=base.dtype) for checkpoint in (base, result)]
     check_survivors(models[0], models[1], plan.surviving)
 
@@ -314,7 +296,7 @@ def test_tied_embeddings_stay_tied(tmp_path: Path, model_type: str) -> None:
     count, model = len(family.layers), family.model
     base = open_checkpoint(family.path)
     plan = make_test_plan(count, removed=REMOVED, low_rank={count - 1: full_ranks(base, count - 1)}, method="svd")
-    loaded = layer_surgery.load(save_operated(family.path, tmp_path / "output", plan)).eval()
+    loaded = layer_surgery.load(save_operated(plan, family.path, tmp_path / "output")).eval()
     assert loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
     assert not any(p.is_meta for p in loaded.parameters())
     expected = logits_of(without_layers(model, REMOVED))
@@ -336,7 +318,7 @@ def test_a_checkpoint_that_leaves_out_what_follows_from_a_pattern_is_cut_rightly
     (path / "config.json").unlink()
     (path / "config.json").write_text(json.dumps(fields))
     plan = make_test_plan(len(family.layers), removed=REMOVED, method="remove")
-    loaded, _ = load_stock(save_operated(path, tmp_path / "output", plan))
+    loaded, _ = load_stock(save_operated(plan, path, tmp_path / "output"))
     assert largest_difference(logits_of(loaded), logits_of(without_layers(family.model, REMOVED))) < family.tolerance
 
 
@@ -349,7 +331,7 @@ def test_every_entry_is_filed_under_its_model_type() -> None:
 
 def test_a_low_rank_model_has_the_architecture_of_its_base(tmp_path: Path) -> None:
     plan = make_test_plan(4, low_rank={1: {"mlp.up_proj": 2}}, method="svd")
-    output = save_operated(tiny_checkpoint(tmp_path), tmp_path / "output", plan)
+    output = save_operated(plan, tiny_checkpoint(tmp_path), tmp_path / "output")
     checkpoint = open_checkpoint(output)
     assert base_model_type(checkpoint.config) == "llama"
     assert architecture_of(checkpoint.skeleton) is ARCHITECTURES["llama"]

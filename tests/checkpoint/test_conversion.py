@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from surgery_helpers import saved_result
 from tiny_families import dtype_of
 from tiny_models import (
     largest_difference,
@@ -18,19 +19,17 @@ from tiny_models import (
     tiny_checkpoint,
     tiny_model,
     walked_logits,
+    whole_logits,
 )
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from layer_surgery.checkpoint.conversion import as_in_model, as_stored
 from layer_surgery.checkpoint.open import open_checkpoint
-from layer_surgery.checkpoint.result import result_checkpoint
-from layer_surgery.checkpoint.save import save_checkpoint
 from layer_surgery.checkpoint.tensors import SafetensorsSource, TensorSource
 from layer_surgery.errors import CheckpointError
 from layer_surgery.progress import Ui
 from layer_surgery.runs.session import _say_what_is_special
-from layer_surgery.surgeon import FactorStore
 
 CPU = torch.device("cpu")
 TOKENS = packed_tokens(2, 8)
@@ -52,10 +51,7 @@ def stored(path: Path) -> SafetensorsSource:
 def without_first(path: Path, scratch: Path) -> Path:
     base = open_checkpoint(path)
     plan = make_test_plan(base.layer_count, removed=[0], method="remove")
-    output = scratch / "output"
-    output.mkdir()
-    save_checkpoint(result_checkpoint(base, plan, FactorStore(scratch, base.dtype)), output, base=base)
-    return output
+    return saved_result(plan, base, scratch / "output")
 
 
 @pytest.mark.parametrize(
@@ -119,8 +115,7 @@ def test_a_checkpoint_of_the_bare_decoder_is_read(tmp_path: Path) -> None:
         return masks | {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
 
     edit(path, bare)
-    with torch.no_grad():
-        expected = model(TOKENS.token_ids, use_cache=False).logits
+    expected = whole_logits(model, TOKENS)
     assert largest_difference(walked_logits(streamed(path), TOKENS, settings(tmp_path)), expected) < 1e-9
     assert open_checkpoint(path).left_out == ()
     output = without_first(path, tmp_path)

@@ -332,3 +332,8 @@ def test_a_headless_or_classifying_model_in_memory_is_refused() -> None:
 def test_something_else_than_a_model_is_refused() -> None:
     with pytest.raises(CheckpointError, match="MODEL is a Linear"):
         open_checkpoint(torch.nn.Linear(2, 2))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("model_type", "longest"), [("llama", 64), ("gpt2", 64), ("mpt", 64), ("bloom", None)])
+def test_the_longest_sequence_is_known_whatever_its_field_is_called(model_type: str, longest: int | None) -> None:
+    assert open_checkpoint(tiny_model(model_type)).longest_sequence == longest

@@ -32,13 +32,14 @@ from layer_surgery.checkpoint import save as saving
 from layer_surgery.checkpoint.open import open_checkpoint
 from layer_surgery.checkpoint.save import (
     StreamedSafetensors,
+    check_saved,
     save_checkpoint,
     split_shards,
     staged_directory,
     write_shards,
 )
 from layer_surgery.checkpoint.tensors import TensorSpec
-from layer_surgery.errors import LayerSurgeryError, OutputError
+from layer_surgery.errors import CheckpointError, LayerSurgeryError, OutputError
 from layer_surgery.progress import no_progress
 
 IDS = torch.randint(3, 300, (2, 14), generator=torch.Generator().manual_seed(0))
@@ -531,6 +532,14 @@ def test_a_disk_that_is_too_small_is_noticed_before_writing(
     with pytest.raises(LayerSurgeryError, match=r"takes [\d,]+ bytes, but .* has 1,000 free") as caught:
         compress_over(path, output, text)
     assert caught.value.exit_code == 1
+
+
+def test_what_was_written_must_be_what_was_to_be_written(tmp_path: Path) -> None:
+    base = open_checkpoint(saved_model(tmp_path / "model"))
+    output = remove(tmp_path / "model", tmp_path / "output")
+    check_saved(output, open_checkpoint(output))
+    with pytest.raises(CheckpointError, match="is not what was to be written; this is a bug"):
+        check_saved(output, base)
 
 
 def full_disk(*_: object, **__: object) -> None:

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import FIELDS, changes, make_test_plan, operate, snapshot, tiny_model
+from surgery_helpers import result_of
+from tiny_models import FIELDS, changes, make_test_plan, snapshot, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from layer_surgery.checkpoint.architectures import ARCHITECTURES
 from layer_surgery.checkpoint.open import open_checkpoint
-from layer_surgery.checkpoint.result import result_checkpoint
 from layer_surgery.evaluation import costs
 from layer_surgery.evaluation.costs import TokenCosts, token_costs
 
@@ -104,7 +104,7 @@ def test_operations_of_llama_by_arithmetic() -> None:
 def test_a_low_rank_and_a_removed_layer_cost_what_is_left_of_them(tmp_path: Path) -> None:
     original = open_checkpoint(tiny_model())
     plan = make_test_plan(4, removed=[1], low_rank={2: {"mlp.down_proj": 3}}, method="svd")
-    operated = result_checkpoint(original, plan, operate(plan, original, tmp_path / "factors"))
+    operated = result_of(plan, original, tmp_path)
     before, after = token_costs(original, 8), token_costs(operated, 8)
     assert before.flops is not None and before.kv_cache_bytes is not None
     whole_layer = (before.flops - 2 * 61 * 32) // 4

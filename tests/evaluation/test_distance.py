@@ -17,6 +17,7 @@ from layer_surgery.evaluation import distance as module
 from layer_surgery.evaluation.distance import FinalStates, distance, kl_divergence
 from layer_surgery.evaluation.perplexity import window_losses
 from layer_surgery.records import KlDivergence, Top1Agreement
+from layer_surgery.walk.boundaries import Boundary
 from layer_surgery.walk.walk import Walk
 
 TOKENS = packed_tokens(5, 12, padding=True, excluded=0.3)
@@ -36,13 +37,13 @@ def measured(
     states = []
     for model in (before, after):
         stream = streamed(model, dtype=dtype)
-        store = Walk(stream, tokens, where).new_store(boundary_memory_bytes)
-        window_losses(stream, tokens, where, keep=store)
+        last = Boundary(Walk(stream, tokens, where).new_store(), 0)
+        window_losses(stream, tokens, where, keep=last)
         # Outer weights only: the layers of this one never get any.
-        states.append(FinalStates(streamed(model, dtype=dtype), store))
+        states.append(FinalStates(streamed(model, dtype=dtype), last))
     result = distance(states[0], states[1], tokens, where)
     for state in states:
-        state.store.close()
+        state.hidden.store.close()
     return result
 
 
@@ -131,9 +132,9 @@ def test_a_token_that_only_the_operated_model_excludes_is_infinitely_far() -> No
 def test_a_divergence_that_is_not_finite_is_refused(tmp_path: Path) -> None:
     model, where = tiny_model(), settings(tmp_path)
     with Walk(streamed(model), TOKENS, where) as before, Walk(streamed(model), TOKENS, where) as after:
-        before.store.write(0, slice(0, 5), torch.zeros(5, 12, 32))
-        after.store.write(0, slice(0, 5), torch.full((5, 12, 32), torch.nan))
-        states = [FinalStates(walk.model, walk.store) for walk in (before, after)]
+        before.boundary(0).write(slice(0, 5), torch.zeros(5, 12, 32))
+        after.boundary(0).write(slice(0, 5), torch.full((5, 12, 32), torch.nan))
+        states = [FinalStates(walk.model, walk.boundary(0)) for walk in (before, after)]
         with pytest.raises(NumericalError, match=f"not finite for {TOKENS.predicted_tokens} tokens"):
             distance(states[0], states[1], TOKENS, where)
 
@@ -148,6 +149,6 @@ def test_text_without_a_token_to_predict_is_refused(tmp_path: Path) -> None:
     where = settings(tmp_path)
     tokens = packed_tokens(2, 6, excluded=1.1)
     with Walk(streamed(model), tokens, where) as walk:
-        states = FinalStates(streamed(model), walk.store)
+        states = FinalStates(streamed(model), walk.boundary(0))
         with pytest.raises(DataError, match="no token to predict"):
             distance(states, states, tokens, where)

@@ -22,8 +22,10 @@ from transformers import PreTrainedModel
 
 from layer_surgery.data.tokens import PackedTokens
 from layer_surgery.errors import DataError, NumericalError
-from layer_surgery.evaluation.perplexity import perplexity, summarise
-from layer_surgery.walk.walk import Losses
+from layer_surgery.evaluation.perplexity import summarise, window_losses
+from layer_surgery.records import Perplexity
+from layer_surgery.walk.streamed import StreamedModel
+from layer_surgery.walk.walk import Losses, WalkSettings
 
 
 def windows(full: int = 4, s: int = 12, last: int | None = None) -> PackedTokens:
@@ -34,6 +36,10 @@ def windows(full: int = 4, s: int = 12, last: int | None = None) -> PackedTokens
     valid, loss_mask = packed.valid.clone(), packed.loss_mask.clone()
     valid[-1, last:] = loss_mask[-1, last:] = False
     return replace(packed, valid=valid, loss_mask=loss_mask, token_ids=packed.token_ids.where(valid, 0))
+
+
+def measured(model: StreamedModel, tokens: PackedTokens, where: WalkSettings) -> Perplexity:
+    return summarise(window_losses(model, tokens, where), tokens)
 
 
 def mean_losses_of_transformers(model: PreTrainedModel, tokens: PackedTokens) -> list[tuple[float, int]]:
@@ -53,7 +59,7 @@ def test_perplexity_in_float32_is_exp_of_transformers_mean_loss_weighted_by_toke
     model, tokens = tiny_model(dtype=torch.float32), windows(last=last)
     losses = mean_losses_of_transformers(model, tokens)
     count = sum(n for _, n in losses)
-    result = perplexity(streamed(model, dtype=torch.float32), tokens, settings(tmp_path))
+    result = measured(streamed(model, dtype=torch.float32), tokens, settings(tmp_path))
     assert result.value == pytest.approx(math.exp(sum(loss * n for loss, n in losses) / count), rel=1e-6)
     assert result.tokens == count
 
@@ -69,7 +75,7 @@ def test_perplexity_in_float64_is_exp_of_the_mean_cross_entropy(tmp_path: Path, 
             logits = model(ids[None], use_cache=False).logits[0]
         total -= sum(float(logits[t].log_softmax(-1)[ids[t + 1]]) for t in range(len(ids) - 1))
         count += len(ids) - 1
-    result = perplexity(streamed(model), tokens, settings(tmp_path))
+    result = measured(streamed(model), tokens, settings(tmp_path))
     assert result.value == pytest.approx(math.exp(total / count), rel=1e-12)
 
 
@@ -77,23 +83,23 @@ def test_a_short_last_window_weighs_by_its_tokens_and_not_as_a_window(tmp_path: 
     model, tokens = tiny_model(dtype=torch.float32), windows(last=2)
     losses = mean_losses_of_transformers(model, tokens)
     by_window = math.exp(sum(loss for loss, _ in losses) / len(losses))
-    result = perplexity(streamed(model, dtype=torch.float32), tokens, settings(tmp_path))
+    result = measured(streamed(model, dtype=torch.float32), tokens, settings(tmp_path))
     assert abs(result.value - by_window) > 1e-3 * by_window
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
 def test_perplexity_does_not_depend_on_the_batch_size(tmp_path: Path, batch_size: int) -> None:
     model, tokens = tiny_model(), windows(7, last=5)
-    reference = perplexity(streamed(model), tokens, settings(tmp_path, batch_size=2))
-    result = perplexity(streamed(model), tokens, settings(tmp_path, batch_size=batch_size))
+    reference = measured(streamed(model), tokens, settings(tmp_path, batch_size=2))
+    result = measured(streamed(model), tokens, settings(tmp_path, batch_size=batch_size))
     assert result.value == pytest.approx(reference.value, rel=1e-12)
     assert result.stderr == pytest.approx(reference.stderr, rel=1e-10)
 
 
 def test_perplexity_from_disk_equals_perplexity_in_memory(tmp_path: Path) -> None:
     path, tokens = tiny_checkpoint(tmp_path, max_shard_size="30KB"), windows(last=5)
-    memory = perplexity(streamed(path), tokens, settings(tmp_path))
-    disk = perplexity(streamed(path, resident_bytes=0), tokens, settings(tmp_path, boundary_memory_bytes=0))
+    memory = measured(streamed(path), tokens, settings(tmp_path))
+    disk = measured(streamed(path, resident_bytes=0), tokens, settings(tmp_path, boundary_memory_bytes=0))
     assert disk == memory
 
 
@@ -101,14 +107,14 @@ def test_a_model_that_knows_nothing_has_the_perplexity_of_its_vocabulary(tmp_pat
     model = tiny_model()
     with torch.no_grad():
         model.get_submodule("lm_head").weight.zero_()
-    result = perplexity(streamed(model), windows(), settings(tmp_path))
+    result = measured(streamed(model), windows(), settings(tmp_path))
     assert result.value == pytest.approx(VOCABULARY, rel=1e-12)
     assert result.stderr == pytest.approx(0, abs=1e-9)
 
 
 def test_the_result_says_what_it_was_measured_on(tmp_path: Path) -> None:
     tokens = windows(3, last=4)
-    result = perplexity(streamed(tiny_model()), tokens, settings(tmp_path))
+    result = measured(streamed(tiny_model()), tokens, settings(tmp_path))
     assert (result.windows, result.sequence_length, result.tokens) == (4, 12, 3 * 11 + 3)
     assert result.data_sha256 == tokens.sha256
 
@@ -162,7 +168,7 @@ def test_windows_without_a_predicted_token_do_not_count() -> None:
 
 
 def test_one_window_has_no_standard_error(tmp_path: Path) -> None:
-    assert perplexity(streamed(tiny_model()), windows(1), settings(tmp_path)).stderr is None
+    assert measured(streamed(tiny_model()), windows(1), settings(tmp_path)).stderr is None
 
 
 # Refused
@@ -176,7 +182,7 @@ def test_a_non_finite_weight_is_named(tmp_path: Path, name: str, value: float) -
     tensors[name][1, 1] = value
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(NumericalError, match=name.replace(".", r"\.")):
-        perplexity(streamed(path), windows(), settings(tmp_path))
+        measured(streamed(path), windows(), settings(tmp_path))
 
 
 def test_a_non_finite_loss_is_refused_with_the_window(tmp_path: Path) -> None:
@@ -189,7 +195,7 @@ def test_a_non_finite_loss_is_refused_with_the_window(tmp_path: Path) -> None:
         model.get_submodule("model.embed_tokens").weight[poisoned] = 3e38
     tokens = replace(tokens, token_ids=token_ids)
     with pytest.raises(NumericalError, match=r"not finite in 1 of 4 windows \(the first is window 2\)"):
-        perplexity(streamed(model, dtype=torch.float32), tokens, settings(tmp_path))
+        measured(streamed(model, dtype=torch.float32), tokens, settings(tmp_path))
 
 
 def test_a_perplexity_too_large_to_write_down_is_refused() -> None:

@@ -17,7 +17,7 @@ from layer_surgery.config import ContinuationConfig, SpeedConfig
 from layer_surgery.errors import UserError
 from layer_surgery.evaluation import speed as module
 from layer_surgery.evaluation.continuations import continuations, encode_prompt, prompts_from
-from layer_surgery.evaluation.speed import measure_speed, peak_memory_bytes
+from layer_surgery.evaluation.speed import Allocations, generation_memory_bytes, measure_speed
 from layer_surgery.progress import no_progress
 
 
@@ -91,14 +91,14 @@ def test_peak_memory_is_the_weights_and_what_generation_takes(tmp_path: Path) ->
     model = tiny_model(dtype=torch.float32)
     weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     with torch.no_grad():
-        small, large = (peak_memory_bytes(model, torch.ones(batch, 40, dtype=torch.int64)) for batch in (1, 8))
+        small, large = (generation_memory_bytes(model, torch.ones(batch, 40, dtype=torch.int64)) for batch in (1, 8))
     # Keys and values of 4 layers, 2 heads, head_dim 12, for 40 tokens, and the widest activations: gate and up.
     cache, activations = 4 * 2 * 2 * 12 * 4 * 40, 2 * 40 * 4 * 40
     assert weights + cache + activations < small < weights + 3 * (cache + activations)
     assert 6.5 * (small - weights) < large - weights < 8.5 * (small - weights)
     half = streamed(model, dtype=torch.bfloat16).load_whole()
     with torch.no_grad():
-        assert peak_memory_bytes(half, torch.ones(1, 40, dtype=torch.int64)) < 0.7 * small
+        assert generation_memory_bytes(half, torch.ones(1, 40, dtype=torch.int64)) < 0.7 * small
 
 
 @pytest.mark.parametrize(
@@ -114,6 +114,50 @@ def test_peak_memory_is_the_weights_and_what_generation_takes(tmp_path: Path) ->
 def test_settings_of_speed_that_cannot_be_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         SpeedConfig(**options)
+
+
+# Allocations
+
+MEGABYTE = 1 << 20
+
+
+def block(megabytes: int) -> torch.Tensor:
+    return torch.zeros(megabytes * MEGABYTE, dtype=torch.uint8)
+
+
+def test_the_peak_is_the_most_at_a_time_and_not_the_sum() -> None:
+    with Allocations() as allocations:
+        a = block(3)
+        b = block(2)
+        del a
+        c = block(4)
+        del b, c
+        block(5)
+    assert allocations.peak_bytes == 6 * MEGABYTE
+
+
+def test_views_and_in_place_operations_take_nothing() -> None:
+    with Allocations() as allocations:
+        a = block(3)
+        a.view(3, -1)[1:].add_(1)
+    assert allocations.peak_bytes == 3 * MEGABYTE
+
+
+def test_what_was_there_before_does_not_count() -> None:
+    before = block(7)
+    with Allocations() as allocations:
+        view = before[: 2 * MEGABYTE]
+        copy = view.clone()
+        del before, view
+    assert allocations.peak_bytes == copy.nbytes == 2 * MEGABYTE
+
+
+def test_a_freed_address_that_is_used_again_counts_again() -> None:
+    with Allocations() as allocations:
+        for _ in range(5):
+            block(2)
+        held = [block(2) for _ in range(3)]
+    assert allocations.peak_bytes == sum(tensor.nbytes for tensor in held)
 
 
 # Continuations
@@ -132,8 +176,9 @@ def test_a_continuation_is_what_transformers_generate(tmp_path: Path) -> None:
     assert len(set(written)) == 2
 
 
-def test_a_continuation_stops_where_the_model_ends() -> None:
-    model = tiny_model(max_position_embeddings=16, vocab_size=320)
+@pytest.mark.parametrize(("model_type", "field"), [("llama", "max_position_embeddings"), ("mpt", "max_seq_len")])
+def test_a_continuation_stops_where_the_model_ends(model_type: str, field: str) -> None:
+    model = tiny_model(model_type, vocab_size=320, **{field: 16})
     prompt = list(range(5, 19))
     (text,) = continuations(model, tiny_tokenizer(), [prompt], 9, no_progress)
     ids = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=2, pad_token_id=0)

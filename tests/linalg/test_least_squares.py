@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from surgery_helpers import by_rows, held_out_error
 from tiny_models import largest_difference
 from torch import Tensor
 
@@ -29,19 +30,6 @@ def sums(z: Tensor, y: Tensor, dtype: torch.dtype = torch.float64) -> Sums:
     result = Sums.zeros(y.shape[1], z.shape[1], like=z.to(dtype))
     result.add(z.to(dtype), y.to(dtype))
     return result
-
-
-def by_rows(weight: Tensor, z: Tensor, y: Tensor, ridge: float) -> Tensor:
-    """Return `argmin |Z W'^T - Y|^2 + ridge * mean(z^2 summed over rows) * |W' - W|^2` as one tall lstsq."""
-    penalty = (ridge * float((z**2).sum()) / z.shape[1]) ** 0.5
-    tall = torch.cat([z, penalty * torch.eye(z.shape[1], dtype=z.dtype)])
-    right = torch.cat([y, penalty * weight.T])
-    solution: Tensor = torch.linalg.lstsq(tall, right, driver="gelsd").solution.T
-    return solution
-
-
-def held_out_error(weight: Tensor, z: Tensor, y: Tensor) -> float:
-    return float(((z @ weight.T - y) ** 2).sum() / (y**2).sum())
 
 
 def brute_force(

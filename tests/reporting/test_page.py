@@ -17,7 +17,7 @@ from tiny_checkpoints import CommandLine, edit_json, listing, saved_model, tenso
 import layer_surgery
 from layer_surgery import SurgeryReport
 from layer_surgery.records import REPORT_SCHEMA_VERSION, LayerPlan, LayerScores
-from layer_surgery.records.reading_surgery import read_report
+from layer_surgery.records.reading import read_report
 from layer_surgery.reporting.compare import _not_dominated, comparison_page, result_row, warnings
 from layer_surgery.reporting.formats import number_list
 from layer_surgery.reporting.page import report_page

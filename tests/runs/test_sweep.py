@@ -19,13 +19,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import layer_surgery
 from layer_surgery import SweepPoint, SweepReport
 from layer_surgery.errors import NumericalError, OutputError, UserError
-from layer_surgery.records import LayerScores, SurgeryPlan
-from layer_surgery.records.reading_sweep import read_sweep
+from layer_surgery.records import SurgeryPlan
+from layer_surgery.records.reading import read_sweep
 from layer_surgery.reporting.sweep_page import sweep_rows
 from layer_surgery.runs.bench import Bench
 from layer_surgery.runs.evaluator import Evaluator
 from layer_surgery.runs.sweep.measuring import Measuring
 from layer_surgery.scoring import SCORERS, ScoringContext
+from layer_surgery.scoring.context import Ranking
 from layer_surgery.walk.boundaries import BoundaryStore
 
 SEQUENCE = 16
@@ -178,13 +179,13 @@ def test_scores_are_computed_once_for_what_the_scorer_depends_on(
     ranked: list[tuple[str, int | None]] = []
 
     def counted(name: str) -> Any:
-        rank = SCORERS[name].function
+        rank = SCORERS[name].rank
 
-        def scorer(context: ScoringContext) -> LayerScores:
+        def scorer(context: ScoringContext) -> Ranking:
             ranked.append((name, context.count))
             return rank(context)
 
-        return replace(SCORERS[name], function=scorer)
+        return replace(SCORERS[name], rank=scorer)
 
     entries = {name: counted(name) for name in ("block_influence", "angular")}
     monkeypatch.setattr("layer_surgery.runs.bench.SCORERS", entries)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from tiny_models import packed_tokens, settings, streamed, tiny_checkpoint
 
-from layer_surgery.calibration.cache import StatisticsSource
+from layer_surgery.calibration.source import StatisticsSource
 from layer_surgery.calibration.statistics import useful_ranks
 from layer_surgery.checkpoint.new_tensors import FactorStore
 from layer_surgery.config import EvaluationConfig
@@ -189,7 +189,7 @@ def test_scorers_look_at_nothing_that_they_do_not_depend_on(scorer: str, tmp_pat
     with Walk(streamed(tiny_checkpoint(tmp_path)), packed_tokens(8, 12), settings(tmp_path)) as walk:
         (tmp_path / "statistics").mkdir()
         statistics = StatisticsSource(tmp_path / "statistics", walk.model.dtype)
-        entry.function(Watched(walk=walk, count=2, seed=0, statistics=statistics, keep=0.2))
+        entry.scores(Watched(walk=walk, count=2, seed=0, statistics=statistics, keep=0.2))
     assert "walk" in seen or "seed" in seen
     assert seen & {"count", "keep", "refit"} == set(entry.depends_on)
 

@@ -7,17 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from surgery_helpers import operate, result_of, saved_result
 from tiny_families import dtype_of
 from tiny_models import (
-    CALIBRATION,
     decoder_layers,
     full_ranks,
     largest_difference,
     make_test_plan,
-    operate,
     packed_tokens,
     settings,
-    statistics_source,
     streamed,
     tiny_checkpoint,
     tiny_model,
@@ -33,10 +31,8 @@ from layer_surgery.checkpoint.architectures import ARCHITECTURES, Architecture
 from layer_surgery.checkpoint.open import open_checkpoint
 from layer_surgery.checkpoint.recognition import architecture_of
 from layer_surgery.checkpoint.result import result_checkpoint
-from layer_surgery.checkpoint.save import save_checkpoint
 from layer_surgery.errors import CheckpointError, PlanError
 from layer_surgery.progress import Ui
-from layer_surgery.surgeon import METHODS
 from layer_surgery.walk.moments import MomentRecorder
 from layer_surgery.walk.self_check import check_walk
 
@@ -102,32 +98,9 @@ def test_a_variant_walks_and_survives_removal_and_full_rank_factors(
     check_walk(streaming)
     assert largest_difference(walked_logits(streaming, TOKENS, settings(tmp_path)), logits_of(model)) < tolerance
     plan = make_test_plan(6, removed=[0, 3], low_rank={4: full_ranks(base, 4)}, method="svd")
-    factors = operate_without_data(plan, base, tmp_path / "factors")
-    output = tmp_path / "output"
-    output.mkdir()
-    save_checkpoint(result_checkpoint(base, plan, factors), output, base=base)
-    loaded = layer_surgery.load(output).eval()
+    loaded = layer_surgery.load(saved_result(plan, base, tmp_path / "output", dtype=base.dtype)).eval()
     by_hand = logits_of(without_layers(model, [0, 3]))
     assert largest_difference(logits_of(loaded), by_hand) < 10 * tolerance
-
-
-def operate_without_data(plan: Any, base: Any, scratch: Path) -> Any:
-    from layer_surgery.progress import no_progress
-    from layer_surgery.surgeon import FactorStore, SurgeryContext
-
-    scratch.mkdir()
-    factors, model = FactorStore(scratch, base.dtype), streamed(base, dtype=base.dtype)
-    METHODS[plan.method].function(
-        plan,
-        SurgeryContext(
-            model=model,
-            walk=None,
-            factors=factors,
-            statistics=statistics_source(scratch, base.dtype),
-            progress=no_progress,
-        ),
-    )
-    return factors
 
 
 @pytest.mark.parametrize("method", ["svd", "grasp", "grasp_sequential", "svd_llm", "fisher"])
@@ -164,24 +137,8 @@ def test_fisher_runs_on_layers_with_experts_and_without_attention(tmp_path: Path
     base = open_checkpoint(tiny_checkpoint(tmp_path, model))
     ranks = {index: full_ranks(base, index) for index in (2, 5)}
     plan = make_test_plan(6, low_rank=ranks, method="fisher")
-    from layer_surgery.progress import no_progress
-    from layer_surgery.surgeon import FactorStore, SurgeryContext
-    from layer_surgery.walk.walk import Walk
-
-    (tmp_path / "factors").mkdir()
-    factors = FactorStore(tmp_path / "factors", base.dtype)
-    streaming = streamed(base, dtype=torch.float32)
-    with Walk(streaming, CALIBRATION, settings(tmp_path)) as walk:
-        context = SurgeryContext(
-            model=streaming,
-            walk=walk,
-            factors=factors,
-            statistics=statistics_source(tmp_path, base.dtype),
-            progress=no_progress,
-            ranks_fixed=True,
-        )
-        METHODS["fisher"].function(plan, context)
-    result = streamed(result_checkpoint(base, plan, factors), dtype=torch.float32)
+    operated = result_of(plan, base, tmp_path, dtype=torch.float32, ranks_fixed=True)
+    result = streamed(operated, dtype=torch.float32)
     assert largest_difference(walked_logits(result, TOKENS, settings(tmp_path)), logits_of(model)) < 1e-3
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from surgery_helpers import statistics_source
 from tiny_models import (
     changes,
     decoder_layers,
@@ -16,12 +17,12 @@ from tiny_models import (
     packed_tokens,
     settings,
     snapshot,
-    statistics_source,
     streamed,
     tiny_checkpoint,
     tiny_model,
     whole_boundaries,
     whole_gradients,
+    whole_logits,
     whole_losses,
     without_layers,
 )
@@ -32,7 +33,9 @@ from layer_surgery.data.tokens import PackedTokens
 from layer_surgery.errors import UserError
 from layer_surgery.records import LayerScores
 from layer_surgery.registry import Registry
-from layer_surgery.scoring import SCORERS, ScoringContext
+from layer_surgery.scoring import SCORERS, ScorerEntry, ScoringContext
+from layer_surgery.scoring.context import Ranking
+from layer_surgery.surgeon import METHODS
 from layer_surgery.walk.walk import Walk
 
 TOKENS = packed_tokens(5, 11, padding=True, excluded=0.2)
@@ -57,12 +60,11 @@ def score(
         context = ScoringContext(
             walk=walk, count=count, seed=seed, statistics=statistics_source(scratch), keep=keep, refit=refit
         )
-        return SCORERS[name].function(context)
+        return SCORERS[name].scores(context)
 
 
 def mean_loss(model: PreTrainedModel, tokens: PackedTokens = TOKENS) -> float:
-    with torch.no_grad():
-        sums = whole_losses(model(tokens.token_ids, use_cache=False).logits, tokens)
+    sums = whole_losses(whole_logits(model, tokens), tokens)
     return float(sums.sum() / tokens.loss_mask.sum())
 
 
@@ -264,17 +266,17 @@ def test_an_unknown_scorer_unlike_any_is_answered_with_all() -> None:
 
 
 def test_a_registry_refuses_a_name_that_is_taken() -> None:
-    registry: Registry = Registry("thing")
-    registry.add("one", summary="")(lambda: 1)
+    registry = Registry("thing", ScorerEntry)
+    ranking = Ranking("things", [1.0])
+    registry.add("one", summary="")(lambda _context: ranking)
     with pytest.raises(ValueError, match="thing 'one' is registered already"):
-        registry.add("one", summary="")
-    assert registry.names == ["one"]
+        registry.add("one", summary="")(lambda _context: Ranking("others", []))
+    assert registry.names == ["one"] and registry["one"].rank(None) is ranking
 
 
 def test_needing_boundaries_is_needing_data() -> None:
-    registry: Registry = Registry("thing")
-    registry.add("one", summary="", needs_boundaries=True)(lambda: 1)
-    assert registry["one"].needs_data
+    assert all(method.needs_data for method in METHODS if method.needs_boundaries)
+    assert any(method.needs_boundaries for method in METHODS)
 
 
 def test_every_scorer_that_looks_at_data_says_so_and_names_its_paper(tmp_path: Path) -> None:
@@ -302,6 +304,6 @@ def test_scoring_leaves_no_hook_and_no_boundary_file(tmp_path: Path, scorer: str
     before = list(tmp_path.iterdir())
     with Walk(model, TOKENS, settings(tmp_path, boundary_memory_bytes=0)) as walk:
         context = ScoringContext(walk=walk, count=2, seed=0, statistics=statistics, keep=0.1)
-        SCORERS[scorer].function(context)
+        SCORERS[scorer].scores(context)
         assert hooks_on(model.model) == []
     assert list(tmp_path.iterdir()) == before

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from surgery_helpers import LINEARS, RecordedMoments, carried_out, operate, result_of, statistics_source, walked_moments
 from tiny_models import (
     CALIBRATION,
     decoder_layers,
@@ -15,32 +17,21 @@ from tiny_models import (
     hooks_on,
     largest_difference,
     make_test_plan,
-    operate,
     packed_tokens,
     settings,
-    statistics_source,
     streamed,
-    tiny_checkpoint,
     tiny_model,
     walked_logits,
     whole_losses,
 )
 from torch import Tensor
 
-from layer_surgery.calibration.cache import StatisticsSource
-from layer_surgery.checkpoint.open import open_checkpoint
+from layer_surgery.checkpoint.open import Checkpoint, open_checkpoint
 from layer_surgery.checkpoint.result import result_checkpoint
-from layer_surgery.data.tokens import PackedTokens
 from layer_surgery.linalg.low_rank import knapsack, shrunk, whitened_svd
-from layer_surgery.progress import no_progress
-from layer_surgery.surgeon import METHODS, FactorStore, SurgeryContext
-from layer_surgery.walk.moments import LayerMoments, MomentRecorder
-from layer_surgery.walk.walk import Observer, Walk
-
-LINEARS = (
-    *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
-    *("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
-)
+from layer_surgery.records import SurgeryPlan
+from layer_surgery.surgeon import FactorStore, model_shape, plan_parameters
+from layer_surgery.walk.walk import Walk
 
 
 def random_moment(size: int, seed: int, tokens: int = 50) -> Tensor:
@@ -50,37 +41,6 @@ def random_moment(size: int, seed: int, tokens: int = 50) -> Tensor:
 
 def cost(change: Tensor, inputs: Tensor, outputs: Tensor) -> float:
     return 0.5 * float(torch.trace(outputs @ change @ inputs @ change.T))
-
-
-class MomentObserver(Observer):
-    """Records the moments of all linears of every layer that it sees."""
-
-    def __init__(self, *, fail: bool = False) -> None:
-        self.moments: dict[int, LayerMoments] = {}
-        self._fail = fail
-
-    @contextmanager
-    def watching(self, index, layer):  # type: ignore[no-untyped-def]
-        self._recorder = MomentRecorder({name: layer.get_submodule(name) for name in LINEARS}, gradients=True)
-        with self._recorder.recording() as moments:
-            yield
-            if self._fail:
-                raise RuntimeError("on purpose")
-        self.moments[index] = moments
-
-    def batch(self, valid: Tensor) -> None:
-        self._recorder.start_batch(valid)
-
-
-def walked_moments(tokens: PackedTokens, scratch: Path, batch_size: int = 2) -> dict[int, LayerMoments]:
-    model = streamed(open_checkpoint(tiny_model("llama")))
-    with Walk(model, tokens, settings(scratch, batch_size=batch_size)) as walk:
-        path = list(range(model.layer_count))
-        observer = MomentObserver()
-        with walk.new_store(1 << 29) as gradient:
-            walk.losses(walk.forward(path, keep=True), gradient=(gradient, 0))
-            walk.backward(path, (gradient, 0), observers=[observer])
-    return observer.moments
 
 
 # Moments
@@ -129,10 +89,10 @@ def test_moments_do_not_depend_on_the_batch_size(tmp_path: Path) -> None:
 def test_hooks_are_gone_after_success_and_after_an_exception(tmp_path: Path) -> None:
     model = streamed(open_checkpoint(tiny_model("llama")))
     with Walk(model, CALIBRATION, settings(tmp_path)) as walk:
-        walk.forward([0, 1], keep=False, observers=[MomentObserver()])
+        walk.forward([0, 1], keep=False, observers=[RecordedMoments()])
         assert hooks_on(model.model) == []
         with pytest.raises(RuntimeError, match="on purpose"):
-            walk.forward([0, 1], keep=False, observers=[MomentObserver(fail=True)])
+            walk.forward([0, 1], keep=False, observers=[RecordedMoments(fail=True)])
     assert hooks_on(model.model) == []
 
 
@@ -251,71 +211,44 @@ def test_knapsack_refuses_a_budget_below_one_rank_each() -> None:
 def test_full_rank_reproduces_the_logits(tmp_path: Path, method: str, model_type: str) -> None:
     checkpoint = open_checkpoint(tiny_model(model_type))
     plan = make_test_plan(4, low_rank={1: full_ranks(checkpoint, 1), 2: full_ranks(checkpoint, 2)}, method=method)
-    factors = operate(plan, checkpoint, tmp_path / "f", ranks_fixed=True)
-    operated = result_checkpoint(checkpoint, plan, factors)
+    result = result_of(plan, checkpoint, tmp_path, ranks_fixed=True)
     tokens = packed_tokens(2, 10)
-    ours = walked_logits(streamed(operated), tokens, settings(tmp_path))
+    ours = walked_logits(streamed(result), tokens, settings(tmp_path))
     theirs = walked_logits(streamed(checkpoint), tokens, settings(tmp_path))
     assert largest_difference(ours, theirs) < 1e-8
 
 
 def run_fisher(
-    tmp_path: Path,
-    ranks: dict[str, int],
-    *,
-    ranks_fixed: bool,
-    slack: int = 0,
-    statistics: StatisticsSource | None = None,
-):  # type: ignore[no-untyped-def]
-    checkpoint = open_checkpoint(tiny_checkpoint(tmp_path / "model", tiny_model("llama")))
+    tmp_path: Path, ranks: dict[str, int], *, slack: int = 0, **options: Any
+) -> tuple[Checkpoint, SurgeryPlan, SurgeryPlan, FactorStore]:
+    """Return the original, the plan, the plan as carried out and the factors; `options` are those of the context."""
+    checkpoint = open_checkpoint(tiny_model())
     plan = make_test_plan(4, low_rank={1: ranks, 2: ranks}, method="fisher")
-    parameters = operated_size(checkpoint, plan)
-    from dataclasses import replace
-
+    parameters = plan_parameters(model_shape(checkpoint), plan)
     plan = replace(plan, parameters=parameters, parameter_bound=parameters + slack)
-    scratch = tmp_path / "factors"
-    scratch.mkdir()
-    model, factors = streamed(checkpoint), FactorStore(scratch, checkpoint.dtype)
-    with Walk(model, CALIBRATION, settings(tmp_path)) as walk:
-        context = SurgeryContext(
-            model=model,
-            walk=walk,
-            factors=factors,
-            statistics=statistics or statistics_source(tmp_path),
-            progress=no_progress,
-            ranks_fixed=ranks_fixed,
-        )
-        carried_out = METHODS["fisher"].function(plan, context)
-    return checkpoint, plan, carried_out, factors
-
-
-def operated_size(checkpoint, plan) -> int:  # type: ignore[no-untyped-def]
-    from layer_surgery.surgeon import model_shape, plan_parameters
-
-    return plan_parameters(model_shape(checkpoint), plan)
+    with Walk(streamed(checkpoint), CALIBRATION, settings(tmp_path)) as walk:
+        return checkpoint, plan, *carried_out(plan, walk, tmp_path, **options)
 
 
 def test_fisher_moves_ranks_within_the_bound_and_reports_the_true_number_of_parameters(tmp_path: Path) -> None:
-    checkpoint, plan, carried_out, factors = run_fisher(tmp_path, dict.fromkeys(LINEARS, 4), ranks_fixed=False, slack=9)
-    assert [layer.ranks for layer in carried_out.low_rank] != [layer.ranks for layer in plan.low_rank]
-    real = result_checkpoint(checkpoint, carried_out, factors).parameters
-    assert carried_out.parameters == real <= plan.parameter_bound
-    assert carried_out.predicted_loss_rise > 0
+    checkpoint, plan, done, factors = run_fisher(tmp_path, dict.fromkeys(LINEARS, 4), ranks_fixed=False, slack=9)
+    assert [layer.ranks for layer in done.low_rank] != [layer.ranks for layer in plan.low_rank]
+    real = result_checkpoint(checkpoint, done, factors).parameters
+    assert done.parameters == real <= plan.parameter_bound
+    assert done.predicted_loss_rise > 0
 
 
 def test_fisher_keeps_the_ranks_that_the_user_gave(tmp_path: Path) -> None:
-    checkpoint, plan, carried_out, factors = run_fisher(tmp_path, dict.fromkeys(LINEARS, 4), ranks_fixed=True)
-    assert carried_out.layers == plan.layers
-    assert result_checkpoint(checkpoint, carried_out, factors).low_rank["model.layers.2.mlp.down_proj"] == 4
+    checkpoint, plan, done, factors = run_fisher(tmp_path, dict.fromkeys(LINEARS, 4), ranks_fixed=True)
+    assert done.layers == plan.layers
+    assert result_checkpoint(checkpoint, done, factors).low_rank["model.layers.2.mlp.down_proj"] == 4
 
 
 def test_knapsack_ranks_predict_less_loss_than_uniform_ones(tmp_path: Path) -> None:
     ranks = dict.fromkeys(LINEARS, 3)
-    (tmp_path / "a").mkdir()
-    (tmp_path / "b").mkdir()
     source = statistics_source(tmp_path)
-    fixed = run_fisher(tmp_path / "a", ranks, ranks_fixed=True, statistics=source)[2]
-    chosen = run_fisher(tmp_path / "b", ranks, ranks_fixed=False, statistics=source)[2]
+    fixed = run_fisher(tmp_path, ranks, ranks_fixed=True, statistics=source)[2]
+    chosen = run_fisher(tmp_path, ranks, ranks_fixed=False, statistics=source)[2]
     assert source._statistics is not None
     costs = [sum(source._statistics.cost(e.index, e.ranks) for e in plan.low_rank) for plan in (chosen, fixed)]
     assert costs[0] < costs[1]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from surgery_helpers import ATTENTION, MLP, carried_out, operate, result_of
 from tiny_models import (
     CALIBRATION,
     changes,
@@ -16,32 +17,27 @@ from tiny_models import (
     hooks_on,
     largest_difference,
     make_test_plan,
-    operate,
     packed_tokens,
     settings,
     snapshot,
-    statistics_source,
     streamed,
     tiny_checkpoint,
     tiny_model,
     walked_logits,
     whole_gradients,
+    whole_logits,
     whole_losses,
 )
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from layer_surgery.checkpoint.open import open_checkpoint
-from layer_surgery.checkpoint.result import result_checkpoint
 from layer_surgery.data.tokens import PackedTokens
 from layer_surgery.errors import NumericalError, UserError
 from layer_surgery.linalg.low_rank import Factors
-from layer_surgery.progress import no_progress
-from layer_surgery.surgeon import METHODS, FactorStore, SurgeryContext
+from layer_surgery.surgeon import METHODS, FactorStore
 from layer_surgery.walk.walk import Walk
 
-ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
-MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 RANKS = dict.fromkeys(ATTENTION, 6) | dict.fromkeys(MLP, 9)
 
 
@@ -79,9 +75,8 @@ def test_svd_at_full_rank_reproduces_the_logits(tmp_path: Path, model_type: str)
     model = tiny_model(model_type)
     checkpoint = open_checkpoint(model)
     plan = make_test_plan(4, low_rank={index: full_ranks(checkpoint, index) for index in range(4)})
-    operated = result_checkpoint(checkpoint, plan, operate(plan, checkpoint, tmp_path / "factors"))
-    with torch.no_grad():
-        expected = model(CALIBRATION.token_ids, use_cache=False).logits
+    operated = result_of(plan, checkpoint, tmp_path)
+    expected = whole_logits(model, CALIBRATION)
     assert largest_difference(walked_logits(streamed(operated), CALIBRATION, settings(tmp_path)), expected) < 1e-9
 
 
@@ -144,9 +139,8 @@ def test_grasp_at_full_rank_reproduces_the_logits(tmp_path: Path) -> None:
     model = tiny_model()
     checkpoint = open_checkpoint(model)
     plan = make_test_plan(4, low_rank={k: full_ranks(checkpoint, k) for k in (0, 2)}, method="grasp_sequential")
-    operated = result_checkpoint(checkpoint, plan, operate(plan, checkpoint, tmp_path / "factors"))
-    with torch.no_grad():
-        expected = model(CALIBRATION.token_ids, use_cache=False).logits
+    operated = result_of(plan, checkpoint, tmp_path)
+    expected = whole_logits(model, CALIBRATION)
     assert largest_difference(walked_logits(streamed(operated), CALIBRATION, settings(tmp_path)), expected) < 1e-9
 
 
@@ -246,19 +240,9 @@ def test_surgery_that_fails_leaves_no_hook(tmp_path: Path, method: str, monkeypa
     model = streamed(tiny_checkpoint(tmp_path))
     originals = list(model.layers)
     monkeypatch.setattr(FactorStore, "write", fail)
-    factors = FactorStore(tmp_path, torch.float64)
     plan = make_test_plan(4, low_rank={1: RANKS}, method=method)
     with Walk(model, CALIBRATION, settings(tmp_path)) as walk, pytest.raises(NumericalError):
-        METHODS[method].function(
-            plan,
-            SurgeryContext(
-                model=model,
-                walk=walk,
-                factors=factors,
-                statistics=statistics_source(tmp_path),
-                progress=no_progress,
-            ),
-        )
+        carried_out(plan, walk, tmp_path)
     assert hooks_on(model.model) == []
     assert list(model.layers) == originals
     assert all(p.is_meta and not p.requires_grad and p.grad is None for p in model.layers.parameters())
@@ -290,5 +274,5 @@ def test_an_unknown_method_is_answered_with_the_nearest() -> None:
 
 def test_removal_makes_no_factors(tmp_path: Path) -> None:
     plan = make_test_plan(4, removed=[1], method="remove")
-    operate(plan, open_checkpoint(tiny_model()), tmp_path / "factors")
-    assert list((tmp_path / "factors").glob("*.safetensors")) == []
+    factors = operate(plan, open_checkpoint(tiny_model()), tmp_path)
+    assert list(factors.directory.iterdir()) == []

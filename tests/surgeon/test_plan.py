@@ -10,15 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_models import operate, tiny_model
+from surgery_helpers import result_of
+from tiny_models import tiny_model
 
 from layer_surgery.checkpoint.open import open_checkpoint
-from layer_surgery.checkpoint.result import result_checkpoint
 from layer_surgery.config import BudgetConfig
 from layer_surgery.errors import PlanError
 from layer_surgery.records import PLAN_SCHEMA_VERSION, LayerPlan, SurgeryPlan
 from layer_surgery.surgeon import (
-    FactorStore,
     LayerShape,
     ModelShape,
     check_plan,
@@ -313,10 +312,7 @@ def test_predicted_parameters_are_those_of_the_operated_model(
 ) -> None:
     checkpoint = open_checkpoint(tiny_model(model_type, tied=tied))
     plan = make_plan(model_shape(checkpoint), [1, 3], BudgetConfig(**budget), "svd")
-    factors = FactorStore(tmp_path, checkpoint.dtype)
-    if plan.low_rank:
-        factors = operate(plan, checkpoint, tmp_path / "factors")
-    operated = result_checkpoint(checkpoint, plan, factors)
+    operated = result_of(plan, checkpoint, tmp_path)
     assert operated.parameters == plan.parameters
     stored = sum(spec.numel for name, spec in operated.source.specs.items() if not (tied and name == "lm_head.weight"))
     assert stored == plan.parameters

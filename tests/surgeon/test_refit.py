@@ -2,153 +2,49 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from linalg.test_least_squares import by_rows, held_out_error
+from surgery_helpers import REFIT_TOKENS as TOKENS
+from surgery_helpers import (
+    check_resolved,
+    inputs_and_outputs,
+    low_rank_plan,
+    new_factors,
+    refitted,
+    saved_result,
+)
 from tiny_families import LAYERS, VOCABULARY, dtype_of
 from tiny_models import (
     changes,
     decoder_layers,
     full_ranks,
-    hooks_on,
     largest_difference,
     make_test_plan,
     packed_tokens,
     settings,
     snapshot,
-    statistics_source,
     streamed,
     tiny_checkpoint,
     tiny_model,
     whole_boundaries,
 )
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from layer_surgery.checkpoint.architectures import ARCHITECTURES
-from layer_surgery.checkpoint.new_tensors import FactorStore
-from layer_surgery.checkpoint.open import Checkpoint, open_checkpoint
+from layer_surgery.checkpoint.open import open_checkpoint
 from layer_surgery.checkpoint.result import result_checkpoint
 from layer_surgery.data.tokens import PackedTokens
 from layer_surgery.errors import DataError
-from layer_surgery.linalg.least_squares import RIDGES
-from layer_surgery.progress import no_progress
-from layer_surgery.records import RefitRecord, RefitScope, SurgeryPlan
-from layer_surgery.surgeon import METHODS, SurgeryContext
 from layer_surgery.surgeon.layer_pair import ResidualScales, residual_scales
 from layer_surgery.surgeon.refit import refit
 from layer_surgery.walk.walk import Walk
 
-#: Enough rows to fit 40 inputs and to hold some out; padded, and with tokens that carry no loss.
-TOKENS = packed_tokens(40, 12, padding=True, excluded=0.3)
 POST_NORM = {"gemma2", "gemma3_text", "gemma4_text", "olmo2", "olmo3", "glm4"}
 families = pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
-
-
-@dataclass
-class Refitted:
-    original: Checkpoint
-    plan: SurgeryPlan
-    before: Checkpoint
-    after: Checkpoint
-    records: list[RefitRecord]
-
-    def tensors(self, checkpoint: Checkpoint) -> dict[str, Tensor]:
-        return checkpoint.source.read(checkpoint.source.specs, torch.device("cpu"))
-
-    def changed(self) -> set[str]:
-        """Return the names, in the operated model, of the tensors that the refit changed."""
-        before, after = self.tensors(self.before), self.tensors(self.after)
-        assert before.keys() == after.keys()
-        return {name for name in before if not torch.equal(before[name], after[name])}
-
-    def stream_errors(self, scratch: Path, tokens: PackedTokens) -> tuple[float, float]:
-        """Return how far the last hidden states are from the original's, before and after the refit."""
-        target = last_states(self.original, scratch, tokens)
-        norm = target.norm()
-        before, after = (last_states(c, scratch, tokens) for c in (self.before, self.after))
-        return float((before - target).norm() / norm), float((after - target).norm() / norm)
-
-
-def last_states(checkpoint: Checkpoint, scratch: Path, tokens: PackedTokens) -> Tensor:
-    dtype = torch.float32 if checkpoint.dtype == torch.float32 else torch.float64
-    with Walk(streamed(checkpoint, dtype=dtype), tokens, settings(scratch)) as walk:
-        slot = walk.forward(range(checkpoint.layer_count), keep=False)
-        return walk.store.read(slot, slice(0, tokens.sequences))[tokens.valid]
-
-
-def refitted(
-    model: PreTrainedModel | Path,
-    plan: SurgeryPlan,
-    scratch: Path,
-    *,
-    tokens: PackedTokens = TOKENS,
-    others: tuple[PackedTokens, ...] = (),
-    scope: RefitScope = "all",
-    batch_size: int = 7,
-    on_disk: bool = False,
-    dtype: torch.dtype = torch.float64,
-) -> Refitted:
-    """Operate and refit as the pipeline does, over the same walk of the original."""
-    checkpoint = open_checkpoint(model)
-    stores = []
-    for name in ("factors", "refitted"):
-        directory = scratch / f"{name}-{len(list(scratch.iterdir()))}"
-        directory.mkdir()
-        stores.append(FactorStore(directory, checkpoint.dtype))
-    factors, new = stores
-    limit = 0 if on_disk else 1 << 29
-    where = settings(scratch, batch_size=batch_size, boundary_memory_bytes=limit)
-    original = streamed(checkpoint, dtype=dtype, resident_bytes=limit)
-    with Walk(original, tokens, where) as walk:
-        if plan.low_rank or METHODS[plan.method].removes:
-            statistics = statistics_source(scratch, checkpoint.dtype)
-            context = SurgeryContext(
-                model=original,
-                walk=walk,
-                factors=factors,
-                statistics=statistics,
-                progress=no_progress,
-                ranks_fixed=True,
-            )
-            METHODS[plan.method].function(plan, context)
-        before = result_checkpoint(checkpoint, plan, factors)
-        walks = [walk, *(Walk(original, other, where) for other in others)]
-        operated = streamed(before, dtype=dtype, resident_bytes=limit)
-        records = refit(plan, walks, operated, new, scope)
-        assert hooks_on(operated.model) == hooks_on(original.model) == []
-    return Refitted(checkpoint, plan, before, result_checkpoint(checkpoint, plan, factors, new), records)
-
-
-def low_rank_plan(model: PreTrainedModel, *layers: int, rank: int = 6, layer_count: int = 4) -> SurgeryPlan:
-    checkpoint = open_checkpoint(model)
-    ranks = {index: {name: min(rank, most) for name, most in full_ranks(checkpoint, index).items()} for index in layers}
-    return make_test_plan(layer_count, low_rank=ranks)
-
-
-def inputs_and_outputs(model: PreTrainedModel, index: int, name: str, tokens: PackedTokens) -> tuple[Tensor, Tensor]:
-    """Return what goes into a linear of the whole model and comes out of it, [N, S, in] and [N, S, out]."""
-    seen: list[Tensor] = []
-    linear = decoder_layers(model)[index].get_submodule(name)
-    handle = linear.register_forward_hook(lambda _m, arguments, output: seen.extend((arguments[0], output)))
-    with torch.no_grad():
-        model(tokens.token_ids, use_cache=False)
-    handle.remove()
-    return seen[0], seen[1]
-
-
-def best_by_rows(weight: Tensor, z: Tensor, y: Tensor, tokens: PackedTokens, every: int = 8) -> tuple[float, Tensor]:
-    """Return the ridge that is best on every eighth window, and its solution on all windows, row by row."""
-    windows = torch.arange(tokens.sequences)[:, None].expand_as(tokens.valid)
-    held = tokens.valid & (windows % every == every - 1)
-    train = tokens.valid & ~held
-    errors = {r: held_out_error(by_rows(weight, z[train], y[train], r), z[held], y[held]) for r in RIDGES}
-    ridge = min(errors, key=lambda r: errors[r])
-    assert errors[ridge] < held_out_error(weight, z[held], y[held])
-    return ridge, by_rows(weight, z[tokens.valid], y[tokens.valid], ridge)
 
 
 # Against rows of the whole model
@@ -162,11 +58,7 @@ def test_the_layer_before_a_removed_run_aims_past_the_run(tmp_path: Path) -> Non
     states = whole_boundaries(model, TOKENS)
     target = states[4] - (states[2] - output)
     weight = model.get_parameter(f"model.layers.1.{name}.weight").detach()
-    ridge, expected = best_by_rows(weight, z, target, TOKENS)
-    (record,) = [r for r in result.records if (r.layer, r.linear) == (1, name)]
-    assert record.ridge == ridge
-    found = result.tensors(result.after)[f"model.layers.1.{name}.weight"]
-    assert largest_difference(found, expected) < 1e-6
+    check_resolved(result, (1, name), f"model.layers.1.{name}.weight", (z, target), weight)
 
 
 @pytest.mark.parametrize("name", ["self_attn.k_proj", "mlp.up_proj"])
@@ -177,14 +69,11 @@ def test_in_a_low_rank_linear_the_left_factor_is_solved_and_the_right_one_stays(
     prefix = f"model.layers.2.{name}"
     right = before[f"{prefix}.in_factor.weight"]
     assert torch.equal(after[f"{prefix}.in_factor.weight"], right)
-    operated = tiny_model()
     if name == "mlp.up_proj":  # after the attention of the same layer, which is the original's
         assert "model.layers.2.self_attn.o_proj.weight" not in result.changed()
-    x, y = inputs_and_outputs(operated, 2, name, TOKENS)
-    ridge, expected = best_by_rows(before[f"{prefix}.out_factor.weight"], x @ right.T, y, TOKENS)
-    (record,) = [r for r in result.records if r.linear == name]
-    assert record.ridge == ridge
-    assert largest_difference(after[f"{prefix}.out_factor.weight"], expected) < 1e-6
+    x, y = inputs_and_outputs(tiny_model(), 2, name, TOKENS)
+    left = f"{prefix}.out_factor.weight"
+    check_resolved(result, (2, name), left, (x @ right.T, y), before[left])
 
 
 def test_a_layer_behind_a_cut_brings_the_stream_back_to_the_originals(tmp_path: Path) -> None:
@@ -199,9 +88,8 @@ def test_a_layer_behind_a_cut_brings_the_stream_back_to_the_originals(tmp_path: 
     z, output = inputs_and_outputs(operated, 1, name, TOKENS)
     target = whole_boundaries(model, TOKENS)[3] - (whole_boundaries(operated, TOKENS)[2] - output)
     weight = model.get_parameter(f"model.layers.2.{name}.weight").detach()
-    ridge, expected = best_by_rows(weight, z, target, TOKENS)
-    assert result.records[-1].linear == name and result.records[-1].ridge == ridge
-    assert largest_difference(result.tensors(result.after)[f"model.layers.1.{name}.weight"], expected) < 1e-6
+    assert result.records[-1].linear == name
+    check_resolved(result, (2, name), f"model.layers.1.{name}.weight", (z, target), weight)
 
 
 # Every architecture
@@ -221,7 +109,7 @@ def test_the_way_to_the_stream_is_found_or_known_not_to_be_plain_addition(tmp_pa
     with Walk(model, TOKENS, settings(tmp_path)) as walk:
         walk.forward(range(model.layer_count), keep=True)
         for index in range(model.layer_count):
-            hidden, call = walk.store.read(index, slice(0, 4)), walk.rehearsal.call(index, TOKENS.token_ids[:4])
+            hidden, call = walk.boundary(index).read(slice(0, 4)), walk.rehearsal.call(index, TOKENS.token_ids[:4])
             with model.layer(index) as layer:
                 modules = dict(layer.named_modules())
                 out, mlp = ([name for name in names if name in modules] for names in (entry.attention, entry.mlp))
@@ -403,14 +291,12 @@ def test_one_layer_of_each_model_has_weights_at_a_time(tmp_path: Path, monkeypat
     path = tiny_checkpoint(tmp_path, max_shard_size="30KB")
     checkpoint = open_checkpoint(path)
     plan = make_test_plan(4, removed=[1], method="remove")
-    store = FactorStore(tmp_path, checkpoint.dtype)
     original = streamed(checkpoint, resident_bytes=0)
-    operated = streamed(result_checkpoint(checkpoint, plan, store), resident_bytes=0)
+    operated = streamed(result_checkpoint(checkpoint, plan), resident_bytes=0)
     for layer in [*original.layers, *operated.layers]:
         layer.register_forward_pre_hook(count)
-    (tmp_path / "new").mkdir()
     with Walk(original, TOKENS, settings(tmp_path, boundary_memory_bytes=0)) as walk:
-        refit(plan, [walk], operated, FactorStore(tmp_path / "new", checkpoint.dtype), "all")
+        refit(plan, [walk], operated, new_factors(tmp_path, checkpoint.dtype), "all")
     assert set(loaded) == {(1, 0), (1, 1)}
 
 
@@ -450,7 +336,7 @@ def scales_in(model: PreTrainedModel, dtype: torch.dtype, scratch: Path) -> list
     with Walk(streaming, TOKENS, settings(scratch)) as walk:
         walk.forward(range(streaming.layer_count), keep=True)
         for index in range(streaming.layer_count):
-            hidden = walk.store.read(index, slice(0, 8))
+            hidden = walk.boundary(index).read(slice(0, 8))
             call = walk.rehearsal.call(index, TOKENS.token_ids[:8])
             with streaming.layer(index) as layer:
                 found.append(residual_scales(layer, "self_attn.o_proj", "mlp.down_proj", call, hidden))
@@ -479,12 +365,8 @@ def test_a_norm_in_between_is_seen_in_a_rounded_stream_too(tmp_path: Path, model
 
 
 def test_a_checkpoint_that_is_low_rank_already_is_refitted_again(tmp_path: Path) -> None:
-    from layer_surgery.checkpoint.save import save_checkpoint
-
     model = tiny_model()
-    first = refitted(model, low_rank_plan(model, 1), tmp_path)
-    (tmp_path / "saved").mkdir()
-    save_checkpoint(first.after, tmp_path / "saved", base=first.original)
+    saved_result(low_rank_plan(model, 1), open_checkpoint(model), tmp_path / "saved")
     result = refitted(tmp_path / "saved", make_test_plan(4, removed=[2], method="remove"), tmp_path)
     before, after = result.stream_errors(tmp_path, TOKENS)
     assert after < 0.9 * before

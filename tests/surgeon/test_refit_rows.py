@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from surgeon.test_refit import TOKENS, Refitted, best_by_rows, inputs_and_outputs, refitted
-from tiny_models import largest_difference, make_test_plan, tiny_model, whole_boundaries, without_layers
+from surgery_helpers import REFIT_TOKENS as TOKENS
+from surgery_helpers import check_resolved, inputs_and_outputs, refitted
+from tiny_models import make_test_plan, tiny_model, whole_boundaries, without_layers
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -27,15 +28,6 @@ def bias_of(model: PreTrainedModel, name: str) -> Tensor | float:
     return 0.0 if found is None else found.detach()
 
 
-def check(result: Refitted, new: int, old: int, name: str, z: Tensor, target: Tensor, weight: Tensor) -> None:
-    """Compare the re-solved weight and its ridge with the best over the rows."""
-    ridge, expected = best_by_rows(weight, z, target, TOKENS)
-    (record,) = [r for r in result.records if (r.layer, r.linear) == (old, name)]
-    assert record.ridge == ridge
-    found = result.tensors(result.after)[f"model.layers.{new}.{name}.weight"]
-    assert largest_difference(found, expected) < 1e-6
-
-
 @both
 def test_mlp_out_before_a_removed_run(tmp_path: Path, model_type: str) -> None:
     model = tiny_model(model_type, layers=5)
@@ -45,7 +37,8 @@ def test_mlp_out_before_a_removed_run(tmp_path: Path, model_type: str) -> None:
     states = whole_boundaries(model, TOKENS)
     prefix = f"model.layers.1.{name}"
     target = (states[4] - states[2]) / scale + output - bias_of(model, prefix)
-    check(result, 1, 1, name, z, target, model.get_parameter(f"{prefix}.weight").detach())
+    weight = model.get_parameter(f"{prefix}.weight").detach()
+    check_resolved(result, (1, name), f"model.layers.1.{name}.weight", (z, target), weight)
 
 
 @pytest.mark.parametrize("name", ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"])
@@ -57,7 +50,8 @@ def test_linears_that_share_their_input(tmp_path: Path, model_type: str, name: s
     z, _ = inputs_and_outputs(without_layers(model, [0]), 0, name, TOKENS)
     prefix = f"model.layers.1.{name}"
     target = inputs_and_outputs(model, 1, name, TOKENS)[1] - bias_of(model, prefix)
-    check(result, 0, 1, name, z, target, model.get_parameter(f"{prefix}.weight").detach())
+    weight = model.get_parameter(f"{prefix}.weight").detach()
+    check_resolved(result, (1, name), f"model.layers.0.{name}.weight", (z, target), weight)
 
 
 @both
@@ -73,7 +67,8 @@ def test_attention_out_behind_a_cut(tmp_path: Path, model_type: str) -> None:
     middle = states[2] - scale * inputs_and_outputs(model, 1, mlp, TOKENS)[1]
     prefix = f"model.layers.1.{name}"
     target = (middle - states[0]) / scale - bias_of(model, prefix)
-    check(result, 0, 1, name, z, target, model.get_parameter(f"{prefix}.weight").detach())
+    weight = model.get_parameter(f"{prefix}.weight").detach()
+    check_resolved(result, (1, name), f"model.layers.0.{name}.weight", (z, target), weight)
 
 
 def test_rows_of_the_tests_above_are_not_the_originals(tmp_path: Path) -> None:

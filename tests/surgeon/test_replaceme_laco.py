@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from surgeon.test_refit import TOKENS, inputs_and_outputs, last_states, low_rank_plan
+from surgery_helpers import REFIT_TOKENS as TOKENS
+from surgery_helpers import inputs_and_outputs, last_states, low_rank_plan, operate, saved_result
 from tiny_models import (
     decoder_layers,
     largest_difference,
     make_test_plan,
-    operate,
     packed_tokens,
     settings,
     streamed,
@@ -25,28 +26,20 @@ from transformers import PreTrainedModel
 
 from layer_surgery.checkpoint.open import open_checkpoint
 from layer_surgery.checkpoint.result import result_checkpoint
-from layer_surgery.checkpoint.save import save_checkpoint
 from layer_surgery.errors import DataError, PlanError
 from layer_surgery.records import SurgeryPlan
 from layer_surgery.surgeon import FactorStore
-from layer_surgery.surgeon.replaceme import removed_runs
 
 MLP_OUT = "mlp.down_proj"
 
 
-def carried_out(
-    model: PreTrainedModel | Path,
-    method: str,
-    removed: list[int],
-    scratch: Path,
-    *,
-    layers: int = 6,
-    batch_size: int = 7,
-    dtype: torch.dtype = torch.float64,
+def folded(
+    model: PreTrainedModel | Path, method: str, removed: list[int], scratch: Path, *, layers: int = 6, **options: Any
 ) -> tuple[FactorStore, SurgeryPlan]:
+    """Remove layers with a method that puts something into those before; return the new tensors and the plan."""
     plan = make_test_plan(layers, removed=removed, method=method)
-    checkpoint, where = open_checkpoint(model), scratch / method
-    return operate(plan, checkpoint, where, tokens=TOKENS, batch_size=batch_size, dtype=dtype), plan
+    options = {"tokens": TOKENS, "batch_size": 7} | options
+    return operate(plan, open_checkpoint(model), scratch, **options), plan
 
 
 def best_weight(model: PreTrainedModel, first: int, after: int, scale: float = 1.0) -> Tensor:
@@ -68,7 +61,7 @@ def best_weight(model: PreTrainedModel, first: int, after: int, scale: float = 1
     [([], []), ([2], [(2, 3)]), ([2, 3], [(2, 4)]), ([1, 3, 4], [(1, 2), (3, 5)]), ([0, 5], [(0, 1), (5, 6)])],
 )
 def test_runs_of_removed_layers(removed: list[int], runs: list[tuple[int, int]]) -> None:
-    assert removed_runs(make_test_plan(6, removed=removed)) == runs
+    assert make_test_plan(6, removed=removed).removed_runs == runs
 
 
 # ReplaceMe
@@ -79,7 +72,7 @@ def test_replaceme_equals_least_squares_on_all_rows(
     tmp_path: Path, removed: list[int], runs: list[tuple[int, int]]
 ) -> None:
     model = tiny_model(layers=6)
-    factors, plan = carried_out(model, "replaceme", removed, tmp_path)
+    factors, plan = folded(model, "replaceme", removed, tmp_path)
     for first, after in runs:
         tensors = factors.read(first - 1)
         assert tensors.keys() == {f"{MLP_OUT}.weight"}
@@ -90,7 +83,7 @@ def test_replaceme_equals_least_squares_on_all_rows(
 
 def test_replaceme_knows_what_an_architecture_multiplies_its_mlp_with(tmp_path: Path) -> None:
     model = tiny_model("granite", layers=6)
-    factors, _ = carried_out(model, "replaceme", [2, 3], tmp_path)
+    factors, _ = folded(model, "replaceme", [2, 3], tmp_path)
     expected = best_weight(model, 2, 4, scale=0.6)
     assert largest_difference(factors.read(1)[f"{MLP_OUT}.weight"], expected) < 1e-5
 
@@ -101,7 +94,7 @@ def test_replaceme_brings_the_stream_after_the_run_nearer_than_removal(tmp_path:
     original = open_checkpoint(model)
     target, errors = last_states(original, tmp_path, TOKENS), {}
     for method in ("remove", "replaceme"):
-        factors, plan = carried_out(model, method, [3], tmp_path, layers=4)
+        factors, plan = folded(model, method, [3], tmp_path, layers=4)
         states = last_states(result_checkpoint(original, plan, factors), tmp_path, TOKENS)
         errors[method] = float((states - target).norm())
     assert errors["replaceme"] < 0.9 * errors["remove"]
@@ -111,8 +104,7 @@ def test_replaceme_does_not_depend_on_the_batch_size(tmp_path: Path) -> None:
     model = tiny_model(layers=6)
     weights = []
     for size in (1, 40):
-        (tmp_path / str(size)).mkdir()
-        factors, _ = carried_out(model, "replaceme", [2], tmp_path / str(size), batch_size=size)
+        factors, _ = folded(model, "replaceme", [2], tmp_path, batch_size=size)
         weights.append(factors.read(1)[f"{MLP_OUT}.weight"])
     assert largest_difference(*weights) < 1e-7
 
@@ -121,30 +113,30 @@ def test_replaceme_refuses_a_norm_behind_the_mlp(tmp_path: Path) -> None:
     with pytest.raises(
         PlanError, match=r"layer 1 of this gemma2 model does not \(a norm or experts.*use another method"
     ):
-        carried_out(tiny_model("gemma2", layers=6), "replaceme", [2], tmp_path)
+        folded(tiny_model("gemma2", layers=6), "replaceme", [2], tmp_path)
 
 
 @pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss"])
 def test_replaceme_refuses_experts(tmp_path: Path, model_type: str) -> None:
     model = tiny_model(model_type, layers=6, dtype=torch.float32)
     with pytest.raises(PlanError, match=f"layer 1 of this {model_type} model does not"):
-        carried_out(model, "replaceme", [2], tmp_path, dtype=torch.float32)
+        folded(model, "replaceme", [2], tmp_path, dtype=torch.float32)
 
 
 def test_replaceme_folds_into_a_layer_with_a_convolution_for_attention(tmp_path: Path) -> None:
-    factors, _ = carried_out(tiny_model("lfm2", layers=6), "replaceme", [2, 3], tmp_path)
+    factors, _ = folded(tiny_model("lfm2", layers=6), "replaceme", [2, 3], tmp_path)
     assert factors.read(1).keys() == {"feed_forward.w2.weight"}
 
 
 def test_replaceme_refuses_a_bias(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match="without bias"):
-        carried_out(tiny_model("starcoder2", layers=6), "replaceme", [2], tmp_path)
+        folded(tiny_model("starcoder2", layers=6), "replaceme", [2], tmp_path)
 
 
 def test_replaceme_refuses_a_projection_that_is_low_rank_already(tmp_path: Path) -> None:
     path = low_rank_checkpoint(tmp_path)
     with pytest.raises(PlanError, match=r"'mlp\.down_proj' of layer 1, which is low-rank already"):
-        carried_out(path, "replaceme", [2], tmp_path, layers=4)
+        folded(path, "replaceme", [2], tmp_path, layers=4)
 
 
 def test_replaceme_needs_as_many_tokens_as_the_model_is_wide(tmp_path: Path) -> None:
@@ -160,7 +152,7 @@ def test_replaceme_needs_as_many_tokens_as_the_model_is_wide(tmp_path: Path) -> 
 def test_laco_equals_a_merge_by_hand(tmp_path: Path, model_type: str) -> None:
     """Every linear of the layer before a run becomes itself plus the differences of the run's layers to it."""
     model = tiny_model(model_type, layers=6)
-    factors, plan = carried_out(model, "laco", [1, 4, 5], tmp_path)
+    factors, plan = folded(model, "laco", [1, 4, 5], tmp_path)
     merged = result_checkpoint(open_checkpoint(model), plan, factors)
     tensors = merged.source.read(merged.source.specs, torch.device("cpu"))
     layers = [layer.state_dict() for layer in decoder_layers(model)]
@@ -179,7 +171,7 @@ def test_laco_equals_a_merge_by_hand(tmp_path: Path, model_type: str) -> None:
 def test_laco_merges_weights_that_are_stored_the_other_way_round(tmp_path: Path) -> None:
     """GPT-2 stores its linears as [in, out]."""
     model = tiny_model("gpt2", layers=4)
-    factors, plan = carried_out(model, "laco", [2], tmp_path, layers=4)
+    factors, plan = folded(model, "laco", [2], tmp_path, layers=4)
     merged = without_layers(model, [2])
     one, two = (decoder_layers(model)[index].state_dict() for index in (1, 2))
     state = decoder_layers(merged)[1].state_dict()
@@ -203,21 +195,17 @@ def test_laco_looks_at_no_data(tmp_path: Path) -> None:
 @pytest.mark.parametrize("removed", [[0], [0, 1], [0, 3]])
 def test_both_need_a_layer_before_the_run(tmp_path: Path, method: str, removed: list[int]) -> None:
     with pytest.raises(PlanError, match=f"--method {method} needs a layer before each removed run, but layer 0"):
-        carried_out(tiny_model(layers=6), method, removed, tmp_path)
+        folded(tiny_model(layers=6), method, removed, tmp_path)
 
 
 @pytest.mark.parametrize("removed", [1, 2])
 def test_laco_refuses_layers_that_are_low_rank_already(tmp_path: Path, removed: int) -> None:
     path = low_rank_checkpoint(tmp_path)
     with pytest.raises(PlanError, match=r"adds up whole weights, and layer 1 is low-rank already"):
-        carried_out(path, "laco", [removed], tmp_path, layers=4)
+        folded(path, "laco", [removed], tmp_path, layers=4)
 
 
 def low_rank_checkpoint(tmp_path: Path) -> Path:
     """Save a checkpoint whose layer 1 is low-rank."""
     model = tiny_model()
-    base, plan = open_checkpoint(model), low_rank_plan(model, 1)
-    factors = operate(plan, base, tmp_path / "low rank")
-    (tmp_path / "saved").mkdir()
-    save_checkpoint(result_checkpoint(base, plan, factors), tmp_path / "saved", base=base)
-    return tmp_path / "saved"
+    return saved_result(low_rank_plan(model, 1), open_checkpoint(model), tmp_path / "saved")

@@ -19,6 +19,7 @@ from tiny_models import (
     tiny_checkpoint,
     tiny_model,
     walked_logits,
+    whole_logits,
 )
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -124,8 +125,7 @@ def test_layers_that_share_keys_and_values_are_refused_by_name_and_by_the_proof(
 def test_calls_that_depend_on_the_tokens_are_rehearsed_for_every_batch(tmp_path: Path) -> None:
     model, tokens = tiny_model("gemma4_text", layers=4, **PER_LAYER_INPUTS), packed_tokens(5, 12)
     check_walk(streamed(model))
-    with torch.no_grad():
-        expected = model(tokens.token_ids, use_cache=False).logits
+    expected = whole_logits(model, tokens)
     assert largest_difference(walked_logits(streamed(model), tokens, settings(tmp_path)), expected) < 1e-9
 
 

@@ -21,6 +21,7 @@ from tiny_models import (
     tiny_checkpoint,
     tiny_model,
     walked_logits,
+    whole_logits,
 )
 
 import layer_surgery
@@ -101,8 +102,7 @@ def test_layers_that_take_one_byte_too_many_do_not_stay(tmp_path: Path) -> None:
 def test_streamed_logits_equal_the_whole_models(tmp_path: Path, tied: bool, dtype: torch.dtype) -> None:
     model = tiny_model(tied=tied, dtype=dtype)
     streaming = streamed(tiny_checkpoint(tmp_path, model, max_shard_size="30KB"), dtype=dtype, resident_bytes=0)
-    with torch.no_grad():
-        expected = model(TOKENS.token_ids, use_cache=False).logits
+    expected = whole_logits(model, TOKENS)
     tolerance = 1e-12 if dtype == torch.float64 else 1e-5
     assert largest_difference(walked_logits(streaming, TOKENS, settings(tmp_path)), expected) < tolerance
 
@@ -135,8 +135,7 @@ def test_constants_are_in_the_dtype_of_computation_too(tmp_path: Path, low_rank:
         save_checkpoint(operated, tmp_path / "output", base=checkpoint)
         path, checkpoint = tmp_path / "output", operated
     model = layer_surgery.load(path, dtype=dtype).eval()
-    with torch.no_grad():
-        expected = model(TOKENS.token_ids, use_cache=False).logits
+    expected = whole_logits(model, TOKENS)
     logits = walked_logits(streamed(checkpoint, dtype=dtype), TOKENS, settings(tmp_path))
     assert largest_difference(logits, expected) < 2e-6
 
@@ -205,15 +204,13 @@ def test_the_configuration_of_a_model_in_memory_keeps_its_dtype() -> None:
 def test_a_model_in_memory_streams_with_its_own_buffers(tmp_path: Path) -> None:
     model = tiny_model()
     model.get_submodule("model.rotary_emb").inv_freq.mul_(0.5)
-    with torch.no_grad():
-        expected = model(TOKENS.token_ids, use_cache=False).logits
+    expected = whole_logits(model, TOKENS)
     assert largest_difference(walked_logits(streamed(model), TOKENS, settings(tmp_path)), expected) < 1e-12
 
 
 def test_a_model_in_training_mode_is_streamed_without_dropout(tmp_path: Path) -> None:
     model = tiny_model(attention_dropout=0.5)
-    with torch.no_grad():
-        expected = model(TOKENS.token_ids, use_cache=False).logits
+    expected = whole_logits(model, TOKENS)
     assert largest_difference(walked_logits(streamed(model.train()), TOKENS, settings(tmp_path)), expected) < 1e-12
 
 
@@ -223,8 +220,7 @@ def test_rotary_buffers_that_old_checkpoints_store_do_no_harm(tmp_path: Path) ->
     tensors = load_file(path / "model.safetensors")
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(6)
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
-    with torch.no_grad():
-        expected = model(TOKENS.token_ids, use_cache=False).logits
+    expected = whole_logits(model, TOKENS)
     assert largest_difference(walked_logits(streamed(path), TOKENS, settings(tmp_path)), expected) < 1e-12
 
 

@@ -25,6 +25,7 @@ from tiny_models import (
     walked_gradients,
     whole_boundaries,
     whole_gradients,
+    whole_logits,
     whole_losses,
     without_layers,
 )
@@ -32,6 +33,7 @@ from torch import Tensor, nn
 
 from layer_surgery.data.tokens import PackedTokens
 from layer_surgery.walk import walk as walk_module
+from layer_surgery.walk.boundaries import Boundary
 from layer_surgery.walk.gradients import accumulated_gradients
 from layer_surgery.walk.streamed import StreamedModel
 from layer_surgery.walk.walk import Observer, Walk
@@ -63,17 +65,16 @@ def test_boundaries_equal_the_whole_models(tmp_path: Path, family: str, resident
     path = tiny_checkpoint(tmp_path, model, max_shard_size="30KB")
     where = settings(tmp_path, boundary_memory_bytes=boundaries)
     with Walk(streamed(path, resident_bytes=resident), TOKENS, where) as walk:
-        assert walk.forward(range(4), keep=True) == 4
-        for slot, states in enumerate(expected):
-            assert largest_difference(walk.store.read(slot, slice(0, 5)), states) < 1e-9
+        assert walk.forward(range(4), keep=True) == walk.boundary(4)
+        for position, states in enumerate(expected):
+            assert largest_difference(walk.boundary(position).read(slice(0, 5)), states) < 1e-9
 
 
 @pytest.mark.parametrize("tokens", [TOKENS, PADDED], ids=["full", "padded"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_loss_of_each_sequence_equals_the_whole_models(tmp_path: Path, family: str, tokens: PackedTokens) -> None:
     model = tiny_model(family)
-    with torch.no_grad():
-        expected = whole_losses(model(tokens.token_ids, use_cache=False).logits, tokens)
+    expected = whole_losses(whole_logits(model, tokens), tokens)
     with Walk(streamed(model), tokens, settings(tmp_path)) as walk:
         losses = walk.losses(walk.forward(range(4), keep=False))
     assert largest_difference(losses.sums, expected) < 1e-9
@@ -108,19 +109,25 @@ def test_gradient_that_leaves_the_walk_is_that_of_the_embeddings(tmp_path: Path)
     embedded = model.get_input_embeddings()(TOKENS.token_ids).detach().requires_grad_()
     loss = whole_losses(model(inputs_embeds=embedded).logits, TOKENS).sum()
     (expected,) = torch.autograd.grad(loss, embedded)
-    with Walk(streamed(model), TOKENS, settings(tmp_path)) as walk, walk.new_store(1 << 29) as gradient:
-        walk.losses(walk.forward(range(4), keep=True), gradient=(gradient, 0))
-        walk.backward(range(4), (gradient, 0))
-        assert largest_difference(gradient.read(0, slice(0, 5)), expected) < 1e-9
+    with Walk(streamed(model), TOKENS, settings(tmp_path)) as walk, walk.new_store() as store:
+        gradient = Boundary(store, 0)
+        walk.losses(walk.forward(range(4), keep=True), gradient)
+        walk.backward(range(4), gradient)
+        assert largest_difference(gradient.read(slice(0, 5)), expected) < 1e-9
 
 
 def test_backward_walk_that_stops_early_sees_the_same_gradients(tmp_path: Path) -> None:
     model = tiny_model()
     expected = layer_gradients(whole_gradients(model, TOKENS))
     observer = GradientObserver()
-    with Walk(streamed(model), TOKENS, settings(tmp_path)) as walk, walk.new_store(1 << 29) as gradient:
-        walk.losses(walk.forward(range(4), keep=True), gradient=(gradient, 0))
-        walk.backward(range(4), (gradient, 0), stop=2, observers=[observer], watch=[2])
+    model_on_the_way = streamed(model)
+    with Walk(model_on_the_way, TOKENS, settings(tmp_path)) as walk:
+        walk.forward(range(4), keep=True)
+        loaded: list[int] = []
+        layer = model_on_the_way.layer
+        model_on_the_way.layer = lambda index: (loaded.append(index), layer(index))[1]  # type: ignore[method-assign]
+        walk.backpropagate([observer], watch=[2])
+    assert loaded == [3, 2]
     watched = {name: tensor for name, tensor in expected.items() if name.startswith("model.layers.2.")}
     assert largest_gradient_difference(observer.gradients, watched) < 1e-9
 
@@ -132,8 +139,7 @@ def test_cutting_the_head_into_chunks_changes_neither_losses_nor_gradients(
 ) -> None:
     model = tiny_model()
     expected = layer_gradients(whole_gradients(model, PADDED))
-    with torch.no_grad():
-        sums = whole_losses(model(PADDED.token_ids, use_cache=False).logits, PADDED)
+    sums = whole_losses(whole_logits(model, PADDED), PADDED)
     monkeypatch.setattr(walk_module, "LOGITS_AT_A_TIME", elements)
     with Walk(streamed(model), PADDED, settings(tmp_path, batch_size=5)) as walk:
         losses = walk.losses(walk.forward(range(4), keep=False))
@@ -172,7 +178,7 @@ def test_right_padding_changes_nothing_for_valid_tokens(tmp_path: Path) -> None:
     for tokens in (short, padded):
         with Walk(model, tokens, settings(tmp_path)) as walk:
             losses = walk.losses(walk.forward(range(4), keep=True))
-            states = walk.store.read(4, slice(0, 3))[:, :9].clone()
+            states = walk.boundary(4).read(slice(0, 3))[:, :9].clone()
             results.append((losses.sums, states, walked_gradients(walk)))
     assert largest_difference(results[0][0], results[1][0]) < 1e-10
     assert largest_difference(results[0][1], results[1][1]) < 1e-10
@@ -184,8 +190,7 @@ def test_batch_size_changes_neither_losses_nor_gradients(tmp_path: Path, batch_s
     model = tiny_model()
     tokens = packed_tokens(8, 10, padding=True, excluded=0.2)
     expected = layer_gradients(whole_gradients(model, tokens))
-    with torch.no_grad():
-        sums = whole_losses(model(tokens.token_ids, use_cache=False).logits, tokens)
+    sums = whole_losses(whole_logits(model, tokens), tokens)
     with Walk(streamed(model), tokens, settings(tmp_path, batch_size=batch_size)) as walk:
         losses = walk.losses(walk.forward(range(4), keep=False))
         gradients = walked_gradients(walk)
@@ -205,8 +210,7 @@ def test_bfloat16_gradients_are_summed_in_float32(tmp_path: Path) -> None:
 @pytest.mark.parametrize("keep", [True, False])
 def test_path_that_skips_layers_equals_the_model_without_them(tmp_path: Path, keep: bool) -> None:
     model = tiny_model()
-    with torch.no_grad():
-        expected = whole_losses(without_layers(model, [1, 2])(TOKENS.token_ids, use_cache=False).logits, TOKENS)
+    expected = whole_losses(whole_logits(without_layers(model, [1, 2]), TOKENS), TOKENS)
     with Walk(streamed(model), TOKENS, settings(tmp_path)) as walk:
         walk.forward(range(4), keep=True)
         losses = walk.losses(walk.forward([0, 3], keep=keep))
@@ -254,8 +258,8 @@ def test_a_forgotten_position_is_walked_again(tmp_path: Path, monkeypatch: pytes
 
 def test_walk_that_keeps_nothing_holds_one_boundary(tmp_path: Path) -> None:
     with Walk(streamed(tiny_model()), TOKENS, settings(tmp_path)) as walk:
-        slot = walk.forward(range(4), keep=False)
-        assert [candidate for candidate in range(-1, 6) if candidate in walk.store] == [slot]
+        last = walk.forward(range(4), keep=False)
+        assert [candidate for candidate in range(-1, 6) if candidate in walk.store] == [last.slot]
 
 
 # Nothing left behind
@@ -306,9 +310,9 @@ def test_nothing_is_left_on_the_model_after_success(tmp_path: Path, resident: in
     model = streamed(tiny_checkpoint(tmp_path), resident_bytes=resident)
     originals = list(model.layers)
     observer = Raising(-1, "")
-    with Walk(model, TOKENS, settings(tmp_path)) as walk, walk.new_store(0) as gradient:
-        walk.losses(walk.forward(range(4), keep=True, observers=[observer]), gradient=(gradient, 0))
-        walk.backward(range(4), (gradient, 0), observers=[observer])
+    with Walk(model, TOKENS, settings(tmp_path)) as walk:
+        walk.forward(range(4), keep=True, observers=[observer])
+        walk.backpropagate([observer])
     assert len(observer.parameters) == 2 * sum(1 for layer in originals for _ in layer.parameters())
     assert_clean(model, originals, observer)
 
@@ -329,10 +333,8 @@ def test_nothing_is_left_on_the_model_after_an_exception_on_the_way_forward(
 def test_nothing_is_left_on_the_model_after_an_exception_on_the_way_back(tmp_path: Path, where: str) -> None:
     model = streamed(tiny_checkpoint(tmp_path))
     originals, observer = list(model.layers), Raising(1, where)
-    with Walk(model, TOKENS, settings(tmp_path)) as walk, walk.new_store(0) as gradient:
-        walk.losses(walk.forward(range(4), keep=True), gradient=(gradient, 0))
-        with pytest.raises((RuntimeError, TypeError)):
-            walk.backward(range(4), (gradient, 0), observers=[observer])
+    with Walk(model, TOKENS, settings(tmp_path)) as walk, pytest.raises((RuntimeError, TypeError)):
+        walk.backpropagate([observer])
     assert_clean(model, originals, observer)
 
 
@@ -358,8 +360,7 @@ def test_walk_frees_its_boundaries_after_an_exception(tmp_path: Path) -> None:
 
 def test_a_walk_goes_on_rightly_after_an_exception(tmp_path: Path) -> None:
     model = tiny_model()
-    with torch.no_grad():
-        expected = whole_losses(model(TOKENS.token_ids, use_cache=False).logits, TOKENS)
+    expected = whole_losses(whole_logits(model, TOKENS), TOKENS)
     with Walk(streamed(model), TOKENS, settings(tmp_path)) as walk:
         with pytest.raises(RuntimeError):
             walk.forward(range(4), keep=True, observers=[Raising(2, "boundaries")])

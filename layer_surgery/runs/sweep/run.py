@@ -14,8 +14,7 @@ from layer_surgery.config import SweepConfig
 from layer_surgery.data.tokens import PackedTokens
 from layer_surgery.errors import LayerSurgeryError, PlanError
 from layer_surgery.records import SurgeryPlan
-from layer_surgery.records.reading_surgery import REPORT_FILE
-from layer_surgery.records.reading_sweep import read_sweep
+from layer_surgery.records.reading import REPORT_FILE, read_sweep
 from layer_surgery.records.sweep import SweepBest, SweepPoint, SweepReport, SweepSettings
 from layer_surgery.reporting.publish import write_sweep_page
 from layer_surgery.runs.bench import general_text, open_bench

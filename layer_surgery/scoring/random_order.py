@@ -1,0 +1,14 @@
+"""A random order: looks at no data, and is the floor that every other scorer has to beat."""
+
+from __future__ import annotations
+
+import torch
+
+from layer_surgery.scoring.context import SCORERS, Ranking, ScoringContext
+
+
+@SCORERS.add("random", summary="a seeded random order", parts=True)
+def random_order(context: ScoringContext) -> Ranking:
+    """Return uniform random values from the user's seed."""
+    values = torch.rand(context.layer_count, generator=context.generator(), dtype=torch.float64).tolist()
+    return Ranking("random in [0, 1)", values)
