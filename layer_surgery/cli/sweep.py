@@ -80,7 +80,8 @@ def sweep(model: str, no_eval: bool, as_json: bool, debug: bool, **options: Any)
     """
     from layer_surgery import api
     from layer_surgery.errors import LayerSurgeryError
-    from layer_surgery.reporting.sweep import best_sentence, print_sweep
+    from layer_surgery.reporting.console import print_sweep
+    from layer_surgery.reporting.sentences import best_sentence
 
     if no_eval:
         options["eval_data"] = None

@@ -16,12 +16,13 @@ from tiny_checkpoints import CommandLine, edit_json, listing, saved_model, tenso
 
 import layer_surgery
 from layer_surgery import SurgeryReport
-from layer_surgery.records import REPORT_SCHEMA_VERSION, LayerPlan, LayerScores
+from layer_surgery.records import REPORT_SCHEMA_VERSION, Interval, LayerPlan, LayerScores
 from layer_surgery.records.reading_surgery import read_report
-from layer_surgery.reporting.compare import _not_dominated, comparison_page, result_row, warnings
+from layer_surgery.reporting.compare import comparison_page, result_row, warnings
+from layer_surgery.reporting.figures.tradeoff import Point, undominated
 from layer_surgery.reporting.formats import number_list
 from layer_surgery.reporting.page import report_page
-from layer_surgery.reporting.summary import summary
+from layer_surgery.reporting.sentences import summary
 from layer_surgery.surgeon.spectra import MAX_POINTS, log_spaced, spectrum_record
 
 
@@ -410,4 +411,9 @@ def test_results_that_should_not_be_compared_say_so(result: tuple[Path, SurgeryR
 
 
 def test_only_results_that_nothing_undercuts_are_filled() -> None:
-    assert _not_dominated([(80, 1.1), (70, 1.3), (80, 1.2), (60, 1.3), (60, 1.3)]) == {0, 3, 4}
+    places = [(80, 1.1), (70, 1.3), (80, 1.2), (60, 1.3), (60, 1.3)]
+    points = [
+        Point(number, share, Interval(value=ratio, low=1, high=2, confidence=0.95, pairs=9), "svd")
+        for number, (share, ratio) in enumerate(places)
+    ]
+    assert [point.number for point in undominated(points)] == [0, 3, 4]

@@ -20,7 +20,7 @@ import layer_surgery
 from layer_surgery import SweepPoint, SweepReport
 from layer_surgery.errors import NumericalError, OutputError, UserError
 from layer_surgery.records.reading_sweep import read_sweep
-from layer_surgery.reporting.sweep_page import sweep_rows
+from layer_surgery.reporting.compare import sweep_rows
 from layer_surgery.runs.compression import Compression
 from layer_surgery.runs.evaluator import Evaluator
 from layer_surgery.runs.sweep.measuring import PointBench

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from layer_surgery.reporting.text import plain_label
 
-#: What colours are for, as they are on white and on a dark page. Series are those of Okabe & Ito (Color Universal
+#: Colours by their use, as they are on white and on a dark page. Series are those of Okabe & Ito (Color Universal
 #: Design, 2008), which colour-blind readers can tell apart; the dark column has their lighter ones.
 COLOURS = {
     "ink": ("#1b1e23", "#e7e9ec"),
@@ -29,8 +29,10 @@ COLOURS = {
     "green": ("#009e73", "#33c79b"),
     "purple": ("#cc79a7", "#dd9fc1"),
 }
-#: The colours on white: what is drawn with, and what is then replaced by a variable of the style sheet.
+#: The colours on white: figures are drawn with them, and each is then replaced by a variable of the style sheet.
 INK, MUTED, RULE, CARD, BLUE, VERMILLION, ORANGE, GREEN, PURPLE = (light for light, _ in COLOURS.values())
+#: Colour and marker of each series.
+SERIES = [(BLUE, "o"), (VERMILLION, "s"), (GREEN, "^"), (PURPLE, "D"), (ORANGE, "v"), (MUTED, "P")]
 #: Width of every figure in points: legible on a phone, and two stand side by side on a desk.
 WIDTH = 400
 
@@ -72,7 +74,7 @@ class Plot(NamedTuple):
     svg: Markup
     title: str
     caption: str
-    """What a reader must know to read it."""
+    """Explanations without which it cannot be read."""
 
 
 def draw(
@@ -84,7 +86,7 @@ def draw(
 
     Args:
         key: a word that no other figure on the page has; its ids begin with it.
-        alternative: what the figure shows, in words, for those who do not see it.
+        alternative: the figure in words, for those who do not see it.
     """
     with matplotlib.rc_context(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # glyphs that matplotlib's own font lacks; the reader's font draws them
@@ -131,17 +133,12 @@ def _inline(svg: str, key: str, title: str, alternative: str) -> str:
 
 
 def _describe(root: ElementTree.Element, key: str, title: str, alternative: str) -> None:
+    """Give the figure a name and a description, and take from it all attributes but its measures."""
     view = root.attrib["viewBox"]
     root.attrib.clear()
-    root.attrib.update(
-        {
-            "viewBox": view,
-            "role": "img",
-            "aria-labelledby": f"{key}-title {key}-description",
-            "stroke-linejoin": "round",
-        }
-    )
-    for position, (tag, text) in enumerate((("title", title), ("desc", alternative))):
-        element = ElementTree.Element(tag, {"id": f"{key}-{'title' if tag == 'title' else 'description'}"})
+    root.attrib |= {"viewBox": view, "role": "img", "aria-labelledby": f"{key}-title {key}-description"}
+    root.set("stroke-linejoin", "round")
+    for position, (tag, name, text) in enumerate((("title", "title", title), ("desc", "description", alternative))):
+        element = ElementTree.Element(tag, {"id": f"{key}-{name}"})
         element.text = plain_label(text, 2000)
         root.insert(position, element)
