@@ -55,7 +55,7 @@ class ResultRow:
 
     @property
     def kind(self) -> str:
-        """What was done, in few words: the method, the scorer and whether there was a refit."""
+        """The kind of surgery in few words: method, scorer, and whether there was a refit."""
         refit = " + refit" if self.refit not in ("", "none") else ""
         return f"{self.method}{refit}" + (f", {self.scorer}" if self.scorer else "")
 

@@ -193,17 +193,18 @@ def _spectrum_panel(panel: Axes, records: Sequence[SpectrumRecord], layers: Sequ
             colour, marker = SERIES[place]
         else:
             colour, marker = matplotlib.colors.to_hex(ramp(0.2 + 0.65 * place / (len(layers) - 1))), "o"
-        every = zip(record.components, record.values, _kept(record), strict=True)
-        points = [(component, value, kept) for component, value, kept in every if value > _FLOOR * largest]
+        kept = record.kept or [component <= record.rank for component in record.components]
+        every = zip(record.components, record.values, kept, strict=True)
+        points = [point for point in every if point[1] > _FLOOR * largest]
         if not points:
             continue
-        x, y, kept = zip(*points, strict=True)
+        x, y, shown = zip(*points, strict=True)
         panel.plot(x, y, color=colour, linewidth=0.9)
         if record.kept:
             chosen = [(a, b) for a, b, c in points if c]
             panel.plot([a for a, _ in chosen], [b for _, b in chosen], marker, color=colour, markersize=3)
-        elif any(kept):
-            end = sum(kept)
+        elif any(shown):
+            end = sum(shown)
             panel.plot(x[:end], y[:end], color=colour, linewidth=2.8, solid_capstyle="round")
             panel.plot(x[end - 1], y[end - 1], marker, color=colour, markersize=6, markeredgecolor=CARD)
     panel.set_xscale("log")
@@ -213,10 +214,6 @@ def _spectrum_panel(panel: Axes, records: Sequence[SpectrumRecord], layers: Sequ
     panel.xaxis.set_minor_locator(NullLocator())
     panel.set_axisbelow(True)
     panel.spines["left"].set_color(INK)
-
-
-def _kept(record: SpectrumRecord) -> list[bool]:
-    return record.kept or [component <= record.rank for component in record.components]
 
 
 def _logarithmic(axes: Axes) -> None:

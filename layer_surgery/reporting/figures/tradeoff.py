@@ -27,7 +27,7 @@ class Point(NamedTuple):
     ratio: Interval
     """Perplexity after over before."""
     kind: str
-    """What was done, in few words; each kind has a colour and a marker."""
+    """The kind of surgery in few words; each has a colour and a marker."""
 
 
 def tradeoff(key: str, text: str, points: Sequence[Point]) -> Plot:
