@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from pages import NASTY, checked, full_report
-from tiny_checkpoints import CommandLine, edit_json, listing, saved_model, tensors_of, text_file
+from tiny_checkpoints import CommandLine, edit_json, listing, tensors_of
 
 import layer_surgery
 from layer_surgery import SurgeryReport
@@ -24,49 +24,6 @@ from layer_surgery.reporting.formats import number_list
 from layer_surgery.reporting.page import report_page
 from layer_surgery.reporting.sentences import summary
 from layer_surgery.surgeon.spectra import MAX_POINTS, log_spaced, spectrum_record
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> CommandLine:
-    return CommandLine(monkeypatch, capsys)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return saved_model(tmp_path_factory.mktemp("model"), layers=5)
-
-
-@pytest.fixture(scope="module")
-def options(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    text = text_file(tmp_path_factory.mktemp("text") / "text.txt")
-    return {
-        "target_layers": 3,
-        "keep": 0.3,
-        "calibration": text,
-        "eval_data": [text],
-        "samples": 16,
-        "sequence_length": 16,
-        "continuations": 1,
-    }
-
-
-@pytest.fixture(scope="module")
-def result(
-    model: Path, options: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, SurgeryReport]:
-    output = tmp_path_factory.mktemp("result") / "smaller"
-    return output, layer_surgery.compress(model, output, **options)
-
-
-@pytest.fixture
-def copy(result: tuple[Path, SurgeryReport], tmp_path: Path) -> Path:
-    """What `report` needs of a result, in a folder of its own."""
-    directory = tmp_path / "smaller"
-    directory.mkdir()
-    for name in ("surgery.json", "config.json", "report.html", "README.md"):
-        (directory / name).write_bytes((result[0] / name).read_bytes())
-    return directory
-
 
 # The page
 
