@@ -3,19 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-from layer_surgery.records import (
-    Comparison,
-    EvaluationResult,
-    Interval,
-    KlDivergence,
-    Perplexity,
-    SurgeryPlan,
-    SurgeryReport,
-    TaskMetric,
-)
+from layer_surgery.records import Comparison, EvaluationResult, Interval, SurgeryPlan, SurgeryReport, TaskMetric
 from layer_surgery.records.sweep import SweepReport
 from layer_surgery.reporting.derived import changed_layers, decoding_ratio, main_tasks
 from layer_surgery.reporting.figures.tradeoff import Point, tradeoff
@@ -27,48 +18,59 @@ from layer_surgery.reporting.templates import render
 
 @dataclass(frozen=True, kw_only=True)
 class ResultRow:
-    """One result, as far as the page needs it. What was not measured is left out."""
+    """One result, as the page needs it. What was not measured is left out."""
 
     name: str
-    base: str
-    """Name of the original."""
-    base_sha256: str
+    base: dict[str, Any]
+    """Record of the original."""
+    plan: SurgeryPlan
     method: str
-    scorer: str = ""
-    refit: str
-    layers: int
-    """Of the original."""
-    removed: list[int]
-    low_rank: list[int]
-    parameters: int
-    parameters_before: int
-    perplexity: dict[str, Perplexity]
-    """After the surgery, by text."""
-    ratio: dict[str, Interval]
-    """Perplexity after over before, by text."""
-    kl_divergence: dict[str, KlDivergence]
-    tasks: dict[str, tuple[str, TaskMetric, Interval | None]]
-    """The first metric of each group of tasks, or of each task where there is no group: its name, its value after, and
-    the paired difference."""
+    scorer: str
+    before: EvaluationResult
+    after: EvaluationResult
+    comparison: Comparison
     decoding: float | None
     """Decoding speed, after over before."""
 
     @property
     def kind(self) -> str:
         """The kind of surgery in few words: method, scorer, and whether there was a refit."""
-        refit = " + refit" if self.refit not in ("", "none") else ""
+        refit = " + refit" if self.plan.refit not in ("", "none") else ""
         return f"{self.method}{refit}" + (f", {self.scorer}" if self.scorer else "")
+
+    @property
+    def removed(self) -> list[int]:
+        """Indices of the removed layers."""
+        return changed_layers(self.plan).removed
 
     @property
     def share(self) -> float:
         """Parameters, per cent of the original's."""
-        return 100 * self.parameters / self.parameters_before if self.parameters_before else 100.0
+        return 100 * self.after.parameters / self.before.parameters if self.before.parameters else 100.0
+
+    @property
+    def tasks(self) -> dict[str, tuple[TaskMetric, Interval | None]]:
+        """The first metric of each group of tasks, or of each task if there is no group, and the paired difference."""
+        return {
+            task: (value, self.comparison.tasks.get(task, {}).get(metric))
+            for task in main_tasks(self.after)
+            for metric, value in list(self.after.tasks[task].metrics.items())[:1]
+        }
 
 
 def result_row(name: str, report: SurgeryReport) -> ResultRow:
     """Return the row of a compression's report."""
-    row = _row(name, report.base_model, report.plan, report.before, report.after, report.comparison)
-    return replace(row, scorer=report.scores.scorer if report.scores else "")
+    return ResultRow(
+        name=name,
+        base=report.base_model,
+        plan=report.plan,
+        method=report.plan.method,
+        scorer=report.scores.scorer if report.scores else "",
+        before=report.before,
+        after=report.after,
+        comparison=report.comparison,
+        decoding=decoding_ratio(report.before, report.after),
+    )
 
 
 def sweep_rows(report: SweepReport, prefix: str = "") -> Iterator[ResultRow]:
@@ -78,43 +80,18 @@ def sweep_rows(report: SweepReport, prefix: str = "") -> Iterator[ResultRow]:
         prefix: beginning of the rows' names, where there are several sweeps.
     """
     for point in report.points:
-        if point.result is None or point.plan is None or point.status == "failed":
-            continue
-        name, comparison = f"{point.target_layers} whole, keep {point.keep:g}", point.comparison or Comparison()
-        before = report.original or point.result
-        row = _row(prefix + name, report.base_model, point.plan, before, point.result, comparison)
-        yield replace(row, method=point.method, scorer=point.scorer, decoding=point.decode_speed)
-
-
-def _row(
-    name: str,
-    base: dict[str, Any],
-    plan: SurgeryPlan,
-    before: EvaluationResult,
-    after: EvaluationResult,
-    comparison: Comparison,
-) -> ResultRow:
-    return ResultRow(
-        name=name,
-        base=str(base["name"]),
-        base_sha256=str(base.get("sha256", "")),
-        method=plan.method,
-        refit=plan.refit,
-        layers=len(plan.layers),
-        removed=changed_layers(plan).removed,
-        low_rank=[layer.index for layer in plan.low_rank],
-        parameters=after.parameters,
-        parameters_before=before.parameters,
-        perplexity=after.perplexity,
-        ratio={text: change.ratio for text, change in comparison.perplexity.items()},
-        kl_divergence=comparison.kl_divergence,
-        tasks={
-            task: (metric, value, comparison.tasks.get(task, {}).get(metric))
-            for task in main_tasks(after)
-            for metric, value in list(after.tasks[task].metrics.items())[:1]
-        },
-        decoding=decoding_ratio(before, after),
-    )
+        if point.result is not None and point.plan is not None and point.status != "failed":
+            yield ResultRow(
+                name=f"{prefix}{point.target_layers} whole, keep {point.keep:g}",
+                base=report.base_model,
+                plan=point.plan,
+                method=point.method,
+                scorer=point.scorer,
+                before=report.original or point.result,
+                after=point.result,
+                comparison=point.comparison or Comparison(),
+                decoding=point.decode_speed,
+            )
 
 
 def comparison_page(rows: Sequence[ResultRow], notes: Sequence[str] = (), provenance: Provenance | None = None) -> str:
@@ -124,7 +101,7 @@ def comparison_page(rows: Sequence[ResultRow], notes: Sequence[str] = (), proven
         notes: sentences for its beginning.
         provenance: of all results, if one run made them.
     """
-    texts = list(dict.fromkeys(text for row in rows for text in row.ratio))
+    texts = list(dict.fromkeys(text for row in rows for text in row.comparison.perplexity))
     return render(
         "compare.html.jinja",
         title=f"{len(rows)} results of layer surgery",
@@ -134,21 +111,20 @@ def comparison_page(rows: Sequence[ResultRow], notes: Sequence[str] = (), proven
         notes=notes,
         provenance=provenance,
         warnings=list(warnings(rows)),
-        plots=[
-            tradeoff(
-                f"quality-{place}",
-                text,
-                [
-                    Point(number, row.share, row.ratio[text], row.kind)
-                    for number, row in enumerate(rows, start=1)
-                    if text in row.ratio
-                ],
-            )
-            for place, text in enumerate(texts)
-        ],
+        plots=[tradeoff(f"quality-{place}", text, _points(rows, text)) for place, text in enumerate(texts)],
         decoding=any(row.decoding is not None for row in rows),
         numbers=number_list,
     )
+
+
+def _points(rows: Sequence[ResultRow], text: str) -> list[Point]:
+    """Return the results of which perplexity on a text was compared with the original's."""
+    changes = [row.comparison.perplexity.get(text) for row in rows]
+    return [
+        Point(number, row.share, change.ratio, row.kind)
+        for number, (row, change) in enumerate(zip(rows, changes, strict=True), start=1)
+        if change is not None
+    ]
 
 
 def sweep_page(report: SweepReport) -> str:
@@ -160,9 +136,10 @@ def sweep_page(report: SweepReport) -> str:
 
 def warnings(rows: Sequence[ResultRow]) -> Iterator[str]:
     """Yield why numbers of these rows should not be compared, if so."""
-    if len({row.base_sha256 for row in rows}) > 1:
+    if len({row.base.get("sha256", "") for row in rows}) > 1:
         yield "The results were not all made from the same original, so ratios are to different models."
-    for text in dict.fromkeys(text for row in rows for text in row.perplexity):
-        data = {row.perplexity[text].data_sha256 for row in rows if text in row.perplexity}
+    measured = [row.after.perplexity for row in rows]
+    for text in dict.fromkeys(text for found in measured for text in found):
+        data = {found[text].data_sha256 for found in measured if text in found}
         if len(data) > 1:
             yield f"Perplexity on {text} was not measured on the same windows everywhere; do not compare it."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from pathlib import Path
 
@@ -67,3 +68,12 @@ def test_settings_keep_everything_but_absolute_paths() -> None:
         "/a/key": [{"plan": "plan.json"}, 0.5, True],
     }
     assert repr(settings) == before
+
+
+def test_committed_reports_hold_no_absolute_path() -> None:
+    reports = Path(__file__).resolve().parents[2] / "reports"
+    files = [path for suffix in ("json", "md", "csv", "html") for path in reports.rglob(f"*.{suffix}")]
+    assert files or not reports.exists()  # a source distribution has none
+    for file in files:
+        text = file.read_text(encoding="utf-8").replace("&#34;", '"')
+        assert re.findall(r"""(?:^|[\s"'=(:])/[A-Za-z][\w.-]*/[^\s"']*""", text) == [], file

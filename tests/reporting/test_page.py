@@ -353,17 +353,17 @@ def test_results_are_compared(
 
 def test_equal_results_share_a_label(result: tuple[Path, SurgeryReport]) -> None:
     row = result_row("a", result[1])
-    page = checked(comparison_page([row, row, replace(row, parameters=1)]))
+    page = checked(comparison_page([row, row, replace(row, after=replace(row.after, parameters=1))]))
     assert "<text" in page.html and ">1, 2</text>" in page.html and ">3</text>" in page.html
 
 
 def test_results_that_should_not_be_compared_say_so(result: tuple[Path, SurgeryReport]) -> None:
     row = result_row("a", result[1])
-    text = next(iter(row.perplexity))
     assert list(warnings([row, row])) == []
-    other = replace(row, base_sha256="0" * 64)
+    other = replace(row, base=row.base | {"sha256": "0" * 64})
     assert "not all made from the same original" in next(warnings([row, other]))
-    other = replace(row, perplexity={text: replace(row.perplexity[text], data_sha256="0" * 64)})
+    moved = {text: replace(found, data_sha256="0" * 64) for text, found in row.after.perplexity.items()}
+    other = replace(row, after=replace(row.after, perplexity=moved))
     assert "same windows" in next(warnings([row, other]))
 
 
