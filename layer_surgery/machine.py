@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import hashlib
 import importlib.metadata
 import os
 import platform
 import resource
 import sys
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import torch
 
 PACKAGES = ("layer-surgery", "torch", "transformers", "safetensors", "tokenizers", "numpy", "lm-eval")
+_CODE = (".py", ".jinja")
 
 
 def provenance(device: torch.device) -> dict[str, Any]:
@@ -23,12 +26,31 @@ def provenance(device: torch.device) -> dict[str, Any]:
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "packages": {name: version(name) for name in PACKAGES},
+        "code_sha256": code_sha256(),
         "platform": platform.platform(),
         "processor": _processor(),
         "cpu_threads": torch.get_num_threads(),
         "cpu_count": os.cpu_count(),
         "device": device_name(device),
     }
+
+
+@functools.cache
+def code_sha256(root: Path = Path(__file__).parent) -> str:
+    """Return the SHA-256 (hexadecimal) of the package's modules and templates: it tells commits of one version apart.
+
+    Computed once in a process.
+
+    Args:
+        root: folder of the package; its place and name do not count, nor do other files in it.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.suffix in _CODE):
+        if path.startswith("calibration_data/"):  # only in an installed package, and checked by its manifest
+            continue
+        content = (root / path).read_bytes()
+        digest.update(f"{path}\0{len(content)}\0".encode() + content)
+    return digest.hexdigest()
 
 
 def version(package: str) -> str | None:

@@ -1,4 +1,4 @@
-"""What every page must be, checked with the standard library's parser; and reports that have something everywhere."""
+"""Checks of every page with the standard library's parser, and reports that have something everywhere."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from dataclasses import replace
 from html.parser import HTMLParser
+from typing import Any
 
 from layer_surgery.records import (
     Comparison,
@@ -97,38 +98,42 @@ def checked(html: str) -> Page:
 
 def full_report(report: SurgeryReport, text: str = "a text") -> SurgeryReport:
     """Return a report with tasks, speed, continuations and a failure too, all with `text` wherever text may be."""
+
+    def renamed(values: dict[str, Any]) -> dict[str, Any]:
+        return {f"{text} {name}": value for name, value in values.items()}
+
     metric = TaskMetric(value=0.6, stderr=0.05, higher_is_better=True)
     task = TaskResult(metrics={"acc": metric, "acc_norm": metric}, items=40, num_fewshot=0, version="1")
-    group = replace(task, group=True, num_fewshot=None)
+    tasks = {f"{text} 1": task, f"{text} 2": task, f"all of {text}": replace(task, group=True, num_fewshot=None)}
     interval = Interval(value=-0.05, low=-0.1, high=0.01, confidence=0.95, pairs=40)
-    speed = SpeedPoint(
+    before, after = (
+        replace(result, tasks=tasks, speed=[_speed(tokens_per_second)], perplexity=renamed(result.perplexity))
+        for result, tokens_per_second in ((report.before, 100.0), (report.after, 125.0))
+    )
+    changes = renamed(report.comparison.perplexity)
+    return replace(
+        report,
+        base_model=report.base_model | {"name": text},
+        before=before,
+        after=after,
+        comparison=Comparison(perplexity=changes, tasks={name: {"acc": interval} for name in tasks}),
+        continuations=[Continuation(prompt=text, before=f"{text}\n\n\n\nmore", after=text)],
+        failures=[StageFailure(stage="speed", error=text)],
+        provenance=report.provenance | {"command": f"layer-surgery compress '{text}'"},
+        plan=replace(report.plan, predicted_loss_rise=0.125),
+    )
+
+
+def _speed(decode_tokens_per_second: float) -> SpeedPoint:
+    return SpeedPoint(
         batch_size=2,
         prompt_tokens=16,
         new_tokens=4,
         repeats=3,
         prefill_tokens_per_second=1000.0,
-        decode_tokens_per_second=100.0,
+        decode_tokens_per_second=decode_tokens_per_second,
         time_to_first_token_seconds=0.02,
         latency_p50_seconds=0.01,
         latency_p95_seconds=0.02,
         peak_memory_bytes=10_000_000,
-    )
-    names = {f"{text} 1": task, f"{text} 2": task, f"all of {text}": group}
-    perplexity = {f"{text} {name}": value for name, value in report.before.perplexity.items()}
-    changes = {f"{text} {name}": value for name, value in report.comparison.perplexity.items()}
-    return replace(
-        report,
-        base_model=report.base_model | {"name": text},
-        before=replace(report.before, tasks=names, speed=[speed], perplexity=perplexity),
-        after=replace(
-            report.after,
-            tasks=names,
-            speed=[replace(speed, decode_tokens_per_second=125.0)],
-            perplexity={f"{text} {name}": value for name, value in report.after.perplexity.items()},
-        ),
-        comparison=Comparison(perplexity=changes, tasks={name: {"acc": interval} for name in names}),
-        continuations=[Continuation(prompt=text, before=f"{text}\n\n\n\nmore", after=text)],
-        failures=[StageFailure(stage="speed", error=text)],
-        provenance=report.provenance | {"command": f"layer-surgery compress '{text}'"},
-        plan=replace(report.plan, predicted_loss_rise=0.125),
     )

@@ -1,11 +1,17 @@
-"""Memory that layers leave behind when they go."""
+"""Memory that layers leave behind when they go, and the hash of the code."""
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
+
+import layer_surgery
+from layer_surgery.machine import code_sha256, provenance
 
 # Blocks of several sizes below glibc's own limit of 32 MiB come and go; a small one stays after each.
 SCRIPT = """
@@ -46,3 +52,26 @@ def test_freed_blocks_go_back_to_the_system() -> None:
 def test_without_it_they_would_pile_up() -> None:
     """The other test could not fail if this one did."""
     assert growth("plain") > 16 << 20
+
+
+def test_the_hash_of_the_code_sees_every_byte_of_it_and_nothing_else(tmp_path: Path) -> None:
+    copy = tmp_path / "elsewhere"
+    shutil.copytree(Path(layer_surgery.__file__).parent, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("__pycache__/api.cpython-311.pyc", "calibration_data/tasks/items.py", "notes.txt"):
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        (copy / name).write_bytes(b"x")
+    whole = code_sha256()
+    assert provenance(torch.device("cpu"))["code_sha256"] == whole == _hash_anew(copy)
+    for name in ("api.py", "reporting/templates/card.md.jinja"):
+        file = copy / name
+        content = file.read_bytes()
+        file.write_bytes(content[:-1] + b" ")
+        assert _hash_anew(copy) != whole
+        file.write_bytes(content)
+    (copy / "api.py").rename(copy / "apis.py")
+    assert _hash_anew(copy) != whole
+
+
+def _hash_anew(root: Path) -> str:
+    code_sha256.cache_clear()
+    return code_sha256(root)

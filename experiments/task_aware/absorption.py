@@ -40,7 +40,7 @@ def main() -> None:
         windows=arguments.eval_windows,
     ) as run:
         depth = run.session.checkpoint.layer_count
-        data = {text.name: described(text) for text in [run.tokens, *run.texts]}
+        data = {Path(text.name).name: described(text) for text in [run.tokens, *run.texts]}
         for layer in range(1, depth):
             found = [run.measure([layer], "fisher", arguments.keep, refit=refit) for refit in (False, True)]
             rises = [[point["extra_loss"][text.name]["rise"] for text in run.texts] for point in found]

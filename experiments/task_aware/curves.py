@@ -44,7 +44,7 @@ def main() -> None:
     with points(arguments.model, arguments.calibration, arguments.eval_data, windows=arguments.eval_windows) as run:
         gone = run.session.checkpoint.layer_count - arguments.target_layers
         published = run.order("block_influence", gone, 0.1, refit=False)
-        data = {text.name: described(text) for text in [run.tokens, *run.texts]}
+        data = {Path(text.name).name: described(text) for text in [run.tokens, *run.texts]}
         for keep in arguments.keep:
             for method, refit, by_influence in CURVES:
                 if (method, refit, by_influence, keep) in known:

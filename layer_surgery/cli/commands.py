@@ -88,7 +88,8 @@ def sweep(model: str, as_json: bool, debug: bool, **options: Any) -> None:
     """
     from layer_surgery import api
     from layer_surgery.errors import LayerSurgeryError
-    from layer_surgery.reporting.sweep import best_sentence, print_sweep
+    from layer_surgery.reporting.console import print_sweep
+    from layer_surgery.reporting.sentences import best_sentence
 
     with progress_ui() as ui:
         report = api.sweep(model, ui=ui, command=command_line(), **given(options))

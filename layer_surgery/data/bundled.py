@@ -1,10 +1,11 @@
-"""The text that comes with the project, checked against its manifest."""
+"""The text and the tasks that come with the project, checked against their manifest."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 from layer_surgery.data.documents import Document, LoadedData, Part, Text
 from layer_surgery.errors import DataError
@@ -14,6 +15,7 @@ TASKS = "tasks"
 """Folder of the bundled tasks."""
 
 _PACKAGE = Path(__file__).resolve().parents[1]
+_REMEDY = "reinstall Layer Surgery, or in a checkout run calibration_data/build_manifest.py if the change is meant"
 
 
 def bundled_directory() -> Path:
@@ -39,22 +41,20 @@ def load_bundled(part: Part) -> LoadedData:
         DataError: a file is missing, unlisted or differs from the manifest; names it.
     """
     directory = bundled_directory()
-    expected = _read_manifest(directory, part)
+    expected = _listed_files(directory, "text", "parts", part, "documents")
     found = {path.name for path in (directory / part).glob("*.txt")}
     for name in sorted(found ^ expected.keys()):
         problem = "missing" if name in expected else "not listed in MANIFEST.json"
-        raise DataError(f"the bundled text is damaged: {directory / part / name} is {problem}; {_REMEDY}.")
+        raise _damaged("text", f"{directory / part / name} is {problem}")
     documents: list[Document] = []
     for name in sorted(expected):
         path = directory / part / name
         content = path.read_bytes()
         if hashlib.sha256(content).hexdigest() != expected[name]:
-            raise DataError(
-                f"the bundled text is damaged: {path} differs from its SHA-256 in MANIFEST.json; {_REMEDY}."
-            )
+            raise _damaged("text", f"{path} differs from its SHA-256 in MANIFEST.json")
         documents.append(Text(content.decode("utf-8").rstrip("\n")))
     if not documents:
-        raise DataError(f"the bundled text is damaged: MANIFEST.json lists no {part} documents; {_REMEDY}.")
+        raise _damaged("text", f"MANIFEST.json lists no {part} documents")
     return LoadedData(BUNDLED, documents, "text", f"the {part} part of the bundled text, {len(documents)} documents")
 
 
@@ -65,34 +65,29 @@ def bundled_tasks() -> Path:
         DataError: a file is missing, unlisted or differs from the manifest; names it.
     """
     directory = bundled_directory()
-    try:
-        manifest = json.loads((directory / "MANIFEST.json").read_text(encoding="utf-8"))
-        expected = {str(entry["file"]): str(entry["sha256"]) for entry in manifest["tasks"]["files"]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            f"the bundled tasks are damaged: {directory / 'MANIFEST.json'} cannot be read; {_REMEDY}."
-        ) from error
     folder = directory / TASKS
-    found = {
-        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in (folder.iterdir() if folder.is_dir() else ())
-        if path.is_file()
-    }
+    expected = _listed_files(directory, "tasks", "tasks", "files")
+    files = [path for path in folder.iterdir() if path.is_file()] if folder.is_dir() else []
+    found = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
     for name in sorted(expected.keys() | found.keys()):
         if found.get(name) != expected.get(name):
             problem = "missing" if name not in found else "not as MANIFEST.json says"
-            raise DataError(f"the bundled tasks are damaged: {folder / name} is {problem}; {_REMEDY}.")
+            raise _damaged("tasks", f"{folder / name} is {problem}")
     return folder
 
 
-_REMEDY = "reinstall Layer Surgery, or in a checkout run calibration_data/build_manifest.py if the change is meant"
-
-
-def _read_manifest(directory: Path, part: Part) -> dict[str, str]:
-    """Map file names to SHA-256 (hexadecimal)."""
+def _listed_files(directory: Path, what: str, *keys: str) -> dict[str, str]:
+    """Map the names of the files that the manifest lists under these keys to their SHA-256 (hexadecimal)."""
     path = directory / "MANIFEST.json"
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        return {str(entry["file"]): str(entry["sha256"]) for entry in manifest["parts"][part]["documents"]}
+        entries: Any = json.loads(path.read_text(encoding="utf-8"))
+        for key in keys:
+            entries = entries[key]
+        return {str(entry["file"]): str(entry["sha256"]) for entry in entries}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"the bundled text is damaged: {path} cannot be read; {_REMEDY}.") from error
+        raise _damaged(what, f"{path} cannot be read") from error
+
+
+def _damaged(what: str, problem: str) -> DataError:
+    verb = "are" if what == "tasks" else "is"
+    return DataError(f"the bundled {what} {verb} damaged: {problem}; {_REMEDY}.")

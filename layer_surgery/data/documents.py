@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 Part: TypeAlias = Literal["calibration", "evaluation"]
-"""What the data is for: it decides which half of the bundled text, or which split of a hub data set, is read."""
+"""Purpose of the data: it decides which half of the bundled text, or which split of a hub data set, is read."""
 
 Kind: TypeAlias = Literal["text", "example", "chat"]
 """All documents of one source are of one kind."""
@@ -43,9 +43,9 @@ class LoadedData:
     """The documents of one source, in the source's order."""
 
     name: str
-    """What the user called the source."""
+    """The source as the user gave it."""
     documents: Sequence[Document]
     kind: Kind
     """The kind of every document in `documents`."""
     origin: str = ""
-    """What was read, in words, where `name` does not say it all (repository, split, a stated limit)."""
+    """Description of the data where `name` does not say it all: repository, split, a stated limit."""

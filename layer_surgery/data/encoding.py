@@ -1,4 +1,4 @@
-"""From documents to token ids: texts as one stream, examples and chats with the mask of what carries loss."""
+"""Documents as token ids: texts as one stream, examples and chats with the mask of tokens that carry loss."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def _encode_all(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[li
 
 
 def _encode_example(tokenizer: PreTrainedTokenizerBase, example: Example, bos: int | None) -> EncodedExample:
-    """`[BOS] prompt answer [EOS]`, BOS and EOS where the tokenizer has them; answer and EOS carry loss.
+    """Return `[BOS] prompt answer [EOS]`, BOS and EOS where the tokenizer has them; answer and EOS carry loss.
 
     The white space at the joint: spaces that end the prompt belong to the answer, because tokenizers put a space
     into the word behind it; where there is none on either side, the answer gets one.
@@ -113,7 +113,7 @@ def _encode_example(tokenizer: PreTrainedTokenizerBase, example: Example, bos: i
 def _encode_segments(
     tokenizer: PreTrainedTokenizerBase, segments: Sequence[tuple[str, bool]], before: list[int], after: list[int]
 ) -> EncodedExample:
-    """Tokens of the segments behind one another; no token belongs to two of them. `after` carries loss."""
+    """Return the tokens of the segments behind one another; no token belongs to two of them. `after` carries loss."""
     token_ids, carries_loss, context = list(before), [False] * len(before), ""
     for text, loss in segments:
         ids = _continuation(tokenizer, context, text)
@@ -126,7 +126,7 @@ def _encode_segments(
 
 
 def _continuation(tokenizer: PreTrainedTokenizerBase, context: str, text: str) -> list[int]:
-    """Ids of `text` after `context`.
+    """Return the ids of `text` after `context`.
 
     Where the ids of the context begin those of both together, the rest of these: so tokenizers that mark the
     beginning of a text mark it once. Else a token would straddle the boundary, and `text` is tokenised alone.
@@ -140,7 +140,7 @@ def _continuation(tokenizer: PreTrainedTokenizerBase, context: str, text: str) -
 
 
 def _chat_segments(tokenizer: PreTrainedTokenizerBase, chat: Chat, at: str) -> list[tuple[str, bool]]:
-    """The rendered chat in pieces; those that an assistant writes (content and end of turn) carry loss."""
+    """Return the rendered chat in pieces; those that an assistant writes (content and end of turn) carry loss."""
     if not getattr(tokenizer, "chat_template", None):
         raise DataError(
             f"{at}: this tokenizer has no chat template, so chats cannot be rendered; pass prompt and answer columns."

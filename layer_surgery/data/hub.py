@@ -6,7 +6,7 @@ import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from layer_surgery.data.documents import LoadedData, Part, Text
 from layer_surgery.data.rows import Row, Table, documents_from
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class KnownDataset:
-    """What a short name stands for."""
+    """A data set that has a short name."""
 
     repository: str
     splits: Mapping[Part, str]
@@ -29,7 +29,7 @@ class KnownDataset:
     files: Mapping[str, str] | None = None
     """Split -> the one file of it that is streamed."""
     limit: int | None = None
-    """How many rows from the start are read; said in `LoadedData.origin`."""
+    """Number of rows from the start that are read; said in `LoadedData.origin`."""
 
 
 KNOWN_DATASETS: dict[str, KnownDataset] = {
@@ -99,19 +99,15 @@ def load_hub(reference: HubReference, part: Part, column: str | None) -> LoadedD
             text = "\n\n".join(str(row[lines_of]) for _, row in table.read([lines_of]))
             return LoadedData(reference.source, [Text(text)], "text", origin)
         kind, documents = documents_from(table, column)
+        return LoadedData(reference.source, documents, kind, origin)
     except DataError:
         raise
     except Exception as error:  # whatever the network, the hub client and the data set's format come up with
-        _fail(reference.source, error)
-    return LoadedData(reference.source, documents, kind, origin)
-
-
-def _fail(source: str, error: Exception) -> NoReturn:
-    reason = (str(error).strip().splitlines() or [""])[0][:200].rstrip(".") or "no reason given"
-    raise DataError(
-        f"cannot read data set '{source}' from the hub ({type(error).__name__}: {reason}); check its name and the "
-        "connection, or pass a local .txt, .jsonl, .json, .csv or .parquet file."
-    ) from error
+        reason = (str(error).strip().splitlines() or [""])[0][:200].rstrip(".") or "no reason given"
+        raise DataError(
+            f"cannot read data set '{reference.source}' from the hub ({type(error).__name__}: {reason}); check its "
+            "name and the connection, or pass a local .txt, .jsonl, .json, .csv or .parquet file."
+        ) from error
 
 
 def _lines_of(repository: str) -> str | None:
@@ -157,15 +153,14 @@ def _choose_config(reference: HubReference, configs: Sequence[str]) -> str:
 
 
 def _choose_split(reference: HubReference, part: Part, splits: Sequence[str]) -> str:
-    """`@SPLIT` may be a slice such as `train[:1000]`, which `datasets` understands."""
+    """Return `@SPLIT`, which may be a slice such as `train[:1000]` that `datasets` understands, or the part's split."""
     if reference.split is not None:
         if re.split(r"[\[+]", reference.split)[0] not in splits:
             raise DataError(unknown_name(f"split of {reference.repository}", reference.split, splits))
         return reference.split
     wanted = ("train",) if part == "calibration" else ("test", "validation")
-    for split in wanted:
-        if split in splits:
-            return split
+    if found := [split for split in wanted if split in splits]:
+        return found[0]
     raise DataError(
         f"data set {reference.repository} has no split {' or '.join(wanted)} for {part}; choose one with @SPLIT: "
         f"{', '.join(splits)}."

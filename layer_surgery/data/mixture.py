@@ -90,7 +90,7 @@ def _share(part: PackedTokens, weight: float) -> SourceShare:
 
 
 def _advice(weights: Sequence[float], position: int, samples: int, count: int) -> str:
-    """What to do about a source of which there are only `count` sequences.
+    """Advise what to do about a source of which there are only `count` sequences.
 
     Its share is at most its quota (`samples` x weight / sum of weights) rounded up, or the one that each source gets,
     so both limits are where the quota is `count`.

@@ -1,4 +1,4 @@
-"""From documents to packed token sequences of one length, with the mask of what carries loss.
+"""Documents as packed token sequences of one length, with the mask of tokens that carry loss.
 
 Shapes: N sequences, S tokens each (`sequence_length`).
 """
@@ -31,7 +31,7 @@ class TooFewSequencesError(DataError):
         unit = "windows" if data.kind == "text" else f"rows of whole {data.kind}s"
         lower = f"lower --samples to at most {count}, or lower" if count else "lower"
         self.count = count
-        """How many sequences there are."""
+        """Number of sequences that there are."""
         self.found = (
             f"{data.name} has {tokens:,} tokens, which make {count:,} {unit} at --sequence-length {sequence_length}"
         )
@@ -155,7 +155,7 @@ def _fill_rows(examples: Iterable[EncodedExample], sequence_length: int) -> Iter
 
 
 def _packed_windows(name: str, windows: Tensor, bos: int | None, available: int, padding: int = 0) -> PackedTokens:
-    """Windows `[N, S]` or, before BOS is put in front, `[N, S - 1]`; `padding` counts the last row's."""
+    """Pack windows `[N, S]` or, before BOS is put in front, `[N, S - 1]`; `padding` counts the last row's."""
     if bos is not None:
         windows = torch.cat([torch.full((len(windows), 1), bos), windows], dim=1)
     valid = torch.ones_like(windows, dtype=torch.bool)

@@ -1,7 +1,8 @@
-"""From the rows of a table to documents: which columns count, and what each field must hold."""
+"""Rows of a table as documents: the columns that count, and the checks of their fields."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,8 @@ ALLOWED_COLUMNS = (
 )
 
 Row = Mapping[str, object]
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ def _collect(table: Table, columns: Sequence[str], make: Callable[[Row, str], Do
 
 
 def _text(row: Row, column: str, at: str) -> str:
-    """The field as text that a tokenizer can take; `at` names source and row."""
+    """Return the field as text that a tokenizer can take; `at` names source and row."""
     value = row.get(column)
     if value is None:
         raise DataError(f"{at}: the field '{column}' is missing; give every row a text there, or remove the row.")
@@ -85,17 +88,9 @@ def _text(row: Row, column: str, at: str) -> str:
         raise DataError(f"{at}: the field '{column}' must be text, but is of type {type(value).__name__}.")
     if not value.strip():
         raise DataError(f"{at}: the field '{column}' is empty; give every row a text there, or remove the row.")
-    if not _encodable(value):
+    if _SURROGATE.search(value):
         raise DataError(f"{at}: the field '{column}' has half a surrogate pair, which is no character; remove it.")
     return value
-
-
-def _encodable(value: str) -> bool:
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _messages(row: Row, at: str) -> list[dict[str, str]]:
@@ -110,7 +105,7 @@ def _messages(row: Row, at: str) -> list[dict[str, str]]:
 
 
 def _message(message: object, at: str) -> dict[str, str]:
-    """A message with its fields checked; fields that are null (a table's filling) are left out."""
+    """Return a message with its fields checked; fields that are null (a table's filling) are left out."""
     if not isinstance(message, Mapping):
         raise DataError(f"{at}: must have the fields role and content, but is of type {type(message).__name__}.")
     fields = {str(key) for key, value in message.items() if value is not None} | {"role", "content"}

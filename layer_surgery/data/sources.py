@@ -1,4 +1,4 @@
-"""From what the user wrote (`bundled`, a file, a hub data set) to documents."""
+"""Sources as the user names them (`bundled`, a file, a hub data set), read into documents."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ def _require_object(value: object, at: str) -> Row:
 
 
 def _read_jsonl(path: Path) -> Table:
-    """One JSON object per line; blank lines are no rows."""
+    """Read one JSON object per line; blank lines are no rows."""
     rows: list[tuple[str, Row]] = []
     # Only "\n" ends a line: JSON strings may hold the other characters that `str.splitlines` splits at.
     for number, line in enumerate(read_utf8(path).split("\n"), start=1):
@@ -90,7 +90,7 @@ def _read_json(path: Path) -> Table:
 
 
 def _read_csv(path: Path) -> Table:
-    """Comma-separated with a header; row 1 is the first after it, and blank lines are no rows."""
+    """Read comma-separated rows with a header; row 1 is the first after it, and blank lines are no rows."""
     reader = csv.reader(io.StringIO(read_utf8(path), newline=""), strict=True)
     limit = csv.field_size_limit(2**31 - 1)
     try:

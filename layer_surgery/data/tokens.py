@@ -10,19 +10,19 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class SourceShare:
-    """What one source gives to the calibration data."""
+    """The part of the calibration data that comes from one source."""
 
     name: str
-    """What the user called the source."""
+    """As the user gave it."""
     weight: float
-    """What its number of sequences was made proportional to."""
+    """The number of sequences is proportional to it."""
     sequences: int
     tokens_available: int
-    """How many tokens the source has."""
+    """Number of tokens that the source has."""
     tokens: int
-    """How many of them are in its sequences."""
+    """Number of them in its sequences."""
     predicted_tokens: int
-    """How many of these carry loss."""
+    """Number of these that carry loss."""
     sha256: str
     """Hash of its sequences by themselves, as in `PackedTokens`."""
 
@@ -35,7 +35,7 @@ class PackedTokens:
     """
 
     name: str
-    """What the user called the data (a name or a file; all of them with their weights for a mixture)."""
+    """As the user gave it: a name or a file; for a mixture all of them with their weights."""
     token_ids: Tensor
     """[N, S] int64."""
     loss_mask: Tensor
@@ -45,11 +45,11 @@ class PackedTokens:
     """[N, S] bool. False for right padding, which no statistic may see. Causal attention keeps padding on the
     right from touching anything to its left, so no attention mask is needed."""
     tokens_available: int
-    """How many tokens the sources have; those used are `valid.sum()`."""
+    """Number of tokens that the sources have; those used are `valid.sum()`."""
     sha256: str
     """Hash of token ids and masks: the identity of the data for provenance and caches."""
     sources: tuple[SourceShare, ...] = ()
-    """What each source gives, in the user's order; for calibration data only."""
+    """The share of each source, in the user's order; for calibration data only."""
 
     @property
     def sequences(self) -> int:

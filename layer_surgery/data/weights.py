@@ -1,4 +1,4 @@
-"""`SOURCE[:WEIGHT]`: which sources a mixture has, and how many of its sequences each gives."""
+"""Weights of the sources of a mixture: `SOURCE[:WEIGHT]` taken apart, and sequences divided by weight."""
 
 from __future__ import annotations
 

@@ -17,6 +17,11 @@ Front = Literal["parameters", "prefill_speed", "decode_speed"]
 FRONTS: tuple[Front, ...] = ("parameters", "prefill_speed", "decode_speed")
 
 
+def beats(one: tuple[float, float], other: tuple[float, float]) -> bool:
+    """Whether `one` is at most as large as `other` in both coordinates, and smaller in one."""
+    return one[0] <= other[0] and one[1] <= other[1] and one != other
+
+
 @dataclass(frozen=True, kw_only=True, order=True)
 class SweepSettings:
     """Options in which the points of a sweep differ: the identity of a point."""

@@ -1,1 +1,1 @@
-"""Reporting: tables made from records. Computes nothing new."""
+"""Views of records: tables for the terminal, pages, figures and model cards. Nothing is measured here."""

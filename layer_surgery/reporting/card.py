@@ -1,4 +1,4 @@
-"""The model card of a result: metadata that the hub reads, and what a user must know. Computes nothing new.
+"""The model card of a result: metadata that the hub reads, and what a user must know.
 
 Metadata: https://huggingface.co/docs/hub/model-cards. `base_model` takes names on the hub only, so a local directory is
 named in the text instead.
@@ -16,14 +16,13 @@ from huggingface_hub import EvalResult, ModelCardData
 from layer_surgery.checkpoint.origin import is_valid_hub_id
 from layer_surgery.records import SurgeryReport
 from layer_surgery.reporting.formats import with_interval
-from layer_surgery.reporting.loading import how_to_load
-from layer_surgery.reporting.made import calibration_sources
-from layer_surgery.reporting.page import refit_sentence, tables
-from layer_surgery.reporting.summary import summary
+from layer_surgery.reporting.measurements import measurement_tables
+from layer_surgery.reporting.provenance import calibration_sources
+from layer_surgery.reporting.sentences import how_to_load, refit_sentence, summary
 from layer_surgery.reporting.templates import render
 from layer_surgery.reporting.text import printable
 
-#: What becomes of lm-eval's names among the hub's metrics; others are given as they are.
+#: The hub's names for lm-eval's metrics; others are given as they are.
 _METRICS = {"acc": "accuracy", "acc_norm": "accuracy"}
 _MARK = re.compile(r"\n<!-- layer-surgery: SHA-256 of all above ([0-9a-f]{64}) -->\n\Z")
 
@@ -32,7 +31,7 @@ def model_card(report: SurgeryReport, name: str, *, needs_code: bool) -> str:
     """Return the card as Markdown with its metadata. Its last line tells whether anyone has edited it since.
 
     Args:
-        name: what the result is called.
+        name: of the result.
         needs_code: whether the result loads with `trust_remote_code=True` only.
     """
     text = render(
@@ -41,7 +40,7 @@ def model_card(report: SurgeryReport, name: str, *, needs_code: bool) -> str:
         name=name,
         report=report,
         sentences=summary(report),
-        tables=tables(report),
+        tables=measurement_tables([report.before, report.after], report.comparison),
         refit=refit_sentence(report),
         loading=how_to_load(name, needs_code=needs_code),
         needs_code=needs_code,
@@ -66,7 +65,7 @@ def _sha256(text: str) -> str:
 
 
 def metadata(report: SurgeryReport, name: str, *, needs_code: bool) -> ModelCardData:
-    """Return what stands in the head of the card."""
+    """Return the head of the card."""
     hub_id = _hub_id(report)
     licence: dict[str, Any] = report.base_model.get("licence") or {}
     tags = ["layer-surgery", "pruning", "model-compression"]

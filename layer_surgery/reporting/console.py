@@ -1,16 +1,29 @@
-"""Records as tables for people. Computes nothing new."""
+"""Records as tables on the terminal."""
 
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
-from layer_surgery.records import EvaluationReport, LayerScores, SurgeryPlan, SurgeryReport
-from layer_surgery.reporting.formats import short_names
-from layer_surgery.reporting.measurements import print_continuations, print_measurements
+from layer_surgery.records import (
+    Comparison,
+    Continuation,
+    EvaluationReport,
+    EvaluationResult,
+    LayerScores,
+    SurgeryPlan,
+    SurgeryReport,
+)
+from layer_surgery.records.sweep import SweepReport
+from layer_surgery.reporting.derived import changed_layers, low_rank_linears
+from layer_surgery.reporting.measurements import Row, measurement_tables
+from layer_surgery.reporting.sentences import best_sentence, failed_points
+from layer_surgery.reporting.sweep_table import LEGEND, TEXT_COLUMNS, sweep_table
 
 _BLOCKS = "▏▎▍▌▋▊▉█"
 
@@ -18,27 +31,17 @@ _BLOCKS = "▏▎▍▌▋▊▉█"
 def print_report(console: Console, report: SurgeryReport) -> None:
     """Print what was done to which layers, and before against after."""
     plan = report.plan
-    removed = [layer.index for layer in plan.layers if layer.action == "remove"]
-    without = [layer.index for layer in plan.low_rank if not any(layer.ranks.values())]
-    low_rank = [layer.index for layer in plan.low_rank if layer.index not in without]
+    changes = zip(("removed", "parts removed", "low-rank"), changed_layers(plan), strict=True)
     console.print(
         f"[bold]{escape(report.base_model['name'])}[/]: {plan.target_layers} of {len(plan.layers)} layers whole; "
-        + "; ".join(
-            text
-            for text in (
-                f"removed: {_indices(removed)}" if removed else "",
-                f"parts removed: {_indices(without)}" if without else "",
-                f"low-rank: {_indices(low_rank)}" if low_rank else "",
-            )
-            if text
-        ),
+        + "; ".join(f"{change}: {', '.join(map(str, layers))}" for change, layers in changes if layers),
         highlight=False,
     )
     if plan.low_rank:
         print_ranks(console, plan)
-    print_measurements(console, report.before, report.after, report.comparison, ("before", "after", "change"))
-    print_prediction(console, report)
-    print_continuations(console, report.continuations, ("before", "after"))
+    _print_measurements(console, report.before, report.after, report.comparison, ("before", "after", "change"))
+    _print_prediction(console, report)
+    _print_continuations(console, report.continuations, ("before", "after"))
     if report.output is None:
         console.print("dry run: nothing was written", highlight=False)
     else:
@@ -47,39 +50,11 @@ def print_report(console: Console, report: SurgeryReport) -> None:
             console.print(f"page: [bold]{escape(report.output)}/report.html[/]", highlight=False)
 
 
-def print_prediction(console: Console, report: SurgeryReport) -> None:
-    """Print the predicted rise of the loss beside the measured one."""
-    predicted = report.plan.predicted_loss_rise
-    if predicted is None or not report.before.perplexity:
-        return
-    measured = ", ".join(
-        f"{math.log(report.after.perplexity[name].value / before.value):+.3f} on {escape(name)}"
-        for name, before in report.before.perplexity.items()
-    )
-    refit = ", before the refit" if report.refit else ""
-    console.print(
-        f"loss (nats per token): predicted {predicted:+.3f} on the calibration data{refit}; measured {measured}",
-        highlight=False,
-    )
-
-
 def print_evaluation(console: Console, report: EvaluationReport, name: str) -> None:
     """Print what was measured of a model, alone or beside its baseline."""
     titles = (name, "", "") if report.baseline is None else ("baseline", "model", "change")
-    print_measurements(console, report.baseline, report.model, report.comparison, titles)
-    print_continuations(console, report.continuations, ("baseline", "model"))
-
-
-def print_ranks(console: Console, plan: SurgeryPlan) -> None:
-    """Print the rank of every linear of the low-rank layers."""
-    names = list(dict.fromkeys(name for layer in plan.low_rank for name in layer.ranks))
-    table = Table(title="ranks", title_justify="left", box=None, pad_edge=False)
-    table.add_column("layer", justify="right")
-    for title in short_names(names):
-        table.add_column(title, justify="right", overflow="fold")
-    for layer in plan.low_rank:
-        table.add_row(str(layer.index), *(str(layer.ranks.get(name, "-")) for name in names))
-    console.print(table)
+    _print_measurements(console, report.baseline, report.model, report.comparison, titles)
+    _print_continuations(console, report.continuations, ("baseline", "model"))
 
 
 def print_scores(console: Console, scores: LayerScores) -> None:
@@ -102,11 +77,94 @@ def print_scores(console: Console, scores: LayerScores) -> None:
         console.print("values are of single layers; the order is of layers together", highlight=False)
 
 
+def print_sweep(console: Console, report: SweepReport, directory: Path) -> None:
+    """Print all points of a sweep, the fronts, and which model was saved."""
+    titles, rows = sweep_table(report)
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for title in titles:
+        table.add_column(escape(title), justify="left" if title in TEXT_COLUMNS else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*map(escape, row))
+    needed = sum(max(map(len, column)) + 2 for column in zip(titles, *rows, strict=True))
+    console.width = max(console.width, needed)  # a terminal that is too narrow breaks lines, but no number is cut
+    console.print(table)
+    if any(point.fronts for point in report.points):
+        console.print(LEGEND, highlight=False)
+    for line in failed_points(report):
+        console.print(escape(f"failed: {line}"), highlight=False)
+    if report.best is not None and report.best.point is not None:
+        console.print(escape(best_sentence(report.best, directory)), highlight=False)
+    files = "report.html, sweep.json, sweep.csv, sweep.md"
+    console.print(f"kept in [bold]{escape(str(directory))}[/] ({files})", highlight=False)
+
+
+def print_ranks(console: Console, plan: SurgeryPlan) -> None:
+    """Print the rank of every linear of the low-rank layers."""
+    linears = low_rank_linears(plan)
+    table = Table(title="ranks", title_justify="left", box=None, pad_edge=False)
+    table.add_column("layer", justify="right")
+    for title in linears.values():
+        table.add_column(title, justify="right", overflow="fold")
+    for layer in plan.low_rank:
+        table.add_row(str(layer.index), *(str(layer.ranks.get(name, "-")) for name in linears))
+    console.print(table)
+
+
+def _print_measurements(
+    console: Console,
+    before: EvaluationResult | None,
+    after: EvaluationResult,
+    comparison: Comparison | None,
+    titles: tuple[str, str, str],
+) -> None:
+    results = [after] if before is None else [before, after]
+    rows = [row for _, rows in measurement_tables(results, comparison) for row in rows]
+    cells = [[_label(row), *row.values, *([] if before is None else [row.change])] for row in rows]
+    table = Table(box=None, pad_edge=False, title_justify="left")
+    table.add_column("", overflow="fold")
+    for column, title in enumerate(titles[: len(cells[0]) - 1], start=1):
+        # Names may be folded on a narrow terminal; numbers must not be.
+        width = max(len(line[column]) for line in cells)
+        table.add_column(escape(title), justify="right", overflow="fold", min_width=width)
+    for line in cells:
+        table.add_row(*map(escape, line))
+    console.print(table)
+
+
+def _label(row: Row) -> str:
+    return ("  " if row.level == "part" else "") + row.label + (f"\n  ({row.note})" if row.note else "")
+
+
+def _print_prediction(console: Console, report: SurgeryReport) -> None:
+    """Print the predicted rise of the loss beside the measured one."""
+    predicted = report.plan.predicted_loss_rise
+    if predicted is None or not report.before.perplexity:
+        return
+    measured = ", ".join(
+        f"{math.log(report.after.perplexity[name].value / before.value):+.3f} on {escape(name)}"
+        for name, before in report.before.perplexity.items()
+    )
+    refit = ", before the refit" if report.refit else ""
+    console.print(
+        f"loss (nats per token): predicted {predicted:+.3f} on the calibration data{refit}; measured {measured}",
+        highlight=False,
+    )
+
+
+def _print_continuations(console: Console, continuations: list[Continuation], titles: tuple[str, str]) -> None:
+    """Print what the models wrote after each prompt, each text on one line."""
+    for number, continuation in enumerate(continuations, start=1):
+        table = Table(box=None, pad_edge=False, show_header=False, title_justify="left", padding=(0, 2, 0, 0))
+        table.add_column(no_wrap=True)
+        table.add_column(overflow="fold")
+        table.add_row(f"prompt {number}", Text(" ".join(continuation.prompt.split()), style="bold"))
+        for title, text in zip(titles, (continuation.before, continuation.after), strict=True):
+            if text is not None:
+                table.add_row(title, Text(" ".join(text.split())))
+        console.print(table)
+
+
 def _bar(fraction: float, width: int = 24) -> str:
     eighths = round(fraction * width * 8)
     full, part = divmod(eighths, 8)
     return "█" * full + (_BLOCKS[part - 1] if part else "")
-
-
-def _indices(indices: list[int]) -> str:
-    return ", ".join(str(index) for index in indices)

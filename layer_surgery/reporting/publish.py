@@ -1,4 +1,4 @@
-"""Writes the page and the card of results, new or stored ones."""
+"""Pages and cards, written for new results and for stored ones."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from layer_surgery.checkpoint.modeling_layer_surgery import MODEL_TYPE
 from layer_surgery.checkpoint.origin import is_valid_hub_id
@@ -17,8 +16,7 @@ from layer_surgery.records import SurgeryReport
 from layer_surgery.records.reading import read_report, read_sweep, report_file
 from layer_surgery.records.sweep import SweepReport
 
-if TYPE_CHECKING:
-    from layer_surgery.reporting.compare import ResultRow
+# The modules that draw are imported where they are used: matplotlib takes a while.
 
 PAGE_FILE, CARD_FILE = PAGE_FILES
 SWEEP_ADVICE = "make it again with sweep"
@@ -28,11 +26,17 @@ def write_page_and_card(directory: Path, report: SurgeryReport, name: str) -> No
     """Write `report.html` and `README.md` of a new result into its directory.
 
     Args:
-        name: what the result is called: the directory may still have another name.
+        name: of the result; the directory may still have another one.
     """
-    needs_code = _needs_code(directory, report)
-    write_atomically(directory / PAGE_FILE, _page(report, name, needs_code))
-    write_atomically(directory / CARD_FILE, _card(report, name, needs_code))
+    for file, text in zip(PAGE_FILES, _page_and_card(directory, report, name), strict=True):
+        write_atomically(directory / file, text)
+
+
+def write_sweep_page(directory: Path, sweep: SweepReport) -> None:
+    """Write `report.html` of a sweep into its directory."""
+    from layer_surgery.reporting.compare import sweep_page
+
+    write_atomically(directory / PAGE_FILE, sweep_page(sweep))
 
 
 def report_on(
@@ -54,52 +58,21 @@ def report_on(
     if len(results) > 1 and output is not None:
         with _consistent("a report"):
             text = _compared(results)
-        _write(output, text)
-        return output, []
+        return _write(output, text), []
     sweep = read_sweep(results[0], SWEEP_ADVICE)
     if sweep is None:
         return _report_on_one(results[0], output, base_model, overwrite)
     if base_model is not None:
         raise UserError(f"--base-model is for the card of a result, and {results[0]} holds a sweep; leave it out.")
-    page = output or results[0] / PAGE_FILE
+    from layer_surgery.reporting.compare import sweep_page
+
     with _consistent(f"the sweep of {results[0]}"):
-        text = _sweep_page(sweep)
-    _write(page, text)
-    return page, []
-
-
-def _report_on_one(path: Path, output: Path | None, base_model: str | None, overwrite: bool) -> tuple[Path, list[str]]:
-    """Write the page of a result to `output`, or page and card into its directory."""
-    name, report = _name(path), read_report(report_file(path))
-    if base_model is not None:
-        report = replace(report, base_model=report.base_model | {"hub_id": base_model})
-    needs_code = _needs_code(path if path.is_dir() else path.parent, report)
-    with _consistent(f"the report of {path}"):
-        page, card = _page(report, name, needs_code), _card(report, name, needs_code)
-    if output is not None:
-        _write(output, page)
-        return output, []
-    _write(path / PAGE_FILE, page)
-    if not overwrite and not _may_replace(path / CARD_FILE):
-        return path / PAGE_FILE, [
-            f"{path / CARD_FILE} was edited, or is not ours, and stays as it is (--overwrite replaces it)"
-        ]
-    _write(path / CARD_FILE, card)
-    return path / PAGE_FILE, []
-
-
-def write_sweep_page(directory: Path, sweep: SweepReport) -> None:
-    """Write `report.html` of a sweep into its directory."""
-    write_atomically(directory / PAGE_FILE, _sweep_page(sweep))
-
-
-def _sweep_page(sweep: SweepReport) -> str:
-    from layer_surgery.reporting.sweep_page import sweep_page
-
-    return sweep_page(sweep)
+        text = sweep_page(sweep)
+    return _write(output or results[0] / PAGE_FILE, text), []
 
 
 def _check(results: Sequence[Path], output: Path | None, base_model: str | None, overwrite: bool) -> None:
+    """Refuse arguments that do not go together."""
     if not results:
         raise UserError("give at least one directory that `layer-surgery compress` has written.")
     if output is None and len(results) > 1:
@@ -116,50 +89,56 @@ def _check(results: Sequence[Path], output: Path | None, base_model: str | None,
         raise UserError(f"--base-model '{base_model}' is no name on the hub; give OWNER/NAME.")
 
 
-def _name(path: Path) -> str:
-    resolved = path.resolve()
-    return (resolved if resolved.is_dir() else resolved.parent).name or str(path)
+def _report_on_one(path: Path, output: Path | None, base_model: str | None, overwrite: bool) -> tuple[Path, list[str]]:
+    """Write the page of a result to `output`, or page and card into its directory."""
+    from layer_surgery.reporting.card import is_unedited
 
-
-@contextmanager
-def _consistent(what: str) -> Iterator[None]:
-    """Have what a stored record says where no type is checked (of its origin, data and settings) refused in words."""
+    report = read_report(report_file(path))
+    if base_model is not None:
+        report = replace(report, base_model=report.base_model | {"hub_id": base_model})
+    with _consistent(f"the report of {path}"):
+        page, card = _page_and_card(path if path.is_dir() else path.parent, report, _name(path))
+    if output is not None:
+        return _write(output, page), []
+    card_file = path / CARD_FILE
     try:
-        yield
-    except LayerSurgeryError:
-        raise
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise ReportError(f"{what} contradicts itself ({error!r}); make it again.") from error
+        keep_card = not overwrite and card_file.exists() and not is_unedited(card_file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        keep_card = True
+    _write(path / PAGE_FILE, page)
+    if keep_card:
+        note = f"{card_file} was edited, or is not ours, and stays as it is (--overwrite replaces it)"
+        return path / PAGE_FILE, [note]
+    _write(card_file, card)
+    return path / PAGE_FILE, []
+
+
+def _page_and_card(directory: Path, report: SurgeryReport, name: str) -> tuple[str, str]:
+    """Return the page and the card of the result in a directory."""
+    from layer_surgery.reporting.card import model_card
+    from layer_surgery.reporting.page import report_page
+
+    needs_code = _needs_code(directory, report)
+    return report_page(report, name, needs_code=needs_code), model_card(report, name, needs_code=needs_code)
 
 
 def _compared(results: Sequence[Path]) -> str:
-    """Return the page that compares results; all are read before anything is drawn."""
-    from layer_surgery.reporting.compare import comparison_page
+    """Return the page that compares results and all points of sweeps; all are read before anything is drawn."""
+    from layer_surgery.reporting.compare import ResultRow, comparison_page, result_row, sweep_rows
 
-    return comparison_page([row for path in results for row in _rows(path)])
-
-
-def _rows(path: Path) -> list[ResultRow]:
-    """Return what a comparison takes from one of its arguments: a result, or all points of a sweep."""
-    from layer_surgery.reporting.compare import result_row
-    from layer_surgery.reporting.sweep_page import sweep_rows
-
-    sweep = read_sweep(path, SWEEP_ADVICE)
-    if sweep is not None:
-        return list(sweep_rows(sweep, f"{_name(path)}: "))
-    return [result_row(_name(path), read_report(report_file(path)))]
+    rows: list[ResultRow] = []
+    for path in results:
+        sweep = read_sweep(path, SWEEP_ADVICE)
+        if sweep is not None:
+            rows += sweep_rows(sweep, f"{_name(path)}: ")
+        else:
+            rows.append(result_row(_name(path), read_report(report_file(path))))
+    return comparison_page(rows)
 
 
-def _page(report: SurgeryReport, name: str, needs_code: bool) -> str:
-    from layer_surgery.reporting.page import report_page  # matplotlib takes a while to import
-
-    return report_page(report, name, needs_code=needs_code)
-
-
-def _card(report: SurgeryReport, name: str, needs_code: bool) -> str:
-    from layer_surgery.reporting.card import model_card
-
-    return model_card(report, name, needs_code=needs_code)
+def _name(path: Path) -> str:
+    resolved = path.resolve()
+    return (resolved if resolved.is_dir() else resolved.parent).name or str(path)
 
 
 def _needs_code(directory: Path, report: SurgeryReport) -> bool:
@@ -171,19 +150,21 @@ def _needs_code(directory: Path, report: SurgeryReport) -> bool:
         return bool(report.plan.low_rank)
 
 
-def _may_replace(card: Path) -> bool:
-    from layer_surgery.reporting.card import is_unedited
-
+@contextmanager
+def _consistent(what: str) -> Iterator[None]:
+    """Refuse, in words, a stored record that is wrong where no type is checked (its origin, data and settings)."""
     try:
-        return is_unedited(card.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return True
-    except (OSError, ValueError):
-        return False
+        yield
+    except LayerSurgeryError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ReportError(f"{what} contradicts itself ({error!r}); make it again.") from error
 
 
-def _write(path: Path, text: str) -> None:
+def _write(path: Path, text: str) -> Path:
+    """Write a file, or raise `OutputError`; return where it is."""
     try:
         write_atomically(path, text)
     except OSError as error:
         raise OutputError(f"{path} cannot be written ({error.strerror}); give --output FILE elsewhere.") from error
+    return path

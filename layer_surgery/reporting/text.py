@@ -1,4 +1,4 @@
-"""What users and models have written, made harmless before it goes to a page, a figure or a card."""
+"""Text that users and models have written, made harmless before it goes to a page, a figure or a card."""
 
 from __future__ import annotations
 

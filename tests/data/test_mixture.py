@@ -16,14 +16,7 @@ from tiny_tokenizer import CHAT_TEMPLATE, tiny_tokenizer
 
 import layer_surgery
 from layer_surgery.config import CalibrationConfig
-from layer_surgery.data import (
-    Chat,
-    Example,
-    LoadedData,
-    Text,
-    pack_calibration,
-    pack_mixture,
-)
+from layer_surgery.data import Chat, Example, LoadedData, Text, pack_calibration, pack_mixture
 from layer_surgery.data.tokens import PackedTokens
 from layer_surgery.data.weights import apportion
 from layer_surgery.errors import DataError, UserError

@@ -61,22 +61,9 @@ def test_calibration_windows_are_disjoint_pieces_of_the_stream(adds_bos: bool) -
     assert packed.token_ids.shape == (len(cut), 16) and packed.token_ids.dtype == torch.int64
     assert packed.tokens_available == len(stream)
     assert packed.name == "numbers.txt"
+    assert packed.valid.all() and not packed.loss_mask[:, 0].any() and packed.loss_mask[:, 1:].all()
     if adds_bos:
         assert (packed.token_ids[:, 0] == tokenizer.bos_token_id).all()
-
-
-def test_calibration_draws_without_replacement() -> None:
-    tokenizer = tiny_tokenizer()
-    count = len(stream_of(tokenizer)) // 16
-    for seed in range(5):
-        packed = pack_calibration(TEXT, tokenizer, samples=count - 1, sequence_length=16, seed=seed)
-        assert len(set(map(tuple, packed.token_ids.tolist()))) == count - 1
-
-
-def test_text_masks() -> None:
-    packed = pack_calibration(TEXT, tiny_tokenizer(), samples=4, sequence_length=16, seed=0)
-    assert packed.valid.all()
-    assert not packed.loss_mask[:, 0].any() and packed.loss_mask[:, 1:].all()
 
 
 def test_seed_decides_the_windows() -> None:
@@ -86,33 +73,20 @@ def test_seed_decides_the_windows() -> None:
     assert not torch.equal(first.token_ids, other.token_ids) and first.sha256 != other.sha256
 
 
-def test_packing_leaves_the_global_generator_alone() -> None:
-    before = torch.get_rng_state()
-    pack_calibration(TEXT, tiny_tokenizer(), samples=2, sequence_length=16, seed=1)
-    assert torch.equal(before, torch.get_rng_state())
-
-
 def test_too_few_windows_are_refused_with_the_numbers() -> None:
     tokenizer = tiny_tokenizer()
     tokens = len(stream_of(tokenizer))
     count = tokens // 64
     with pytest.raises(DataError) as caught:
         pack_calibration(TEXT, tokenizer, samples=count + 1, sequence_length=64, seed=0)
-    message = str(caught.value)
-    for part in (
-        "numbers.txt",
-        f"{tokens:,} tokens",
-        f"{count} windows",
-        f"--samples {count + 1}",
-        "--sequence-length",
-    ):
-        assert part in message
+    found = (
+        f"numbers.txt has {tokens:,} tokens, which make {count} windows at --sequence-length 64, fewer than --samples"
+    )
+    assert str(caught.value).startswith(f"{found} {count + 1}; lower --samples to at most {count}, or")
     assert pack_calibration(TEXT, tokenizer, samples=count, sequence_length=64, seed=0).sequences == count
-
-
-def test_no_window_at_all_does_not_advise_zero_samples() -> None:
+    # None at all: zero samples are not advised.
     with pytest.raises(DataError, match=r"0 windows .* lower --sequence-length, or pass more data"):
-        pack_calibration(TEXT, tiny_tokenizer(), samples=1, sequence_length=100_000, seed=0)
+        pack_calibration(TEXT, tokenizer, samples=1, sequence_length=100_000, seed=0)
 
 
 def test_long_texts_cause_no_length_warning(caplog: pytest.LogCaptureFixture) -> None:
@@ -200,17 +174,14 @@ def test_the_last_window_is_padded_on_the_right() -> None:
     assert not (packed.loss_mask & ~packed.valid).any()
 
 
-def test_a_last_window_of_one_token_is_kept_only_with_bos() -> None:
+def test_a_last_window_of_one_token_is_kept_only_with_bos_and_a_full_one_is_not_padded() -> None:
     text = LoadedData("x", [Text("0123456789"[:9])], "text")
     without = pack_evaluation(text, tiny_tokenizer(), sequence_length=4)
     assert without.sequences == 2 and without.valid.all() and without.tokens_available == 9
     with_bos = pack_evaluation(text, tiny_tokenizer(adds_bos=True), sequence_length=5)
     assert with_bos.sequences == 3 and with_bos.valid[-1].sum() == 2
-
-
-def test_text_that_fills_its_windows_is_not_padded() -> None:
-    packed = pack_evaluation(LoadedData("x", [Text("01234567")], "text"), tiny_tokenizer(), sequence_length=4)
-    assert packed.sequences == 2 and packed.valid.all()
+    full = pack_evaluation(LoadedData("x", [Text("01234567")], "text"), tiny_tokenizer(), sequence_length=4)
+    assert full.sequences == 2 and full.valid.all()
 
 
 def test_max_windows_takes_the_first() -> None:
@@ -350,16 +321,18 @@ def test_an_example_that_is_too_long_is_refused(calibration: bool) -> None:
     assert pack(length).sequences
 
 
-def test_an_answer_without_tokens_is_refused() -> None:
-    with pytest.raises(DataError, match="x, example 1: the answer has no tokens"):
-        pack_evaluation(LoadedData("x", [Example("q\n", "")], "example"), tiny_tokenizer(eos=None), sequence_length=8)
-
-
-def test_no_examples_and_mixed_documents_are_refused() -> None:
-    with pytest.raises(DataError, match="x has no examples"):
-        pack_evaluation(LoadedData("x", [], "example"), tiny_tokenizer(), sequence_length=8)
-    with pytest.raises(DataError, match="x, example 1: is a text among examples"):
-        pack_evaluation(LoadedData("x", [Text("t")], "example"), tiny_tokenizer(), sequence_length=8)
+@pytest.mark.parametrize(
+    ("documents", "expected"),
+    [
+        ([], "x has no examples"),
+        ([Text("t")], "x, example 1: is a text among examples"),
+        ([Example("q\n", "")], "x, example 1: the answer has no tokens"),
+    ],
+    ids=str,
+)
+def test_examples_without_an_answer_to_learn_are_refused(documents: list, expected: str) -> None:
+    with pytest.raises(DataError, match=expected):
+        pack_evaluation(LoadedData("x", documents, "example"), tiny_tokenizer(eos=None), sequence_length=8)
 
 
 # Chats
@@ -396,24 +369,18 @@ def test_chats_share_rows_in_calibration() -> None:
     assert set(answers) <= {f"{n}{n}<|end|>\n" for n in range(10, 22)}
 
 
-def test_no_chat_template() -> None:
-    with pytest.raises(DataError, match=r"chats.jsonl, chat 1: this tokenizer has no chat template"):
-        pack_evaluation(chat(("user", "a"), ("assistant", "b")), tiny_tokenizer(), sequence_length=64)
-
-
-def test_a_template_that_rewrites_earlier_turns_is_refused() -> None:
-    template = "{{ messages | length }}" + CHAT_TEMPLATE
-    data = chat(("user", "a"), ("assistant", "b"))
-    with pytest.raises(DataError, match="chat template changes earlier turns when message 2 is added"):
-        pack_evaluation(data, tiny_tokenizer(chat_template=template), sequence_length=64)
-
-
-def test_a_template_that_refuses_the_messages_is_reported() -> None:
-    template = "{{ raise_exception('no system role') }}" + CHAT_TEMPLATE
-    with pytest.raises(DataError, match=r"does not accept the messages \(no system role\)"):
-        pack_evaluation(
-            chat(("system", "a"), ("assistant", "b")), tiny_tokenizer(chat_template=template), sequence_length=64
-        )
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        (None, "chats.jsonl, chat 1: this tokenizer has no chat template"),
+        ("{{ messages | length }}" + CHAT_TEMPLATE, "chat template changes earlier turns when message 2 is added"),
+        ("{{ raise_exception('no user') }}" + CHAT_TEMPLATE, r"does not accept the messages \(no user\)"),
+    ],
+)
+def test_a_template_that_is_missing_or_does_not_fit_is_refused(template: str | None, expected: str) -> None:
+    tokenizer = tiny_tokenizer(chat_template=template) if template else tiny_tokenizer()
+    with pytest.raises(DataError, match=expected):
+        pack_evaluation(chat(("user", "a"), ("assistant", "b")), tokenizer, sequence_length=64)
 
 
 # Arguments, vocabulary, hash
@@ -427,20 +394,20 @@ def test_a_template_that_refuses_the_messages_is_reported() -> None:
         ("sequence_length", 1, "at least 2"),
         ("seed", -1, "at least 0 and at most"),
         ("seed", 2**63, "at least 0 and at most"),
+        ("max_windows", 0, "at least 1"),
     ],
 )
-def test_calibration_arguments(argument: str, value: int, allowed: str) -> None:
-    arguments = {"samples": 2, "sequence_length": 16, "seed": 0} | {argument: value}
+def test_arguments_out_of_range_are_refused(argument: str, value: int, allowed: str) -> None:
     option = argument.replace("_", "-")
-    with pytest.raises(DataError, match=rf"{argument} \(--{option}\) is {value}, but must be {allowed}"):
-        pack_calibration(TEXT, tiny_tokenizer(), **arguments)
-
-
-def test_evaluation_arguments() -> None:
-    with pytest.raises(DataError, match=r"sequence_length .* is 1, but must be at least 2"):
-        pack_evaluation(TEXT, tiny_tokenizer(), sequence_length=1)
-    with pytest.raises(DataError, match=r"max_windows .* is 0, but must be at least 1"):
-        pack_evaluation(TEXT, tiny_tokenizer(), sequence_length=8, max_windows=0)
+    expected = rf"{argument} \(--{option}\) is {value}, but must be {allowed}"
+    if argument in ("sequence_length", "max_windows"):
+        with pytest.raises(DataError, match=expected):
+            pack_evaluation(TEXT, tiny_tokenizer(), **{"sequence_length": 8} | {argument: value})
+    if argument != "max_windows":
+        with pytest.raises(DataError, match=expected):
+            pack_calibration(
+                TEXT, tiny_tokenizer(), **{"samples": 2, "sequence_length": 16, "seed": 0} | {argument: value}
+            )
 
 
 def test_vocabulary_must_cover_every_token() -> None:

@@ -5,42 +5,17 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
 from pages import NASTY, full_report
-from tiny_checkpoints import CommandLine, run_stock_script, saved_model, text_file
+from tiny_checkpoints import CommandLine, run_stock_script
 
 import layer_surgery
 from layer_surgery import SurgeryReport
 from layer_surgery.checkpoint.origin import hub_id, licence, origin
 from layer_surgery.reporting.card import is_unedited, model_card
 from layer_surgery.reporting.text import code_span
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return saved_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def result(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, SurgeryReport]:
-    folder = tmp_path_factory.mktemp("result")
-    text = text_file(folder / "text.txt")
-    output = folder / "smaller"
-    report = layer_surgery.compress(
-        model,
-        output,
-        layers=[1, 2],
-        keep=0.3,
-        method="svd",
-        calibration=text,
-        eval_data=[text],
-        sequence_length=16,
-        command="layer-surgery compress ```model```",
-    )
-    return output, report
 
 
 def with_card(model: Path, directory: Path, text: str | bytes | None, **files: str) -> Path:
@@ -70,9 +45,13 @@ def test_the_card_says_how_to_load_what_it_saw_and_what_made_it(result: tuple[Pa
     text = (result[0] / "README.md").read_text(encoding="utf-8")
     assert 'from_pretrained("smaller", dtype="auto", trust_remote_code=True)' in text
     assert "names none either" in text and "--base-model OWNER/NAME" in text
+    first, second = (layer.index for layer in result[1].plan.low_rank)
+    assert f"Replaced linears of 2 of 5 layers ({first}, {second}) by low-rank components" in text
+    assert "16 sequences, 256 tokens" in text.partition("calibrated on")[2]
+    assert "From Python; the settings are in" in text
+    command = {"command": "layer-surgery compress ```model```"}
+    text = model_card(replace(result[1], provenance=result[1].provenance | command), "x", needs_code=True)
     assert "````\nlayer-surgery compress ```model```\n````" in text
-    assert "Replaced linears of 2 of 4 layers (1, 2) by low-rank components" in text
-    assert "No data." in text.partition("calibrated on")[2][:20]
 
 
 @pytest.mark.slow
@@ -95,17 +74,13 @@ def test_a_plain_result_needs_no_code(model: Path, tmp_path: Path) -> None:
     layer_surgery.compress(model, tmp_path / "out", layers=[1], keep=0, refit=False, eval_data=None)
     text = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert "trust_remote_code" not in text and "custom_code" not in text and "plain checkpoint" in text
+    assert "No data." in text.partition("calibrated on")[2][:20]
     assert ModelCard(text).data.eval_results is None
 
 
-def test_names_on_the_hub_become_the_base_model(
-    result: tuple[Path, SurgeryReport], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
-    directory = tmp_path / "smaller"
-    shutil.copytree(result[0], directory)
-    outcome = CommandLine(monkeypatch, capsys)("report", directory, "--base-model", "owner/name")
-    assert outcome.code == 0
-    card = ModelCard.load(directory / "README.md")
+def test_names_on_the_hub_become_the_base_model(run: CommandLine, copy: Path) -> None:
+    assert run("report", copy, "--base-model", "owner/name").code == 0
+    card = ModelCard.load(copy / "README.md")
     assert card.data.base_model == "owner/name"
     assert card.data.to_dict()["base_model_relation"] == "finetune"
     assert "[owner/name](https://huggingface.co/owner/name)" in card.text
@@ -135,8 +110,7 @@ def test_the_name_of_a_snapshot_does_not_depend_on_where_one_works(
 
 def test_a_model_in_memory_may_say_where_it_is_from() -> None:
     assert origin(None, "owner/name") == {"hub_id": "owner/name", "licence": {}}
-    assert origin(None, "/home/me/model")["hub_id"] is None
-    assert origin(None, "")["hub_id"] is None
+    assert origin(None, "/home/me/model")["hub_id"] is origin(None, "")["hub_id"] is None
 
 
 def test_the_licence_is_that_of_the_originals_card(model: Path, tmp_path: Path) -> None:

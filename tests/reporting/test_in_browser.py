@@ -14,9 +14,7 @@ from typing import Any
 import pytest
 from pages import NASTY, full_report
 from PIL import Image
-from tiny_checkpoints import saved_model, text_file
 
-import layer_surgery
 from layer_surgery import SurgeryReport
 from layer_surgery.records import LayerPlan
 from layer_surgery.reporting.compare import comparison_page, result_row
@@ -77,27 +75,15 @@ def probed(html: str, folder: Path, *, width: int, scheme: int) -> dict[str, Any
 
 
 @pytest.fixture(scope="module")
-def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    folder = tmp_path_factory.mktemp("browser")
-    text = text_file(folder / "text.txt")
-    report = layer_surgery.compress(
-        saved_model(folder / "model", layers=5),
-        dry_run=True,
-        target_layers=3,
-        keep=0.3,
-        calibration=text,
-        eval_data=[text],
-        samples=16,
-        sequence_length=16,
-    )
+def pages(result: tuple[Path, SurgeryReport]) -> dict[str, str]:
+    report = result[1]
     full = full_report(report)
+    rows = [result_row(name, full) for name in ("one", "W" * 200, "three")]
     return {
         "report": report_page(full, "smaller", needs_code=True),
         "hostile": report_page(full_report(report, NASTY), NASTY, needs_code=True),
         "deep": report_page(deep(report), "deep", needs_code=True),
-        "comparison": comparison_page(
-            [result_row("one", full), result_row("W" * 200, full), result_row("three", full)]
-        ),
+        "comparison": comparison_page(rows),
     }
 
 

@@ -12,60 +12,18 @@ from typing import Any
 import pytest
 import torch
 from pages import NASTY, checked, full_report
-from tiny_checkpoints import CommandLine, edit_json, listing, saved_model, tensors_of, text_file
+from tiny_checkpoints import CommandLine, edit_json, listing, tensors_of
 
 import layer_surgery
 from layer_surgery import SurgeryReport
-from layer_surgery.records import REPORT_SCHEMA_VERSION, LayerPlan, LayerScores
+from layer_surgery.records import REPORT_SCHEMA_VERSION, Interval, LayerPlan, LayerScores
 from layer_surgery.records.reading import read_report
-from layer_surgery.reporting.compare import _not_dominated, comparison_page, result_row, warnings
+from layer_surgery.reporting.compare import comparison_page, result_row, warnings
+from layer_surgery.reporting.figures.tradeoff import Point, undominated
 from layer_surgery.reporting.formats import number_list
 from layer_surgery.reporting.page import report_page
-from layer_surgery.reporting.summary import summary
+from layer_surgery.reporting.sentences import summary
 from layer_surgery.surgeon.spectra import MAX_POINTS, log_spaced, spectrum_record
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> CommandLine:
-    return CommandLine(monkeypatch, capsys)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return saved_model(tmp_path_factory.mktemp("model"), layers=5)
-
-
-@pytest.fixture(scope="module")
-def options(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    text = text_file(tmp_path_factory.mktemp("text") / "text.txt")
-    return {
-        "target_layers": 3,
-        "keep": 0.3,
-        "calibration": text,
-        "eval_data": [text],
-        "samples": 16,
-        "sequence_length": 16,
-        "continuations": 1,
-    }
-
-
-@pytest.fixture(scope="module")
-def result(
-    model: Path, options: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, SurgeryReport]:
-    output = tmp_path_factory.mktemp("result") / "smaller"
-    return output, layer_surgery.compress(model, output, **options)
-
-
-@pytest.fixture
-def copy(result: tuple[Path, SurgeryReport], tmp_path: Path) -> Path:
-    """What `report` needs of a result, in a folder of its own."""
-    directory = tmp_path / "smaller"
-    directory.mkdir()
-    for name in ("surgery.json", "config.json", "report.html", "README.md"):
-        (directory / name).write_bytes((result[0] / name).read_bytes())
-    return directory
-
 
 # The page
 
@@ -395,19 +353,24 @@ def test_results_are_compared(
 
 def test_equal_results_share_a_label(result: tuple[Path, SurgeryReport]) -> None:
     row = result_row("a", result[1])
-    page = checked(comparison_page([row, row, replace(row, parameters=1)]))
+    page = checked(comparison_page([row, row, replace(row, after=replace(row.after, parameters=1))]))
     assert "<text" in page.html and ">1, 2</text>" in page.html and ">3</text>" in page.html
 
 
 def test_results_that_should_not_be_compared_say_so(result: tuple[Path, SurgeryReport]) -> None:
     row = result_row("a", result[1])
-    text = next(iter(row.perplexity))
     assert list(warnings([row, row])) == []
-    other = replace(row, base_sha256="0" * 64)
+    other = replace(row, base=row.base | {"sha256": "0" * 64})
     assert "not all made from the same original" in next(warnings([row, other]))
-    other = replace(row, perplexity={text: replace(row.perplexity[text], data_sha256="0" * 64)})
+    moved = {text: replace(found, data_sha256="0" * 64) for text, found in row.after.perplexity.items()}
+    other = replace(row, after=replace(row.after, perplexity=moved))
     assert "same windows" in next(warnings([row, other]))
 
 
 def test_only_results_that_nothing_undercuts_are_filled() -> None:
-    assert _not_dominated([(80, 1.1), (70, 1.3), (80, 1.2), (60, 1.3), (60, 1.3)]) == {0, 3, 4}
+    places = [(80, 1.1), (70, 1.3), (80, 1.2), (60, 1.3), (60, 1.3)]
+    points = [
+        Point(number, share, Interval(value=ratio, low=1, high=2, confidence=0.95, pairs=9), "svd")
+        for number, (share, ratio) in enumerate(places)
+    ]
+    assert [point.number for point in undominated(points)] == [0, 3, 4]

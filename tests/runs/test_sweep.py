@@ -21,7 +21,7 @@ from layer_surgery import SweepPoint, SweepReport
 from layer_surgery.errors import NumericalError, OutputError, UserError
 from layer_surgery.records import SurgeryPlan
 from layer_surgery.records.reading import read_sweep
-from layer_surgery.reporting.sweep_page import sweep_rows
+from layer_surgery.reporting.compare import sweep_rows
 from layer_surgery.runs.bench import Bench
 from layer_surgery.runs.evaluator import Evaluator
 from layer_surgery.runs.sweep.measuring import Measuring

@@ -1,1 +1,1 @@
-"""Figures of the page, one file for each kind."""
+"""Figures of the pages, one file for each subject."""

@@ -1,4 +1,4 @@
-"""Figures about layers: how important each is, what was kept of each, and the spectra that decided it."""
+"""Figures about layers: how important each is, which ranks were kept, and the spectra that decided it."""
 
 from __future__ import annotations
 
@@ -11,19 +11,15 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from layer_surgery.records import SpectrumRecord, SurgeryReport
-from layer_surgery.reporting.figures.svg import BLUE, CARD, GREEN, INK, MUTED, ORANGE, PURPLE, VERMILLION, Plot, draw
-from layer_surgery.reporting.formats import number_list, short_names
+from layer_surgery.reporting.derived import low_rank_linears
+from layer_surgery.reporting.figures.svg import BLUE, CARD, INK, ORANGE, SERIES, VERMILLION, Plot, draw
+from layer_surgery.reporting.formats import ACTION_NAMES, number_list, short_names
 from layer_surgery.reporting.text import plain_label
 
-#: Colour, hatch and name of what is done to a layer: never the colour alone.
-_ACTIONS = {
-    "keep": (BLUE, "", "whole"),
-    "low_rank": (ORANGE, "////", "low-rank"),
-    "remove": (VERMILLION, "xxxx", "removed"),
-}
+#: Colour and hatch for what is done to a layer: never the colour alone.
+_ACTIONS = {"keep": (BLUE, ""), "low_rank": (ORANGE, "////"), "remove": (VERMILLION, "xxxx")}
 #: Above this quotient of the largest and the smallest bar the axis is logarithmic.
 _LOGARITHMIC = 30
-_SERIES = [(BLUE, "o"), (VERMILLION, "s"), (GREEN, "^"), (PURPLE, "D"), (ORANGE, "v"), (MUTED, "P")]
 #: Singular values below this part of the largest of their panel are left out: they are worth nothing.
 _FLOOR = 3e-4
 #: Panels that fit one figure.
@@ -39,7 +35,7 @@ def layer_plots(report: SurgeryReport) -> Iterator[Plot]:
 
 
 def importance(report: SurgeryReport) -> Plot:
-    """Return a bar for each layer by the scorer's value; operated layers have hatches."""
+    """Return a bar for each layer by the scorer's value; layers that do not stay whole have hatches."""
     scores = report.scores
     assert scores is not None
     actions = [layer.action for layer in report.plan.layers]
@@ -49,7 +45,7 @@ def importance(report: SurgeryReport) -> Plot:
     def paint(figure: Figure) -> None:
         axes = figure.subplots()
         for index, (value, action) in enumerate(zip(scores.values, actions, strict=True)):
-            colour, hatch, _ = _ACTIONS[action]
+            colour, hatch = _ACTIONS[action]
             axes.bar(index, value, width=0.78, color=colour, hatch=hatch, edgecolor=CARD, linewidth=0)
         if logarithmic:
             _logarithmic(axes)
@@ -60,10 +56,10 @@ def importance(report: SurgeryReport) -> Plot:
         axes.set_xlim(-0.6, len(actions) - 0.4)
         axes.set_xlabel("layer")
         axes.set_ylabel("importance" + (" (log scale)" if logarithmic else ""))
-        used = [action for action in _ACTIONS if action in actions]
         handles = [
-            Patch(facecolor=_ACTIONS[a][0], hatch=_ACTIONS[a][1], edgecolor=CARD, linewidth=0, label=_ACTIONS[a][2])
-            for a in used
+            Patch(facecolor=colour, hatch=hatch, edgecolor=CARD, linewidth=0, label=name)
+            for (action, name), (colour, hatch) in zip(ACTION_NAMES.items(), _ACTIONS.values(), strict=True)
+            if action in actions
         ]
         figure.legend(handles=handles, loc="outside upper left", ncols=3, handlelength=1.6)
 
@@ -82,8 +78,7 @@ def importance(report: SurgeryReport) -> Plot:
 
 def kept_ranks(report: SurgeryReport) -> Plot:
     """Return a table of ranks, shaded by the share of the full rank (of the largest rank where that is not known)."""
-    layers = report.plan.low_rank
-    names = list(dict.fromkeys(name for layer in layers for name in layer.ranks))
+    layers, linears = report.plan.low_rank, low_rank_linears(report.plan)
     full = {(record.layer, record.linear): record.total for record in report.spectra}
     largest = max(rank for layer in layers for rank in layer.ranks.values())
     known = all((layer.index, name) in full for layer in layers for name in layer.ranks)
@@ -98,17 +93,17 @@ def kept_ranks(report: SurgeryReport) -> Plot:
         axes = figure.subplots()
         colours = matplotlib.colormaps["cividis"]
         for row, layer in enumerate(layers):
-            for column, name in enumerate(names):
+            for column, name in enumerate(linears):
                 if name not in layer.ranks:
                     continue
                 shade = shades[layer.index, name] / (top or 1)
                 axes.add_patch(Rectangle((column - 0.47, row - 0.44), 0.94, 0.88, facecolor=colours(shade)))
                 ink = "#ffffff" if shade < 0.55 else "#000000"
                 axes.text(column, row, str(layer.ranks[name]), ha="center", va="center", color=ink, fontsize=10)
-        axes.set_xlim(-0.5, len(names) - 0.5)
+        axes.set_xlim(-0.5, len(linears) - 0.5)
         axes.set_ylim(len(layers) - 0.5, -0.5)
-        labels = [plain_label(name, 16) for name in short_names(names)]
-        axes.set_xticks(range(len(names)), labels, rotation=35, ha="right", rotation_mode="anchor")
+        labels = [plain_label(name, 16) for name in linears.values()]
+        axes.set_xticks(range(len(linears)), labels, rotation=35, ha="right", rotation_mode="anchor")
         axes.set_yticks(range(len(layers)), [str(layer.index) for layer in layers])
         axes.set_ylabel("layer")
         axes.grid(visible=False)
@@ -120,9 +115,9 @@ def kept_ranks(report: SurgeryReport) -> Plot:
         "ranks",
         "Ranks that were kept",
         f"Table of ranks: rows are layers {number_list([layer.index for layer in layers])}, columns the linears "
-        f"{', '.join(short_names(names))}. The same numbers are in the table of layers.",
+        f"{', '.join(linears.values())}. The same numbers are in the table of layers.",
         f"The numbers are ranks. The brighter a field, the larger the share of {measure}.",
-        height=75 + 25 * len(layers) + 5 * max(len(name) for name in short_names(names)),
+        height=75 + 25 * len(layers) + 5 * max(map(len, linears.values())),
         paint=paint,
     )
 
@@ -165,10 +160,10 @@ def _spectra(records: Sequence[SpectrumRecord], titles: dict[str, str], key: str
             panel.set_visible(False)
         for panel in panels.flat[max(0, len(titles) - 2) : len(titles)]:
             panel.set_xlabel("component")
-        if len(layers) <= len(_SERIES):
+        if len(layers) <= len(SERIES):
             handles = [
                 matplotlib.lines.Line2D([], [], color=colour, marker=marker, markersize=5, label=f"layer {layer}")
-                for layer, (colour, marker) in zip(layers, _SERIES, strict=False)
+                for layer, (colour, marker) in zip(layers, SERIES, strict=False)
             ]
             figure.legend(handles=handles, loc="outside upper left", ncols=min(len(layers), 4), handlelength=1.8)
 
@@ -176,18 +171,14 @@ def _spectra(records: Sequence[SpectrumRecord], titles: dict[str, str], key: str
         f"layer {record.layer} {record.linear}: {record.rank} of {record.total} ({record.kept_share:.0%})"
         for record in records[:60]
     )
-    colours = (
-        ""
-        if len(layers) <= len(_SERIES)
-        else f" Lines go from dark (layer {layers[0]}) to bright (layer {layers[-1]})."
-    )
+    ramp = f" Lines go from dark (layer {layers[0]}) to bright (layer {layers[-1]})."
     kept = "Dots are components that were kept" if scattered else "Thick up to the dot: what was kept"
     return draw(
         key,
         "Singular values, and what was kept",
         f"Singular values of {len(records)} linears on logarithmic axes. Components kept, and their share of the sum "
         f"of squares: {shares}.",
-        f"{_METRICS[metric]}. {kept}. Both axes are logarithmic.{colours}",
+        f"{_METRICS[metric]}. {kept}. Both axes are logarithmic.{'' if len(layers) <= len(SERIES) else ramp}",
         height=45 + 125 * rows,
         paint=paint,
     )
@@ -198,24 +189,22 @@ def _spectrum_panel(panel: Axes, records: Sequence[SpectrumRecord], layers: Sequ
     largest = max((record.values[0] for record in records), default=0.0)
     for record in records:
         place = layers.index(record.layer)
-        if len(layers) <= len(_SERIES):
-            colour, marker = _SERIES[place]
+        if len(layers) <= len(SERIES):
+            colour, marker = SERIES[place]
         else:
             colour, marker = matplotlib.colors.to_hex(ramp(0.2 + 0.65 * place / (len(layers) - 1))), "o"
-        points = [
-            (component, value, kept)
-            for component, value, kept in zip(record.components, record.values, _kept(record), strict=True)
-            if value > _FLOOR * largest
-        ]
+        kept = record.kept or [component <= record.rank for component in record.components]
+        every = zip(record.components, record.values, kept, strict=True)
+        points = [point for point in every if point[1] > _FLOOR * largest]
         if not points:
             continue
-        x, y, kept = zip(*points, strict=True)
+        x, y, shown = zip(*points, strict=True)
         panel.plot(x, y, color=colour, linewidth=0.9)
         if record.kept:
             chosen = [(a, b) for a, b, c in points if c]
             panel.plot([a for a, _ in chosen], [b for _, b in chosen], marker, color=colour, markersize=3)
-        elif any(kept):
-            end = sum(kept)
+        elif any(shown):
+            end = sum(shown)
             panel.plot(x[:end], y[:end], color=colour, linewidth=2.8, solid_capstyle="round")
             panel.plot(x[end - 1], y[end - 1], marker, color=colour, markersize=6, markeredgecolor=CARD)
     panel.set_xscale("log")
@@ -225,10 +214,6 @@ def _spectrum_panel(panel: Axes, records: Sequence[SpectrumRecord], layers: Sequ
     panel.xaxis.set_minor_locator(NullLocator())
     panel.set_axisbelow(True)
     panel.spines["left"].set_color(INK)
-
-
-def _kept(record: SpectrumRecord) -> list[bool]:
-    return record.kept or [component <= record.rank for component in record.components]
 
 
 def _logarithmic(axes: Axes) -> None:

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from layer_surgery.reporting.text import plain_label
 
-#: What colours are for, as they are on white and on a dark page. Series are those of Okabe & Ito (Color Universal
+#: Colours by their use, as they are on white and on a dark page. Series are those of Okabe & Ito (Color Universal
 #: Design, 2008), which colour-blind readers can tell apart; the dark column has their lighter ones.
 COLOURS = {
     "ink": ("#1b1e23", "#e7e9ec"),
@@ -29,8 +29,10 @@ COLOURS = {
     "green": ("#009e73", "#33c79b"),
     "purple": ("#cc79a7", "#dd9fc1"),
 }
-#: The colours on white: what is drawn with, and what is then replaced by a variable of the style sheet.
+#: The colours on white: figures are drawn with them, and each is then replaced by a variable of the style sheet.
 INK, MUTED, RULE, CARD, BLUE, VERMILLION, ORANGE, GREEN, PURPLE = (light for light, _ in COLOURS.values())
+#: Colour and marker of each series.
+SERIES = [(BLUE, "o"), (VERMILLION, "s"), (GREEN, "^"), (PURPLE, "D"), (ORANGE, "v"), (MUTED, "P")]
 #: Width of every figure in points: legible on a phone, and two stand side by side on a desk.
 WIDTH = 400
 
@@ -39,26 +41,15 @@ _SVG, _XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text: small, selectable, in the page's font
     "text.parse_math": False,  # a name may hold a dollar sign
-    "font.size": 11,
-    "axes.titlesize": 11,
+    **dict.fromkeys(("font.size", "axes.titlesize"), 11),
     "axes.labelsize": 10.5,
-    "xtick.labelsize": 10,
-    "ytick.labelsize": 10,
-    "legend.fontsize": 10,
-    "legend.frameon": False,
-    "text.color": INK,
-    "axes.labelcolor": MUTED,
-    "axes.edgecolor": MUTED,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
+    **dict.fromkeys(("xtick.labelsize", "ytick.labelsize", "legend.fontsize"), 10),
+    **dict.fromkeys(("text.color", "xtick.labelcolor", "ytick.labelcolor"), INK),
+    **dict.fromkeys(("axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), MUTED),
+    **dict.fromkeys(("legend.frameon", "axes.spines.top", "axes.spines.right"), False),
+    **dict.fromkeys(("axes.grid", "axes.axisbelow"), True),
     "grid.color": RULE,
     "grid.linewidth": 0.8,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
     "hatch.linewidth": 1.2,
     "hatch.color": CARD,
     "lines.linewidth": 1.6,
@@ -72,7 +63,7 @@ class Plot(NamedTuple):
     svg: Markup
     title: str
     caption: str
-    """What a reader must know to read it."""
+    """Explanations without which it cannot be read."""
 
 
 def draw(
@@ -84,7 +75,7 @@ def draw(
 
     Args:
         key: a word that no other figure on the page has; its ids begin with it.
-        alternative: what the figure shows, in words, for those who do not see it.
+        alternative: the figure in words, for those who do not see it.
     """
     with matplotlib.rc_context(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # glyphs that matplotlib's own font lacks; the reader's font draws them
@@ -131,17 +122,12 @@ def _inline(svg: str, key: str, title: str, alternative: str) -> str:
 
 
 def _describe(root: ElementTree.Element, key: str, title: str, alternative: str) -> None:
+    """Give the figure a name and a description, and take from it all attributes but its measures."""
     view = root.attrib["viewBox"]
     root.attrib.clear()
-    root.attrib.update(
-        {
-            "viewBox": view,
-            "role": "img",
-            "aria-labelledby": f"{key}-title {key}-description",
-            "stroke-linejoin": "round",
-        }
-    )
-    for position, (tag, text) in enumerate((("title", title), ("desc", alternative))):
-        element = ElementTree.Element(tag, {"id": f"{key}-{'title' if tag == 'title' else 'description'}"})
+    root.attrib |= {"viewBox": view, "role": "img", "aria-labelledby": f"{key}-title {key}-description"}
+    root.set("stroke-linejoin", "round")
+    for position, (tag, name, text) in enumerate((("title", "title", title), ("desc", "description", alternative))):
+        element = ElementTree.Element(tag, {"id": f"{key}-{name}"})
         element.text = plain_label(text, 2000)
         root.insert(position, element)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from layer_surgery.records import EvaluationResult
-from layer_surgery.records.sweep import FRONTS, Front, SweepPoint
+from layer_surgery.records.sweep import FRONTS, Front, SweepPoint, beats
 
 
 def perplexity_ratio(before: EvaluationResult, after: EvaluationResult) -> float | None:
@@ -39,11 +39,6 @@ def with_fronts(points: Sequence[SweepPoint]) -> list[SweepPoint]:
             if not any(beats(rival, (quality, cost)) for rival in rivals):
                 fronts[number].append(front)
     return [replace(point, fronts=fronts[number]) for number, point in enumerate(points)]
-
-
-def beats(one: tuple[float, float], other: tuple[float, float]) -> bool:
-    """Whether `one` is at most as large as `other` in both coordinates, and smaller in one."""
-    return one[0] <= other[0] and one[1] <= other[1] and one != other
 
 
 def _coordinates(point: SweepPoint, front: Front) -> tuple[float, float] | None:

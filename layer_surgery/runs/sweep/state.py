@@ -13,7 +13,7 @@ from layer_surgery.checkpoint.save import PAGE_FILES, check_output, write_atomic
 from layer_surgery.errors import LayerSurgeryError, OutputError
 from layer_surgery.records.reading import SWEEP_FILE
 from layer_surgery.records.sweep import SweepReport
-from layer_surgery.reporting.sweep import csv_text, markdown_text
+from layer_surgery.reporting.sweep_table import csv_text, markdown_text
 from layer_surgery.runs.session import SCRATCH_PREFIX
 
 BEST_FOLDER = "best"

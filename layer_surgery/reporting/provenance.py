@@ -1,4 +1,4 @@
-"""What a page says of how its numbers were made: command, data, versions, hardware, settings."""
+"""The section of a page that says where its numbers come from: command, data, versions, hardware, settings."""
 
 from __future__ import annotations
 
@@ -8,54 +8,56 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Made:
-    """What the section `How it was made` shows."""
+class Provenance:
+    """Everything that the section shows."""
 
     command: str | None
+    """None where it was called from Python."""
     sources: list[tuple[str, str]]
-    """Calibration data: a name, and what is known of it."""
+    """Calibration data, as from `calibration_sources`."""
     facts: list[tuple[str, str]]
     """A term and its description."""
     settings: str
     """All of them, as JSON."""
 
 
-def how_it_was_made(
-    base: dict[str, Any], calibration: dict[str, Any] | None, made: dict[str, Any], more: dict[str, Any]
-) -> Made:
+def provenance_section(
+    base: dict[str, Any], calibration: dict[str, Any] | None, run: dict[str, Any], more: dict[str, Any]
+) -> Provenance:
     """Return the section of a run.
 
     Args:
         base: record of the original.
         calibration: record of the calibration data.
-        made: provenance of the run.
+        run: provenance of the run, as its record has it.
         more: further facts, by term; None and "" are left out.
     """
-    packages = made.get("packages") or {}
+    packages = run.get("packages") or {}
     facts = {
         "original": f"{base['name']} ({base.get('model_type', '')}, {base.get('dtype', '')})",
         "its SHA-256": base.get("sha256"),
         **more,
-        "made": made.get("time"),
-        "seed": made.get("seed"),
-        "computed in": made.get("compute_dtype"),
-        "device": made.get("device"),
-        "processor": f"{made.get('processor')}, {made.get('cpu_threads')} threads" if made.get("processor") else None,
-        "platform": made.get("platform"),
-        "python": made.get("python"),
+        "made": run.get("time"),
+        "seed": run.get("seed"),
+        "computed in": run.get("compute_dtype"),
+        "device": run.get("device"),
+        "processor": f"{run.get('processor')}, {run.get('cpu_threads')} threads" if run.get("processor") else None,
+        "platform": run.get("platform"),
+        "python": run.get("python"),
         "packages": ", ".join(f"{package} {version}" for package, version in packages.items() if version),
+        "SHA-256 of the code": run.get("code_sha256"),
         "SHA-256 of the calibration tokens": (calibration or {}).get("sha256"),
     }
-    return Made(
-        command=made.get("command"),
+    return Provenance(
+        command=run.get("command"),
         sources=calibration_sources(calibration),
         facts=[(term, str(value)) for term, value in facts.items() if value not in (None, "")],
-        settings=json.dumps(made.get("config", {}), indent=2, ensure_ascii=False),
+        settings=json.dumps(run.get("config", {}), indent=2, ensure_ascii=False),
     )
 
 
 def calibration_sources(calibration: dict[str, Any] | None) -> list[tuple[str, str]]:
-    """Return what the calibration data were, as pairs of a name and what is known of it."""
+    """Return the names of the calibration data, each with its size in words."""
     calibration = calibration or {}
     found = [
         (

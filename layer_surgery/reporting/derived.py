@@ -1,0 +1,46 @@
+"""Lists and ratios that more than one view takes from a record."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from layer_surgery.records import EvaluationResult, SurgeryPlan
+from layer_surgery.reporting.formats import short_names
+
+
+class ChangedLayers(NamedTuple):
+    """Indices of the layers that a plan does not leave whole, by what is done to them."""
+
+    removed: list[int]
+    parts_removed: list[int]
+    """Low-rank layers of which only linears of rank 0 are not whole."""
+    low_rank: list[int]
+    """All other low-rank layers."""
+
+
+def changed_layers(plan: SurgeryPlan) -> ChangedLayers:
+    """Return which layers a plan changes, and how."""
+    parts_removed = [layer.index for layer in plan.low_rank if not any(layer.ranks.values())]
+    return ChangedLayers(
+        removed=[layer.index for layer in plan.layers if layer.action == "remove"],
+        parts_removed=parts_removed,
+        low_rank=[layer.index for layer in plan.low_rank if layer.index not in parts_removed],
+    )
+
+
+def low_rank_linears(plan: SurgeryPlan) -> dict[str, str]:
+    """Return the linears that have a rank in some layer: full names within the layer, and short names for headings."""
+    names = list(dict.fromkeys(name for layer in plan.low_rank for name in layer.ranks))
+    return dict(zip(names, short_names(names), strict=True))
+
+
+def main_tasks(result: EvaluationResult) -> list[str]:
+    """Return the groups of tasks, or all tasks where there is no group."""
+    return [name for name, task in result.tasks.items() if task.group] or list(result.tasks)
+
+
+def decoding_ratio(before: EvaluationResult, after: EvaluationResult) -> float | None:
+    """Return decoding speed after over before, at the first batch size and prompt length; None if not measured."""
+    if not (before.speed and after.speed and before.speed[0].decode_tokens_per_second):
+        return None
+    return after.speed[0].decode_tokens_per_second / before.speed[0].decode_tokens_per_second

@@ -1,0 +1,136 @@
+"""Plain sentences about a record: what was done, what it saved and what it cost; and how a result is loaded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from layer_surgery.records import SurgeryPlan, SurgeryReport
+from layer_surgery.records.sweep import SweepBest, SweepReport
+from layer_surgery.reporting.derived import changed_layers, decoding_ratio
+from layer_surgery.reporting.formats import number_list, with_interval
+
+#: For removed layers, layers of which parts are removed, and low-rank layers.
+_OPERATIONS = ("removed {}", "removed parts of {}", "replaced linears of {} by low-rank components")
+
+
+def summary(report: SurgeryReport) -> list[str]:
+    """Return what a compression did, what it saved and what it cost, a sentence for each."""
+    return [_done(report), *_saved(report), *_lost(report)]
+
+
+def _done(report: SurgeryReport) -> str:
+    solved = len({(record.layer, record.linear) for record in report.refit if record.ridge is not None})
+    refit = f", and re-solved {solved} linears so that the rest follows the original" if solved else ""
+    return _sentence((" and ".join(_operations(report.plan)) or "changed no layer") + refit)
+
+
+def _operations(plan: SurgeryPlan) -> Iterator[str]:
+    for words, layers in zip(_OPERATIONS, changed_layers(plan), strict=True):
+        if layers:
+            yield words.format(f"{len(layers)} of {len(plan.layers)} layers ({number_list(layers)})")
+
+
+def _saved(report: SurgeryReport) -> Iterator[str]:
+    before, after = report.before, report.after
+    if before.parameters:
+        fewer = 100 * (1 - after.parameters / before.parameters)
+        yield (
+            f"{fewer:.1f} % fewer parameters: {before.parameters:,} before, {after.parameters:,} after "
+            f"({_megabytes(before.size_bytes)} and {_megabytes(after.size_bytes)})."
+        )
+    decoding = decoding_ratio(before, after)
+    if decoding is not None:
+        old, new = before.speed[0], after.speed[0]
+        yield (
+            f"Decoding at x {decoding:.2f} of the speed ({old.decode_tokens_per_second:,.1f} and "
+            f"{new.decode_tokens_per_second:,.1f} tokens per second, batch {old.batch_size})."
+        )
+
+
+def _lost(report: SurgeryReport) -> Iterator[str]:
+    for name, change in report.comparison.perplexity.items():
+        before, after = report.before.perplexity.get(name), report.after.perplexity.get(name)
+        if before is not None and after is not None:
+            yield (
+                f"Perplexity on {name}: {before.value:,.2f} before, {after.value:,.2f} after, "
+                f"x {with_interval(change.ratio, '.3f')}."
+            )
+    groups = [name for name, task in report.after.tasks.items() if task.group]
+    for name in groups or list(report.after.tasks)[:3]:
+        for metric, interval in list(report.comparison.tasks.get(name, {}).items())[:1]:
+            old, new = (result.tasks[name].metrics[metric].value for result in (report.before, report.after))
+            yield (
+                f"Task {name} ({metric.partition(',')[0]}): {old:.3f} before, {new:.3f} after, "
+                f"{with_interval(interval, '+.3f')}."
+            )
+    if report.comparison.perplexity or report.comparison.tasks:
+        yield "In brackets: 95 % paired bootstrap intervals."
+    else:
+        yield "Its quality was not compared with the original's."
+
+
+def refit_sentence(report: SurgeryReport) -> str:
+    """Return what the refit did, or ""."""
+    records = report.refit
+    if not records:
+        return ""
+    solved = [record for record in records if record.ridge is not None]
+    before, after = (
+        sorted(getattr(record, field) for record in records)[len(records) // 2]
+        for field in ("error_before", "error_after")
+    )
+    return (
+        f"The refit looked at {len(records)} linears in {len({record.layer for record in records})} layers and "
+        f"re-solved {len(solved)} of them; the others were left, because no change was better on held-out windows. "
+        f"There the median error, as a fraction of what the original gives, went from {before:.4f} to {after:.4f}."
+    )
+
+
+def best_sentence(best: SweepBest, directory: Path = Path()) -> str:
+    """Say which point of a sweep satisfies the condition, or is nearest to it; `directory` is the sweep's."""
+    value = "" if best.value is None else f" ({best.value:.4g})"
+    if best.point is not None:
+        saved = directory / (best.output or "")
+        return f"the smallest model with {best.condition} is {best.point.name}{value}, saved in {saved}"
+    if best.nearest is None:
+        return f"no point was measured that {best.condition} could be asked of."
+    return f"no point satisfies {best.condition}; the nearest is {best.nearest.name}{value}."
+
+
+def best_note(report: SweepReport) -> list[str]:
+    """Return the sentence about the best point, for files in the sweep's directory; nothing without a condition."""
+    return [] if report.best is None else [_sentence(best_sentence(report.best))]
+
+
+def failed_points(report: SweepReport) -> list[str]:
+    """Return the name and the error of each point of a sweep that failed."""
+    return [f"{point.settings.name}: {point.error}" for point in report.points if point.status == "failed"]
+
+
+def how_to_load(name: str, *, needs_code: bool) -> str:
+    """Return Python that loads the result in the directory or repository `name`.
+
+    Args:
+        needs_code: whether it loads with `trust_remote_code=True` only (it has low-rank layers).
+    """
+    # The tokenizer too: transformers looks at the configuration first, and asks on the terminal whether to trust it.
+    where = json.dumps(name, ensure_ascii=False)
+    remote = ", trust_remote_code=True" if needs_code else ""
+    return (
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f'model = AutoModelForCausalLM.from_pretrained({where}, dtype="auto"{remote})\n'
+        f"tokenizer = AutoTokenizer.from_pretrained({where}{remote})"
+    )
+
+
+def _sentence(words: str) -> str:
+    return f"{words[:1].upper()}{words[1:].removesuffix('.')}."
+
+
+def _megabytes(size: int) -> str:
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= factor:
+            return f"{size / factor:,.1f} {unit}"
+    return f"{size} bytes"
