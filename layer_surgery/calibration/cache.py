@@ -21,11 +21,10 @@ from layer_surgery.calibration.couplings import Couplings
 from layer_surgery.calibration.statistics import Statistics, collect, useful_ranks
 from layer_surgery.checkpoint.new_tensors import FactorStore
 from layer_surgery.errors import UserError
+from layer_surgery.machine import code_sha256
 from layer_surgery.records import Part
 from layer_surgery.walk.walk import Walk
 
-#: Raised whenever what the statistics are, or how they are computed, changes.
-SCHEMA_VERSION = 1
 RECORD_FILE = "statistics.json"
 
 
@@ -47,7 +46,7 @@ class StatisticsCache:
             part: what of the layers costs are measured for.
         """
         identity = {
-            "schema_version": SCHEMA_VERSION,
+            "code_sha256": code_sha256(),
             "checkpoint_sha256": self._base_sha256 or walk.model.checkpoint.sha256(),
             "part": part,
             "data_sha256": walk.tokens.sha256,

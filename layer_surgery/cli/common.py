@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from layer_surgery.config import DEFAULT_METHOD, DEFAULT_SCORER
 from layer_surgery.progress import Ui
+from layer_surgery.records.provenance import portable_command
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
@@ -86,4 +86,4 @@ def print_json(data: Any) -> None:
 
 def command_line() -> str:
     """Return the command that was given, for the record."""
-    return shlex.join(["layer-surgery", *sys.argv[1:]])
+    return portable_command(["layer-surgery", *sys.argv[1:]])

@@ -12,6 +12,7 @@ from layer_surgery.config import RuntimeConfig
 from layer_surgery.data.tokens import PackedTokens
 from layer_surgery.machine import provenance
 from layer_surgery.records import SurgeryReport
+from layer_surgery.records.provenance import portable
 from layer_surgery.runs.session import Session
 
 
@@ -57,7 +58,7 @@ def run_provenance(session: Session, config: RuntimeConfig, **more: Any) -> dict
         "command": config.command,
         "seed": config.seed,
         "compute_dtype": str(dtype).removeprefix("torch."),
-        "config": more | config.described(),
+        "config": portable(more | config.described()),
     }
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from layer_surgery.config import SweepConfig, TaskConfig
 from layer_surgery.data.tokens import PackedTokens
 from layer_surgery.errors import OutputError
-from layer_surgery.machine import version
+from layer_surgery.machine import code_sha256, version
 from layer_surgery.records.sweep import EVALUATION_DATA
 from layer_surgery.runs.session import Session
 
@@ -45,6 +45,7 @@ def sweep_identity(
         "--device": session.device.type,
         "--dtype": str(dtype).removeprefix("torch."),
         "the release of layer-surgery": version("layer-surgery"),
+        "the code of layer-surgery (sha256)": code_sha256(),
     }
 
 
