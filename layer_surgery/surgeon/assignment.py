@@ -16,7 +16,7 @@ _MULTIPLES = (1.0, 1.03, 1.1, 1.3, 2.0)
 _OTHERS = (0.3, 0.7, 1.0, 1.4, 3.0)
 #: Exchanges between places look at about this many steps of curves (each try counts as some in any case), and make a
 #: place smaller at so many even distances.
-_EXCHANGES, _TRY, _SPREAD = 20_000_000, 2_000, 9
+_EXCHANGES, _TRY, _SPREAD = 10_000_000, 2_000, 9
 #: Nothing is exchanged where the gap is below this fraction of the cost already.
 _GOOD = 1e-3
 #: A gain below this fraction of all costs is rounding.
@@ -42,27 +42,25 @@ class Problem:
 
     def solve(self) -> tuple[list[Pick] | None, Point]:
         """Return the best choice found (None if none keeps the budgets), and the solution of the relaxed problem."""
-        weights = np.ones(self.places)
-        best: tuple[float, list[Pick]] | None = None
+        weights, best = np.ones(self.places), None
         plain: Point | None = None
         for _ in range(1 if self.couplings is None else _ROUNDS):
             relaxation = Relaxation(self.classes, weights)
             points: list[Point] = []
             point = relaxation.solve(self.available, points.append)
             plain = plain or point
-            state = self._improved(relaxation, point, points)
-            if state is None:
+            state = self._filled(relaxation, point, points)
+            if state is None or (best is not None and state.total() >= best.total() * (1 - 1e-4)):
                 break
-            total = self.total(state.costs)
-            if best is not None and total >= best[0] * (1 - 1e-9):
-                break
-            best = total, state.picks
+            best = state
             weights = self._weights(state.costs)
         assert plain is not None
-        return (None if best is None else best[1]), plain
+        if best is not None and (best.total() * (1 - _GOOD) > plain.bound(self.available)):
+            best.exchange()
+        return (None if best is None else best.picks), plain
 
-    def _improved(self, relaxation: Relaxation, point: Point, points: Sequence[Point]) -> _State | None:
-        """Return the best of several beginnings within the budgets, each filled in and improved by exchanges."""
+    def _filled(self, relaxation: Relaxation, point: Point, points: Sequence[Point]) -> _State | None:
+        """Return the best of several beginnings within the budgets, each filled in."""
         within = [p for p in points if (p.prices <= self.available).all()]
         beginnings = sorted(within, key=lambda p: p.cost)[:2]
         pushed = point.multipliers + 1e-3 * point.multipliers.sum() / len(point.multipliers)
@@ -83,10 +81,8 @@ class Problem:
             seen.add(tuple(beginning.picks))
             state = _State(self, relaxation, point.multipliers, list(beginning.picks))
             state.fill()
-            if best is None or self.total(state.costs) < self.total(best.costs):
+            if best is None or state.total() < best.total():
                 best = state
-        if best is not None and self.total(best.costs) * (1 - _GOOD) > point.bound(self.available):
-            best.exchange()
         return best
 
     def smallest(self) -> tuple[list[Pick], Floats]:
@@ -141,6 +137,10 @@ class _State:
             for number, one in enumerate(problem.classes)
         ]
 
+    def total(self) -> float:
+        """Return what all places cost together."""
+        return self.problem.total(self.costs)
+
     def fill(self) -> None:
         """Spend what is left: the move that saves most, again and again."""
         gains = {number: self._best(number, self.left) for number in range(len(self.picks))}
@@ -148,7 +148,7 @@ class _State:
         while True:
             number = max(gains, key=lambda n: (gains[n][0], -n))
             gain, pick = gains[number]
-            if gain <= _ROUNDING * self.problem.total(self.costs):
+            if gain <= _ROUNDING * self.total():
                 return
             # What is left shrinks, so a best move stays the best if it still fits (and, coupled, nearly so).
             if number not in fresh and (self.problem.couplings is not None or not self._fits(number, pick)):
@@ -178,7 +178,7 @@ class _State:
                     self._set(number, before)
                 if tries <= 0:
                     break
-            if best is None or best[0] <= 1e-9 * self.problem.total(self.costs):
+            if best is None or best[0] <= 1e-9 * self.total():
                 return
             self._set(best[1], best[2])
             self._set(best[3], best[4])
