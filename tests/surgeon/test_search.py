@@ -83,7 +83,7 @@ def assert_consistent(found: Found, places: Sequence[Place], budgets: Mapping[st
         assert found.prices[name] <= budget
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(12))
 @pytest.mark.parametrize("share", [0.02, 0.2, 0.5, 0.8])
 def test_one_budget_against_brute_force(seed: int, share: float) -> None:
     places = random_places(seed, count=3, steps=4)
@@ -96,7 +96,7 @@ def test_one_budget_against_brute_force(seed: int, share: float) -> None:
     assert found.cost <= 1.15 * best + 1e-9
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("shares", [(0.3, 0.6, 0.9), (0.5, 0.5, 0.5), (0.9, 0.2, 0.7)])
 def test_several_budgets_against_brute_force(seed: int, shares: tuple[float, float, float]) -> None:
     resources = ("parameters", "flops", "bytes")
@@ -189,11 +189,10 @@ def test_places_that_are_set_alike() -> None:
     same = [found.choices[name] for name in names[:3]]
     assert len({choice.kind for choice in same}) == 1 and all(choice.steps == same[0].steps for choice in same)
 
-    def is_alike(choice: Sequence[Item]) -> bool:
-        return all(item[:2] == choice[0][:2] for item in choice[:3])
-
+    together = [three for three in zip(*map(items, places[:3]), strict=True) if len({repr(i[:2]) for i in three}) == 1]
+    choices = [(*three, last) for three in together for last in items(places[3])]
     for rho in (None, np.full((4, 4), 0.3) + 0.7 * np.eye(4)):
-        best = min(total(choice, rho) for choice in every_choice(places, budgets) if is_alike(choice))
+        best = min(total(choice, rho) for choice in choices if within(choice, budgets))
         found = search(places, budgets, alike=alike, couplings=rho)
         assert found.bound <= best + 1e-9 <= found.cost + 2e-9
         assert found.cost <= 1.1 * best + 1e-9
