@@ -11,12 +11,13 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from layer_surgery.calibration.channels import ChannelOrder
 from layer_surgery.calibration.couplings import Couplings
 from layer_surgery.calibration.statistics import Statistics, collect, useful_ranks
 from layer_surgery.checkpoint.new_tensors import FactorStore
@@ -103,6 +104,7 @@ def _write(folder: Path, identity: Mapping[str, Any], statistics: Statistics) ->
         "sizes": statistics.sizes,
         "values": statistics.values,
         "ranks": statistics.ranks,
+        "channels": {index: asdict(channels) for index, channels in statistics.channels.items()},
         "couplings": statistics.couplings.to_dict(),
         "files": files,
     }
@@ -132,7 +134,10 @@ def _read(folder: Path, identity: Mapping[str, Any], empty: Statistics) -> Stati
     if not all(values[i].keys() == sizes[i].keys() == ranks[i].keys() for i in {*sizes, *values, *ranks}):
         raise ValueError(f"{RECORD_FILE} contradicts itself")
     couplings = Couplings.from_dict(record["couplings"])
-    return replace(empty, sizes=sizes, values=values, ranks=ranks, couplings=couplings)
+    channels = {int(index): ChannelOrder(**entry) for index, entry in record["channels"].items()}
+    if not all(sorted(each.order) == list(range(len(each.gains))) for each in channels.values()):
+        raise ValueError(f"{RECORD_FILE} has channels that are none")
+    return replace(empty, sizes=sizes, values=values, ranks=ranks, channels=channels, couplings=couplings)
 
 
 def _record_sha256(record: Mapping[str, Any]) -> str:

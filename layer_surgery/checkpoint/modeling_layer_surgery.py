@@ -6,6 +6,7 @@ low-rank layers, so it imports torch and transformers only. `config.json` then h
     base_model_type   the model_type of the original checkpoint, for example "llama"
     base_config       that architecture's own configuration
     low_rank          {"model.layers.2.self_attn.q_proj": 18, ...}: the rank of every replaced linear
+    narrowed          {"model.layers.2.mlp.up_proj": [384, 256], ...}: the size [out, in] of every smaller linear
 
 and the model is the stock class of `base_model_type` with those linears replaced before the weights are loaded.
 `num_hidden_layers` at the top level of the file is a sentence on purpose: a loader that does not run this file then
@@ -39,14 +40,17 @@ AUTO_MAP = {
 IN_FACTOR, OUT_FACTOR = "in_factor.weight", "out_factor.weight"
 
 
-def nested_config(fields: dict[str, Any], low_rank: dict[str, int]) -> dict[str, Any]:
+def nested_config(
+    fields: dict[str, Any], low_rank: dict[str, int], narrowed: dict[str, tuple[int, int]]
+) -> dict[str, Any]:
     """Return what `config.json` holds (see the top of this file).
 
     Args:
         fields: the configuration of the base architecture.
         low_rank: the rank of every replaced linear.
+        narrowed: the size (out, in) of every linear that is smaller than in the base architecture.
     """
-    own = ("low_rank", "base_model_type", "model_type", "architectures", "auto_map", "transformers_version")
+    own = ("low_rank", "narrowed", "base_model_type", "model_type", "architectures", "auto_map", "transformers_version")
     return {
         "architectures": ["LayerSurgeryForCausalLM"],
         "auto_map": dict(AUTO_MAP),
@@ -55,6 +59,7 @@ def nested_config(fields: dict[str, Any], low_rank: dict[str, int]) -> dict[str,
         "base_model_type": fields["model_type"],
         "base_config": {name: value for name, value in fields.items() if name not in own},
         "low_rank": dict(low_rank),
+        "narrowed": {name: list(size) for name, size in narrowed.items()},
         "dtype": fields.get("dtype", fields.get("torch_dtype")),
         "transformers_version": fields.get("transformers_version"),
     }
@@ -141,6 +146,23 @@ def replace_linears(model: nn.Module, ranks: dict[str, int]) -> None:
             dtype=linear.weight.dtype,
         )
         setattr(model.get_submodule(parent), child, replacement)
+
+
+def narrow_linears(model: nn.Module, sizes: dict[str, tuple[int, int]]) -> None:
+    """Replace, in place, every linear named in `sizes` by a plain one of that size (out, in) (weights not set)."""
+    for name, (out_features, in_features) in sizes.items():
+        linear = model.get_submodule(name)
+        if not isinstance(linear, (nn.Linear, Conv1D)):
+            raise ValueError(f"narrowed names '{name}', which is a {type(linear).__name__} and not a linear layer")
+        parent, _, child = name.rpartition(".")
+        smaller = nn.Linear(
+            in_features,
+            out_features,
+            bias=linear.bias is not None,
+            device=linear.weight.device,
+            dtype=linear.weight.dtype,
+        )
+        setattr(model.get_submodule(parent), child, smaller)
 
 
 # Attention that was removed
@@ -239,7 +261,7 @@ class _LayerSurgeryConfigMixin:
 
     def to_dict(self) -> dict[str, Any]:
         fields = {**super().to_dict(), "model_type": self.base_class.model_type}  # type: ignore[misc]
-        return nested_config(fields, self.low_rank)  # type: ignore[attr-defined]
+        return nested_config(fields, self.low_rank, self.narrowed)  # type: ignore[attr-defined]
 
     def to_diff_dict(self) -> dict[str, Any]:
         return self.to_dict()
@@ -257,9 +279,16 @@ def config_class_for(base_class: type[PreTrainedConfig]) -> type:
     """Return the subclass of `base_class` that carries `low_rank` (made once for each base class)."""
     if base_class not in _config_classes:
 
-        def __init__(self: Any, *args: Any, low_rank: dict[str, int] | None = None, **kwargs: Any) -> None:
+        def __init__(
+            self: Any,
+            *args: Any,
+            low_rank: dict[str, int] | None = None,
+            narrowed: dict[str, tuple[int, int]] | None = None,
+            **kwargs: Any,
+        ) -> None:
             base_class.__init__(self, *args, **kwargs)
             self.low_rank = dict(low_rank or {})
+            self.narrowed = dict(narrowed or {})
             self.auto_map = dict(AUTO_MAP)
 
         _config_classes[base_class] = type(
@@ -285,6 +314,7 @@ def model_class_for(config_class: type, *, head: bool = True) -> type[PreTrained
         def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
             base_model.__init__(self, config, *args, **kwargs)
             replace_linears(self, {name.removeprefix(prefix): rank for name, rank in config.low_rank.items()})
+            narrow_linears(self, {name.removeprefix(prefix): size for name, size in config.narrowed.items()})
             free_caches_of_removed_attention(self)
             self._tp_plan = plan_with_factors(self, getattr(self, "_tp_plan", None) or {})
 
@@ -315,6 +345,8 @@ class LayerSurgeryConfig(PreTrainedConfig):  # type: ignore[misc]
         base_class = type(AutoConfig.for_model(config_dict["base_model_type"]))
         fields = dict(config_dict["base_config"])
         fields["low_rank"] = {name: int(rank) for name, rank in config_dict["low_rank"].items()}
+        narrowed = config_dict.get("narrowed") or {}  # not in what version 0.1 wrote
+        fields["narrowed"] = {name: (int(out), int(in_)) for name, (out, in_) in narrowed.items()}
         # The dtype of the tensors on disk is a fact about the checkpoint, so it is kept outside base_config too.
         fields.setdefault("dtype", config_dict.get("dtype"))
         # The bound method of PreTrainedConfig, on the class that has the base architecture's fields.

@@ -42,7 +42,10 @@ HUB_PATTERNS = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.jinja", "
 HUB_IGNORED = ["consolidated*", "*/*"]
 
 #: Fields of a configuration that say where it came from, and not what the model computes.
-NOT_IDENTITY = {"_name_or_path", "architectures", "auto_map", "dtype", "low_rank", "model_type", "transformers_version"}
+NOT_IDENTITY = {
+    *("_name_or_path", "architectures", "auto_map", "dtype", "low_rank", "model_type", "narrowed"),
+    "transformers_version",
+}
 
 
 @dataclass(kw_only=True)
@@ -56,6 +59,8 @@ class Checkpoint:
     """The configuration as the checkpoint stores it; for a low-rank checkpoint that of its base architecture."""
     low_rank: dict[str, int]
     """Rank of every linear that is stored as factors; empty for a plain checkpoint."""
+    narrowed: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Size (out, in) of every linear that is smaller than its architecture has it."""
     source: TensorSource
     """The tensors as the model has them (see conversion.py), whatever their form in files."""
     left_out: tuple[str, ...] = ()
@@ -145,6 +150,7 @@ class Checkpoint:
         identity = {
             "model_type": base_model_type(self.config),
             "low_rank": self.low_rank,
+            **({"narrowed": self.narrowed} if self.narrowed else {}),
             "config": {name: value for name, value in fields.items() if name not in NOT_IDENTITY},
         }
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode())
@@ -225,11 +231,12 @@ def _from_directory(name: str, directory: Path, trust_remote_code: bool) -> Chec
         raise CheckpointError(f"{config_file} is damaged or has no model_type ({error}).") from error
     check_not_quantised(fields, directory)
     low_rank: dict[str, int] = {}
+    narrowed: dict[str, tuple[int, int]] = {}
     model_class: type[PreTrainedModel] | None = None
     if model_type == MODEL_TYPE:
         config = _low_rank_config(config_file, fields)
         model_class = model_class_for(type(config))
-        low_rank, fields = config.low_rank, _base_fields(config, fields)
+        low_rank, narrowed, fields = config.low_rank, config.narrowed, _base_fields(config, fields)
     else:
         config = _stock_config(directory, trust_remote_code)
     check_causal_lm(config, fields, str(directory))
@@ -240,6 +247,7 @@ def _from_directory(name: str, directory: Path, trust_remote_code: bool) -> Chec
         config=config,
         config_fields=fields,
         low_rank=low_rank,
+        narrowed=narrowed,
         source=SafetensorsSource(files),
         directory=directory,
         files=tuple(files),
@@ -291,7 +299,8 @@ def _from_memory(model: PreTrainedModel) -> Checkpoint:
         )
     fields = model.config.to_dict()
     low_rank = dict(getattr(model.config, "low_rank", {}) or {})
-    if low_rank:
+    narrowed = dict(getattr(model.config, "narrowed", {}) or {})
+    if low_rank or narrowed:
         fields = _base_fields(model.config, fields)
     # As save_pretrained does: a model made from its configuration has neither there.
     fields["architectures"] = fields.get("architectures") or [type(model).__name__]
@@ -307,6 +316,7 @@ def _from_memory(model: PreTrainedModel) -> Checkpoint:
         config=model.config,
         config_fields=fields,
         low_rank=low_rank,
+        narrowed=narrowed,
         source=StateDictSource({name: tensor for name, tensor in tensors.items() if name not in tied}),
         model_class=type(model),
         buffers=dict(model.named_non_persistent_buffers()),

@@ -5,7 +5,8 @@ Nothing is copied or written here, so evaluating it is evaluating exactly what w
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 from transformers import AutoConfig
 
@@ -16,6 +17,9 @@ from layer_surgery.checkpoint.open import Checkpoint
 from layer_surgery.checkpoint.tensors import RenamedSource, TensorSource
 from layer_surgery.records import SurgeryPlan
 
+#: What configurations call the width of an MLP.
+WIDTH_FIELDS = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")
+
 
 def result_checkpoint(base: Checkpoint, plan: SurgeryPlan, *stores: FactorStore) -> Checkpoint:
     """Return the checkpoint that the plan makes of `base`: layers renumbered, linears replaced, the rest as it was.
@@ -24,6 +28,7 @@ def result_checkpoint(base: Checkpoint, plan: SurgeryPlan, *stores: FactorStore)
     """
     mapping: dict[str, tuple[TensorSource, str]] = {name: (base.source, name) for name in base.other_tensors()}
     low_rank: dict[str, int] = {}
+    narrowed: dict[str, tuple[int, int]] = {}
     ranks = {layer.index: layer.ranks for layer in plan.low_rank}
     for new_index, old_index in enumerate(plan.surviving):
         old_prefix, new_prefix = base.layer_prefix(old_index), base.layer_prefix(new_index)
@@ -36,18 +41,24 @@ def result_checkpoint(base: Checkpoint, plan: SurgeryPlan, *stores: FactorStore)
             source = store.source(old_index)
             mapping |= {new_prefix + local: (source, local) for local in source.specs}
         low_rank |= {new_prefix + linear: rank for linear, rank in replaced.items()}
-        low_rank |= {
-            new_prefix + name.removeprefix(old_prefix): rank
-            for name, rank in base.low_rank.items()
-            if name.startswith(old_prefix)
+        low_rank |= _renamed(base.low_rank, old_prefix, new_prefix)
+        narrowed |= _renamed(base.narrowed, old_prefix, new_prefix)
+        narrowed |= {
+            new_prefix + name: size
+            for name, size in _new_sizes(base, old_prefix, stores, old_index).items()
+            if name not in replaced
         }
     fields = surviving_fields(base.config, base.config_fields, plan.surviving)
-    config, model_class = _config_and_class(base, fields, low_rank)
+    if narrowed and not low_rank and (common := _common_width(base, plan, narrowed)):
+        # All layers have the same width: the stock architecture says it in one field.
+        fields, narrowed = fields | common, {}
+    config, model_class = _config_and_class(base, fields, low_rank, narrowed)
     return Checkpoint(
         name=f"{base.name} after surgery",
         config=config,
         config_fields=fields,
         low_rank=low_rank,
+        narrowed=narrowed,
         source=RenamedSource(mapping),
         trust_remote_code=base.trust_remote_code,
         model_class=model_class,
@@ -55,9 +66,43 @@ def result_checkpoint(base: Checkpoint, plan: SurgeryPlan, *stores: FactorStore)
     )
 
 
-def _config_and_class(base: Checkpoint, fields: dict[str, Any], low_rank: dict[str, int]) -> tuple[Any, Any]:
-    if low_rank:
-        config = LayerSurgeryConfig.from_dict(nested_config(fields, low_rank))
+T = TypeVar("T")
+
+
+def _renamed(values: Mapping[str, T], old_prefix: str, new_prefix: str) -> dict[str, T]:
+    """Return the entries of one layer under its new prefix."""
+    return {
+        new_prefix + name.removeprefix(old_prefix): value
+        for name, value in values.items()
+        if name.startswith(old_prefix)
+    }
+
+
+def _new_sizes(base: Checkpoint, prefix: str, stores: Sequence[FactorStore], index: int) -> dict[str, tuple[int, int]]:
+    """Return the sizes (out, in) of the linears of a layer whose new weights are not of the old size."""
+    sizes = {}
+    for store in stores:
+        for name, spec in store.source(index).specs.items():
+            old = base.source.specs.get(prefix + name)
+            if name.endswith(".weight") and old is not None and len(spec.shape) == 2 and spec.shape != old.shape:
+                sizes[name.removesuffix(".weight")] = (int(spec.shape[0]), int(spec.shape[1]))
+    return sizes
+
+
+def _common_width(base: Checkpoint, plan: SurgeryPlan, narrowed: Mapping[str, tuple[int, int]]) -> dict[str, int]:
+    """Return the field of the configuration that says the width of all MLPs, with the new one; {} if there is none."""
+    output = base.architecture.mlp[-1] if base.architecture.mlp else ""
+    old = {spec.shape[1] for name, spec in base.source.specs.items() if name.endswith(f".{output}.weight")}
+    new = {narrowed.get(f"{base.layer_prefix(index)}{output}", (0, 0))[1] for index in range(len(plan.surviving))}
+    fields = [name for name in WIDTH_FIELDS if {getattr(base.config, name, None)} == old]
+    return dict.fromkeys(fields, new.pop()) if len(fields) == len(new) == 1 and 0 not in new else {}
+
+
+def _config_and_class(
+    base: Checkpoint, fields: dict[str, Any], low_rank: dict[str, int], narrowed: dict[str, tuple[int, int]]
+) -> tuple[Any, Any]:
+    if low_rank or narrowed:
+        config = LayerSurgeryConfig.from_dict(nested_config(fields, low_rank, narrowed))
         return config, model_class_for(type(config))
     base_class = getattr(base.config, "base_class", None)
     if base_class is not None:  # the last low-rank layers went

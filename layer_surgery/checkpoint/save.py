@@ -172,7 +172,8 @@ def check_saved(directory: Path, checkpoint: Checkpoint) -> None:
     Raises `CheckpointError` unless it is the `checkpoint` that was to be written.
     """
     saved = open_checkpoint(directory, trust_remote_code=checkpoint.trust_remote_code)
-    if saved.parameters != checkpoint.parameters or saved.low_rank != checkpoint.low_rank:
+    kept = (saved.parameters, saved.low_rank, saved.narrowed)
+    if kept != (checkpoint.parameters, checkpoint.low_rank, checkpoint.narrowed):
         raise CheckpointError(
             f"what was written to {directory} is not what was to be written; this is a bug, report it."
         )
@@ -286,8 +287,10 @@ def _shard_bytes(base: Checkpoint) -> int:
 
 
 def _write_config(checkpoint: Checkpoint, directory: Path) -> None:
-    if checkpoint.low_rank:
-        fields = modeling_layer_surgery.nested_config(checkpoint.config_fields, checkpoint.low_rank)
+    if checkpoint.low_rank or checkpoint.narrowed:
+        fields = modeling_layer_surgery.nested_config(
+            checkpoint.config_fields, checkpoint.low_rank, checkpoint.narrowed
+        )
         code = Path(modeling_layer_surgery.__file__)
         shutil.copyfile(code, directory / code.name)
     else:

@@ -17,15 +17,18 @@ from layer_surgery.config.runtime import RuntimeConfig
 from layer_surgery.config.surgery import (
     DEFAULT_METHOD,
     DEFAULT_SCORER,
+    WHOLE_MODEL_METHOD,
     BudgetConfig,
     ChoiceConfig,
     GivenPlan,
     RefitConfig,
+    SearchConfig,
 )
 
 __all__ = [
     "DEFAULT_METHOD",
     "DEFAULT_SCORER",
+    "WHOLE_MODEL_METHOD",
     "BudgetConfig",
     "CalibrationConfig",
     "ChoiceConfig",
@@ -39,6 +42,7 @@ __all__ = [
     "RefitConfig",
     "RuntimeConfig",
     "ScoreConfig",
+    "SearchConfig",
     "SpeedConfig",
     "SweepConfig",
     "TaskConfig",

@@ -18,6 +18,7 @@ from layer_surgery.config.surgery import (
     ChoiceConfig,
     PartConfig,
     RefitConfig,
+    SearchConfig,
     check_keep,
 )
 from layer_surgery.errors import UserError
@@ -47,6 +48,7 @@ class CompressConfig(
     EvaluationConfig,
     CalibrationConfig,
     RefitConfig,
+    SearchConfig,
     ChoiceConfig,
     BudgetConfig,
 ):
@@ -97,7 +99,7 @@ class ExportConfig(CallConfig):
 
 
 @attrs.frozen(kw_only=True, slots=False)
-class SweepConfig(RuntimeConfig, EvaluationConfig, CalibrationConfig, PartConfig, RefitConfig):
+class SweepConfig(RuntimeConfig, EvaluationConfig, CalibrationConfig, PartConfig, RefitConfig, SearchConfig):
     """Options of `sweep`: several compressions of one model, every combination of the first four."""
 
     FIRST = ("target_layers", "keep", "method", "scorer", "output", "best")

@@ -9,12 +9,15 @@ from typing import Any, ClassVar
 
 import attrs
 
-from layer_surgery.config.declaring import Options, about, maybe_whole_numbers, one_of
+from layer_surgery.config.declaring import Options, about, at_least, maybe_whole_numbers, names, one_of
 from layer_surgery.errors import PlanError, UserError
 from layer_surgery.records.plan import PARTS, REFIT_SCOPES, Part, RefitScope, SurgeryPlan
 
 DEFAULT_METHOD = "fisher"
 DEFAULT_SCORER = "fisher"
+#: The method where a budget for the whole model is all that is asked for.
+WHOLE_MODEL_METHOD = "mix"
+COMPONENTS = ("channels", "singular")
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,11 @@ class BudgetConfig(PartConfig):
     )
     target_parameters: float | None = attrs.field(
         default=None,
-        metadata=about("The same budget as a fraction of all the model's parameters, instead of --keep.", metavar="F"),
+        metadata=about(
+            "The same budget as a fraction of all the model's parameters, instead of --keep. Alone, "
+            "without the number of layers, all layers take part: see --method mix.",
+            metavar="F",
+        ),
     )
     layers: tuple[int, ...] | None = attrs.field(
         default=None,
@@ -122,6 +129,42 @@ class ChoiceConfig(Options):
             "Apply this plan, or the plan in this surgery.json, instead of making one.", metavar="FILE", form="value"
         ),
     )
+
+
+@attrs.frozen(kw_only=True, slots=False)
+class SearchConfig(Options):
+    """What the method `mix` may cut, and in which steps."""
+
+    components: tuple[str, ...] = attrs.field(
+        default=COMPONENTS,
+        converter=names,
+        metadata=about(
+            "With --method mix, what may be cut: channels of MLPs, singular vectors of linears.",
+            form="list",
+            metavar="channels,singular",
+        ),
+    )
+    multiple: int = attrs.field(
+        default=8,
+        validator=at_least(1),
+        metadata=about("With --method mix, keep ranks and widths to multiples of this, as fast kernels want it."),
+    )
+    uniform: bool = attrs.field(
+        default=False,
+        metadata=about(
+            "With --method mix, give the MLPs of all layers one width and cut nothing else: a plain checkpoint that "
+            "every tool loads."
+        ),
+    )
+
+    def _check(self) -> None:
+        unknown = [name for name in self.components if name not in COMPONENTS]
+        if unknown or not self.components:
+            raise UserError(
+                f"--components is '{','.join(self.components)}'; allowed: one or both of {', '.join(COMPONENTS)}."
+            )
+        if self.uniform and "channels" not in self.components:
+            raise UserError("--uniform cuts channels, which --components leaves out; leave out one of the two.")
 
 
 @attrs.frozen(kw_only=True, slots=False)

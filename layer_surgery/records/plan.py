@@ -9,11 +9,11 @@ from typing import Any, Literal
 
 from layer_surgery.errors import PlanError
 
-#: Raised whenever what a plan holds changes.
-PLAN_SCHEMA_VERSION = 1
+#: Raised whenever what a plan holds changes; 1 had no channels.
+PLAN_SCHEMA_VERSION = 2
 
-Action = Literal["keep", "remove", "low_rank"]
-ACTIONS: tuple[Action, ...] = ("keep", "remove", "low_rank")
+Action = Literal["keep", "remove", "low_rank", "reduce"]
+ACTIONS: tuple[Action, ...] = ("keep", "remove", "low_rank", "reduce")
 Part = Literal["layer", "attention", "mlp"]
 """The part of a layer that is operated on."""
 PARTS: tuple[Part, ...] = ("layer", "attention", "mlp")
@@ -28,8 +28,10 @@ class LayerPlan:
     index: int
     action: Action
     ranks: dict[str, int] = field(default_factory=dict)
-    """Rank of each linear, by its name within the layer; for `low_rank` only. Others of the layer stay whole; of one
-    with rank 0 only the bias stays."""
+    """Rank of each linear, by its name within the layer; for `low_rank` and `reduce` only. Others of the layer stay
+    whole; of one with rank 0 only the bias stays."""
+    channels: int | None = None
+    """How many channels of the MLP stay, for `reduce` only; None: all of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +62,13 @@ class SurgeryPlan:
 
     @property
     def low_rank(self) -> list[LayerPlan]:
-        return [layer for layer in self.layers if layer.action == "low_rank"]
+        """Layers with linears of a lower rank."""
+        return [layer for layer in self.layers if layer.ranks]
+
+    @property
+    def smaller(self) -> list[LayerPlan]:
+        """Layers that stay with fewer parameters: of lower rank, or with fewer channels."""
+        return [layer for layer in self.layers if layer.action in ("low_rank", "reduce")]
 
     @property
     def surviving(self) -> list[int]:
@@ -128,10 +136,10 @@ class SurgeryPlan:
 def _layer_from_dict(entry: Any, position: int, origin: str) -> LayerPlan:
     if not isinstance(entry, dict) or entry.get("index") != position:
         raise PlanError(f"{origin}: entry {position} of 'layers' must have \"index\": {position}.")
-    unknown = sorted(set(entry) - {"index", "action", "ranks"})
+    unknown = sorted(set(entry) - {"index", "action", "ranks", "channels"})
     if unknown:
         raise PlanError(
-            f"{origin}: layer {position} has the unknown field '{unknown[0]}'; allowed: index, action, ranks."
+            f"{origin}: layer {position} has the unknown field '{unknown[0]}'; allowed: index, action, ranks, channels."
         )
     action = entry.get("action")
     if action not in ACTIONS:
@@ -139,8 +147,17 @@ def _layer_from_dict(entry: Any, position: int, origin: str) -> LayerPlan:
     ranks = entry.get("ranks") or {}
     if not isinstance(ranks, dict) or not all(type(rank) is int and rank >= 0 for rank in ranks.values()):
         raise PlanError(f"{origin}: the ranks of layer {position} must be whole numbers from 0 on, by linear.")
-    if bool(ranks) != (action == "low_rank"):
+    channels = entry.get("channels")
+    if channels is not None and (type(channels) is not int or channels < 1 or action != "reduce"):
+        raise PlanError(
+            f"{origin}: layer {position} has action {action!r} and {channels!r} channels; allowed: a whole number "
+            "from 1 on, with reduce only."
+        )
+    if bool(ranks) != (action == "low_rank") and action != "reduce":
         raise PlanError(
             f"{origin}: layer {position} has action {action!r} and {len(ranks)} ranks; only low_rank has any."
         )
-    return LayerPlan(index=position, action=action, ranks={str(name): rank for name, rank in ranks.items()})
+    if action == "reduce" and not ranks and channels is None:
+        raise PlanError(f"{origin}: layer {position} has action 'reduce', but neither ranks nor channels.")
+    ranks = {str(name): rank for name, rank in ranks.items()}
+    return LayerPlan(index=position, action=action, ranks=ranks, channels=channels)

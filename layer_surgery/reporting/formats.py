@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from layer_surgery.records import Action, Interval
 
 #: Words for what is done to a layer.
-ACTION_NAMES: dict[Action, str] = {"keep": "whole", "low_rank": "low-rank", "remove": "removed"}
+ACTION_NAMES: dict[Action, str] = {"keep": "whole", "low_rank": "low-rank", "reduce": "smaller", "remove": "removed"}
 
 
 def percent_change(values: Sequence[float]) -> str:

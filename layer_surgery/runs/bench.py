@@ -10,16 +10,17 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
+from torch import Tensor
 
 from layer_surgery.calibration.source import StatisticsSource
 from layer_surgery.checkpoint.new_tensors import FactorStore
 from layer_surgery.checkpoint.open import Checkpoint
 from layer_surgery.checkpoint.result import result_checkpoint
-from layer_surgery.config import BudgetConfig, CalibrationConfig
+from layer_surgery.config import BudgetConfig, CalibrationConfig, SearchConfig
 from layer_surgery.data import load_documents, pack_evaluation
 from layer_surgery.data.tokens import PackedTokens
 from layer_surgery.errors import UserError
-from layer_surgery.records import LayerScores, Part, RefitRecord, RefitScope, SpectrumRecord, SurgeryPlan
+from layer_surgery.records import LayerPlan, LayerScores, Part, RefitRecord, RefitScope, SpectrumRecord, SurgeryPlan
 from layer_surgery.runs.session import Session
 from layer_surgery.scoring import SCORERS, ScoringContext
 from layer_surgery.surgeon import METHODS, SurgeryContext
@@ -99,23 +100,33 @@ class Bench:
         return known[key]
 
     def operate(
-        self, plan: SurgeryPlan, method: str, refit_scope: RefitScope | None = None, *, ranks_fixed: bool = False
+        self,
+        plan: SurgeryPlan,
+        method: str,
+        refit_scope: RefitScope | None = None,
+        *,
+        ranks_fixed: bool = False,
+        search: SearchConfig | None = None,
     ) -> Result:
         """Carry out a plan on the original: the method, then the refit of `refit_scope` (None: none).
 
-        `ranks_fixed` forbids the method to choose other ranks than the plan's.
+        `ranks_fixed` forbids the method to choose other ranks than the plan's; `search` says what one that searches may
+        cut.
         """
         self._check_survivors(plan)
         session, entry = self.session, METHODS[method]
         factors = FactorStore(session.new_scratch("factors"), session.checkpoint.dtype)
         spectra: list[SpectrumRecord] = []
-        if plan.low_rank or entry.removes:
+        rows: dict[int, dict[str, Tensor]] = {}
+        if plan.smaller or entry.removes:
             with session.clock.stage("operate"):
                 context = SurgeryContext(
                     walk=self.walk,
                     factors=factors,
                     statistics=self.statistics,
                     ranks_fixed=ranks_fixed,
+                    search=search or SearchConfig(),
+                    rows=rows,
                     spectra=spectra,
                 )
                 plan = entry.function(plan, context)
@@ -128,7 +139,7 @@ class Bench:
             if self.general is not None:
                 walks.append(stack.enter_context(Walk(self.model, self.general, session.settings)))
             refitted = FactorStore(session.new_scratch("refitted"), session.checkpoint.dtype)
-            records = refit(plan, walks, session.stream(checkpoint), refitted, refit_scope)
+            records = refit(plan, walks, session.stream(checkpoint), refitted, refit_scope, rows)
         checkpoint = result_checkpoint(session.checkpoint, plan, factors, refitted)
         return Result(plan=plan, checkpoint=checkpoint, refitted=records, spectra=spectra)
 
@@ -143,7 +154,8 @@ class Bench:
         """Check that the layers that stay are not changed by the going of others, before anything is computed."""
         if len(plan.surviving) == len(plan.layers):
             return
-        kept = [replace(layer, action="keep", ranks={}) if layer.ranks else layer for layer in plan.layers]
+        whole = {layer.index: LayerPlan(index=layer.index, action="keep") for layer in plan.smaller}
+        kept = [whole.get(layer.index, layer) for layer in plan.layers]
         rest = result_checkpoint(self.session.checkpoint, replace(plan, layers=kept))
         survivors = StreamedModel(rest, device=self.model.device, dtype=self.model.dtype)
         check_survivors(self.model, survivors, plan.surviving)

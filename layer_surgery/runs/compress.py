@@ -79,7 +79,8 @@ def run_compress(model: Model, config: CompressConfig, *, known_scores: LayerSco
                     keep_boundaries=planning.keep_boundaries,
                 )
             plan = planning.plan(scores, sha256)
-            result = bench.operate(plan, planning.method.name, scope, ranks_fixed=config.plan is not None)
+            fixed = config.plan is not None
+            result = bench.operate(plan, planning.method.name, scope, ranks_fixed=fixed, search=config)
         # Evaluate the result.
         with session.clock.stage("evaluate_after"):
             evaluator.measure("after", result.checkpoint)

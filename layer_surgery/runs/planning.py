@@ -7,11 +7,11 @@ from dataclasses import replace
 import attrs
 
 from layer_surgery.checkpoint.open import Checkpoint
-from layer_surgery.config import DEFAULT_METHOD, BudgetConfig, CompressConfig
+from layer_surgery.config import DEFAULT_METHOD, WHOLE_MODEL_METHOD, BudgetConfig, CompressConfig
 from layer_surgery.errors import PlanError
 from layer_surgery.records import LayerScores, RefitScope, SurgeryPlan
 from layer_surgery.scoring import SCORERS
-from layer_surgery.surgeon import METHODS, check_plan, make_plan, model_shape, removal_count
+from layer_surgery.surgeon import METHODS, check_plan, make_plan, model_shape, plan_for_all_layers, removal_count
 
 
 def checked(config: CompressConfig) -> CompressConfig:
@@ -23,7 +23,17 @@ def checked(config: CompressConfig) -> CompressConfig:
             "--target-parameters and --remove."
         )
     named = config.plan.plan.method if config.plan is not None else ""
-    config = attrs.evolve(config, method=config.method or named or DEFAULT_METHOD)
+    named = named or (WHOLE_MODEL_METHOD if of_all_layers(config) else DEFAULT_METHOD)
+    config = attrs.evolve(config, method=config.method or named)
+    if of_all_layers(config) and config.method != WHOLE_MODEL_METHOD:
+        raise PlanError(
+            f"--method {config.method} works on a number of layers; give --target-layers or --layers, or leave "
+            f"--method out: --method {WHOLE_MODEL_METHOD} spreads the cut over all layers."
+        )
+    if of_all_layers(config) and config.remove != "layer":
+        raise PlanError(f"--remove {config.remove} needs a number of layers; give --target-layers or --layers.")
+    if config.method == WHOLE_MODEL_METHOD and config.remove != "layer":
+        raise PlanError(f"--method {config.method} works on whole layers; leave out --remove {config.remove}.")
     scorer, method, part = SCORERS[config.scorer], METHODS[config.method or ""], config.remove
     if method.removes and (config.keep or config.target_parameters is not None):
         raise PlanError(
@@ -37,6 +47,12 @@ def checked(config: CompressConfig) -> CompressConfig:
             f"--scorer {scorer.name} ranks whole layers; for --remove {part} take one of {able}, or name --layers."
         )
     return config
+
+
+def of_all_layers(config: CompressConfig) -> bool:
+    """Return whether a budget for the whole model is all that is asked for, so that every layer takes part."""
+    others = (config.target_layers, config.layers, config.plan)
+    return config.target_parameters is not None and all(option is None for option in others)
 
 
 class Planning:
@@ -60,14 +76,14 @@ class Planning:
     @property
     def chooses(self) -> bool:
         """Whether the scorer chooses the layers."""
-        return self.config.plan is None and self.config.layers is None
+        return self.config.plan is None and self.config.layers is None and not of_all_layers(self.config)
 
     @property
     def needs_data(self) -> bool:
         """Whether anything looks at calibration data."""
         return (
             self.refit_scope is not None
-            or (self.method.needs_data and bool(self.trial.low_rank or self.method.removes))
+            or (self.method.needs_data and bool(self.trial.smaller or self.method.removes))
             or (self.chooses and SCORERS[self.config.scorer].needs_data)
         )
 
@@ -86,12 +102,12 @@ class Planning:
     @property
     def keep_boundaries(self) -> bool:
         """Whether the method reads the hidden states at all layer boundaries."""
-        return bool(self.trial.low_rank) and self.method.needs_boundaries
+        return bool(self.trial.smaller) and self.method.needs_boundaries
 
     def plan(self, scores: LayerScores | None, base_sha256: str) -> SurgeryPlan:
         """Return the plan; `scores` choose the layers if the user does not."""
         config = self.config
-        if config.plan is not None:
+        if config.plan is not None or of_all_layers(config):
             plan = replace(self.trial, method=self.method.name)
         else:
             chosen = config.layers or (scores.removal_order[: len(self.trial.operated)] if scores else ())
@@ -102,10 +118,17 @@ class Planning:
         config = self.config
         if config.plan is not None:
             plan = check_plan(model_shape(self.checkpoint), config.plan.plan, config.plan.name)
+            if any(layer.channels for layer in plan.smaller) and self.method.name != WHOLE_MODEL_METHOD:
+                raise PlanError(
+                    f"{config.plan.name} has layers with fewer channels, which --method {WHOLE_MODEL_METHOD} makes; "
+                    f"leave out --method {self.method.name}."
+                )
             if plan.low_rank and self.method.removes:
                 raise PlanError(f"{config.plan.name} has low-rank layers, but --method {self.method.name} makes none.")
             return plan
         shape = model_shape(self.checkpoint, config.remove)
+        if of_all_layers(config):
+            return plan_for_all_layers(shape, config, self.method.name)
         count = removal_count(config, self.checkpoint.layer_count)
         untouched = [index for index, layer in enumerate(shape.layers) if layer.linears]
         stand_ins = (untouched + [index for index in range(len(shape.layers)) if index not in untouched])[:count]
@@ -122,7 +145,7 @@ class Planning:
             return None if given == "none" else given
         if not (self.method.refits if wanted is None else wanted):
             return None
-        if scope == "operated" and not self.trial.low_rank:
+        if scope == "operated" and not self.trial.smaller:
             raise PlanError(
                 "--refit-scope operated refits low-rank layers, and nothing becomes low-rank here; take "
                 "--refit-scope all or --no-refit."

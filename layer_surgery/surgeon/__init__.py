@@ -2,12 +2,20 @@
 
 from layer_surgery.checkpoint.new_tensors import FactorStore
 from layer_surgery.surgeon.context import METHODS, Method, MethodEntry, SurgeryContext
-from layer_surgery.surgeon.plan import LayerShape, ModelShape, check_plan, make_plan, plan_parameters, removal_count
+from layer_surgery.surgeon.plan import (
+    LayerShape,
+    ModelShape,
+    check_plan,
+    make_plan,
+    plan_for_all_layers,
+    plan_parameters,
+    removal_count,
+)
 from layer_surgery.surgeon.shape import model_shape
 
 # In the order in which `--help` lists them.
 # isort: off
-from layer_surgery.surgeon import grasp, grasp_sequential, replaceme, laco, remove, svd, svd_llm, fisher  # noqa: F401
+from layer_surgery.surgeon import grasp, grasp_sequential, replaceme, laco, mix, remove, svd, svd_llm, fisher  # noqa: F401
 # isort: on
 
 __all__ = [
@@ -21,6 +29,7 @@ __all__ = [
     "check_plan",
     "make_plan",
     "model_shape",
+    "plan_for_all_layers",
     "plan_parameters",
     "removal_count",
 ]

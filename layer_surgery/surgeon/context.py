@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 
+from torch import Tensor
+
 from layer_surgery.calibration.source import StatisticsSource
 from layer_surgery.checkpoint.new_tensors import FactorStore
+from layer_surgery.config import SearchConfig
 from layer_surgery.linalg.low_rank import Factors
 from layer_surgery.progress import Progress
 from layer_surgery.records import SpectrumMetric, SpectrumRecord, SurgeryPlan
@@ -26,6 +29,10 @@ class SurgeryContext:
     statistics: StatisticsSource
     ranks_fixed: bool = False
     """Whether the ranks are the user's own, so that a method must not choose better ones."""
+    search: SearchConfig = field(default_factory=SearchConfig)
+    """For methods that search: what may be cut, and in which steps."""
+    rows: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    """Where methods that narrow linears leave, by layer and linear, the rows [n] int64 that stay, for the refit."""
     spectra: list[SpectrumRecord] = field(default_factory=list)
     """Where methods that decompose linears leave their singular values, for the report."""
 
@@ -35,6 +42,14 @@ class SurgeryContext:
         """Write the factors of a linear, and for the report its singular values; see `spectrum_record`."""
         self.factors.write(layer, {linear: factors})
         self.spectra.append(spectrum_record(layer, linear, metric, values, kept))
+
+    def record_channels(self, layer: int, linear: str, gains: Sequence[float], kept: int) -> None:
+        """Keep, for the report, what the channels before an output projection are worth, in the order of choice.
+
+        As singular values are: leaving out a component costs `1/2 value^2`.
+        """
+        values = [(2 * gain) ** 0.5 for gain in gains]
+        self.spectra.append(spectrum_record(layer, linear, "fisher", values, kept))
 
     @property
     def model(self) -> StreamedModel:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
+from layer_surgery.calibration.channels import MlpChannels
 from layer_surgery.config import BudgetConfig
 from layer_surgery.errors import PlanError
 from layer_surgery.records import LayerPlan, SurgeryPlan
@@ -20,6 +21,8 @@ class LayerShape:
     """(out, in) of each linear that can be replaced, by its name within the layer."""
     parameters: int
     """All of the layer's parameters, norms and biases included."""
+    channels: MlpChannels | None = None
+    """Channels of its MLP, if they can be cut."""
 
     @property
     def fixed(self) -> int:
@@ -154,11 +157,13 @@ def plan_parameters(shape: ModelShape, plan: SurgeryPlan) -> int:
     for layer_plan in plan.operated:
         layer = shape.layers[layer_plan.index]
         total -= layer.parameters
-        if layer_plan.action == "low_rank":
+        if layer_plan.action != "remove":
             total += layer.fixed
             for name, (out, in_) in layer.linears.items():
                 rank = layer_plan.ranks.get(name)
                 total += out * in_ if rank is None else rank * (out + in_)
+            if layer_plan.channels is not None and layer.channels is not None:
+                total -= (layer.channels.width - layer_plan.channels) * layer.channels.price
     return total
 
 
@@ -180,8 +185,35 @@ def check_plan(shape: ModelShape, plan: SurgeryPlan, origin: str) -> SurgeryPlan
                     f"{origin}: rank {rank} for '{name}' of layer {layer_plan.index} is above its full rank, "
                     f"{min(linears[name])}."
                 )
+    for layer_plan in plan.smaller:
+        _check_channels(shape.layers[layer_plan.index], layer_plan, origin)
     parameters = plan_parameters(shape, plan)
     return replace(plan, parameters=parameters, parameter_bound=parameters)
+
+
+def _check_channels(layer: LayerShape, plan: LayerPlan, origin: str) -> None:
+    if plan.channels is None:
+        return
+    if layer.channels is None:
+        raise PlanError(f"{origin}: layer {plan.index} has channels, but its MLP is none of which channels can be cut.")
+    if plan.channels > layer.channels.width:
+        raise PlanError(
+            f"{origin}: layer {plan.index} keeps {plan.channels} channels, but its MLP has {layer.channels.width}."
+        )
+    both = [name for name in (layer.channels.output, *layer.channels.feeding) if name in plan.ranks]
+    if both:
+        raise PlanError(f"{origin}: layer {plan.index} has channels and a rank for '{both[0]}'; give one of the two.")
+
+
+def plan_for_all_layers(shape: ModelShape, budget: BudgetConfig, method: str) -> SurgeryPlan:
+    """Return the plan of a budget for the whole model, in which every layer may lose something: what, is not said yet.
+
+    Its number of parameters is the budget, rounded down.
+    """
+    assert budget.target_parameters is not None
+    bound = _share(budget.target_parameters, shape.parameters)
+    layers = [LayerPlan(index=index, action="reduce") for index in range(len(shape.layers))]
+    return _plan(method, layers, bound, bound)
 
 
 def runs_behind_a_layer(plan: SurgeryPlan) -> list[tuple[int, int]]:

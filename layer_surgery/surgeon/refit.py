@@ -10,7 +10,7 @@ low-rank linears only the left factor is re-solved. Nothing is added to the mode
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
@@ -69,6 +69,7 @@ def refit(
     result: StreamedModel,
     refitted: FactorStore,
     scope: RefitScope,
+    rows: Mapping[int, Mapping[str, Tensor]] | None = None,
 ) -> list[RefitRecord]:
     """Write re-solved tensors, by the original's layer indices, to `refitted`; return what was solved.
 
@@ -77,8 +78,9 @@ def refit(
         walks: over the original.
         result: the model that the surgery gave; its layers are changed while they pass.
         refitted: where the tensors go.
-        scope: `operated` touches low-rank layers only; `all` also the layer before a removed run and every layer after
-            the first cut.
+        scope: `operated` touches layers that the plan makes smaller; `all` also the layer before a removed run and
+            every layer after the first cut.
+        rows: of narrowed linears, by layer and name, the original's rows [n] int64 that they have.
 
     Memory: one layer of each model, and the sums of one group of linears. Raises `DataError` for too few windows.
     """
@@ -96,12 +98,13 @@ def refit(
         advance = stack.enter_context(progress("refitting", len(surviving)))
         for position, index in enumerate(surviving):
             after = surviving[position + 1] if position + 1 < len(surviving) else original.layer_count
-            low_rank = plan.layers[index].action == "low_rank"
+            smaller = plan.layers[index].action != "keep"
             same = not tracks[0].differs and index == position
             before_a_cut = after > index + 1
-            if low_rank or (scope == "all" and (before_a_cut or not same)):
+            if smaller or (scope == "all" and (before_a_cut or not same)):
                 with original.layer(index) as reference, result.layer(position) as layer:
-                    pair = _Pair(reference, layer, index, position, after, tracks, calls, result.checkpoint.dtype)
+                    kept = (rows or {}).get(index, {})
+                    pair = _Pair(reference, layer, index, position, after, tracks, calls, result.checkpoint.dtype, kept)
                     records += pair.refit(refitted)
                     pair.step()
             elif not same:
@@ -157,6 +160,7 @@ class _Pair:
     tracks: Sequence[_Track]
     calls: Rehearsal
     dtype: torch.dtype  # of the stored result
+    rows: Mapping[str, Tensor]  # of narrowed linears of the layer, the original's rows [n] that they have
     records: list[RefitRecord] = field(default_factory=list)
 
     def refit(self, refitted: FactorStore) -> list[RefitRecord]:
@@ -199,6 +203,7 @@ class _Pair:
                 self.reference, names, batch.reference_call, batch.reference, until="outputs"
             ).outputs
             targets = {name: _less(wanted[name], bias_of(self.reference, name)) for name in names}
+            targets |= {name: targets[name][..., rows] for name, rows in self.rows.items() if name in targets}
             problems.add(self._inputs(names, batch), targets, batch)
         self._solve(problems)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from layer_surgery.calibration.channels import mlp_channels
 from layer_surgery.checkpoint.open import Checkpoint
 from layer_surgery.records import Part
 from layer_surgery.surgeon.plan import LayerShape, ModelShape
@@ -25,5 +26,6 @@ def model_shape(checkpoint: Checkpoint, part: Part = "layer") -> ModelShape:
             parameters = sum(
                 p.numel() for name in linears for p in checkpoint.layers[index].get_submodule(name).parameters()
             )
-        layers.append(LayerShape(linears=linears, parameters=parameters))
+        channels = mlp_channels(checkpoint.layers[index], checkpoint.architecture)
+        layers.append(LayerShape(linears=linears, parameters=parameters, channels=channels))
     return ModelShape(layers=layers, parameters=checkpoint.parameters)

@@ -17,7 +17,10 @@ from layer_surgery.reporting.formats import ACTION_NAMES, number_list, short_nam
 from layer_surgery.reporting.text import plain_label
 
 #: Colour and hatch for what is done to a layer: never the colour alone.
-_ACTIONS = {"keep": (BLUE, ""), "low_rank": (ORANGE, "////"), "remove": (VERMILLION, "xxxx")}
+_ACTIONS = {
+    **{"keep": (BLUE, ""), "low_rank": (ORANGE, "////"), "reduce": (ORANGE, "....")},
+    "remove": (VERMILLION, "xxxx"),
+}
 #: Above this quotient of the largest and the smallest bar the axis is logarithmic.
 _LOGARITHMIC = 30
 #: Singular values below this part of the largest of their panel are left out: they are worth nothing.

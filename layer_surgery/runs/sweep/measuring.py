@@ -44,7 +44,7 @@ class Measuring:
                     known=self._scores,
                 )
                 plan = planning.plan(scores, self.base_sha256)
-                result = bench.operate(plan, planning.method.name, scope)
+                result = bench.operate(plan, planning.method.name, scope, search=config)
                 point = self._evaluate(settings, scores, result, failures)
         except Exception as error:
             _LOG.debug("%s failed", settings.name, exc_info=True)
