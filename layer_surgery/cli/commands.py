@@ -130,7 +130,8 @@ def export(directory: str, dense: bool, as_json: bool, debug: bool, **options: A
         print_json(asdict(record))
         return
     removed = f", {record.removed_linears} of them zero (removed)" if record.removed_linears else ""
-    click.echo(f"{record.linears} low-rank linears multiplied out{removed}")
+    padded = f", {record.padded_linears} narrowed ones filled up with zeros" if record.padded_linears else ""
+    click.echo(f"{record.linears} low-rank linears multiplied out{removed}{padded}")
     click.echo(
         f"{record.parameters_before:,} -> {record.parameters:,} parameters, {record.size_bytes_before:,} -> "
         f"{record.size_bytes:,} bytes ({record.dtype})"

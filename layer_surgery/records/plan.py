@@ -33,6 +33,11 @@ class LayerPlan:
     channels: int | None = None
     """How many channels of the MLP stay, for `reduce` only; None: all of them."""
 
+    @property
+    def kept(self) -> dict[str, int]:
+        """Ranks by linear, and under `channels` how many of the MLP's stay, if not all."""
+        return self.ranks if self.channels is None else {**self.ranks, "channels": self.channels}
+
 
 @dataclass(frozen=True, kw_only=True)
 class SurgeryPlan:

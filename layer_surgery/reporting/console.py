@@ -20,7 +20,7 @@ from layer_surgery.records import (
     SurgeryReport,
 )
 from layer_surgery.records.sweep import SweepReport
-from layer_surgery.reporting.derived import changed_layers, low_rank_linears
+from layer_surgery.reporting.derived import changed_layers, kept_columns
 from layer_surgery.reporting.measurements import Row, measurement_tables
 from layer_surgery.reporting.sentences import best_sentence, failed_points
 from layer_surgery.reporting.sweep_table import LEGEND, TEXT_COLUMNS, sweep_table
@@ -31,13 +31,13 @@ _BLOCKS = "▏▎▍▌▋▊▉█"
 def print_report(console: Console, report: SurgeryReport) -> None:
     """Print what was done to which layers, and before against after."""
     plan = report.plan
-    changes = zip(("removed", "parts removed", "low-rank"), changed_layers(plan), strict=True)
+    changes = zip(("removed", "parts removed", "low-rank", "fewer channels"), changed_layers(plan), strict=True)
     console.print(
         f"[bold]{escape(report.base_model['name'])}[/]: {plan.target_layers} of {len(plan.layers)} layers whole; "
         + "; ".join(f"{change}: {', '.join(map(str, layers))}" for change, layers in changes if layers),
         highlight=False,
     )
-    if plan.low_rank:
+    if plan.smaller:
         print_ranks(console, plan)
     _print_measurements(console, report.before, report.after, report.comparison, ("before", "after", "change"))
     _print_prediction(console, report)
@@ -99,14 +99,15 @@ def print_sweep(console: Console, report: SweepReport, directory: Path) -> None:
 
 
 def print_ranks(console: Console, plan: SurgeryPlan) -> None:
-    """Print the rank of every linear of the low-rank layers."""
-    linears = low_rank_linears(plan)
-    table = Table(title="ranks", title_justify="left", box=None, pad_edge=False)
+    """Print what stays of the layers that are smaller: the rank of every linear, and the channels of the MLP."""
+    linears = kept_columns(plan)
+    title = "ranks and channels" if any(layer.channels for layer in plan.smaller) else "ranks"
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     table.add_column("layer", justify="right")
     for title in linears.values():
         table.add_column(title, justify="right", overflow="fold")
-    for layer in plan.low_rank:
-        table.add_row(str(layer.index), *(str(layer.ranks.get(name, "-")) for name in linears))
+    for layer in plan.smaller:
+        table.add_row(str(layer.index), *(str(layer.kept.get(name, "-")) for name in linears))
     console.print(table)
 
 

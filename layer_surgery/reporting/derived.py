@@ -13,24 +13,28 @@ class ChangedLayers(NamedTuple):
 
     removed: list[int]
     parts_removed: list[int]
-    """Low-rank layers of which only linears of rank 0 are not whole."""
+    """Layers of which only linears of rank 0 are not whole."""
     low_rank: list[int]
-    """All other low-rank layers."""
+    """All others with linears of a lower rank."""
+    narrowed: list[int]
+    """Layers with fewer channels in their MLP; they may have linears of a lower rank too."""
 
 
 def changed_layers(plan: SurgeryPlan) -> ChangedLayers:
     """Return which layers a plan changes, and how."""
-    parts_removed = [layer.index for layer in plan.low_rank if not any(layer.ranks.values())]
+    parts_removed = [layer.index for layer in plan.smaller if not any(layer.kept.values())]
     return ChangedLayers(
         removed=[layer.index for layer in plan.layers if layer.action == "remove"],
         parts_removed=parts_removed,
         low_rank=[layer.index for layer in plan.low_rank if layer.index not in parts_removed],
+        narrowed=[layer.index for layer in plan.smaller if layer.channels is not None],
     )
 
 
-def low_rank_linears(plan: SurgeryPlan) -> dict[str, str]:
-    """Return the linears that have a rank in some layer: full names within the layer, and short names for headings."""
-    names = list(dict.fromkeys(name for layer in plan.low_rank for name in layer.ranks))
+def kept_columns(plan: SurgeryPlan) -> dict[str, str]:
+    """Return the linears that have a rank in some layer, and `channels`: full names, and short names for headings."""
+    names = list(dict.fromkeys(name for layer in plan.smaller for name in layer.kept))
+    names.sort(key=lambda name: name == "channels")
     return dict(zip(names, short_names(names), strict=True))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from layer_surgery.records import LayerPlan, SurgeryReport
-from layer_surgery.reporting.derived import decoding_ratio, low_rank_linears, main_tasks
+from layer_surgery.reporting.derived import decoding_ratio, kept_columns, main_tasks
 from layer_surgery.reporting.figures import layers as layer_plots
 from layer_surgery.reporting.figures import quality as quality_plots
 from layer_surgery.reporting.formats import ACTION_NAMES, percent_change, with_interval
@@ -29,7 +29,7 @@ def report_page(report: SurgeryReport, name: str, *, needs_code: bool) -> str:
     Args:
         needs_code: whether the result loads with `trust_remote_code=True` only.
     """
-    linears = low_rank_linears(report.plan)
+    linears = kept_columns(report.plan)
     return render(
         "report.html.jinja",
         title=f"{name}: {report.base_model['name']} after layer surgery",
@@ -87,7 +87,7 @@ def layer_rows(report: SurgeryReport, linears: list[str]) -> list[dict[str, Any]
 
 
 def _rank(layer: LayerPlan, name: str) -> str:
-    return str(layer.ranks[name]) if name in layer.ranks else "whole" if layer.action == "low_rank" else ""
+    return str(layer.kept[name]) if name in layer.kept else "whole" if layer.kept else ""
 
 
 def _facts(report: SurgeryReport) -> dict[str, Any]:

@@ -147,7 +147,7 @@ def _needs_code(directory: Path, report: SurgeryReport) -> bool:
         config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
         return config.get("model_type") == MODEL_TYPE or "auto_map" in config
     except (OSError, ValueError, AttributeError):
-        return bool(report.plan.low_rank)
+        return bool(report.plan.smaller)
 
 
 @contextmanager

@@ -11,8 +11,11 @@ from layer_surgery.records.sweep import SweepBest, SweepReport
 from layer_surgery.reporting.derived import changed_layers, decoding_ratio
 from layer_surgery.reporting.formats import number_list, with_interval
 
-#: For removed layers, layers of which parts are removed, and low-rank layers.
-_OPERATIONS = ("removed {}", "removed parts of {}", "replaced linears of {} by low-rank components")
+#: For removed layers, layers of which parts are removed, low-rank layers, and layers with fewer channels.
+_OPERATIONS = (
+    *("removed {}", "removed parts of {}", "replaced linears of {} by low-rank components"),
+    "cut channels of the MLPs of {}",
+)
 
 
 def summary(report: SurgeryReport) -> list[str]:

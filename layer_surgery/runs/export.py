@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig
 
+from layer_surgery.calibration.channels import mlp_channels
 from layer_surgery.checkpoint.modeling_layer_surgery import IN_FACTOR, OUT_FACTOR
 from layer_surgery.checkpoint.open import Checkpoint, open_checkpoint
 from layer_surgery.checkpoint.save import check_not_same, check_output, check_saved, save_checkpoint, staged_directory
@@ -39,6 +40,8 @@ class DenseExport:
     """How many pairs of factors were multiplied out."""
     removed_linears: int
     """Those of them with rank 0 (removed attentions or MLPs), whose weights are zeros now."""
+    padded_linears: int
+    """How many linears of MLPs with fewer channels were filled up with zeros."""
     model_type: str
     layers: int
     dtype: str
@@ -63,9 +66,9 @@ def run_export(directory: Model, config: ExportConfig) -> DenseExport:
     check_not_same(directory, output)
     check_output(output, overwrite=config.overwrite)
     low_rank = open_checkpoint(directory)
-    if not low_rank.low_rank:
+    if not low_rank.low_rank and not low_rank.narrowed:
         raise CheckpointError(
-            f"{directory} is a plain checkpoint (model_type: {low_rank.config.model_type}) without low-rank layers, so "
+            f"{directory} is a plain checkpoint (model_type: {low_rank.config.model_type}) without low-rank or narrowed layers, so "
             "there is nothing to export; every tool loads it as it is."
         )
     report = _stored_report(low_rank)
@@ -77,6 +80,7 @@ def run_export(directory: Model, config: ExportConfig) -> DenseExport:
             source=str(directory),
             linears=len(low_rank.low_rank),
             removed_linears=sum(rank == 0 for rank in low_rank.low_rank.values()),
+            padded_linears=len(low_rank.narrowed),
             model_type=dense.config.model_type,
             layers=dense.layer_count,
             dtype=str(dense.dtype).removeprefix("torch."),
@@ -91,16 +95,21 @@ def run_export(directory: Model, config: ExportConfig) -> DenseExport:
 
 
 def dense_checkpoint(low_rank: Checkpoint) -> Checkpoint:
-    """Return a checkpoint with the factors of every low-rank linear multiplied out when they are read."""
-    return replace(
+    """Return a checkpoint with the factors of every low-rank linear multiplied out when they are read.
+
+    MLPs with fewer channels are filled up with channels of zeros, which add nothing.
+    """
+    plain = replace(
         low_rank,
         name=f"{low_rank.name} multiplied out",
         config=AutoConfig.for_model(**low_rank.config_fields),
         low_rank={},
+        narrowed={},
         source=MultipliedSource(low_rank.source, low_rank.low_rank),
         model_class=None,
         files=(),
     )
+    return replace(plain, source=PaddedSource(plain.source, plain, low_rank.narrowed)) if low_rank.narrowed else plain
 
 
 class MultipliedSource:
@@ -138,6 +147,38 @@ class MultipliedSource:
         if not torch.isfinite(weight).all():
             raise NumericalError(f"the product of the factors of '{linear}' is not finite in {weight.dtype}.")
         return weight
+
+
+class PaddedSource:
+    """Tensors of another source, in which the linears of MLPs with fewer channels have all channels again, of zeros."""
+
+    def __init__(self, source: TensorSource, plain: Checkpoint, narrowed: Iterable[str]) -> None:
+        """Fill up the `narrowed` linears to the sizes that they have in the skeleton of `plain`."""
+        self._source, self.specs = source, dict(source.specs)
+        self._parts: dict[str, int] = {}  # by tensor: equal parts, one behind the other, that are filled up each
+        shapes = {name: tuple(parameter.shape) for name, parameter in plain.skeleton.named_parameters()}
+        parts = {
+            f"{plain.layer_prefix(index)}{name}": number
+            for index, layer in enumerate(plain.layers)
+            if (channels := mlp_channels(layer, plain.architecture)) is not None
+            for name, number in channels.feeding.items()
+        }
+        for linear in narrowed:
+            for name in (f"{linear}.weight", f"{linear}.bias"):
+                if name in shapes and self.specs[name].shape != shapes[name]:
+                    self.specs[name] = TensorSpec(shapes[name], self.specs[name].dtype)
+                    self._parts[name] = parts.get(linear, 1)
+
+    def read(self, names: Iterable[str], device: torch.device) -> dict[str, Tensor]:
+        tensors = self._source.read(names, device)
+        return {name: self._padded(name, tensor) if name in self._parts else tensor for name, tensor in tensors.items()}
+
+    def _padded(self, name: str, tensor: Tensor) -> Tensor:
+        parts, whole = self._parts[name], tensor.new_zeros(self.specs[name].shape)
+        places = zip(tensor.chunk(parts), whole.chunk(parts), strict=True)
+        for part, place in places:
+            place[tuple(slice(size) for size in part.shape)] = part
+        return whole
 
 
 def _stored_report(low_rank: Checkpoint) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from layer_surgery.records import SpectrumRecord, SurgeryReport
-from layer_surgery.reporting.derived import low_rank_linears
+from layer_surgery.reporting.derived import kept_columns
 from layer_surgery.reporting.figures.svg import BLUE, CARD, INK, ORANGE, SERIES, VERMILLION, Plot, draw
 from layer_surgery.reporting.formats import ACTION_NAMES, number_list, short_names
 from layer_surgery.reporting.text import plain_label
@@ -33,7 +33,7 @@ def layer_plots(report: SurgeryReport) -> Iterator[Plot]:
     """Yield the figures that the report has data for."""
     if report.scores is not None:
         yield importance(report)
-    if any(rank for layer in report.plan.low_rank for rank in layer.ranks.values()):
+    if any(kept for layer in report.plan.smaller for kept in layer.kept.values()):
         yield kept_ranks(report)
 
 
@@ -80,15 +80,19 @@ def importance(report: SurgeryReport) -> Plot:
 
 
 def kept_ranks(report: SurgeryReport) -> Plot:
-    """Return a table of ranks, shaded by the share of the full rank (of the largest rank where that is not known)."""
-    layers, linears = report.plan.low_rank, low_rank_linears(report.plan)
+    """Return a table of ranks and channels, shaded by the share of all (of the largest where that is not known)."""
+    layers, linears = report.plan.smaller, kept_columns(report.plan)
     full = {(record.layer, record.linear): record.total for record in report.spectra}
-    largest = max(rank for layer in layers for rank in layer.ranks.values())
-    known = all((layer.index, name) in full for layer in layers for name in layer.ranks)
+    for layer in layers:  # the spectrum of an output projection that has no rank is that of the channels before it
+        totals = [total for (index, name), total in full.items() if index == layer.index and name not in layer.ranks]
+        if totals:
+            full[layer.index, "channels"] = totals[0]
+    largest = max(kept for layer in layers for kept in layer.kept.values())
+    known = all((layer.index, name) in full for layer in layers for name in layer.kept)
     shades = {
         (layer.index, name): rank / (full[layer.index, name] if known else largest)
         for layer in layers
-        for name, rank in layer.ranks.items()
+        for name, rank in layer.kept.items()
     }
     top = max(shades.values())
 
@@ -97,12 +101,12 @@ def kept_ranks(report: SurgeryReport) -> Plot:
         colours = matplotlib.colormaps["cividis"]
         for row, layer in enumerate(layers):
             for column, name in enumerate(linears):
-                if name not in layer.ranks:
+                if name not in layer.kept:
                     continue
                 shade = shades[layer.index, name] / (top or 1)
                 axes.add_patch(Rectangle((column - 0.47, row - 0.44), 0.94, 0.88, facecolor=colours(shade)))
                 ink = "#ffffff" if shade < 0.55 else "#000000"
-                axes.text(column, row, str(layer.ranks[name]), ha="center", va="center", color=ink, fontsize=10)
+                axes.text(column, row, str(layer.kept[name]), ha="center", va="center", color=ink, fontsize=10)
         axes.set_xlim(-0.5, len(linears) - 0.5)
         axes.set_ylim(len(layers) - 0.5, -0.5)
         labels = [plain_label(name, 16) for name in linears.values()]
@@ -113,13 +117,13 @@ def kept_ranks(report: SurgeryReport) -> Plot:
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
 
-    measure = "its full rank" if known else "the largest rank"
+    measure = "all that there are" if known else "the largest number"
     return draw(
         "ranks",
-        "Ranks that were kept",
+        "Ranks and channels that were kept",
         f"Table of ranks: rows are layers {number_list([layer.index for layer in layers])}, columns the linears "
         f"{', '.join(linears.values())}. The same numbers are in the table of layers.",
-        f"The numbers are ranks. The brighter a field, the larger the share of {measure}.",
+        f"The numbers are ranks and channels. The brighter a field, the larger the share of {measure}.",
         height=75 + 25 * len(layers) + 5 * max(map(len, linears.values())),
         paint=paint,
     )
