@@ -68,8 +68,8 @@ def run_export(directory: Model, config: ExportConfig) -> DenseExport:
     low_rank = open_checkpoint(directory)
     if not low_rank.low_rank and not low_rank.narrowed:
         raise CheckpointError(
-            f"{directory} is a plain checkpoint (model_type: {low_rank.config.model_type}) without low-rank or narrowed layers, so "
-            "there is nothing to export; every tool loads it as it is."
+            f"{directory} is a plain checkpoint (model_type: {low_rank.config.model_type}) without low-rank or "
+            "narrowed layers, so there is nothing to export; every tool loads it as it is."
         )
     report = _stored_report(low_rank)
     with staged_directory(output, overwrite=config.overwrite) as staging:

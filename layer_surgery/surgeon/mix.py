@@ -7,6 +7,7 @@ priced in nats per token for a parameter, so one search (`search.py`) divides th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
@@ -27,7 +28,7 @@ from layer_surgery.records import LayerPlan, SurgeryPlan
 from layer_surgery.surgeon.context import METHODS, SurgeryContext
 from layer_surgery.surgeon.curves import Alternative, Curve, Place
 from layer_surgery.surgeon.plan import ModelShape, plan_parameters
-from layer_surgery.surgeon.search import Found, search
+from layer_surgery.surgeon.search import Found, UnreachableBudget, search
 from layer_surgery.surgeon.shape import model_shape
 from layer_surgery.walk.moments import LayerMoments
 
@@ -83,12 +84,21 @@ def _searched(plan: SurgeryPlan, shape: ModelShape, statistics: Statistics, cont
     whole = sum(float(place.alternatives[0].curves[0].prices[_PARAMETERS][0]) for place in places)
     removed = sum(shape.layers[layer.index].parameters for layer in plan.layers if layer.action == "remove")
     alike = [[place.name for place in places if place.name.endswith(f" {_MLP}")]] if options.uniform else []
-    found = search(
-        places,
-        {_PARAMETERS: float(plan.parameter_bound)},
-        fixed={_PARAMETERS: shape.parameters - removed - whole},
-        alike=alike,
-    )
+    try:
+        found = search(
+            places,
+            {_PARAMETERS: float(plan.parameter_bound)},
+            fixed={_PARAMETERS: shape.parameters - removed - whole},
+            alike=alike,
+        )
+    except UnreachableBudget as error:
+        least = math.ceil(error.reachable[_PARAMETERS])
+        raise PlanError(
+            f"the budget of {plan.parameter_bound:,} parameters cannot be reached by cutting "
+            f"{' and '.join(options.components)} in multiples of {options.multiple}; the smallest is {least:,} "
+            f"(--target-parameters {math.ceil(1e4 * least / shape.parameters) / 1e4:g}); raise the budget, allow more "
+            "--components, lower --multiple, or remove layers outright with --keep 0."
+        ) from error
     layers = [
         _layer_plan(layer, shape, found) if layer.action in ("low_rank", "reduce") else layer for layer in plan.layers
     ]
