@@ -70,7 +70,7 @@ def carried_out(plan: SurgeryPlan, walk: Walk, scratch: Path, **options: Any) ->
     dtype = walk.model.checkpoint.dtype
     statistics = options.pop("statistics", None) or statistics_source(scratch, dtype)
     context = SurgeryContext(walk=walk, factors=new_factors(scratch, dtype), statistics=statistics, **options)
-    if plan.low_rank or METHODS[plan.method].removes:
+    if plan.smaller or METHODS[plan.method].removes:
         plan = METHODS[plan.method].function(plan, context)
     return plan, context.factors
 
