@@ -1,0 +1,229 @@
+"""The method `mix`: one search over channels and singular vectors, from a directory to a directory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_checkpoints import listing, load_stock, logits, model_with_vocabulary, saved_model, tensors_of, text_file
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+import layer_surgery
+from layer_surgery import SurgeryReport
+from layer_surgery.checkpoint.open import open_checkpoint
+from layer_surgery.errors import PlanError, UserError
+from layer_surgery.records import SurgeryPlan
+
+IDS = torch.randint(3, 300, (2, 12), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return saved_model(tmp_path_factory.mktemp("model"), layers=4)
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    text = text_file(tmp_path_factory.mktemp("text") / "text.txt")
+    return {"calibration": text, "eval_data": [text], "samples": 12, "sequence_length": 16, "multiple": 4}
+
+
+@pytest.fixture(scope="module")
+def whole_model(
+    model: Path, options: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, SurgeryReport]:
+    output = tmp_path_factory.mktemp("mix") / "output"
+    return output, layer_surgery.compress(model, output, target_parameters=0.8, **options)
+
+
+def test_a_lone_budget_is_spread_over_all_layers_and_met(model: Path, whole_model: tuple[Path, SurgeryReport]) -> None:
+    output, report = whole_model
+    plan, total = report.plan, open_checkpoint(model).parameters
+    assert plan.method == "mix" and report.scores is None and plan.refit == "all"
+    assert plan.surviving == [0, 1, 2, 3] and len(plan.smaller) >= 3
+    assert any(layer.channels for layer in plan.smaller)
+    # Below the bound by less than the dearest single step: four channels, or four ranks of the largest linear.
+    step = 4 * max(3 * 32, 32 + 48)
+    assert plan.parameter_bound == int(0.8 * total) and 0 <= plan.parameter_bound - plan.parameters < step
+    assert plan.parameters == report.after.parameters == open_checkpoint(output).parameters
+    kept = [number for layer in plan.smaller for number in layer.kept.values()]
+    assert all(number % 4 == 0 for number in kept)
+    assert plan.predicted_loss_rise is not None and plan.predicted_loss_rise > 0
+
+
+def test_the_result_loads_in_stock_transformers_and_generates(whole_model: tuple[Path, SurgeryReport]) -> None:
+    output, report = whole_model
+    stock, info = AutoModelForCausalLM.from_pretrained(output, trust_remote_code=True, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    ours = layer_surgery.load(output)
+    assert torch.equal(logits(stock, IDS), logits(ours, IDS))
+    widths = {layer.index: layer.channels for layer in report.plan.smaller if layer.channels}
+    for index, width in widths.items():
+        assert stock.model.layers[index].mlp.down_proj.in_features == width
+        assert type(stock.model.layers[index].mlp.up_proj) is torch.nn.Linear
+    with_cache, without = (
+        stock.generate(IDS[:1], max_new_tokens=6, do_sample=False, use_cache=cache) for cache in (True, False)
+    )
+    assert torch.equal(with_cache, without)
+    stock.save_pretrained(output.parent / "again")
+    assert tensors_of(output.parent / "again").keys() == tensors_of(output).keys()
+
+
+def test_its_plan_gives_the_same_model_again_and_can_be_edited(
+    model: Path, options: dict[str, Any], whole_model: tuple[Path, SurgeryReport], tmp_path: Path
+) -> None:
+    output, report = whole_model
+    layer_surgery.compress(model, tmp_path / "again", plan=output / "surgery.json", **options)
+    first, second = listing(output), listing(tmp_path / "again")
+    assert first["model.safetensors"] == second["model.safetensors"] and first["config.json"] == second["config.json"]
+    data = report.plan.to_dict()
+    place = next(layer for layer in data["layers"] if layer["channels"])
+    place["channels"] -= 3
+    edited = layer_surgery.compress(model, dry_run=True, plan=data, **options)
+    assert edited.plan.layers[place["index"]].channels == place["channels"]
+    assert edited.after.parameters == report.after.parameters - 3 * 3 * 32
+
+
+def test_statistics_from_a_cache_give_the_same_model(
+    model: Path, options: dict[str, Any], whole_model: tuple[Path, SurgeryReport], tmp_path: Path
+) -> None:
+    for name in ("first", "second"):
+        layer_surgery.compress(model, tmp_path / name, target_parameters=0.8, cache=tmp_path / "cache", **options)
+        assert listing(tmp_path / name)["model.safetensors"] == listing(whole_model[0])["model.safetensors"]
+
+
+def test_channels_that_do_nothing_go_first_and_change_nothing(options: dict[str, Any], tmp_path: Path) -> None:
+    original = model_with_vocabulary(layers=4)
+    with torch.no_grad():
+        for layer in original.model.layers:
+            layer.mlp.down_proj.weight[:, 5:25] = 0
+    model = saved_model(tmp_path / "model", model=original)
+    # Twenty channels of three linears, 32 wide, in four layers.
+    share = 1 - 4 * 20 * 3 * 32 / open_checkpoint(model).parameters
+    report = layer_surgery.compress(
+        model, tmp_path / "output", target_parameters=share + 1e-9, refit=False, **options | {"components": "channels"}
+    )
+    assert [layer.kept for layer in report.plan.layers] == [{"channels": 20}] * 4
+    result = layer_surgery.load(tmp_path / "output")
+    assert float((logits(result, IDS) - logits(original, IDS)).abs().max()) < 1e-4
+
+
+def test_a_refit_brings_it_nearer_to_the_original(
+    model: Path, options: dict[str, Any], whole_model: tuple[Path, SurgeryReport]
+) -> None:
+    without = layer_surgery.compress(model, dry_run=True, target_parameters=0.8, refit=False, **options)
+    assert without.plan.layers == whole_model[1].plan.layers
+    (before,), (after,) = (
+        [divergence.mean for divergence in report.comparison.kl_divergence.values()]
+        for report in (without, whole_model[1])
+    )
+    assert after < 0.9 * before
+
+
+def test_with_a_number_of_layers_the_others_stay_whole(model: Path, options: dict[str, Any], tmp_path: Path) -> None:
+    report = layer_surgery.compress(
+        model, tmp_path / "output", layers=[1, 2], keep=0.4, method="mix", refit=False, **options
+    )
+    assert [layer.action for layer in report.plan.layers if layer.index in (0, 3)] == ["keep", "keep"]
+    assert report.plan.parameters <= report.plan.parameter_bound
+    original, result = tensors_of(model), tensors_of(tmp_path / "output")
+    assert all(torch.equal(original[name], result[name]) for name in original if ".layers.0." in name)
+
+
+def test_uniform_widths_are_a_plain_checkpoint(model: Path, options: dict[str, Any], tmp_path: Path) -> None:
+    report = layer_surgery.compress(model, tmp_path / "output", target_parameters=0.85, uniform=True, **options)
+    (width,) = {layer.channels for layer in report.plan.layers}
+    plain, info = load_stock(tmp_path / "output")
+    assert type(plain) is LlamaForCausalLM and plain.config.intermediate_size == width
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert not (tmp_path / "output" / "modeling_layer_surgery.py").exists()
+    assert sum(parameter.numel() for parameter in plain.parameters()) == report.after.parameters
+
+
+def test_components_say_what_may_be_cut(model: Path, options: dict[str, Any]) -> None:
+    for components, has_channels, has_ranks in (("channels", True, False), ("singular", False, True)):
+        plan = layer_surgery.compress(
+            model, dry_run=True, target_parameters=0.85, refit=False, **options | {"components": components}
+        ).plan
+        assert any(layer.channels for layer in plan.layers) == has_channels
+        assert any(layer.ranks for layer in plan.layers) == has_ranks
+
+
+def test_a_result_can_be_made_smaller_again(
+    options: dict[str, Any], whole_model: tuple[Path, SurgeryReport], tmp_path: Path
+) -> None:
+    report = layer_surgery.compress(
+        whole_model[0], tmp_path / "output", layers=[3], keep=0, method="remove", refit=False, **options
+    )
+    assert report.after.layers == 3
+    assert torch.isfinite(logits(layer_surgery.load(tmp_path / "output"), IDS)).all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"method": "svd"}, PlanError, "--method svd works on a number of layers; give --target-layers or --layers"),
+        ({"remove": "mlp"}, PlanError, "--remove mlp needs a number of layers"),
+        ({"method": "mix", "remove": "mlp", "layers": [1]}, PlanError, "--method mix works on whole layers"),
+        (
+            {"target_parameters": 0.2},
+            PlanError,
+            r"cannot be reached by cutting channels and singular in multiples of 4",
+        ),
+        ({"components": "channel"}, UserError, "--components is 'channel'; allowed: one or both of channels, singular"),
+        ({"components": []}, UserError, "--components is ''"),
+        ({"components": "singular", "uniform": True}, UserError, "--uniform cuts channels, which --components leaves"),
+        ({"multiple": 0}, UserError, "--multiple is 0; allowed: 1 or more"),
+    ],
+)
+def test_what_cannot_be_is_refused(
+    model: Path, options: dict[str, Any], tmp_path: Path, changes: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    arguments: dict[str, Any] = {"target_parameters": 0.8, **options, **changes}
+    with pytest.raises(error, match=message):
+        layer_surgery.compress(model, tmp_path / "output", **arguments)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_smallest_budget_that_an_error_names_is_reached(model: Path, options: dict[str, Any]) -> None:
+    with pytest.raises(PlanError) as caught:
+        layer_surgery.compress(model, dry_run=True, target_parameters=0.2, **options)
+    least = float(str(caught.value).partition("--target-parameters ")[2].partition(")")[0])
+    report = layer_surgery.compress(model, dry_run=True, target_parameters=least, refit=False, **options)
+    assert report.after.parameters <= least * report.before.parameters
+
+
+Edit = Callable[[dict[str, Any]], None]
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda layer: layer.update(channels=0), "0 channels; allowed: a whole number from 1 on, with reduce only"),
+        (lambda layer: layer.update(channels=True), "True channels; allowed"),
+        (lambda layer: layer.update(action="keep"), "action 'keep' and 8 channels"),
+        (lambda layer: layer.update(channels=None, ranks={}), "action 'reduce', but neither ranks nor channels"),
+        (lambda layer: layer.update(channels=41), "keeps 41 channels, but its MLP has 40"),
+        (lambda layer: layer.update(ranks={"mlp.up_proj": 3}), "channels and a rank for 'mlp.up_proj'"),
+    ],
+)
+def test_plans_with_impossible_channels_are_refused(
+    model: Path, options: dict[str, Any], edit: Edit, message: str
+) -> None:
+    data = {"layers": [{"index": index, "action": "keep", "ranks": {}} for index in range(4)]}
+    data["layers"][2] = layer = {"index": 2, "action": "reduce", "ranks": {}, "channels": 8}
+    SurgeryPlan.from_dict(json.loads(json.dumps(data)))
+    edit(layer)
+    with pytest.raises(PlanError, match=message):
+        layer_surgery.compress(model, dry_run=True, plan=data, method="mix", **options)
+
+
+def test_a_plan_with_channels_asks_for_the_method_that_makes_them(model: Path, options: dict[str, Any]) -> None:
+    data = {"layers": [{"index": index, "action": "keep"} for index in range(4)]}
+    data["layers"][1] = {"index": 1, "action": "reduce", "channels": 8}
+    with pytest.raises(PlanError, match="layers with fewer channels, which --method mix makes"):
+        layer_surgery.compress(model, dry_run=True, plan=data, method="fisher", **options)
