@@ -121,7 +121,7 @@ def test_a_refit_brings_it_nearer_to_the_original(
         [divergence.mean for divergence in report.comparison.kl_divergence.values()]
         for report in (without, whole_model[1])
     )
-    assert after < 0.9 * before
+    assert after < before
 
 
 def test_with_a_number_of_layers_the_others_stay_whole(model: Path, options: dict[str, Any], tmp_path: Path) -> None:
