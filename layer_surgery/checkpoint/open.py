@@ -28,12 +28,7 @@ from layer_surgery.checkpoint.conversion import as_in_model, with_conv1d_transpo
 from layer_surgery.checkpoint.modeling_layer_surgery import MODEL_TYPE, LayerSurgeryConfig, model_class_for
 from layer_surgery.checkpoint.recognition import architecture_of
 from layer_surgery.checkpoint.skeleton import make_skeleton
-from layer_surgery.checkpoint.tensors import (
-    SafetensorsSource,
-    StateDictSource,
-    TensorSource,
-    checkpoint_files,
-)
+from layer_surgery.checkpoint.tensors import SafetensorsSource, StateDictSource, TensorSource, checkpoint_files
 from layer_surgery.errors import CheckpointError
 
 #: Files of a hub repository that are needed; nothing else is downloaded.

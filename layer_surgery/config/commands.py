@@ -30,9 +30,7 @@ class OutputConfig(Options):
     """Where a result goes."""
 
     output: Path | None = attrs.field(
-        default=None,
-        converter=absolute_path,
-        metadata=about("Directory for the compressed model.", metavar="DIR"),
+        default=None, converter=absolute_path, metadata=about("Directory for the compressed model.", metavar="DIR")
     )
     dry_run: bool = attrs.field(default=False, metadata=about("Do everything but the writing."))
     overwrite: bool = attrs.field(
@@ -42,13 +40,7 @@ class OutputConfig(Options):
 
 @attrs.frozen(kw_only=True, slots=False)
 class CompressConfig(
-    RuntimeConfig,
-    OutputConfig,
-    EvaluationConfig,
-    CalibrationConfig,
-    RefitConfig,
-    ChoiceConfig,
-    BudgetConfig,
+    RuntimeConfig, OutputConfig, EvaluationConfig, CalibrationConfig, RefitConfig, ChoiceConfig, BudgetConfig
 ):
     """Options of `compress`."""
 

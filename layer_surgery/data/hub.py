@@ -42,10 +42,7 @@ KNOWN_DATASETS: dict[str, KnownDataset] = {
     "c4": KnownDataset(
         repository="allenai/c4",
         splits={"calibration": "train", "evaluation": "validation"},
-        files={
-            "train": "en/c4-train.00000-of-01024.json.gz",
-            "validation": "en/c4-validation.00000-of-00008.json.gz",
-        },
+        files={"train": "en/c4-train.00000-of-01024.json.gz", "validation": "en/c4-validation.00000-of-00008.json.gz"},
         limit=5000,
     ),
     "gsm8k": KnownDataset(

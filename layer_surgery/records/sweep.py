@@ -88,11 +88,7 @@ class SweepPoint:
     def settings(self) -> SweepSettings:
         """Identity of the point."""
         return SweepSettings(
-            target_layers=self.target_layers,
-            keep=self.keep,
-            method=self.method,
-            scorer=self.scorer,
-            refit=self.refit,
+            target_layers=self.target_layers, keep=self.keep, method=self.method, scorer=self.scorer, refit=self.refit
         )
 
 

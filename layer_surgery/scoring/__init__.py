@@ -7,9 +7,4 @@ from layer_surgery.scoring import angular, random_order, last, block_influence, 
 # isort: on
 from layer_surgery.scoring.context import SCORERS, Scorer, ScorerEntry, ScoringContext
 
-__all__ = [
-    "SCORERS",
-    "Scorer",
-    "ScorerEntry",
-    "ScoringContext",
-]
+__all__ = ["SCORERS", "Scorer", "ScorerEntry", "ScoringContext"]

@@ -39,10 +39,7 @@ def rise_without_each(context: ScoringContext) -> Ranking:
 def _losses_without_each(context: ScoringContext, path: list[int]) -> list[float]:
     """Return the mean loss of the current model with each position of `path` left out (nats per token)."""
     walk, losses = context.walk, []
-    with (
-        walk.new_store() as store,
-        walk.settings.progress("removing each layer in turn", len(path)) as advance,
-    ):
+    with walk.new_store() as store, walk.settings.progress("removing each layer in turn", len(path)) as advance:
         scratch = Boundary(store, 0)
         for position in range(len(path)):
             source = walk.boundary(position)
