@@ -44,15 +44,12 @@ NOT_IDENTITY = {"_name_or_path", "architectures", "auto_map", "dtype", "low_rank
 class Checkpoint:
     """A causal LM as configuration + named tensors + the files that travel with it."""
 
-    name: str
-    """As the user gave it: a directory, a hub name, or the class of a model in memory."""
+    name: str  #: As the user gave it: a directory, a hub name, or the class of a model in memory.
     config: Any
     config_fields: dict[str, Any]
     """The configuration as the checkpoint stores it; for a low-rank checkpoint that of its base architecture."""
-    low_rank: dict[str, int]
-    """Rank of every linear that is stored as factors; empty for a plain checkpoint."""
-    source: TensorSource
-    """The tensors as the model has them (see conversion.py), whatever their form in files."""
+    low_rank: dict[str, int]  #: Rank of every linear that is stored as factors; empty for a plain checkpoint.
+    source: TensorSource  #: The tensors as the model has them (see conversion.py), whatever their form in files.
     left_out: tuple[str, ...] = ()
     """Stored tensors that transformers' model class has no place for and ignores, as heads that predict further
     tokens."""
@@ -62,8 +59,7 @@ class Checkpoint:
     model_class: type[PreTrainedModel] | None = None
     buffers: dict[str, torch.Tensor] = field(default_factory=dict)
     """Non-persistent buffers of a model in memory, which may differ from freshly made ones."""
-    generation_config: Any = None
-    """Of a model in memory; one in a directory is copied as a file."""
+    generation_config: Any = None  #: Of a model in memory; one in a directory is copied as a file.
 
     @functools.cached_property
     def architecture(self) -> Architecture:

@@ -42,10 +42,7 @@ Document: TypeAlias = Text | Example | Chat
 class LoadedData:
     """The documents of one source, in the source's order."""
 
-    name: str
-    """The source as the user gave it."""
+    name: str  #: The source as the user gave it.
     documents: Sequence[Document]
-    kind: Kind
-    """The kind of every document in `documents`."""
-    origin: str = ""
-    """Description of the data where `name` does not say it all: repository, split, a stated limit."""
+    kind: Kind  #: The kind of every document in `documents`.
+    origin: str = ""  #: Description of the data where `name` does not say it all: repository, split, a stated limit.

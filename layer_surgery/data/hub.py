@@ -26,10 +26,8 @@ class KnownDataset:
     lines_of: str | None = None
     """A column whose rows are the lines of one text: they are joined by blank lines, empty rows included, which is
     how perplexity on this data set is reported everywhere."""
-    files: Mapping[str, str] | None = None
-    """Split -> the one file of it that is streamed."""
-    limit: int | None = None
-    """Number of rows from the start that are read; said in `LoadedData.origin`."""
+    files: Mapping[str, str] | None = None  #: Split -> the one file of it that is streamed.
+    limit: int | None = None  #: Number of rows from the start that are read; said in `LoadedData.origin`.
 
 
 KNOWN_DATASETS: dict[str, KnownDataset] = {

@@ -30,8 +30,7 @@ class _Timings:
     """Of all runs of one model at one point, in seconds."""
 
     prefill: list[float] = field(default_factory=list)
-    decode: list[float] = field(default_factory=list)
-    """Of all steps of a run together."""
+    decode: list[float] = field(default_factory=list)  #: Of all steps of a run together.
     steps: list[float] = field(default_factory=list)
 
 

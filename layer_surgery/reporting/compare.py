@@ -21,16 +21,14 @@ class ResultRow:
     """One result, as the page needs it. What was not measured is left out."""
 
     name: str
-    base: dict[str, Any]
-    """Record of the original."""
+    base: dict[str, Any]  #: Record of the original.
     plan: SurgeryPlan
     method: str
     scorer: str
     before: EvaluationResult
     after: EvaluationResult
     comparison: Comparison
-    decoding: float | None
-    """Decoding speed, after over before."""
+    decoding: float | None  #: Decoding speed, after over before.
 
     @property
     def kind(self) -> str:

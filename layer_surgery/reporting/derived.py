@@ -12,10 +12,8 @@ class ChangedLayers(NamedTuple):
     """Indices of the layers that a plan does not leave whole, by what is done to them."""
 
     removed: list[int]
-    parts_removed: list[int]
-    """Low-rank layers of which only linears of rank 0 are not whole."""
-    low_rank: list[int]
-    """All other low-rank layers."""
+    parts_removed: list[int]  #: Low-rank layers of which only linears of rank 0 are not whole.
+    low_rank: list[int]  #: All other low-rank layers.
 
 
 def changed_layers(plan: SurgeryPlan) -> ChangedLayers:

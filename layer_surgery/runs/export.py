@@ -33,12 +33,9 @@ _IN, _OUT = f".{IN_FACTOR}", f".{OUT_FACTOR}"
 class DenseExport:
     """What a dense export did: `dense_export` in its `surgery.json`."""
 
-    source: str
-    """The low-rank checkpoint, as the user named it."""
-    linears: int
-    """How many pairs of factors were multiplied out."""
-    removed_linears: int
-    """Those of them with rank 0 (removed attentions or MLPs), whose weights are zeros now."""
+    source: str  #: The low-rank checkpoint, as the user named it.
+    linears: int  #: How many pairs of factors were multiplied out.
+    removed_linears: int  #: Those of them with rank 0 (removed attentions or MLPs), whose weights are zeros now.
     model_type: str
     layers: int
     dtype: str
@@ -47,8 +44,7 @@ class DenseExport:
     size_bytes_before: int
     size_bytes: int
     provenance: dict[str, Any]
-    output: str | None = None
-    """The directory that was written. Not part of `surgery.json`."""
+    output: str | None = None  #: The directory that was written. Not part of `surgery.json`.
 
 
 def run_export(directory: Model, config: ExportConfig) -> DenseExport:

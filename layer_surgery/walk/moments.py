@@ -22,8 +22,7 @@ class LayerMoments:
 
     inputs: dict[str, Tensor] = field(default_factory=dict)
     """`sum x x^T` [in, in], by the first linear that read the input."""
-    reads: dict[str, str] = field(default_factory=dict)
-    """For each linear, whose entry in `inputs` is its own."""
+    reads: dict[str, str] = field(default_factory=dict)  #: For each linear, whose entry in `inputs` is its own.
     outputs: dict[str, Tensor] = field(default_factory=dict)
     """`sum g g^T` [out, out], with g the gradient of the summed loss at the linear's output."""
     tokens: int = 0

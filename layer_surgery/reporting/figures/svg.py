@@ -62,8 +62,7 @@ class Plot(NamedTuple):
 
     svg: Markup
     title: str
-    caption: str
-    """Explanations without which it cannot be read."""
+    caption: str  #: Explanations without which it cannot be read.
 
 
 def draw(

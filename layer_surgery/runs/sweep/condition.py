@@ -25,10 +25,8 @@ class Condition:
     text: str
     quantity: Quantity
     bound: float
-    strict: bool
-    """Whether the bound itself is not good enough."""
-    relative: bool
-    """Whether the bound is a multiple of the original's value."""
+    strict: bool  #: Whether the bound itself is not good enough.
+    relative: bool  #: Whether the bound is a multiple of the original's value.
 
     def value(self, point: SweepPoint) -> float | None:
         """Return what the condition is about; with several texts the mean over them, of perplexities the geometric.

@@ -23,8 +23,7 @@ class Measuring:
     """The points of a sweep, one after another, on one bench."""
 
     bench: Bench
-    evaluator: Evaluator
-    """It has measured the original."""
+    evaluator: Evaluator  #: It has measured the original.
     base_sha256: str
     _scores: dict[tuple[object, ...], LayerScores] = field(default_factory=dict)
 
