@@ -4,8 +4,6 @@ Nothing else in the package knows a module name of an architecture. Embeddings, 
 and head need no entry: the walk learns them by running the model itself with stubs in place of its layers.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Open a checkpoint: its configuration and where its tensors are. No weight is read here."""
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import json

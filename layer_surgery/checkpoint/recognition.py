@@ -1,7 +1,5 @@
 """Recognise what a model's decoder layers and linears are called: from the table, or by looking at its modules."""
 
-from __future__ import annotations
-
 import re
 
 from torch import nn

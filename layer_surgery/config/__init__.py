@@ -12,35 +12,6 @@ from layer_surgery.config.evaluation import (
     SpeedConfig,
     TaskConfig,
 )
-from layer_surgery.config.inputs import CalibrationConfig, TextConfig
+from layer_surgery.config.inputs import CalibrationConfig
 from layer_surgery.config.runtime import RuntimeConfig
-from layer_surgery.config.surgery import (
-    DEFAULT_METHOD,
-    DEFAULT_SCORER,
-    BudgetConfig,
-    ChoiceConfig,
-    GivenPlan,
-    RefitConfig,
-)
-
-__all__ = [
-    "DEFAULT_METHOD",
-    "DEFAULT_SCORER",
-    "BudgetConfig",
-    "CalibrationConfig",
-    "ChoiceConfig",
-    "CompressConfig",
-    "ContinuationConfig",
-    "EvaluateConfig",
-    "EvaluationConfig",
-    "ExportConfig",
-    "GivenPlan",
-    "PerplexityConfig",
-    "RefitConfig",
-    "RuntimeConfig",
-    "ScoreConfig",
-    "SpeedConfig",
-    "SweepConfig",
-    "TaskConfig",
-    "TextConfig",
-]
+from layer_surgery.config.surgery import DEFAULT_METHOD, DEFAULT_SCORER, BudgetConfig

@@ -1,7 +1,5 @@
 """The records that a data source is read into, before any tokenizer is involved."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias

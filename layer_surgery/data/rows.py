@@ -1,7 +1,5 @@
 """Rows of a table as documents: the columns that count, and the checks of their fields."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Packed token sequences: the one form in which text reaches a model."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 

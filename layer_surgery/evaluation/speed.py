@@ -4,8 +4,6 @@ Wall time of this machine through transformers' own modules, greedily and with a
 not what a serving engine reaches.
 """
 
-from __future__ import annotations
-
 import time
 import weakref
 from collections.abc import Callable, Sequence

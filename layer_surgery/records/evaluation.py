@@ -1,7 +1,5 @@
 """Measurements of one model, and of two side by side."""
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass, field
 from typing import Any
 

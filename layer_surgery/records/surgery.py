@@ -1,7 +1,5 @@
 """One compression: scores, re-solved linears, spectra, and the whole of `surgery.json`."""
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 

@@ -1,7 +1,5 @@
 """Results of a sweep, point by point: the content of `sweep.json`."""
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 

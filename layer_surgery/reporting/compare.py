@@ -1,7 +1,5 @@
 """Several results on one page: those of several compressions, or the points of a sweep."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any

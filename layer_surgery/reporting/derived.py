@@ -1,7 +1,5 @@
 """Lists and ratios that more than one view takes from a record."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 from layer_surgery.records import EvaluationResult, SurgeryPlan

@@ -1,7 +1,5 @@
 """Measurements of one model, or of two side by side, as rows of text for every kind of table."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from itertools import zip_longest
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """The section of a page that says where its numbers come from: command, data, versions, hardware, settings."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from typing import Any

@@ -3,8 +3,6 @@
 Written shard by shard and tensor by tensor, so that memory holds one matrix, whatever the size of the model.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace

@@ -1,7 +1,5 @@
 """The input of a scorer, and the registry of scorers."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from dataclasses import KW_ONLY, dataclass
 

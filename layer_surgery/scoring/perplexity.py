@@ -3,8 +3,6 @@
 Song et al., SLEB; Kim et al., Shortened LLaMA (perplexity).
 """
 
-from __future__ import annotations
-
 from layer_surgery.scoring.context import SCORERS, Ranking, ScoringContext
 from layer_surgery.walk.boundaries import Boundary
 

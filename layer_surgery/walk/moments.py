@@ -1,7 +1,5 @@
 """Second moments of what goes into a linear and of the loss gradient at what comes out of it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """Figures as inline SVG: drawn by matplotlib, then made fit for a page (colours from its style sheet, unique ids)."""
 
-from __future__ import annotations
-
 import io
 import re
 import warnings

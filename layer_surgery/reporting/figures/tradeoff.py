@@ -1,7 +1,5 @@
 """The figure of quality against size that compares results."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import cycle
 from typing import NamedTuple

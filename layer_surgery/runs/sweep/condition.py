@@ -1,7 +1,5 @@
 """The smallest model that is good enough: `perplexity<=1.1x` and the like."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Mapping, Sequence

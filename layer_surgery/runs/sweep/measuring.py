@@ -1,7 +1,5 @@
 """One point: operate as `compress` would, with all that points share, and measure what comes of it."""
 
-from __future__ import annotations
-
 import logging
 import time
 from dataclasses import dataclass, field, replace
