@@ -5,8 +5,6 @@ A `UserError` is a mistake in what was asked for (exit code 2); any other `Layer
 of the work itself (exit code 1).
 """
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Iterable
 

@@ -1,7 +1,5 @@
 """The machine and what it runs: versions, hardware, memory, and memory given back to the system."""
 
-from __future__ import annotations
-
 import ctypes
 import functools
 import hashlib

@@ -1,7 +1,5 @@
 """How a run speaks to its user, and how long its stages take."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext

@@ -1,7 +1,5 @@
 """Named functions with their sources: scorers and surgical methods."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from typing import Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar
 

@@ -4,8 +4,6 @@ Nothing else in the package knows a module name of an architecture. Embeddings, 
 and head need no entry: the walk learns them by running the model itself with stubs in place of its layers.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,12 +19,10 @@ class Architecture:
     """
 
     model_type: str
-    layers: str = "model.layers"
-    """Where the list of decoder layers is."""
+    layers: str = "model.layers"  #: Where the list of decoder layers is.
     attention: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
     mlp: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
-    guessed: bool = False
-    """Not from the table."""
+    guessed: bool = False  #: Not from the table.
 
     def linears_of(self, part: Part) -> tuple[str, ...]:
         """Return the linears of a part of a layer, or of all of it."""

@@ -1,7 +1,5 @@
 """Checks of a checkpoint that is opened: it is a decoder-only language model, and its tensors are whole."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterable, Mapping

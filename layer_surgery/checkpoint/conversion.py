@@ -168,12 +168,9 @@ class TransposedSource:
 class _Group:
     """Tensors that are made together, of tensors that are needed together."""
 
-    key: str
-    """The name of the (first) tensor that is made."""
-    converter: WeightConverter | None
-    """None: one tensor, renamed."""
-    renamings: Sequence[WeightRenaming] = ()
-    """What is done to the names that the converter gives."""
+    key: str  #: The name of the (first) tensor that is made.
+    converter: WeightConverter | None  #: None: one tensor, renamed.
+    renamings: Sequence[WeightRenaming] = ()  #: What is done to the names that the converter gives.
     members: list[tuple[str, str]] = field(default_factory=list)
     """(pattern of the converter, name in the source) of each tensor that goes in."""
 

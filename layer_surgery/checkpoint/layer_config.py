@@ -4,8 +4,6 @@ Families say it in different ways: a list with an entry for each layer, a list o
 number, or a rule (every n-th layer, the first k). Rules do not hold for what is left, so they are written out.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Open a checkpoint: its configuration and where its tensors are. No weight is read here."""
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import json
@@ -28,12 +26,7 @@ from layer_surgery.checkpoint.conversion import as_in_model, with_conv1d_transpo
 from layer_surgery.checkpoint.modeling_layer_surgery import MODEL_TYPE, LayerSurgeryConfig, model_class_for
 from layer_surgery.checkpoint.recognition import architecture_of
 from layer_surgery.checkpoint.skeleton import make_skeleton
-from layer_surgery.checkpoint.tensors import (
-    SafetensorsSource,
-    StateDictSource,
-    TensorSource,
-    checkpoint_files,
-)
+from layer_surgery.checkpoint.tensors import SafetensorsSource, StateDictSource, TensorSource, checkpoint_files
 from layer_surgery.errors import CheckpointError
 
 #: Files of a hub repository that are needed; nothing else is downloaded.
@@ -52,17 +45,14 @@ NOT_IDENTITY = {
 class Checkpoint:
     """A causal LM as configuration + named tensors + the files that travel with it."""
 
-    name: str
-    """As the user gave it: a directory, a hub name, or the class of a model in memory."""
+    name: str  #: As the user gave it: a directory, a hub name, or the class of a model in memory.
     config: Any
     config_fields: dict[str, Any]
     """The configuration as the checkpoint stores it; for a low-rank checkpoint that of its base architecture."""
-    low_rank: dict[str, int]
-    """Rank of every linear that is stored as factors; empty for a plain checkpoint."""
+    low_rank: dict[str, int]  #: Rank of every linear that is stored as factors; empty for a plain checkpoint.
+    source: TensorSource  #: The tensors as the model has them (see conversion.py), whatever their form in files.
     narrowed: dict[str, tuple[int, int]] = field(default_factory=dict)
     """Size (out, in) of every linear that is smaller than its architecture has it."""
-    source: TensorSource
-    """The tensors as the model has them (see conversion.py), whatever their form in files."""
     left_out: tuple[str, ...] = ()
     """Stored tensors that transformers' model class has no place for and ignores, as heads that predict further
     tokens."""
@@ -72,8 +62,7 @@ class Checkpoint:
     model_class: type[PreTrainedModel] | None = None
     buffers: dict[str, torch.Tensor] = field(default_factory=dict)
     """Non-persistent buffers of a model in memory, which may differ from freshly made ones."""
-    generation_config: Any = None
-    """Of a model in memory; one in a directory is copied as a file."""
+    generation_config: Any = None  #: Of a model in memory; one in a directory is copied as a file.
 
     @functools.cached_property
     def architecture(self) -> Architecture:

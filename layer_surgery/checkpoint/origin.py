@@ -1,7 +1,5 @@
 """Origin of a checkpoint, as far as its files say: its name on the hub, and its licence."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Recognise what a model's decoder layers and linears are called: from the table, or by looking at its modules."""
 
-from __future__ import annotations
-
 import re
 
 from torch import nn
@@ -13,10 +11,7 @@ from layer_surgery.checkpoint.modeling_layer_surgery import LowRankLinear
 from layer_surgery.errors import CheckpointError, nearest_name
 
 #: How an unknown architecture's linears are told apart by name.
-_KINDS = {
-    "attention": re.compile(r"attn|attention"),
-    "mlp": re.compile(r"mlp|ffn|feed_forward|(^|\.)(fc|w)_?\d$"),
-}
+_KINDS = {"attention": re.compile(r"attn|attention"), "mlp": re.compile(r"mlp|ffn|feed_forward|(^|\.)(fc|w)_?\d$")}
 #: What the projection that writes to the residual stream is called, in any family.
 _WRITERS = {
     names[-1].rpartition(".")[2] for entry in ARCHITECTURES.values() for names in (entry.attention, entry.mlp) if names

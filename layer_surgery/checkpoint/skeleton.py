@@ -1,7 +1,5 @@
 """A model without weights: parameters on the meta device, buffers that are made and not stored in memory."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """Sources of tensors: files, a model in memory, or a mixture. Read by name, and only when asked for."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The commands: options to keyword arguments of `layer_surgery.api`, and what is printed. No mathematics."""
 
-from __future__ import annotations
-
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """What every command does alike: help with names, progress, JSON, and how options become arguments."""
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Callable, Iterator

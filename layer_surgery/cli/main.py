@@ -1,7 +1,5 @@
 """The command line: its entry point, and what every error comes to."""
 
-from __future__ import annotations
-
 import logging
 import os
 import signal

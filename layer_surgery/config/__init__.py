@@ -12,39 +12,12 @@ from layer_surgery.config.evaluation import (
     SpeedConfig,
     TaskConfig,
 )
-from layer_surgery.config.inputs import CalibrationConfig, TextConfig
+from layer_surgery.config.inputs import CalibrationConfig
 from layer_surgery.config.runtime import RuntimeConfig
 from layer_surgery.config.surgery import (
     DEFAULT_METHOD,
     DEFAULT_SCORER,
     WHOLE_MODEL_METHOD,
     BudgetConfig,
-    ChoiceConfig,
-    GivenPlan,
-    RefitConfig,
     SearchConfig,
 )
-
-__all__ = [
-    "DEFAULT_METHOD",
-    "DEFAULT_SCORER",
-    "WHOLE_MODEL_METHOD",
-    "BudgetConfig",
-    "CalibrationConfig",
-    "ChoiceConfig",
-    "CompressConfig",
-    "ContinuationConfig",
-    "EvaluateConfig",
-    "EvaluationConfig",
-    "ExportConfig",
-    "GivenPlan",
-    "PerplexityConfig",
-    "RefitConfig",
-    "RuntimeConfig",
-    "ScoreConfig",
-    "SearchConfig",
-    "SpeedConfig",
-    "SweepConfig",
-    "TaskConfig",
-    "TextConfig",
-]

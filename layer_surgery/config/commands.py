@@ -31,9 +31,7 @@ class OutputConfig(Options):
     """Where a result goes."""
 
     output: Path | None = attrs.field(
-        default=None,
-        converter=absolute_path,
-        metadata=about("Directory for the compressed model.", metavar="DIR"),
+        default=None, converter=absolute_path, metadata=about("Directory for the compressed model.", metavar="DIR")
     )
     dry_run: bool = attrs.field(default=False, metadata=about("Do everything but the writing."))
     overwrite: bool = attrs.field(

@@ -27,20 +27,14 @@ class About:
     """Description of an option, for help texts and for the command line."""
 
     help: str
-    metavar: str | None = None
-    """The value as help texts write it."""
-    default: str | None = None
-    """The default in words, where the value itself does not say it."""
+    metavar: str | None = None  #: The value as help texts write it.
+    default: str | None = None  #: The default in words, where the value itself does not say it.
     form: Form = "value"
-    name: str | None = None
-    """Name on the command line, without the dashes, where it is not the field's."""
+    name: str | None = None  #: Name on the command line, without the dashes, where it is not the field's.
     items: str = ""
-    example: str = ""
-    """Names of the items of a list, and an example of one, for errors."""
-    terminal: bool = True
-    """Whether the command line has it too."""
-    recorded: bool = True
-    """Whether it is among the settings in a record's provenance."""
+    example: str = ""  #: Names of the items of a list, and an example of one, for errors.
+    terminal: bool = True  #: Whether the command line has it too.
+    recorded: bool = True  #: Whether it is among the settings in a record's provenance.
 
     def option(self, field: str) -> str:
         """Return what the command line calls the option of a field."""
@@ -62,8 +56,7 @@ def about_of(field: attrs.Attribute[Any]) -> About:
 class Options:
     """Base of the groups. After the checks of single options, `_check` of every group sees them together."""
 
-    FIRST: ClassVar[tuple[str, ...]] = ()
-    """Options that help texts and signatures name first."""
+    FIRST: ClassVar[tuple[str, ...]] = ()  #: Options that help texts and signatures name first.
 
     def __attrs_post_init__(self) -> None:
         for group in type(self).__mro__:

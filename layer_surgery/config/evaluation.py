@@ -17,8 +17,7 @@ class ContinuationConfig(Options):
     """Greedy continuations of a few prompts, side by side."""
 
     DEFAULT_COUNT: ClassVar[int] = 3
-    PROMPT_TOKENS: ClassVar[int] = 24
-    """Length of a prompt from the text."""
+    PROMPT_TOKENS: ClassVar[int] = 24  #: Length of a prompt from the text.
     NEW_TOKENS: ClassVar[int] = 32
 
     continuations: int | None = attrs.field(

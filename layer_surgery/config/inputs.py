@@ -16,9 +16,7 @@ class TextConfig(Options):
     """How any text is read."""
 
     sequence_length: int = attrs.field(
-        default=256,
-        validator=at_least(2),
-        metadata=about("Tokens in a sequence, in calibration and evaluation."),
+        default=256, validator=at_least(2), metadata=about("Tokens in a sequence, in calibration and evaluation.")
     )
     text_column: str | None = attrs.field(
         default=None, metadata=about("Column that holds the text in a table file.", metavar="NAME")

@@ -29,11 +29,7 @@ class WithOutput(Protocol[P, R_co]):
     """The same, with the output as a second positional argument too."""
 
     def __call__(
-        self,
-        model: str | Path | PreTrainedModel,
-        output: str | Path | None = None,
-        *args: P.args,
-        **options: P.kwargs,
+        self, model: str | Path | PreTrainedModel, output: str | Path | None = None, *args: P.args, **options: P.kwargs
     ) -> R_co: ...
 
 

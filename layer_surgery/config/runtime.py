@@ -38,8 +38,7 @@ class CallConfig(Options):
     """Keyword arguments of the Python interface that are objects, and no settings."""
 
     tokenizer: PreTrainedTokenizerBase | None = attrs.field(
-        default=None,
-        metadata=about("Tokenizer of a model that is given in memory.", terminal=False, recorded=False),
+        default=None, metadata=about("Tokenizer of a model that is given in memory.", terminal=False, recorded=False)
     )
     ui: Ui = attrs.field(
         default=None,
@@ -56,9 +55,7 @@ class RuntimeConfig(CallConfig):
     """Where and how computations run."""
 
     device: str = attrs.field(
-        default="auto",
-        converter=_device_name,
-        metadata=about("Where to compute.", metavar="auto|cpu|cuda[:N]"),
+        default="auto", converter=_device_name, metadata=about("Where to compute.", metavar="auto|cpu|cuda[:N]")
     )
     dtype: str = attrs.field(
         default="auto",

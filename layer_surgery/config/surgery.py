@@ -116,8 +116,7 @@ class ChoiceConfig(Options):
     """Who chooses the layers, and what takes their place."""
 
     scorer: str = attrs.field(
-        default=DEFAULT_SCORER,
-        metadata=about("How layers are ranked (see below).", metavar="NAME", default=""),
+        default=DEFAULT_SCORER, metadata=about("How layers are ranked (see below).", metavar="NAME", default="")
     )
     method: str | None = attrs.field(
         default=None, metadata=about("How low-rank components are made (see below).", metavar="NAME")

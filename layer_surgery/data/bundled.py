@@ -1,7 +1,5 @@
 """The text and the tasks that come with the project, checked against their manifest."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from pathlib import Path

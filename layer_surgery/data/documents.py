@@ -1,7 +1,5 @@
 """The records that a data source is read into, before any tokenizer is involved."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
@@ -42,10 +40,7 @@ Document: TypeAlias = Text | Example | Chat
 class LoadedData:
     """The documents of one source, in the source's order."""
 
-    name: str
-    """The source as the user gave it."""
+    name: str  #: The source as the user gave it.
     documents: Sequence[Document]
-    kind: Kind
-    """The kind of every document in `documents`."""
-    origin: str = ""
-    """Description of the data where `name` does not say it all: repository, split, a stated limit."""
+    kind: Kind  #: The kind of every document in `documents`.
+    origin: str = ""  #: Description of the data where `name` does not say it all: repository, split, a stated limit.

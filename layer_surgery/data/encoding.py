@@ -26,8 +26,7 @@ class EncodedExample:
     """One example or chat; it is never split."""
 
     token_ids: list[int]
-    carries_loss: list[bool]
-    """Same length; the first is always False, because no token of this example predicts it."""
+    carries_loss: list[bool]  #: Same length; the first is always False, because no token of this example predicts it.
 
     def __len__(self) -> int:
         return len(self.token_ids)

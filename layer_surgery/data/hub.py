@@ -26,10 +26,8 @@ class KnownDataset:
     lines_of: str | None = None
     """A column whose rows are the lines of one text: they are joined by blank lines, empty rows included, which is
     how perplexity on this data set is reported everywhere."""
-    files: Mapping[str, str] | None = None
-    """Split -> the one file of it that is streamed."""
-    limit: int | None = None
-    """Number of rows from the start that are read; said in `LoadedData.origin`."""
+    files: Mapping[str, str] | None = None  #: Split -> the one file of it that is streamed.
+    limit: int | None = None  #: Number of rows from the start that are read; said in `LoadedData.origin`.
 
 
 KNOWN_DATASETS: dict[str, KnownDataset] = {
@@ -42,10 +40,7 @@ KNOWN_DATASETS: dict[str, KnownDataset] = {
     "c4": KnownDataset(
         repository="allenai/c4",
         splits={"calibration": "train", "evaluation": "validation"},
-        files={
-            "train": "en/c4-train.00000-of-01024.json.gz",
-            "validation": "en/c4-validation.00000-of-00008.json.gz",
-        },
+        files={"train": "en/c4-train.00000-of-01024.json.gz", "validation": "en/c4-validation.00000-of-00008.json.gz"},
         limit=5000,
     ),
     "gsm8k": KnownDataset(

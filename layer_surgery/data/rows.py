@@ -1,7 +1,5 @@
 """Rows of a table as documents: the columns that count, and the checks of their fields."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,10 +24,8 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 class Table:
     """Rows with named columns, read when asked for."""
 
-    name: str
-    """Names the source in error messages."""
-    columns: tuple[str, ...]
-    """All columns found, in the source's order."""
+    name: str  #: Names the source in error messages.
+    columns: tuple[str, ...]  #: All columns found, in the source's order.
     read: Callable[[Sequence[str]], Iterator[tuple[str, Row]]]
     """Yields the place of a row (`"line 3"`) and the row, which has at least those of the asked columns it holds."""
 

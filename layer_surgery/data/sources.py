@@ -1,7 +1,5 @@
 """Sources as the user names them (`bundled`, a file, a hub data set), read into documents."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import get_args

@@ -1,7 +1,5 @@
 """Local files as tables: JSON lines, JSON, CSV and Parquet."""
 
-from __future__ import annotations
-
 import csv
 import io
 import json

@@ -1,7 +1,5 @@
 """Packed token sequences: the one form in which text reaches a model."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -12,19 +10,13 @@ from torch import Tensor
 class SourceShare:
     """The part of the calibration data that comes from one source."""
 
-    name: str
-    """As the user gave it."""
-    weight: float
-    """The number of sequences is proportional to it."""
+    name: str  #: As the user gave it.
+    weight: float  #: The number of sequences is proportional to it.
     sequences: int
-    tokens_available: int
-    """Number of tokens that the source has."""
-    tokens: int
-    """Number of them in its sequences."""
-    predicted_tokens: int
-    """Number of these that carry loss."""
-    sha256: str
-    """Hash of its sequences by themselves, as in `PackedTokens`."""
+    tokens_available: int  #: Number of tokens that the source has.
+    tokens: int  #: Number of them in its sequences.
+    predicted_tokens: int  #: Number of these that carry loss.
+    sha256: str  #: Hash of its sequences by themselves, as in `PackedTokens`.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,22 +26,17 @@ class PackedTokens:
     Shapes: N sequences, S tokens each. All tensors live on the CPU.
     """
 
-    name: str
-    """As the user gave it: a name or a file; for a mixture all of them with their weights."""
-    token_ids: Tensor
-    """[N, S] int64."""
+    name: str  #: As the user gave it: a name or a file; for a mixture all of them with their weights.
+    token_ids: Tensor  #: [N, S] int64.
     loss_mask: Tensor
     """[N, S] bool. True where the token at this position is a label that counts; position 0 never is,
     because nothing predicts it. The prediction of position t is read off position t - 1."""
     valid: Tensor
     """[N, S] bool. False for right padding, which no statistic may see. Causal attention keeps padding on the
     right from touching anything to its left, so no attention mask is needed."""
-    tokens_available: int
-    """Number of tokens that the sources have; those used are `valid.sum()`."""
-    sha256: str
-    """Hash of token ids and masks: the identity of the data for provenance and caches."""
-    sources: tuple[SourceShare, ...] = ()
-    """The share of each source, in the user's order; for calibration data only."""
+    tokens_available: int  #: Number of tokens that the sources have; those used are `valid.sum()`.
+    sha256: str  #: Hash of token ids and masks: the identity of the data for provenance and caches.
+    sources: tuple[SourceShare, ...] = ()  #: The share of each source, in the user's order; for calibration data only.
 
     @property
     def sequences(self) -> int:

@@ -1,7 +1,5 @@
 """Weights of the sources of a mixture: `SOURCE[:WEIGHT]` taken apart, and sequences divided by weight."""
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Sequence

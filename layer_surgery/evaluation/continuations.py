@@ -1,7 +1,5 @@
 """Continuations of prompts, for people to read."""
 
-from __future__ import annotations
-
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 

@@ -5,8 +5,6 @@ So it holds for every architecture as it is (grouped queries, windows, experts, 
 memory nor time, and no formula here has to know about any of them.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass

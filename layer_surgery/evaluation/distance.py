@@ -4,8 +4,6 @@ The two models are never in memory together: each is walked by itself, and the h
 kept. Here only what follows the last layer of each is needed. Shapes: N windows, S tokens each, V vocabulary.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

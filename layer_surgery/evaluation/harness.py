@@ -1,7 +1,5 @@
 """A model in memory as lm-eval sees it: lm-eval's own class for transformers, with our batch size and progress."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager

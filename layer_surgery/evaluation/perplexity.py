@@ -1,7 +1,5 @@
 """Perplexity over packed windows, with its standard error."""
 
-from __future__ import annotations
-
 import math
 import sys
 

@@ -4,8 +4,6 @@ Wall time of this machine through transformers' own modules, greedily and with a
 not what a serving engine reaches.
 """
 
-from __future__ import annotations
-
 import time
 import weakref
 from collections.abc import Callable, Sequence
@@ -30,8 +28,7 @@ class _Timings:
     """Of all runs of one model at one point, in seconds."""
 
     prefill: list[float] = field(default_factory=list)
-    decode: list[float] = field(default_factory=list)
-    """Of all steps of a run together."""
+    decode: list[float] = field(default_factory=list)  #: Of all steps of a run together.
     steps: list[float] = field(default_factory=list)
 
 

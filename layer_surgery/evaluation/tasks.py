@@ -1,7 +1,5 @@
 """Tasks by lm-eval (https://github.com/EleutherAI/lm-evaluation-harness), through its Python interface."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import math

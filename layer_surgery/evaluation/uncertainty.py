@@ -4,8 +4,6 @@ Pairing takes out what the data have in common: windows differ far more from eac
 Method: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13 (percentile intervals).
 """
 
-from __future__ import annotations
-
 import math
 import sys
 

@@ -1,7 +1,6 @@
 """The typed records that stages exchange. Each can be written as JSON and read back."""
 
 from layer_surgery.records.evaluation import (
-    EVALUATION_SCHEMA_VERSION,
     Comparison,
     Continuation,
     EvaluationReport,
@@ -16,17 +15,7 @@ from layer_surgery.records.evaluation import (
     TaskResult,
     Top1Agreement,
 )
-from layer_surgery.records.plan import (
-    ACTIONS,
-    PARTS,
-    PLAN_SCHEMA_VERSION,
-    REFIT_SCOPES,
-    Action,
-    LayerPlan,
-    Part,
-    RefitScope,
-    SurgeryPlan,
-)
+from layer_surgery.records.plan import PLAN_SCHEMA_VERSION, Action, LayerPlan, Part, RefitScope, SurgeryPlan
 from layer_surgery.records.surgery import (
     REPORT_SCHEMA_VERSION,
     LayerScores,
@@ -35,51 +24,3 @@ from layer_surgery.records.surgery import (
     SpectrumRecord,
     SurgeryReport,
 )
-from layer_surgery.records.sweep import (
-    EVALUATION_DATA,
-    FRONTS,
-    Front,
-    SweepBest,
-    SweepPoint,
-    SweepReport,
-    SweepSettings,
-)
-
-__all__ = [
-    "ACTIONS",
-    "Action",
-    "Comparison",
-    "Continuation",
-    "EVALUATION_DATA",
-    "EVALUATION_SCHEMA_VERSION",
-    "EvaluationReport",
-    "EvaluationResult",
-    "FRONTS",
-    "Front",
-    "Interval",
-    "KlDivergence",
-    "LayerPlan",
-    "LayerScores",
-    "PARTS",
-    "PLAN_SCHEMA_VERSION",
-    "Part",
-    "Perplexity",
-    "PerplexityChange",
-    "REFIT_SCOPES",
-    "REPORT_SCHEMA_VERSION",
-    "RefitRecord",
-    "RefitScope",
-    "SpectrumMetric",
-    "SpectrumRecord",
-    "SpeedPoint",
-    "StageFailure",
-    "SurgeryPlan",
-    "SurgeryReport",
-    "SweepBest",
-    "SweepPoint",
-    "SweepReport",
-    "SweepSettings",
-    "TaskMetric",
-    "TaskResult",
-    "Top1Agreement",
-]

@@ -1,7 +1,5 @@
 """Measurements of one model, and of two side by side."""
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -14,10 +12,8 @@ class Perplexity:
     """exp(mean next-token cross-entropy), with the standard error over windows (delta method)."""
 
     value: float
-    stderr: float | None
-    """None where there is only one window."""
-    tokens: int
-    """Predicted tokens."""
+    stderr: float | None  #: None where there is only one window.
+    tokens: int  #: Predicted tokens.
     windows: int
     sequence_length: int
     data_sha256: str
@@ -31,8 +27,7 @@ class Interval:
     low: float
     high: float
     confidence: float
-    pairs: int
-    """Windows or items that both models were measured on."""
+    pairs: int  #: Windows or items that both models were measured on.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +35,7 @@ class PerplexityChange:
     """Perplexity after against before on the same windows."""
 
     ratio: Interval
-    loss_difference: Interval
-    """Nats per token."""
+    loss_difference: Interval  #: Nats per token.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,10 +43,8 @@ class KlDivergence:
     """KL(before || after) of the next-token distributions, in nats, over every predicted token."""
 
     mean: float
-    stderr: float | None
-    """Standard error of the mean over windows; None where there is only one."""
-    p99_9: float
-    """99.9th percentile over tokens."""
+    stderr: float | None  #: Standard error of the mean over windows; None where there is only one.
+    p99_9: float  #: 99.9th percentile over tokens.
     maximum: float
     tokens: int
 
@@ -62,8 +54,7 @@ class Top1Agreement:
     """Fraction of predicted tokens for which both models have the same most likely token."""
 
     value: float
-    stderr: float | None
-    """Standard error over windows; None where there is only one."""
+    stderr: float | None  #: Standard error over windows; None where there is only one.
     tokens: int
 
 
@@ -83,12 +74,9 @@ class TaskResult:
     metrics: dict[str, TaskMetric]
     """By lm-eval's name: the metric, with a filter after a comma where it is not the only one."""
     items: int
-    num_fewshot: int | None
-    """None for a group."""
-    version: str
-    """Of the task, as its configuration says."""
-    group: bool = False
-    """Whether this is the aggregate of other tasks."""
+    num_fewshot: int | None  #: None for a group.
+    version: str  #: Of the task, as its configuration says.
+    group: bool = False  #: Whether this is the aggregate of other tasks.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,21 +84,15 @@ class SpeedPoint:
     """Speed at one batch size and prompt length: medians over runs in which the models took turns."""
 
     batch_size: int
-    prompt_tokens: int
-    """Per sequence."""
-    new_tokens: int
-    """Per sequence."""
+    prompt_tokens: int  #: Per sequence.
+    new_tokens: int  #: Per sequence.
     repeats: int
-    prefill_tokens_per_second: float
-    """Over all sequences of the batch."""
-    decode_tokens_per_second: float
-    """Over all sequences of the batch."""
+    prefill_tokens_per_second: float  #: Over all sequences of the batch.
+    decode_tokens_per_second: float  #: Over all sequences of the batch.
     time_to_first_token_seconds: float
-    latency_p50_seconds: float
-    """Of one decoding step, over all steps of all runs."""
+    latency_p50_seconds: float  #: Of one decoding step, over all steps of all runs.
     latency_p95_seconds: float
-    peak_memory_bytes: int
-    """Weights and the most that was allocated beside them, for this model alone."""
+    peak_memory_bytes: int  #: Weights and the most that was allocated beside them, for this model alone.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,8 +100,7 @@ class Continuation:
     """Texts that both models write after the same prompt, greedily."""
 
     prompt: str
-    before: str | None
-    """None where there is only one model."""
+    before: str | None  #: None where there is only one model.
     after: str
 
 
@@ -136,10 +117,8 @@ class EvaluationResult:
     """Size, quality and cost of one model."""
 
     layers: int
-    parameters: int
-    """Tied parameters count once."""
-    size_bytes: int
-    """Bytes of all stored tensors."""
+    parameters: int  #: Tied parameters count once.
+    size_bytes: int  #: Bytes of all stored tensors.
     kv_cache_bytes_per_token: int | None
     """In the dtype of the checkpoint, for one sequence. None where it cannot be counted without weights."""
     flops_per_token: int | None
@@ -170,8 +149,7 @@ class EvaluationReport:
     comparison: Comparison | None
     continuations: list[Continuation]
     failures: list[StageFailure]
-    timings: dict[str, float]
-    """Seconds for each stage."""
+    timings: dict[str, float]  #: Seconds for each stage.
     provenance: dict[str, Any]
     schema_version: int = EVALUATION_SCHEMA_VERSION
 

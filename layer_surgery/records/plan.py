@@ -44,15 +44,11 @@ class SurgeryPlan:
     """The action on every layer. Plain data: read it, edit it, apply it with `--plan`."""
 
     method: str
-    target_layers: int
-    """Layers left as they are (those of the original that are low-rank already count too)."""
+    target_layers: int  #: Layers left as they are (those of the original that are low-rank already count too).
     layers: list[LayerPlan]
-    base_sha256: str = ""
-    """Hash of the checkpoint that the plan was made for; empty if it is for any."""
-    parameters: int = 0
-    """Parameters of the result."""
-    parameter_bound: int = 0
-    """The budget: `parameters` is never above it, and below it by less than one rank."""
+    base_sha256: str = ""  #: Hash of the checkpoint that the plan was made for; empty if it is for any.
+    parameters: int = 0  #: Parameters of the result.
+    parameter_bound: int = 0  #: The budget: `parameters` is never above it, and below it by less than one rank.
     predicted_loss_rise: float | None = None
     """Second-order prediction for the calibration data, before any refit, nats per token with loss, where the method
     makes one. Good for comparing plans; for changes as large as most of a layer it is above the measured rise."""

@@ -1,7 +1,5 @@
 """Commands and settings as provenance keeps them: without the folders of the machine that they were run on."""
 
-from __future__ import annotations
-
 import os.path
 import re
 import shlex

@@ -3,8 +3,6 @@
 What is damaged is refused with one sentence.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path

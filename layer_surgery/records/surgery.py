@@ -1,7 +1,5 @@
 """One compression: scores, re-solved linears, spectra, and the whole of `surgery.json`."""
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -20,17 +18,13 @@ class LayerScores:
     """Importance of each decoder layer, by one scorer."""
 
     scorer: str
-    source: str
-    """URL of the paper."""
-    quantity: str
-    """Meaning of the values, with their unit."""
-    values: list[float]
-    """One per layer; higher is more important."""
+    source: str  #: URL of the paper.
+    quantity: str  #: Meaning of the values, with their unit.
+    values: list[float]  #: One per layer; higher is more important.
     removal_order: list[int]
     """Layers in the order in which this scorer would remove them, the first first. It may be shorter than the model
     (greedy scorers go as far as they were asked to) and need not follow `values` (greedy and block scorers)."""
-    tokens: int = 0
-    """Number of calibration tokens that were looked at."""
+    tokens: int = 0  #: Number of calibration tokens that were looked at.
     provenance: dict[str, Any] | None = None
     """Versions, hardware and settings where ranking was the whole run; a compression's report has its own."""
 
@@ -39,35 +33,25 @@ class LayerScores:
 class RefitRecord:
     """One linear that a refit has re-solved, or left as it was because no change was better."""
 
-    layer: int
-    """Index in the original."""
+    layer: int  #: Index in the original.
     linear: str
-    ridge: float | None
-    """Chosen on held-out windows, as a multiple of the inputs' mean square; None: left as it was."""
-    error_before: float
-    """Squared error on held-out windows, as a fraction of the target's sum of squares."""
-    error_after: float
-    """The same with the ridge that was chosen, solved without these windows."""
+    ridge: float | None  #: Chosen on held-out windows, as a multiple of the inputs' mean square; None: left as it was.
+    error_before: float  #: Squared error on held-out windows, as a fraction of the target's sum of squares.
+    error_after: float  #: The same with the ridge that was chosen, solved without these windows.
 
 
 @dataclass(frozen=True, kw_only=True)
 class SpectrumRecord:
     """The singular values that a method saw when it cut a linear down, thinned out (see `spectra.py`)."""
 
-    layer: int
-    """Index in the original."""
+    layer: int  #: Index in the original.
     linear: str
     metric: SpectrumMetric
-    total: int
-    """Number of singular values: min(out, in)."""
-    rank: int
-    """How many components were kept."""
-    kept_share: float
-    """Share of the sum of squares of all singular values that the kept components hold, 0 to 1."""
-    components: list[int]
-    """Numbers of the components that are listed, from 1 on, ascending."""
-    values: list[float]
-    """Their singular values, descending."""
+    total: int  #: Number of singular values: min(out, in).
+    rank: int  #: How many components were kept.
+    kept_share: float  #: Share of the sum of squares of all singular values that the kept components hold, 0 to 1.
+    components: list[int]  #: Numbers of the components that are listed, from 1 on, ascending.
+    values: list[float]  #: Their singular values, descending.
     kept: list[bool] = field(default_factory=list)
     """Whether each listed component was kept; empty where the kept ones are the first `rank`."""
 
@@ -79,26 +63,21 @@ class SurgeryReport:
     base_model: dict[str, Any]
     plan: SurgeryPlan
     scores: LayerScores | None
-    refit: list[RefitRecord]
-    """Linears that were re-solved after the surgery."""
+    refit: list[RefitRecord]  #: Linears that were re-solved after the surgery.
     before: EvaluationResult
     after: EvaluationResult
     comparison: Comparison
     continuations: list[Continuation]
-    failures: list[StageFailure]
-    """Evaluations that failed; the rest of the report stands."""
-    timings: dict[str, float]
-    """Seconds for each stage."""
-    peak_memory_bytes: int
-    """Highest resident memory of the process so far, whatever it has done before this run too."""
+    failures: list[StageFailure]  #: Evaluations that failed; the rest of the report stands.
+    timings: dict[str, float]  #: Seconds for each stage.
+    peak_memory_bytes: int  #: Highest resident memory of the process so far, whatever it has done before this run too.
     peak_device_memory_bytes: int | None
     """On CUDA, the highest allocated device memory of this run, without the measurement of speed."""
     calibration: dict[str, Any] | None
     provenance: dict[str, Any]
     spectra: list[SpectrumRecord] = field(default_factory=list)
     """Of every linear that a method cut down by a decomposition."""
-    output: str | None = None
-    """Directory of the saved checkpoint; None for a dry run. Not part of `surgery.json`."""
+    output: str | None = None  #: Directory of the saved checkpoint; None for a dry run. Not part of `surgery.json`.
     schema_version: int = REPORT_SCHEMA_VERSION
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,7 +1,5 @@
 """Results of a sweep, point by point: the content of `sweep.json`."""
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -26,10 +24,8 @@ def beats(one: tuple[float, float], other: tuple[float, float]) -> bool:
 class SweepSettings:
     """Options in which the points of a sweep differ: the identity of a point."""
 
-    target_layers: int
-    """Layers left whole."""
-    keep: float
-    """Fraction of the other layers' parameters that is kept; 0 with methods that keep nothing."""
+    target_layers: int  #: Layers left whole.
+    keep: float  #: Fraction of the other layers' parameters that is kept; 0 with methods that keep nothing.
     method: str
     scorer: str
     refit: bool
@@ -54,45 +50,32 @@ class SweepPoint:
     scorer: str
     refit: bool
     status: Literal["done", "failed"]
-    error: str | None = None
-    """Why it failed."""
-    layers: list[int] = field(default_factory=list)
-    """Layers that were operated on."""
+    error: str | None = None  #: Why it failed.
+    layers: list[int] = field(default_factory=list)  #: Layers that were operated on.
     parameters: int | None = None
-    predicted_loss_rise: float | None = None
-    """As in `SurgeryPlan`."""
+    predicted_loss_rise: float | None = None  #: As in `SurgeryPlan`.
     perplexity_ratio: float | None = None
     """Perplexity divided by the original's: the geometric mean over the texts. It is the quality in `fronts`."""
     prefill_speed: float | None = None
     """Tokens per second divided by the original's, which was measured in turns with this point, at the first batch
     size and prompt length. None where speed was not measured."""
-    decode_speed: float | None = None
-    """The same for decoding."""
+    decode_speed: float | None = None  #: The same for decoding.
     fronts: list[Front] = field(default_factory=list)
     """The Pareto fronts that the point is on: no other is as good in both quality and this quantity, and better in
     one."""
-    plan: SurgeryPlan | None = None
-    """As carried out; `compress --plan` takes it."""
+    plan: SurgeryPlan | None = None  #: As carried out; `compress --plan` takes it.
     scores: LayerScores | None = None
-    result: EvaluationResult | None = None
-    """Of the result."""
-    original_speed: list[SpeedPoint] = field(default_factory=list)
-    """Of the original, in turns with this point."""
-    comparison: Comparison | None = None
-    """With the original."""
-    failures: list[StageFailure] = field(default_factory=list)
-    """Evaluations that failed; a point with any has failed."""
+    result: EvaluationResult | None = None  #: Of the result.
+    original_speed: list[SpeedPoint] = field(default_factory=list)  #: Of the original, in turns with this point.
+    comparison: Comparison | None = None  #: With the original.
+    failures: list[StageFailure] = field(default_factory=list)  #: Evaluations that failed; a point with any has failed.
     seconds: float = 0.0
 
     @property
     def settings(self) -> SweepSettings:
         """Identity of the point."""
         return SweepSettings(
-            target_layers=self.target_layers,
-            keep=self.keep,
-            method=self.method,
-            scorer=self.scorer,
-            refit=self.refit,
+            target_layers=self.target_layers, keep=self.keep, method=self.method, scorer=self.scorer, refit=self.refit
         )
 
 
@@ -101,14 +84,10 @@ class SweepBest:
     """The smallest point that satisfies a condition."""
 
     condition: str
-    point: SweepSettings | None
-    """None if none does."""
-    nearest: SweepSettings | None
-    """Where none does: the point that misses it by least."""
-    value: float | None
-    """What the condition is about, of `point` or `nearest`."""
-    output: str | None
-    """Where the point's model is saved, relative to the sweep's directory."""
+    point: SweepSettings | None  #: None if none does.
+    nearest: SweepSettings | None  #: Where none does: the point that misses it by least.
+    value: float | None  #: What the condition is about, of `point` or `nearest`.
+    output: str | None  #: Where the point's model is saved, relative to the sweep's directory.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,12 +99,10 @@ class SweepReport:
     A sweep goes on only where it is the same."""
     base_model: dict[str, Any]
     calibration: dict[str, Any] | None
-    evaluation: list[dict[str, Any]]
-    """The texts."""
+    evaluation: list[dict[str, Any]]  #: The texts.
     original: EvaluationResult | None
     """None until it is measured. Its speed is beside each point, measured in turns with it."""
-    failures: list[StageFailure]
-    """Evaluations of the original that failed."""
+    failures: list[StageFailure]  #: Evaluations of the original that failed.
     points: list[SweepPoint]
     """In a fixed order: by layers, kept fraction, method, scorer and refit, whichever was measured first."""
     best: SweepBest | None

@@ -4,8 +4,6 @@ Metadata: https://huggingface.co/docs/hub/model-cards. `base_model` takes names 
 named in the text instead.
 """
 
-from __future__ import annotations
-
 import hashlib
 import re
 from collections.abc import Iterator

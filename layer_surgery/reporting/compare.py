@@ -1,7 +1,5 @@
 """Several results on one page: those of several compressions, or the points of a sweep."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,16 +19,14 @@ class ResultRow:
     """One result, as the page needs it. What was not measured is left out."""
 
     name: str
-    base: dict[str, Any]
-    """Record of the original."""
+    base: dict[str, Any]  #: Record of the original.
     plan: SurgeryPlan
     method: str
     scorer: str
     before: EvaluationResult
     after: EvaluationResult
     comparison: Comparison
-    decoding: float | None
-    """Decoding speed, after over before."""
+    decoding: float | None  #: Decoding speed, after over before.
 
     @property
     def kind(self) -> str:

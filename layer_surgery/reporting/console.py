@@ -1,7 +1,5 @@
 """Records as tables on the terminal."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 

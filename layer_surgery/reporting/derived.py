@@ -1,7 +1,5 @@
 """Lists and ratios that more than one view takes from a record."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 from layer_surgery.records import EvaluationResult, SurgeryPlan
@@ -12,12 +10,9 @@ class ChangedLayers(NamedTuple):
     """Indices of the layers that a plan does not leave whole, by what is done to them."""
 
     removed: list[int]
-    parts_removed: list[int]
-    """Layers of which only linears of rank 0 are not whole."""
-    low_rank: list[int]
-    """All others with linears of a lower rank."""
-    narrowed: list[int]
-    """Layers with fewer channels in their MLP; they may have linears of a lower rank too."""
+    parts_removed: list[int]  #: Layers of which only linears of rank 0 are not whole.
+    low_rank: list[int]  #: All others with linears of a lower rank.
+    narrowed: list[int]  #: Layers with fewer channels in their MLP; they may have linears of a lower rank too.
 
 
 def changed_layers(plan: SurgeryPlan) -> ChangedLayers:

@@ -1,7 +1,5 @@
 """Numbers and names as text, the same on the terminal, on the page and in the card."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from layer_surgery.records import Action, Interval

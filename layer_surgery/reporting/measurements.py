@@ -1,7 +1,5 @@
 """Measurements of one model, or of two side by side, as rows of text for every kind of table."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from itertools import zip_longest
 from typing import NamedTuple
@@ -14,13 +12,10 @@ class Row(NamedTuple):
     """A row of a table of measurements."""
 
     label: str
-    values: list[str]
-    """Of each model; the last one is the model after."""
+    values: list[str]  #: Of each model; the last one is the model after.
     change: str = ""
-    note: str = ""
-    """Number of tokens or items."""
-    level: str = "row"
-    """`head` (a heading without values), `row`, or `part` of the row above."""
+    note: str = ""  #: Number of tokens or items.
+    level: str = "row"  #: `head` (a heading without values), `row`, or `part` of the row above.
 
 
 def measurement_tables(results: list[EvaluationResult], comparison: Comparison | None) -> list[tuple[str, list[Row]]]:

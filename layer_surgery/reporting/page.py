@@ -1,7 +1,5 @@
 """The report of one compression as one self-contained HTML page."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 from layer_surgery.records import LayerPlan, SurgeryReport

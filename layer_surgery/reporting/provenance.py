@@ -1,7 +1,5 @@
 """The section of a page that says where its numbers come from: command, data, versions, hardware, settings."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from typing import Any
@@ -11,14 +9,10 @@ from typing import Any
 class Provenance:
     """Everything that the section shows."""
 
-    command: str | None
-    """None where it was called from Python."""
-    sources: list[tuple[str, str]]
-    """Calibration data, as from `calibration_sources`."""
-    facts: list[tuple[str, str]]
-    """A term and its description."""
-    settings: str
-    """All of them, as JSON."""
+    command: str | None  #: None where it was called from Python.
+    sources: list[tuple[str, str]]  #: Calibration data, as from `calibration_sources`.
+    facts: list[tuple[str, str]]  #: A term and its description.
+    settings: str  #: All of them, as JSON.
 
 
 def provenance_section(

@@ -1,7 +1,5 @@
 """Pages and cards, written for new results and for stored ones."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

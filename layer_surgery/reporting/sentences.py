@@ -1,7 +1,5 @@
 """Plain sentences about a record: what was done, what it saved and what it cost; and how a result is loaded."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from pathlib import Path

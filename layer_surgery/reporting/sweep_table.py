@@ -1,7 +1,5 @@
 """A sweep as a table: rows of text, Markdown, and CSV with a column for every number."""
 
-from __future__ import annotations
-
 import csv
 import io
 from typing import Any

@@ -1,7 +1,5 @@
 """Text that users and models have written, made harmless before it goes to a page, a figure or a card."""
 
-from __future__ import annotations
-
 import re
 import unicodedata
 

@@ -1,7 +1,5 @@
 """The main job, top to bottom: open, calibrate, score, plan, operate, evaluate, save."""
 
-from __future__ import annotations
-
 import json
 import logging
 from contextlib import ExitStack

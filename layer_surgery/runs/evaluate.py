@@ -1,7 +1,5 @@
 """Evaluation alone: one model, or two on the same data."""
 
-from __future__ import annotations
-
 from contextlib import ExitStack
 from dataclasses import replace
 

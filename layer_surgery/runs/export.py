@@ -3,8 +3,6 @@
 Written shard by shard and tensor by tensor, so that memory holds one matrix, whatever the size of the model.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
@@ -34,14 +32,10 @@ _IN, _OUT = f".{IN_FACTOR}", f".{OUT_FACTOR}"
 class DenseExport:
     """What a dense export did: `dense_export` in its `surgery.json`."""
 
-    source: str
-    """The low-rank checkpoint, as the user named it."""
-    linears: int
-    """How many pairs of factors were multiplied out."""
-    removed_linears: int
-    """Those of them with rank 0 (removed attentions or MLPs), whose weights are zeros now."""
-    padded_linears: int
-    """How many linears of MLPs with fewer channels were filled up with zeros."""
+    source: str  #: The low-rank checkpoint, as the user named it.
+    linears: int  #: How many pairs of factors were multiplied out.
+    removed_linears: int  #: Those of them with rank 0 (removed attentions or MLPs), whose weights are zeros now.
+    padded_linears: int  #: How many linears of MLPs with fewer channels were filled up with zeros.
     model_type: str
     layers: int
     dtype: str
@@ -50,8 +44,7 @@ class DenseExport:
     size_bytes_before: int
     size_bytes: int
     provenance: dict[str, Any]
-    output: str | None = None
-    """The directory that was written. Not part of `surgery.json`."""
+    output: str | None = None  #: The directory that was written. Not part of `surgery.json`.
 
 
 def run_export(directory: Model, config: ExportConfig) -> DenseExport:

@@ -1,7 +1,5 @@
 """Records of where the numbers of a run are from: its model, its data, and what computed them."""
 
-from __future__ import annotations
-
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any

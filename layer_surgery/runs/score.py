@@ -1,7 +1,5 @@
 """Scoring alone: the layers of a model ranked, nothing changed."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from layer_surgery.calibration.cache import check_cache

@@ -118,10 +118,7 @@ class Session:
         for source in config.eval_data:
             data = load_documents(source, column=_column(config.text_column, source), part="evaluation")
             tokens = pack_evaluation(
-                data,
-                self.need_tokenizer(),
-                sequence_length=config.sequence_length,
-                max_windows=config.eval_windows,
+                data, self.need_tokenizer(), sequence_length=config.sequence_length, max_windows=config.eval_windows
             )
             self._check(tokens)
             self.ui.note(

@@ -2,14 +2,7 @@
 
 # In the order in which `--help` lists them.
 # isort: off
-from layer_surgery.scoring import angular, random_order, last, block_influence, fisher, perplexity, taylor  # noqa: F401
+from layer_surgery.scoring import angular, random_order, last, block_influence, fisher, perplexity, taylor
 
 # isort: on
-from layer_surgery.scoring.context import SCORERS, Scorer, ScorerEntry, ScoringContext
-
-__all__ = [
-    "SCORERS",
-    "Scorer",
-    "ScorerEntry",
-    "ScoringContext",
-]
+from layer_surgery.scoring.context import SCORERS, ScorerEntry, ScoringContext

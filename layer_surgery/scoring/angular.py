@@ -3,8 +3,6 @@
 Gromov et al., The Unreasonable Ineffectiveness of the Deeper Layers.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

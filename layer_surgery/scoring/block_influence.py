@@ -3,8 +3,6 @@
 Men et al., ShortGPT: Layers in Large Language Models are More Redundant Than You Expect.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """The input of a scorer, and the registry of scorers."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from dataclasses import KW_ONLY, dataclass
 
@@ -18,14 +16,11 @@ class ScoringContext:
     """A model to walk over the calibration tokens."""
 
     walk: Walk
-    count: int | None
-    """How many layers are to go; None if only the values are asked for."""
+    count: int | None  #: How many layers are to go; None if only the values are asked for.
     seed: int
     statistics: StatisticsSource
-    keep: float
-    """Fraction of a layer's parameters that low-rank components would get; above 0."""
-    refit: bool = True
-    """Whether a refit follows the surgery."""
+    keep: float  #: Fraction of a layer's parameters that low-rank components would get; above 0.
+    refit: bool = True  #: Whether a refit follows the surgery.
     keep_boundaries: bool = False
     """Whether a later stage needs all boundaries, so that a forward walk had better keep them."""
 
@@ -46,10 +41,8 @@ class ScoringContext:
 class Ranking:
     """The answer of a scorer."""
 
-    quantity: str
-    """Meaning of the values, with their unit."""
-    values: list[float]
-    """One for each layer; higher is more important."""
+    quantity: str  #: Meaning of the values, with their unit.
+    values: list[float]  #: One for each layer; higher is more important.
     order: list[int] | None = None
     """Layers in the order in which they would go, as far as was asked for; None: by their values."""
 
@@ -64,14 +57,10 @@ class ScorerEntry:
     rank: Scorer
     name: str
     _: KW_ONLY
-    summary: str
-    """One line for help texts."""
-    source: str = ""
-    """URL of the paper, or "" where there is none."""
-    needs_data: bool = False
-    """Whether it looks at calibration data."""
-    parts: bool = False
-    """Whether it can rank the attention and the MLP of layers too."""
+    summary: str  #: One line for help texts.
+    source: str = ""  #: URL of the paper, or "" where there is none.
+    needs_data: bool = False  #: Whether it looks at calibration data.
+    parts: bool = False  #: Whether it can rank the attention and the MLP of layers too.
     depends_on: tuple[str, ...] = ()
     """The fields of the context, apart from model, data and seed, that what it returns depends on. Where these are the
     same, one ranking serves several compressions."""

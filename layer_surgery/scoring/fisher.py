@@ -1,7 +1,5 @@
 """Costs of layers after their best low-rank replacement, alone and together, as Fisher information predicts them."""
 
-from __future__ import annotations
-
 from layer_surgery.calibration.couplings import Couplings
 from layer_surgery.calibration.statistics import useful_ranks
 from layer_surgery.errors import PlanError

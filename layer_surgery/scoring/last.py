@@ -1,7 +1,5 @@
 """The deepest layers first: looks at no data, as the scorer `random`."""
 
-from __future__ import annotations
-
 from layer_surgery.scoring.context import SCORERS, Ranking, ScoringContext
 
 

@@ -3,8 +3,6 @@
 Song et al., SLEB; Kim et al., Shortened LLaMA (perplexity).
 """
 
-from __future__ import annotations
-
 from layer_surgery.scoring.context import SCORERS, Ranking, ScoringContext
 from layer_surgery.walk.boundaries import Boundary
 
@@ -39,10 +37,7 @@ def rise_without_each(context: ScoringContext) -> Ranking:
 def _losses_without_each(context: ScoringContext, path: list[int]) -> list[float]:
     """Return the mean loss of the current model with each position of `path` left out (nats per token)."""
     walk, losses = context.walk, []
-    with (
-        walk.new_store() as store,
-        walk.settings.progress("removing each layer in turn", len(path)) as advance,
-    ):
+    with walk.new_store() as store, walk.settings.progress("removing each layer in turn", len(path)) as advance:
         scratch = Boundary(store, 0)
         for position in range(len(path)):
             source = walk.boundary(position)

@@ -1,7 +1,5 @@
 """A random order: looks at no data, and is the floor that every other scorer has to beat."""
 
-from __future__ import annotations
-
 import torch
 
 from layer_surgery.scoring.context import SCORERS, Ranking, ScoringContext

@@ -3,8 +3,6 @@
 Ma et al., LLM-Pruner; Kim et al., Shortened LLaMA (layers).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 

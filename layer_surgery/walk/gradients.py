@@ -1,7 +1,5 @@
 """Weight gradients that are summed outside the parameters, in float32 or better."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 

@@ -1,7 +1,5 @@
 """Second moments of what goes into a linear and of the loss gradient at what comes out of it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,8 +20,7 @@ class LayerMoments:
 
     inputs: dict[str, Tensor] = field(default_factory=dict)
     """`sum x x^T` [in, in], by the first linear that read the input."""
-    reads: dict[str, str] = field(default_factory=dict)
-    """For each linear, whose entry in `inputs` is its own."""
+    reads: dict[str, str] = field(default_factory=dict)  #: For each linear, whose entry in `inputs` is its own.
     outputs: dict[str, Tensor] = field(default_factory=dict)
     """`sum g g^T` [out, out], with g the gradient of the summed loss at the linear's output."""
     tokens: int = 0

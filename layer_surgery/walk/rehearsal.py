@@ -4,8 +4,6 @@ So embeddings, position embeddings, masks, the final norm, the head and whatever
 them are the model's own code, and no other code here knows about them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ and its layers stay what they are when others go.
 Architectures differ in more ways than a table can say. What is not as assumed is refused here, by name.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A model of which only one decoder layer at a time has weights."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 

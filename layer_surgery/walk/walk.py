@@ -105,12 +105,7 @@ class Walk:
     # -- forward ---------------------------------------------------------------------------------------------------
 
     def forward(
-        self,
-        path: Sequence[int],
-        *,
-        keep: bool,
-        observers: Sequence[Observer] = (),
-        watch: Iterable[int] | None = None,
+        self, path: Sequence[int], *, keep: bool, observers: Sequence[Observer] = (), watch: Iterable[int] | None = None
     ) -> Boundary:
         """Walk through the layers of `path` and return the last boundary.
 

@@ -1,7 +1,5 @@
 """Figures about layers: how important each is, which ranks were kept, and the spectra that decided it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 
 import matplotlib

@@ -1,7 +1,5 @@
 """Figures about measurements: the loss beside its prediction, tasks, and cost beside the original's."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """Figures as inline SVG: drawn by matplotlib, then made fit for a page (colours from its style sheet, unique ids)."""
 
-from __future__ import annotations
-
 import io
 import re
 import warnings
@@ -62,8 +60,7 @@ class Plot(NamedTuple):
 
     svg: Markup
     title: str
-    caption: str
-    """Explanations without which it cannot be read."""
+    caption: str  #: Explanations without which it cannot be read.
 
 
 def draw(

@@ -1,7 +1,5 @@
 """The figure of quality against size that compares results."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import cycle
 from typing import NamedTuple
@@ -20,14 +18,10 @@ _NUMBERED = 12
 class Point(NamedTuple):
     """A result in the plot."""
 
-    number: int
-    """In the table of results."""
-    share: float
-    """Parameters, per cent of the original's."""
-    ratio: Interval
-    """Perplexity after over before."""
-    kind: str
-    """The kind of surgery in few words; each has a colour and a marker."""
+    number: int  #: In the table of results.
+    share: float  #: Parameters, per cent of the original's.
+    ratio: Interval  #: Perplexity after over before.
+    kind: str  #: The kind of surgery in few words; each has a colour and a marker.
 
 
 def tradeoff(key: str, text: str, points: Sequence[Point]) -> Plot:

@@ -1,7 +1,5 @@
 """The templates of page and card, and their rendering: everything from outside is escaped."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The smallest model that is good enough: `perplexity<=1.1x` and the like."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -25,10 +23,8 @@ class Condition:
     text: str
     quantity: Quantity
     bound: float
-    strict: bool
-    """Whether the bound itself is not good enough."""
-    relative: bool
-    """Whether the bound is a multiple of the original's value."""
+    strict: bool  #: Whether the bound itself is not good enough.
+    relative: bool  #: Whether the bound is a multiple of the original's value.
 
     def value(self, point: SweepPoint) -> float | None:
         """Return what the condition is about; with several texts the mean over them, of perplexities the geometric.

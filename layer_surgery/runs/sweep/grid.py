@@ -1,7 +1,5 @@
 """The points of a sweep: every combination of its options, each once, and each as the compression that it is."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import replace
 from itertools import product

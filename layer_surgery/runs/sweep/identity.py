@@ -1,7 +1,5 @@
 """What decides the results of all points of a sweep: by content, so that files may have other names or places."""
 
-from __future__ import annotations
-
 import hashlib
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """One point: operate as `compress` would, with all that points share, and measure what comes of it."""
 
-from __future__ import annotations
-
 import logging
 import time
 from dataclasses import dataclass, field, replace
@@ -23,8 +21,7 @@ class Measuring:
     """The points of a sweep, one after another, on one bench."""
 
     bench: Bench
-    evaluator: Evaluator
-    """It has measured the original."""
+    evaluator: Evaluator  #: It has measured the original.
     base_sha256: str
     _scores: dict[tuple[object, ...], LayerScores] = field(default_factory=dict)
 

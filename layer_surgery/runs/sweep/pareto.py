@@ -1,7 +1,5 @@
 """Which points no other beats."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import replace

@@ -21,12 +21,7 @@ from layer_surgery.runs.bench import general_text, open_bench
 from layer_surgery.runs.compress import run_compress
 from layer_surgery.runs.evaluator import Evaluator
 from layer_surgery.runs.planning import Planning
-from layer_surgery.runs.provenance import (
-    base_model_record,
-    checkpoint_hash,
-    described_tokens,
-    run_provenance,
-)
+from layer_surgery.runs.provenance import base_model_record, checkpoint_hash, described_tokens, run_provenance
 from layer_surgery.runs.session import Model, Session, check_sources, open_session
 from layer_surgery.runs.sweep.condition import Condition, find_best, parse_condition
 from layer_surgery.runs.sweep.grid import compress_config, grid, in_order, same_surgery
@@ -59,10 +54,7 @@ def run_sweep(model: Model, config: SweepConfig) -> SweepReport:
         check_best(config.directory)
     check_sweep_directory(config.directory)
     known = None if config.overwrite else read_sweep(config.directory, _ADVICE)
-    with (
-        sweep_directory(config.directory) as directory,
-        open_session(model, config, directory) as session,
-    ):
+    with sweep_directory(config.directory) as directory, open_session(model, config, directory) as session:
         report = _Sweep.begin(session, config, points, known).finished()
     if condition is not None:
         report = _with_best(model, config, condition, report)

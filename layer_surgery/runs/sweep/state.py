@@ -1,7 +1,5 @@
 """A sweep on disk: `sweep.json`, and the same as a table in `sweep.csv` and `sweep.md`."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import tempfile
