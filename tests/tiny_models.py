@@ -92,10 +92,7 @@ CALIBRATION = packed_tokens(5, 12, padding=True, excluded=0.3)
 
 
 def streamed(
-    model: PreTrainedModel | Path | Checkpoint,
-    *,
-    dtype: torch.dtype = torch.float64,
-    resident_bytes: int = 1 << 29,
+    model: PreTrainedModel | Path | Checkpoint, *, dtype: torch.dtype = torch.float64, resident_bytes: int = 1 << 29
 ) -> StreamedModel:
     checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
     return StreamedModel(checkpoint, device=CPU, dtype=dtype, resident_bytes=resident_bytes)

@@ -15,15 +15,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_checkpoints import (
-    listing,
-    load_stock,
-    logits,
-    model_with_vocabulary,
-    saved_model,
-    tensors_of,
-    text_file,
-)
+from tiny_checkpoints import listing, load_stock, logits, model_with_vocabulary, saved_model, tensors_of, text_file
 from tiny_models import decoder_layers, without_layers
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 
@@ -499,10 +491,7 @@ def around_output(tmp_path: Path) -> Iterator[tuple[Path, Path, Path]]:
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_failure_in_any_stage_leaves_the_old_output_as_it_was(
-    around_output: tuple[Path, Path, Path],
-    monkeypatch: pytest.MonkeyPatch,
-    stage: str,
-    error: type[BaseException],
+    around_output: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch, stage: str, error: type[BaseException]
 ) -> None:
     def fail(*_: object, **__: object) -> None:
         raise error("in the middle")

@@ -232,15 +232,7 @@ def compress_with(run: CommandLine, model: Path, output: Path, *, calibration: o
     """Run a compression that scores on `calibration`."""
     arguments = [item for name, value in options.items() for item in (f"--{name.replace('_', '-')}", str(value))]
     return run(
-        "compress",
-        model,
-        "--target-layers",
-        2,
-        "--output",
-        output,
-        "--calibration",
-        str(calibration),
-        *arguments,
+        "compress", model, "--target-layers", 2, "--output", output, "--calibration", str(calibration), *arguments
     )
 
 
@@ -491,10 +483,7 @@ DAMAGES: list[tuple[Callable[[Path], None], str]] = [
     (gptq_tensors, "is quantised (it has 'model.layers.0.mlp.up_proj.qweight'); operate on the unquantised checkpoint"),
     (fp8_tensors, "is quantised ('model.layers.0.mlp.up_proj.weight' is float8_e4m3fn)"),
     (shared_keys_and_values, "layers that use the keys and values of earlier ones (num_kv_shared_layers is 1)"),
-    (
-        multimodal,
-        "is multimodal (architectures: Gemma3ForConditionalGeneration, model_type: gemma3; parts: text",
-    ),
+    (multimodal, "is multimodal (architectures: Gemma3ForConditionalGeneration, model_type: gemma3; parts: text"),
     (multimodal_that_loads_as_a_causal_lm, "is multimodal (architectures: Qwen3_5ForConditionalGeneration"),
     (encoder_with_a_head, "is not a causal language model (architectures: BertLMHeadModel, model_type: bert)"),
     (no_tokenizer, "tokenizer"),

@@ -341,10 +341,7 @@ def test_overwrite_replaces_it(run: CommandLine, model: Path, tmp_path: Path) ->
     ("place", "error"),
     [
         ("layer_surgery.checkpoint.save.StreamedSafetensors.write", OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))),
-        (
-            "layer_surgery.checkpoint.new_tensors.save_file",
-            SafetensorError("I/O error: No space left on device"),
-        ),
+        ("layer_surgery.checkpoint.new_tensors.save_file", SafetensorError("I/O error: No space left on device")),
         ("layer_surgery.runs.compress.report_dict", OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))),
     ],
     ids=["weights", "factors", "report"],

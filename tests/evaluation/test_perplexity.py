@@ -9,14 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import (
-    VOCABULARY,
-    packed_tokens,
-    settings,
-    streamed,
-    tiny_checkpoint,
-    tiny_model,
-)
+from tiny_models import VOCABULARY, packed_tokens, settings, streamed, tiny_checkpoint, tiny_model
 from torch import Tensor
 from transformers import PreTrainedModel
 

@@ -19,13 +19,7 @@ from tiny_models import (
 from torch import Tensor
 
 from layer_surgery.checkpoint.modeling_layer_surgery import LowRankLinear
-from layer_surgery.linalg.low_rank import (
-    attributed_groups,
-    select_groups,
-    singular_value_gradients,
-    svd,
-    truncated,
-)
+from layer_surgery.linalg.low_rank import attributed_groups, select_groups, singular_value_gradients, svd, truncated
 from layer_surgery.walk.walk import Walk
 
 SHAPES = [(7, 4), (4, 7), (5, 5), (1, 6), (6, 1)]

@@ -77,9 +77,7 @@ def windows() -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def plain(
-    outputs: dict[str, tuple[Path, SurgeryReport]],
-    windows: torch.Tensor,
-    tmp_path_factory: pytest.TempPathFactory,
+    outputs: dict[str, tuple[Path, SurgeryReport]], windows: torch.Tensor, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, tuple[float, int]]:
     from safetensors.torch import save_file
 

@@ -15,13 +15,7 @@ from layer_surgery.calibration.statistics import useful_ranks
 from layer_surgery.checkpoint.new_tensors import FactorStore
 from layer_surgery.config import EvaluationConfig
 from layer_surgery.errors import UserError
-from layer_surgery.records import (
-    Comparison,
-    EvaluationResult,
-    KlDivergence,
-    Perplexity,
-    Top1Agreement,
-)
+from layer_surgery.records import Comparison, EvaluationResult, KlDivergence, Perplexity, Top1Agreement
 from layer_surgery.records.sweep import SweepPoint
 from layer_surgery.runs.sweep.condition import find_best, parse_condition
 from layer_surgery.runs.sweep.pareto import with_fronts

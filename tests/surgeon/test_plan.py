@@ -51,8 +51,7 @@ def random_model(generator: random.Random) -> ModelShape:
     return model_of(
         [
             layer_shape(
-                {name: (generator.randint(4, 90), generator.randint(4, 90)) for name in names},
-                generator.randint(0, 50),
+                {name: (generator.randint(4, 90), generator.randint(4, 90)) for name in names}, generator.randint(0, 50)
             )
             for _ in range(generator.randint(2, 6))
         ],

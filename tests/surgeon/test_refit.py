@@ -8,14 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from surgery_helpers import REFIT_TOKENS as TOKENS
-from surgery_helpers import (
-    check_resolved,
-    inputs_and_outputs,
-    low_rank_plan,
-    new_factors,
-    refitted,
-    saved_result,
-)
+from surgery_helpers import check_resolved, inputs_and_outputs, low_rank_plan, new_factors, refitted, saved_result
 from tiny_families import LAYERS, VOCABULARY, dtype_of
 from tiny_models import (
     changes,
