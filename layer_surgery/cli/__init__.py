@@ -1,1 +1,1 @@
-"""The command line: one file a command, the options derived from `config.py`."""
+"""The command line: the options are derived from `layer_surgery.config`, the work is that of `layer_surgery.api`."""

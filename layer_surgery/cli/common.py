@@ -1,4 +1,4 @@
-"""What every command does alike: help with names, progress, JSON, and how options become arguments."""
+"""Parts that every command has: help with names, progress, JSON, and the command for the record."""
 
 import json
 import sys

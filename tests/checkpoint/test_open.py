@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
@@ -207,12 +206,10 @@ def test_plans_of_the_test_models_name_every_layer() -> None:
 # What is refused
 
 
-def test_a_hub_name_offline_is_refused_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_name_offline_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    start = time.perf_counter()
     with pytest.raises(CheckpointError, match="no such model: 'nobody/has-this-model'"):
         open_checkpoint("nobody/has-this-model")
-    assert time.perf_counter() - start < 5
 
 
 @pytest.mark.parametrize("name", ["./nowhere", "/no/such/dir", "~/nowhere-at-all", "a/b/c", " ", "bad name!"])

@@ -127,11 +127,9 @@ def test_help_does_not_import_torch() -> None:
         "slow = {'torch', 'transformers', 'datasets', 'numpy', 'safetensors'} & set(sys.modules)\n"
         "assert not slow, slow\n"
     )
-    start = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert "Usage:" in done.stdout
-    assert time.perf_counter() - start < 3
 
 
 # stdout and stderr

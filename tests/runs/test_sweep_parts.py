@@ -1,4 +1,4 @@
-"""The parts of a sweep that look at no model: fronts, conditions, and what scorers depend on."""
+"""The parts of a sweep that run no model: fronts, conditions, its identity, and what scorers depend on."""
 
 from __future__ import annotations
 
@@ -8,16 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_checkpoints import saved_model
 from tiny_models import packed_tokens, settings, streamed, tiny_checkpoint
 
 from layer_surgery.calibration.source import StatisticsSource
 from layer_surgery.calibration.statistics import useful_ranks
 from layer_surgery.checkpoint.new_tensors import FactorStore
-from layer_surgery.config import EvaluationConfig
+from layer_surgery.config import EvaluationConfig, SweepConfig
+from layer_surgery.config.declaring import about_of, fields_of
 from layer_surgery.errors import UserError
 from layer_surgery.records import Comparison, EvaluationResult, KlDivergence, Perplexity, Top1Agreement
 from layer_surgery.records.sweep import SweepPoint
+from layer_surgery.runs.session import open_session
 from layer_surgery.runs.sweep.condition import find_best, parse_condition
+from layer_surgery.runs.sweep.identity import sweep_identity
 from layer_surgery.runs.sweep.pareto import with_fronts
 from layer_surgery.scoring import SCORERS, ScoringContext
 from layer_surgery.walk.walk import Walk
@@ -164,6 +168,29 @@ def test_a_condition_without_a_number_is_refused() -> None:
     ):
         with pytest.raises(UserError, match="give a quantity and a bound"):
             parse_condition(text, EvaluationConfig())
+
+
+# Options
+
+
+def test_every_option_of_a_sweep_is_in_its_identity_or_is_known_not_to_decide_results(tmp_path: Path) -> None:
+    """Who adds an option must say which: with another value a sweep would go on, and mix its points with others."""
+    config = SweepConfig(target_layers=2, tasks="bundled", speed=True)
+    tokens = packed_tokens(2, 5)
+    with open_session(saved_model(tmp_path / "model"), config) as session:
+        identity = sweep_identity(session, config, "", tokens, [tokens])
+    named = {word for key in identity for word in key.split() if word.startswith("--")}
+    options = {about_of(field).option(field.name) for field in fields_of(SweepConfig)}
+    assert named <= options
+    assert options - named == {
+        *("--target-layers", "--keep", "--method", "--scorer", "--refit"),  # name the points
+        *("--task-path", "--num-fewshot", "--limit"),  # under --tasks
+        *("--speed-batch-sizes", "--speed-lengths", "--speed-new-tokens", "--speed-repeats"),  # under --speed
+        *("--text-column", "--tokenizer", "--trust-remote-code"),  # decide the model's and the tokens' hashes
+        *("--output", "--overwrite", "--best", "--continuations", "--prompt"),  # of the best, or of files
+        *("--batch-size", "--memory-limit", "--resident-bytes", "--boundary-bytes", "--cache", "--scratch"),
+        *("--ui", "--command"),
+    }
 
 
 # Scorers and statistics
