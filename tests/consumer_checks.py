@@ -372,10 +372,12 @@ CHECKS: dict[str, Check] = {
 def make_subjects(original: Path, directory: Path, *, first: int, second: int) -> dict[str, Path]:
     """Make one directory of each kind from `original`, operating on two of its layers, and return them by name."""
     options: dict[str, Any] = {"eval_data": None, "method": "svd"}
-    kinds = {name: directory / name for name in ("plain", "low_rank", "no_attention", "dense")}
+    kinds = {name: directory / name for name in ("plain", "low_rank", "no_attention", "narrowed", "dense")}
     layers = [first, second]
     layer_surgery.compress(original, kinds["plain"], layers=layers, keep=0, **options)
     layer_surgery.compress(original, kinds["low_rank"], layers=layers, keep=0.3, **options)
     layer_surgery.compress(original, kinds["no_attention"], layers=layers, keep=0, remove="attention", **options)
+    data: dict[str, Any] = {"samples": 16, "sequence_length": 32, "refit": False, "eval_data": None, "multiple": 4}
+    layer_surgery.compress(original, kinds["narrowed"], target_parameters=0.85, **data)
     layer_surgery.export_dense(kinds["low_rank"], kinds["dense"])
     return {"original": original, **kinds}

@@ -33,6 +33,7 @@ KINDS = {
     "plain": "two of its layers removed outright",
     "low_rank": "two of its layers low-rank (30 % of their parameters), the first one among them",
     "no_attention": "the attention of two of its layers removed, that of the first among them",
+    "narrowed": "85 % of its parameters kept, channels and singular vectors of all layers cut by one search",
     "dense": "the low-rank one after `layer-surgery export --dense`",
 }
 TITLES = {"no_attention": "attention removed", "low_rank": "low-rank", "dense": "dense export"}

@@ -17,9 +17,10 @@ from tiny_models import make_test_plan
 import layer_surgery
 from layer_surgery.checkpoint.open import open_checkpoint
 
-KINDS = ("plain", "low_rank", "no_attention", "dense")
+KINDS = ("plain", "low_rank", "no_attention", "narrowed", "dense")
 #: Seconds each, and of no interest for plain results, which are of the same classes as the original.
 LONG = ("compile", "export", "lm_eval", "tensor_parallel")
+OWN_CLASSES = ("low_rank", "no_attention", "narrowed")
 
 
 def cases(*, slow: bool) -> list[tuple[str, str]]:
@@ -28,7 +29,8 @@ def cases(*, slow: bool) -> list[tuple[str, str]]:
         for name, check in CHECKS.items()
         if check.slow is slow
         for kind in KINDS
-        if (kind == "low_rank" or not check.factors_only) and (name not in LONG or kind in ("low_rank", "no_attention"))
+        if (kind == "low_rank" or not check.factors_only)
+        and (name not in LONG or kind in OWN_CLASSES)
     ]
 
 
