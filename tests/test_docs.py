@@ -291,13 +291,13 @@ def test_options_lists_every_scorer_and_method() -> None:
 
 def test_defaults_in_the_documentation_are_those_of_the_program() -> None:
     options = (REPOSITORY / "docs" / "options.md").read_text(encoding="utf-8")
-    assert f"sequences (default {CalibrationConfig.samples})" in options
-    assert f"tokens in each (default {CalibrationConfig.sequence_length})" in options
+    assert f"sequences (default {CalibrationConfig().samples})" in options
+    assert f"tokens in each (default {CalibrationConfig().sequence_length})" in options
 
 
-def test_the_newest_version_in_the_changelog_is_this_one_and_has_a_date() -> None:
+def test_the_newest_release_in_the_changelog_is_this_one_and_has_a_date() -> None:
     changelog = (REPOSITORY / "CHANGELOG.md").read_text(encoding="utf-8")
-    versions = re.findall(r"^## (.+)$", changelog, re.MULTILINE)
+    versions = [heading for heading in re.findall(r"^## (.+)$", changelog, re.MULTILINE) if heading != "Unreleased"]
     assert all(re.fullmatch(r"\d+\.\d+\.\d+ \(\d{4}-\d\d-\d\d\)", version) for version in versions)
     assert versions[0].split()[0] == layer_surgery.__version__
 
