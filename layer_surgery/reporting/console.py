@@ -30,11 +30,9 @@ def print_report(console: Console, report: SurgeryReport) -> None:
     """Print what was done to which layers, and before against after."""
     plan = report.plan
     changes = zip(("removed", "parts removed", "low-rank", "fewer channels"), changed_layers(plan), strict=True)
-    console.print(
-        f"[bold]{escape(report.base_model['name'])}[/]: {plan.target_layers} of {len(plan.layers)} layers whole; "
-        + "; ".join(f"{change}: {', '.join(map(str, layers))}" for change, layers in changes if layers),
-        highlight=False,
-    )
+    whole = f"[bold]{escape(report.base_model['name'])}[/]: {plan.target_layers} of {len(plan.layers)} layers whole"
+    changed = [f"{change}: {', '.join(map(str, layers))}" for change, layers in changes if layers]
+    console.print("; ".join([whole, *changed]), highlight=False)
     if plan.smaller:
         print_ranks(console, plan)
     _print_measurements(console, report.before, report.after, report.comparison, ("before", "after", "change"))

@@ -29,8 +29,7 @@ def cases(*, slow: bool) -> list[tuple[str, str]]:
         for name, check in CHECKS.items()
         if check.slow is slow
         for kind in KINDS
-        if (kind == "low_rank" or not check.factors_only)
-        and (name not in LONG or kind in OWN_CLASSES)
+        if (kind == "low_rank" or not check.factors_only) and (name not in LONG or kind in OWN_CLASSES)
     ]
 
 
