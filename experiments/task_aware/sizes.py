@@ -71,26 +71,6 @@ def measure(run: Points, size: float, name: str) -> dict[str, Any]:
     }
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Return the rows as Markdown: extra loss in nats per token, means over seeds, in brackets their range."""
-    texts = list(rows[0]["extra_loss"])
-    sizes = sorted({row["size"] for row in rows}, reverse=True)
-    lines = [
-        "| | " + " | ".join(f"{size:g}: {text.removesuffix('.txt')}" for size in sizes for text in texts) + " |",
-        "|---|" + "---|" * (len(sizes) * len(texts)),
-    ]
-    for name in WAYS:
-        cells = []
-        for size in sizes:
-            found = [row for row in rows if (row["way"], row["size"]) == (name, size)]
-            for text in texts:
-                rises = [row["extra_loss"][text]["rise"] for row in found]
-                spread = f" [{min(rises):.3f}, {max(rises):.3f}]" if len(rises) > 1 else ""
-                cells.append(f"{sum(rises) / len(rises):.3f}{spread}" if rises else "")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
 def main() -> None:
     """Measure all points."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -132,7 +112,6 @@ def main() -> None:
                     rises = {text: round(value["rise"], 4) for text, value in row["extra_loss"].items()}
                     print(seed, size, name, row["parameters"], rises, row["seconds"], flush=True)
                     write_report(arguments.report, {"checkpoint": arguments.model, "data": data, "rows": rows})
-    arguments.report.with_suffix(".md").write_text(table(rows), encoding="utf-8")
 
 
 if __name__ == "__main__":
