@@ -59,6 +59,8 @@ def _option(field: attrs.Attribute[Any], *, required: bool) -> Callable[[F], F]:
         settings |= {"multiple": True, "type": kind, "callback": _none_if_empty}
     else:
         settings |= {"type": kind}
+    if required:
+        del settings["default"]  # for click a default of None is a value too
     return click.option(name, field.name, required=required, **settings)
 
 

@@ -145,10 +145,10 @@ def numbers(value: float | Sequence[float]) -> tuple[float, ...]:
     return tuple(_several(value))
 
 
-def maybe_whole_numbers(value: Sequence[int] | None) -> tuple[int, ...] | None:
-    """Return several numbers as a tuple, or None."""
-    return None if value is None else tuple(value)
+def maybe_whole_numbers(value: int | Sequence[int] | None) -> tuple[int, ...] | None:
+    """Return one number or several as a tuple, or None."""
+    return None if value is None else tuple(_several(value))
 
 
 def _several(value: Any) -> Sequence[Any]:
-    return [value] if isinstance(value, str | Path | int | float) else list(value or ())
+    return [value] if isinstance(value, str | Path | int | float) else list(() if value is None else value)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar
 
+import attrs
+
 from layer_surgery.config.declaring import Options, about_of, fields_of
+from layer_surgery.errors import UserError, nearest_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -17,6 +21,17 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 O = TypeVar("O", bound=Options)  # noqa: E741
 R_co = TypeVar("R_co", covariant=True)
+
+
+#: What values of a field may be, by the annotation of one of them, and what errors call one and several. Numbers of
+#: numpy are refused, because they would stop the writing of `surgery.json` at the end of a run.
+_TYPES: dict[str, tuple[Any, str, str]] = {
+    "int": (int, "a whole number", "whole numbers"),
+    "float": (int | float, "a number", "numbers"),
+    "bool": (bool, "True or False", ""),
+    "str": (str | os.PathLike, "a text", "texts"),
+    "Path": (str | os.PathLike, "a path", "paths"),
+}
 
 
 class OnModel(Protocol[P, R_co]):
@@ -39,6 +54,7 @@ def on_model(options: Callable[P, O]) -> Callable[[Callable[[Any, O], R_co]], On
     def decorate(function: Callable[[Any, O], R_co]) -> OnModel[P, R_co]:
         @functools.wraps(function)
         def call(model: Any, *args: P.args, **given: P.kwargs) -> R_co:
+            check_call(function.__name__, options, args, given)
             return function(model, options(*args, **given))
 
         described: OnModel[P, R_co] = _described(call, options, positional=("model",))
@@ -55,12 +71,43 @@ def with_output(options: Callable[P, O]) -> Callable[[Callable[[Any, O], R_co]],
         def call(model: Any, output: str | Path | None = None, *args: P.args, **given: P.kwargs) -> R_co:
             if output is not None:
                 given["output"] = output
+            check_call(function.__name__, options, args, given)
             return function(model, options(*args, **given))
 
         described: WithOutput[P, R_co] = _described(call, options, positional=("model", "output"))
         return described
 
     return decorate
+
+
+def check_call(function: str, options: Any, args: tuple[Any, ...], given: Mapping[str, Any]) -> None:
+    """Raise `TypeError` for arguments that a function does not have, `UserError` for values of a wrong type."""
+    if args:
+        raise TypeError(f"{function}() takes options by name only; one that was given has none: {args[0]!r}")
+    known = {field.name: field for field in fields_of(options)}
+    for name, value in given.items():
+        if name not in known:
+            raise TypeError(f"{function}() got an unexpected keyword argument '{name}'.{nearest_name(name, known)}")
+        check_type(known[name], value)
+
+
+def check_type(field: attrs.Attribute[Any], value: Any) -> None:
+    """Raise `UserError` unless a value has the type of a field, or each of several values its items' type.
+
+    Fields of other types than numbers, flags, texts and paths are left to their converters, and so are values that
+    can be gone through only once.
+    """
+    annotation = str(field.type)
+    optional, kind = annotation.endswith(" | None"), annotation.removesuffix(" | None")
+    several, kind = kind.startswith("tuple["), kind.removeprefix("tuple[").removesuffix(", ...]")
+    converted = field.converter is not None and kind == "str" and not several  # a torch.device, a torch.dtype
+    if kind not in _TYPES or converted or (value is None and (optional or several)):
+        return
+    types, singular, plural = _TYPES[kind]
+    items = value if several and isinstance(value, Collection) and not isinstance(value, str) else (value,)
+    if isinstance(value, Iterator) or all(isinstance(item, types) for item in items):
+        return
+    raise UserError(f"{about_of(field).option(field.name)} is {value!r}; give {plural if several else singular}.")
 
 
 def _described(function: Any, options: Any, positional: tuple[str, ...]) -> Any:

@@ -132,6 +132,13 @@ def test_help_does_not_import_torch() -> None:
     assert "Usage:" in done.stdout
 
 
+@pytest.mark.parametrize(("given", "missing"), [("--target-layers=9", "--output"), ("--output=x", "--target-layers")])
+def test_a_sweep_says_which_option_is_missing(run: CommandLine, given: str, missing: str) -> None:
+    outcome = run("sweep", "model", given)
+    assert outcome.code == 2
+    assert f"Missing option '{missing}'" in outcome.err
+
+
 # stdout and stderr
 
 
