@@ -121,7 +121,7 @@ def test_few_modules_are_at_the_top() -> None:
 def test_there_are_no_import_cycles() -> None:
     # At the top of files only: what is imported inside a function is imported after both are there.
     graph = import_graph()
-    assert graph["surgeon.grasp"] >= {"walk.gradients", "linalg.low_rank", "checkpoint.new_tensors"}
+    assert graph["surgeon.grasp"] >= {"walk.gradients", "linalg.low_rank", "surgeon.context"}
     done: set[str] = set()
 
     def visit(module: str, trail: tuple[str, ...]) -> None:
