@@ -6,8 +6,8 @@ from typing import Any, Literal
 from layer_surgery.records.evaluation import Comparison, Continuation, EvaluationResult, StageFailure
 from layer_surgery.records.plan import SurgeryPlan
 
-#: Raised whenever what `surgery.json` holds changes; 1 had no spectra.
-REPORT_SCHEMA_VERSION = 2
+#: Raised whenever what `surgery.json` holds changes; 1 had no spectra, 2 no channels and nested settings.
+REPORT_SCHEMA_VERSION = 3
 
 SpectrumMetric = Literal["fisher", "inputs", "weight"]
 """In which metric: of the task loss, of what the linear reads, or none (the weight as it is)."""

@@ -7,8 +7,8 @@ from layer_surgery.records.evaluation import Comparison, EvaluationResult, Speed
 from layer_surgery.records.plan import SurgeryPlan
 from layer_surgery.records.surgery import LayerScores
 
-#: Raised whenever what `sweep.json` holds changes.
-SCHEMA_VERSION = 1
+#: Raised whenever what `sweep.json` holds changes; in 1 plans had no channels, and settings were nested.
+SCHEMA_VERSION = 2
 #: Under this name `SweepReport.identity` has a hash for each text, in their order.
 EVALUATION_DATA = "--eval-data (sha256 of the tokens)"
 Front = Literal["parameters", "prefill_speed", "decode_speed"]
