@@ -1,13 +1,58 @@
-"""What holds for all tests: offline, and one thread each."""
+"""What holds for all tests (offline, one thread each, costs counted once a model), and what most of them share."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 
+import pytest
 import torch
+from tiny_checkpoints import CommandLine, saved_model, text_file
+
+from layer_surgery.checkpoint.open import Checkpoint
+from layer_surgery.evaluation.costs import TokenCosts
+from layer_surgery.runs import evaluator
 
 torch.set_num_threads(1)  # on matrices this small, threads only wait for each other
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _costs_are_counted_once_a_model() -> Iterator[None]:
+    """Counting them takes most of a small evaluation, and depends on the configuration only."""
+    count = evaluator.token_costs
+    known: dict[Any, TokenCosts] = {}
+
+    def remembered(checkpoint: Checkpoint, context: int) -> TokenCosts:
+        fields = {name: value for name, value in checkpoint.config.to_dict().items() if name != "_name_or_path"}
+        key = (str(fields), str(checkpoint.low_rank), checkpoint.dtype, checkpoint.model_class, context)
+        if key not in known:
+            known[key] = count(checkpoint, context)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluator, "token_costs", remembered)
+        yield
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> CommandLine:
+    """The command line."""
+    return CommandLine(monkeypatch, capsys)
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text of some 600 tokens of the tiny tokenizer."""
+    return text_file(tmp_path_factory.mktemp("text") / "text.txt")
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama with four layers, for tests that change nothing of it."""
+    return saved_model(tmp_path_factory.mktemp("model"))

@@ -103,14 +103,8 @@ def options_of(command: click.Command) -> set[str]:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return saved_model(
-        tmp_path_factory.mktemp("docs") / "MODEL",
-        layers=12,
-        hidden_size=48,
-        intermediate_size=64,
-        head_dim=12,
-        max_position_embeddings=512,
-    )
+    sizes = {"hidden_size": 48, "intermediate_size": 64, "head_dim": 12, "max_position_embeddings": 512}
+    return saved_model(tmp_path_factory.mktemp("docs") / "MODEL", layers=12, **sizes)
 
 
 @pytest.fixture(scope="module")

@@ -31,6 +31,15 @@ DEMO = REPOSITORY / "experiments" / "demo" / "checkpoint"
 CHAT_TEMPLATE = "{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"
 WORDS = ("the quick brown fox jumps over the lazy dog", "the answer is the other thing", "one two three four")
 
+#: A task of lm-eval whose data are on the hub, where there is none of this name.
+HUB_TASK = """
+task: from_hub
+dataset_path: nobody/nothing-of-this-name
+test_split: test
+doc_to_text: "x"
+doc_to_target: "y"
+"""
+
 #: Put before a script, it makes this package impossible to import, wherever it is installed.
 WITHOUT_LAYER_SURGERY = """
 import sys
@@ -175,32 +184,21 @@ def environment(home: Path) -> dict[str, str]:
 
 def run_process(*arguments: str | Path, home: Path, timeout: float = 120) -> Outcome:
     """Run `layer-surgery` as a process of its own."""
-    command = [sys.executable, "-m", "layer_surgery", *map(str, arguments)]
-    done = subprocess.run(
-        command,
-        env=environment(home),
-        cwd=home,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        stdin=subprocess.DEVNULL,
-    )
-    return Outcome(done.returncode, done.stdout, done.stderr)
+    return finished([sys.executable, "-m", "layer_surgery", *map(str, arguments)], home, timeout)
 
 
 def run_stock_script(script: str, *arguments: str | Path, home: Path, timeout: float = 120) -> Any:
     """Run a script where `layer_surgery` cannot be imported; return the JSON that it prints as its last line."""
-    done = subprocess.run(
-        [sys.executable, "-I", "-c", WITHOUT_LAYER_SURGERY + script, *map(str, arguments)],
-        env=environment(home),
-        cwd=home,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        stdin=subprocess.DEVNULL,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    done = finished([sys.executable, "-I", "-c", WITHOUT_LAYER_SURGERY + script, *map(str, arguments)], home, timeout)
+    assert done.code == 0, done.err[-3000:]
+    return json.loads(done.out.splitlines()[-1])
+
+
+def finished(command: list[str], home: Path, timeout: float) -> Outcome:
+    """Run a process to its end, in `home` and with `environment`."""
+    options: dict[str, Any] = {"capture_output": True, "text": True, "stdin": subprocess.DEVNULL}
+    done = subprocess.run(command, env=environment(home), cwd=home, timeout=timeout, **options)
+    return Outcome(done.returncode, done.stdout, done.stderr)
 
 
 def interrupt(process: subprocess.Popen[str], number: int, *, timeout: float = 60) -> Outcome:

@@ -21,22 +21,30 @@ SIZES: dict[str, Any] = {
     "eos_token_id": 2,
 }
 
+WINDOW = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 3}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
+LINEAR_ATTENTION = {
+    "head_dim": 16,
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+
 #: Fields beside the sizes, by model_type: head_dim is not hidden / heads where a family lets it differ, windows are
 #: shorter than the sequences of the tests, multipliers are not 1, and biases are there where a family has them.
 FIELDS: dict[str, dict[str, Any]] = {
     "llama": {"head_dim": 12},
     "mistral": {"head_dim": 12, "sliding_window": 5},
-    "qwen2": {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 3},
-    "qwen3": {"head_dim": 12, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 3},
+    "qwen2": WINDOW,
+    "qwen3": {"head_dim": 12} | WINDOW,
     "gemma": {"head_dim": 12},
     "gemma2": {"head_dim": 12, "query_pre_attn_scalar": 12, "sliding_window": 5},
     "gemma3_text": {"head_dim": 12, "query_pre_attn_scalar": 12, "sliding_window": 5},
     "olmo3": {"sliding_window": 5},
     "granite": {
-        "embedding_multiplier": 1.7,
-        "logits_scaling": 1.3,
-        "residual_multiplier": 0.6,
-        "attention_multiplier": 0.4,
+        **{"embedding_multiplier": 1.7, "logits_scaling": 1.3},
+        **{"residual_multiplier": 0.6, "attention_multiplier": 0.4},
     },
     "stablelm": {"use_qkv_bias": True},
     "cohere": {"use_qk_norm": True},
@@ -44,23 +52,9 @@ FIELDS: dict[str, dict[str, Any]] = {
     "phi3": {"sliding_window": 5, "original_max_position_embeddings": 64},
     "glm4": {"head_dim": 12, "attention_bias": True},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 12, "sliding_window": 5},
-    "qwen2_moe": {
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 12,
-        "shared_expert_intermediate_size": 20,
-        "decoder_sparse_step": 2,
-        "use_sliding_window": True,
-        "sliding_window": 5,
-        "max_window_layers": 3,
-    },
-    "qwen3_moe": {
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 12,
-        "head_dim": 12,
-        "mlp_only_layers": [1],
-    },
+    "qwen2_moe": {"shared_expert_intermediate_size": 20, "decoder_sparse_step": 2} | EXPERTS | WINDOW,
+    "qwen3_moe": {"head_dim": 12, "mlp_only_layers": [1]} | EXPERTS,
+    "smollm3": {"use_sliding_window": False, "no_rope_layer_interval": 4},
     "deepseek_v3": {
         "n_routed_experts": 4,
         "num_experts_per_tok": 2,
@@ -93,36 +87,17 @@ FIELDS: dict[str, dict[str, Any]] = {
     "qwen3_next": {
         "mlp_only_layers": [1],
         "initializer_range": 0.1,  # with 0.2 the recurrence amplifies rounding a thousandfold
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 12,
         "shared_expert_intermediate_size": 20,
-        "head_dim": 16,
-        "linear_num_value_heads": 4,
-        "linear_num_key_heads": 2,
-        "linear_key_head_dim": 8,
-        "linear_value_head_dim": 8,
-    },
-    "qwen3_5_text": {
-        "head_dim": 16,
-        "linear_num_value_heads": 4,
-        "linear_num_key_heads": 2,
-        "linear_key_head_dim": 8,
-        "linear_value_head_dim": 8,
-    },
+    }
+    | EXPERTS
+    | LINEAR_ATTENTION,
+    "qwen3_5_text": LINEAR_ATTENTION,
     "lfm2": {
-        "layer_types": ["conv", "conv", "full_attention", "conv", "conv", "full_attention"],
+        "layer_types": ["conv", "conv", "full_attention"] * 2,
         "block_auto_adjust_ff_dim": False,
     },
     "granitemoehybrid": {
-        "layer_types": [
-            "linear_attention",
-            "linear_attention",
-            "full_attention",
-            "linear_attention",
-            "linear_attention",
-            "full_attention",
-        ],
+        "layer_types": ["linear_attention", "linear_attention", "full_attention"] * 2,
         "num_local_experts": 4,
         "num_experts_per_tok": 2,
         "mamba_n_heads": 8,
@@ -134,21 +109,12 @@ FIELDS: dict[str, dict[str, Any]] = {
 
 #: Number of layers where it is not 5: every kind of layer occurs, and without layers 0 and 3 the pattern is broken.
 LAYERS = {
-    "gemma2": 6,
+    **dict.fromkeys(("gemma2", "gpt_neo", "gpt_oss", "granitemoehybrid", "lfm2", "qwen2", "qwen2_moe", "qwen3"), 6),
+    **dict.fromkeys(("gemma4_text", "olmo3", "qwen3_5_text", "qwen3_next", "smollm3"), 8),
     "gemma3_text": 7,
-    "gemma4_text": 8,
-    "gpt_neo": 6,
-    "gpt_oss": 6,
-    "granitemoehybrid": 6,
-    "lfm2": 6,
-    "olmo3": 8,
-    "qwen2": 6,
-    "qwen2_moe": 6,
-    "qwen3": 6,
-    "qwen3_5_text": 8,
-    "qwen3_next": 8,
-    "smollm3": 8,
 }
+#: With layers of several kinds, of which the tiny configurations have six.
+SIX_LAYERS = ("gpt_neo", "lfm2", "granitemoehybrid", "qwen3_next", "qwen3_5_text", "gemma4_text")
 #: transformers' kernel for mixtures of experts has no float64.
 FLOAT32_ONLY = ("deepseek_v3", "gpt_oss", "granitemoehybrid", "mixtral", "qwen2_moe", "qwen3_moe", "qwen3_next")
 #: Families that compute attention or a mask in float32, also in a float64 model.

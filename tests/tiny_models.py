@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,13 @@ def packed_tokens(
         tokens_available=int(valid.sum()),
         sha256="0" * 64,
     )
+
+
+def padded_on_the_right(tokens: PackedTokens, more: int) -> PackedTokens:
+    """Return the sequences with `more` tokens of padding behind each."""
+    pad = torch.zeros(tokens.sequences, more, dtype=torch.int64)
+    parts = {"token_ids": pad, "loss_mask": pad > 0, "valid": pad > 0}
+    return replace(tokens, **{name: torch.cat([getattr(tokens, name), part], dim=1) for name, part in parts.items()})
 
 
 CALIBRATION = packed_tokens(5, 12, padding=True, excluded=0.3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_checkpoints import listing, saved_model, tensors_of, text_file
+from tiny_checkpoints import listing, tensors_of
 from tiny_models import CALIBRATION, packed_tokens, settings, streamed, tiny_checkpoint, tiny_model
 from torch import Tensor
 
@@ -216,13 +217,13 @@ def test_what_is_damaged_is_computed_again_with_a_warning(
 
 def test_a_file_in_the_place_of_the_folder_is_left_and_the_result_is_right(cached: Cached, walks: list[str]) -> None:
     first = cached.get()
-    expected = content(first), {name: tensor.clone() for name, tensor in components(first).items()}
+    expected = {name: tensor.clone() for name, tensor in components(first).items()}
     folder = cached.folder
     shutil.rmtree(folder)
     folder.write_text("someone else's")
     second = cached.get()
-    assert content(second) == expected[0]
-    assert all(torch.equal(tensor, expected[1][name]) for name, tensor in components(second).items())
+    assert content(second) == content(first)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in components(second).items())
     assert folder.read_text() == "someone else's"
     assert walks == ["backward"] * 2 and len(cached.notes) == 1
 
@@ -274,15 +275,14 @@ def test_a_cache_that_cannot_be_written_is_a_warning(
 
 
 @pytest.mark.parametrize("place", ["file", "file/below", "/dev/null/below"])
-def test_a_cache_that_cannot_be_a_directory_is_refused_before_any_work(tmp_path: Path, place: str) -> None:
-    model = saved_model(tmp_path / "model")
+def test_a_cache_that_cannot_be_a_directory_is_refused_before_any_work(tmp_path: Path, model: Path, place: str) -> None:
     (tmp_path / "file").write_text("x")
     options: dict[str, Any] = {"layers": [1], "cache": tmp_path / place, "output": tmp_path / "output"}
     before = listing(tmp_path)
-    with pytest.raises(UserError, match=r"--cache .* is no directory and cannot be made one"):
-        layer_surgery.compress(model, **options)
-    with pytest.raises(UserError, match=r"--cache .* is no directory and cannot be made one"):
-        layer_surgery.score(model, scorer="fisher", cache=tmp_path / place)
+    score = functools.partial(layer_surgery.score, scorer="fisher", cache=tmp_path / place)
+    for command in (functools.partial(layer_surgery.compress, **options), score):
+        with pytest.raises(UserError, match=r"--cache .* is no directory and cannot be made one"):
+            command(model)
     assert listing(tmp_path) == before
 
 
@@ -291,34 +291,23 @@ def test_a_cache_that_cannot_be_a_directory_is_refused_before_any_work(tmp_path:
 
 @pytest.mark.parametrize("refit", [False, True])
 def test_another_budget_needs_no_walk_and_gives_what_it_gives_without_a_cache(
-    tmp_path: Path, walks: list[str], refit: bool
+    tmp_path: Path, model: Path, text: Path, walks: list[str], refit: bool
 ) -> None:
-    model, text = saved_model(tmp_path / "model"), text_file(tmp_path / "text.txt")
     notes: list[str] = []
-    options: dict[str, Any] = {
-        "target_layers": 2,
-        "scorer": "fisher",
-        "method": "fisher",
-        "refit": refit,
-        "calibration": text,
-        "samples": 6,
-        "sequence_length": 16,
-        "eval_data": None,
-        "ui": Ui(note=notes.append),
-    }
+    options: dict[str, Any] = {"target_layers": 2, "scorer": "fisher", "ui": Ui(note=notes.append)}
+    options |= {"calibration": text, "samples": 6, "sequence_length": 16}
+    method: dict[str, Any] = {"method": "fisher", "refit": refit, "eval_data": None}
     cache = tmp_path / "cache"
-    layer_surgery.compress(model, tmp_path / "first", keep=0.3, cache=cache, **options)
+    layer_surgery.compress(model, tmp_path / "first", keep=0.3, cache=cache, **method, **options)
     assert walks == ["backward"]
-    second = layer_surgery.compress(model, tmp_path / "second", keep=0.5, cache=cache, **options)
+    second = layer_surgery.compress(model, tmp_path / "second", keep=0.5, cache=cache, **method, **options)
     assert walks == ["backward"]
     assert any(note.startswith("statistics: from the cache") for note in notes)
-    without = layer_surgery.compress(model, tmp_path / "without", keep=0.5, **options)
+    without = layer_surgery.compress(model, tmp_path / "without", keep=0.5, **method, **options)
     assert walks == ["backward"] * 2
     assert second.plan == without.plan and second.scores == without.scores
     ours, theirs = tensors_of(tmp_path / "second"), tensors_of(tmp_path / "without")
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
-    for name in ("method", "refit", "eval_data"):
-        del options[name]
     scores = layer_surgery.score(model, cache=cache, **options)
     assert walks == ["backward"] * 2
     assert len(scores.values) == 4

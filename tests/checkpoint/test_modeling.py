@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -137,10 +138,10 @@ def processed(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFac
     return results
 
 
-@pytest.fixture(scope="module")
-def stock(processed: dict[str, Any]) -> dict[str, Any]:
-    """Return by name what stock transformers make of every checkpoint."""
-    return dict(processed["loads"])
+@pytest.fixture(scope="module", params=FAMILIES)
+def stock(request: pytest.FixtureRequest, processed: dict[str, Any], checkpoints: dict[str, Path]) -> dict[str, Any]:
+    """Return what stock transformers make of a checkpoint, and its `path`, for each in turn."""
+    return processed["loads"][request.param] | {"path": checkpoints[request.param]}
 
 
 @pytest.fixture
@@ -153,79 +154,54 @@ def low_rank(tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", FAMILIES)
-def test_stock_transformers_load_every_tensor(stock: dict[str, Any], name: str) -> None:
-    assert {kind: keys for kind, keys in stock[name]["keys"].items() if keys} == {}
-    assert stock[name]["class"] == "LayerSurgeryForCausalLM"
+def test_stock_transformers_load_every_tensor_and_as_many_parameters_as_planned(stock: dict[str, Any]) -> None:
+    assert {kind: keys for kind, keys in stock["keys"].items() if keys} == {}
+    assert stock["class"] == "LayerSurgeryForCausalLM"
+    report = json.loads((stock["path"] / "surgery.json").read_text())
+    assert stock["parameters"] == report["after"]["parameters"] == report["plan"]["parameters"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", FAMILIES)
-def test_stock_logits_are_those_of_load_bit_for_bit(
-    stock: dict[str, Any], checkpoints: dict[str, Path], name: str
+def test_stock_logits_are_those_of_load_and_of_the_streamed_model_bit_for_bit(
+    stock: dict[str, Any], tmp_path: Path
 ) -> None:
-    model = layer_surgery.load(checkpoints[name])
+    model = layer_surgery.load(stock["path"])
     ours = logits(model, TOKENS.token_ids)
-    assert stock[name]["logits"].dtype == ours.dtype
-    assert stock[name]["dtype"] == str(model.dtype)
-    assert torch.equal(stock[name]["logits"], ours)
+    assert stock["logits"].dtype == ours.dtype
+    assert stock["dtype"] == str(model.dtype)
+    assert torch.equal(stock["logits"], ours)
     assert len(ours.unique()) > 1000
+    walked = walked_logits(streamed(stock["path"], dtype=ours.dtype), TOKENS, settings(tmp_path))
+    assert torch.equal(walked, stock["logits"])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", FAMILIES)
-def test_stock_logits_are_those_of_the_streamed_model_bit_for_bit(
-    stock: dict[str, Any], checkpoints: dict[str, Path], name: str, tmp_path: Path
-) -> None:
-    model = streamed(checkpoints[name], dtype=stock[name]["logits"].dtype)
-    assert torch.equal(walked_logits(model, TOKENS, settings(tmp_path)), stock[name]["logits"])
+def test_generation_does_not_depend_on_a_cache_nor_on_left_padding(stock: dict[str, Any]) -> None:
+    assert stock["cached"].shape == (2, 14 + 8)
+    assert torch.equal(stock["cached"], stock["uncached"])
+    assert len(stock["single"]) == 9 + 8
+    assert torch.equal(stock["padded"], stock["single"])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", FAMILIES)
-def test_stock_parameters_are_those_of_the_plan(stock: dict[str, Any], checkpoints: dict[str, Path], name: str) -> None:
-    report = json.loads((checkpoints[name] / "surgery.json").read_text())
-    assert stock[name]["parameters"] == report["after"]["parameters"] == report["plan"]["parameters"]
+def test_saved_again_by_stock_transformers_it_is_the_same_model(stock: dict[str, Any]) -> None:
+    assert torch.equal(stock["again"], stock["logits"])
+    again = layer_surgery.load(stock["path"] / "again")
+    assert torch.equal(logits(again, TOKENS.token_ids), stock["logits"])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", FAMILIES)
-def test_generation_with_a_cache_is_that_without(stock: dict[str, Any], name: str) -> None:
-    assert stock[name]["cached"].shape == (2, 14 + 8)
-    assert torch.equal(stock[name]["cached"], stock[name]["uncached"])
+def test_it_loads_in_another_dtype(stock: dict[str, Any]) -> None:
+    assert stock["bfloat16"] == "{torch.bfloat16}"
+    assert stock["half"].dtype == torch.bfloat16
+    difference = (stock["half"].float() - stock["logits"].float()).abs().max()
+    assert difference < 0.2 * stock["logits"].float().abs().max()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", FAMILIES)
-def test_generation_of_a_left_padded_batch_is_that_of_the_single_sequence(stock: dict[str, Any], name: str) -> None:
-    assert len(stock[name]["single"]) == 9 + 8
-    assert torch.equal(stock[name]["padded"], stock[name]["single"])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", FAMILIES)
-def test_saved_again_by_stock_transformers_it_is_the_same_model(
-    stock: dict[str, Any], checkpoints: dict[str, Path], name: str
-) -> None:
-    assert torch.equal(stock[name]["again"], stock[name]["logits"])
-    again = layer_surgery.load(checkpoints[name] / "again")
-    assert torch.equal(logits(again, TOKENS.token_ids), stock[name]["logits"])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", FAMILIES)
-def test_it_loads_in_another_dtype(stock: dict[str, Any], name: str) -> None:
-    assert stock[name]["bfloat16"] == "{torch.bfloat16}"
-    assert stock[name]["half"].dtype == torch.bfloat16
-    difference = (stock[name]["half"].float() - stock[name]["logits"].float()).abs().max()
-    assert difference < 0.2 * stock[name]["logits"].float().abs().max()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", FAMILIES)
-def test_it_works_in_a_text_generation_pipeline(stock: dict[str, Any], name: str) -> None:
-    assert stock[name]["text"].startswith("the quick")
-    assert len(stock[name]["text"]) > len("the quick")
+def test_it_works_in_a_text_generation_pipeline(stock: dict[str, Any]) -> None:
+    assert stock["text"].startswith("the quick")
+    assert len(stock["text"]) > len("the quick")
 
 
 def test_the_blocker_of_these_tests_blocks(tmp_path: Path) -> None:
@@ -240,9 +216,8 @@ def test_the_blocker_of_these_tests_blocks(tmp_path: Path) -> None:
 def test_what_was_evaluated_is_what_was_saved(tmp_path: Path) -> None:
     text = text_file(tmp_path / "text.txt")
     options: dict[str, Any] = {"eval_data": [text], "sequence_length": 16}
-    report = layer_surgery.compress(
-        saved_model(tmp_path / "model"), tmp_path / "output", layers=[1, 2], keep=0.3, **options
-    )
+    path = saved_model(tmp_path / "model")
+    report = layer_surgery.compress(path, tmp_path / "output", layers=[1, 2], keep=0.3, **options)
     again = layer_surgery.evaluate(tmp_path / "output", **options).model
     assert again == report.after
     assert report.after.perplexity[str(text)].value != report.before.perplexity[str(text)].value
@@ -310,8 +285,6 @@ def test_saved_again_with_this_package_it_is_the_same_model(low_rank: Path, tmp_
 
 def test_pickling_its_configuration_is_not_needed_for_a_copy(low_rank: Path) -> None:
     """Libraries copy configurations, for example to change one field."""
-    import copy
-
     config = layer_surgery.load(low_rank).config
     assert copy.deepcopy(config).low_rank == config.low_rank
     assert type(config).from_dict(config.to_dict()).low_rank == config.low_rank
@@ -320,13 +293,8 @@ def test_pickling_its_configuration_is_not_needed_for_a_copy(low_rank: Path) -> 
 def test_modelling_file_imports_nothing_of_this_package(low_rank: Path) -> None:
     code = (low_rank / "modeling_layer_surgery.py").read_text()
     imports = [line for line in code.splitlines() if line.startswith(("import ", "from "))]
-    assert {line.split()[1].partition(".")[0] for line in imports} == {
-        "__future__",
-        "functools",
-        "typing",
-        "torch",
-        "transformers",
-    }
+    found = {line.split()[1].partition(".")[0] for line in imports}
+    assert found == {"__future__", "functools", "typing", "torch", "transformers"}
 
 
 def test_its_weight_is_the_product_of_the_factors_and_lets_gradients_through() -> None:
@@ -367,23 +335,11 @@ def test_a_replaced_linear_keeps_its_bias_dtype_and_device() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "loader",
-    [
-        "AutoModelForCausalLM",
-        "AutoModelForCausalLM, no code",
-        "AutoModel",
-        "AutoConfig",
-        "LlamaForCausalLM",
-        "LlamaModel",
-        "LlamaConfig",
-        "pipeline",
-    ],
-)
-def test_loaders_that_run_no_code_refuse_it(processed: dict[str, Any], loader: str) -> None:
-    outcome, message = processed["traps"][loader]
-    assert outcome == "raised", message
-    assert "trust_remote_code=True" in message
+def test_loaders_that_run_no_code_refuse_it(processed: dict[str, Any]) -> None:
+    assert len(processed["traps"]) == 8
+    for loader, (outcome, message) in processed["traps"].items():
+        assert outcome == "raised", f"{loader}: {message}"
+        assert "trust_remote_code=True" in message, loader
 
 
 @pytest.mark.parametrize("part", ["in_factor", "out_factor"])

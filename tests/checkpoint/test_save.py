@@ -20,7 +20,6 @@ from tiny_models import decoder_layers, without_layers
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 
 import layer_surgery
-from layer_surgery.checkpoint import save as saving
 from layer_surgery.checkpoint.open import open_checkpoint
 from layer_surgery.checkpoint.save import (
     StreamedSafetensors,
@@ -35,12 +34,19 @@ from layer_surgery.errors import CheckpointError, LayerSurgeryError, OutputError
 from layer_surgery.progress import no_progress
 
 IDS = torch.randint(3, 300, (2, 14), generator=torch.Generator().manual_seed(0))
+KEPT = pytest.mark.parametrize("keep", [0, 0.3], ids=["removed", "low-rank"])
 COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 
 
 def remove(model: Path | PreTrainedModel, output: Path, layers: tuple[int, ...] = (1, 2), **options: Any) -> Path:
     """Remove layers outright, leave the others as they are, and return the output directory."""
     layer_surgery.compress(model, output, layers=layers, keep=0, refit=False, eval_data=None, **options)
+    return output
+
+
+def compress(path: Path, output: Path, keep: float = 0.3, layer: int = 1) -> Path:
+    """Remove a layer, or make it low-rank, and return the output directory."""
+    layer_surgery.compress(path, output, layers=[layer], keep=keep, method="svd", eval_data=None)
     return output
 
 
@@ -89,23 +95,16 @@ def test_removal_cuts_the_types_of_layers(tmp_path: Path, model_type: str) -> No
         assert json.loads((output / "config.json").read_text())["layer_types"] == [types[i] for i in (1, 2, 4, 5)]
 
 
-@pytest.mark.parametrize("keep", [0, 0.3], ids=["removed", "low-rank"])
-def test_tied_embeddings_stay_tied_and_are_stored_once(tmp_path: Path, keep: float) -> None:
-    path = saved_model(tmp_path / "model", tied=True)
-    layer_surgery.compress(path, tmp_path / "output", layers=[1], keep=keep, method="svd", eval_data=None)
-    assert "lm_head.weight" not in tensors_of(tmp_path / "output")
-    model = layer_surgery.load(tmp_path / "output")
-    assert model.get_output_embeddings().weight.data_ptr() == model.get_input_embeddings().weight.data_ptr()
-
-
-@pytest.mark.parametrize("keep", [0, 0.3], ids=["removed", "low-rank"])
-def test_untied_embeddings_stay_untied(tmp_path: Path, keep: float) -> None:
-    path = saved_model(tmp_path / "model", tied=False)
-    layer_surgery.compress(path, tmp_path / "output", layers=[1], keep=keep, method="svd", eval_data=None)
-    model = layer_surgery.load(tmp_path / "output")
+@KEPT
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_embeddings_stay_tied_and_are_stored_once_or_stay_untied(tmp_path: Path, keep: float, tied: bool) -> None:
+    path = saved_model(tmp_path / "model", tied=tied)
+    output = compress(path, tmp_path / "output", keep)
+    model = layer_surgery.load(output)
     head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
-    assert head.data_ptr() != embedding.data_ptr()
-    assert torch.equal(head, tensors_of(path)["lm_head.weight"])
+    assert (head.data_ptr() == embedding.data_ptr()) is tied
+    assert ("lm_head.weight" not in tensors_of(output)) is tied
+    assert tied or torch.equal(head, tensors_of(path)["lm_head.weight"])
 
 
 def test_a_head_that_is_stored_although_tied_is_tied_all_the_same(tmp_path: Path) -> None:
@@ -119,28 +118,19 @@ def test_a_head_that_is_stored_although_tied_is_tied_all_the_same(tmp_path: Path
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("keep", [0, 0.3], ids=["removed", "low-rank"])
+@KEPT
 def test_output_has_the_dtype_of_the_input(tmp_path: Path, dtype: torch.dtype, keep: float) -> None:
-    path = saved_model(tmp_path / "model", dtype=dtype)
-    layer_surgery.compress(path, tmp_path / "output", layers=[1], keep=keep, method="svd", eval_data=None)
-    assert {tensor.dtype for tensor in tensors_of(tmp_path / "output").values()} == {dtype}
-    assert layer_surgery.load(tmp_path / "output").dtype == dtype
+    output = compress(saved_model(tmp_path / "model", dtype=dtype), tmp_path / "output", keep)
+    assert {tensor.dtype for tensor in tensors_of(output).values()} == {dtype}
+    assert layer_surgery.load(output).dtype == dtype
 
 
 def test_what_is_not_operated_on_is_copied_bit_for_bit(tmp_path: Path) -> None:
     path = saved_model(tmp_path / "model", dtype=torch.bfloat16)
-    layer_surgery.compress(path, tmp_path / "output", layers=[3], keep=0.3, method="svd", eval_data=None)
-    before, after = tensors_of(path), tensors_of(tmp_path / "output")
+    before, after = tensors_of(path), tensors_of(compress(path, tmp_path / "output", layer=3))
     untouched = [name for name in before if not name.startswith("model.layers.3.") or "norm" in name]
     assert len(untouched) > 25
     assert all(torch.equal(before[name], after[name]) for name in untouched)
-
-
-def test_files_say_that_they_are_for_torch(tmp_path: Path) -> None:
-    output = remove(saved_model(tmp_path / "model", max_shard_size="30KB"), tmp_path / "output")
-    for file in output.glob("*.safetensors"):
-        with safe_open(file, framework="pt") as opened:
-            assert opened.metadata() == {"format": "pt"}
 
 
 # Shards
@@ -153,6 +143,9 @@ def test_a_sharded_input_gives_a_sharded_output_with_an_index(tmp_path: Path) ->
     shards = {file.name for file in output.glob("*.safetensors")}
     assert set(index["weight_map"].values()) == shards
     assert len(shards) > 2
+    for name in shards:
+        with safe_open(output / name, framework="pt") as opened:
+            assert opened.metadata() == {"format": "pt"}
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in tensors_of(output).values())
     loaded, info = load_stock(output)
     assert not any(len(keys) for keys in info.values())
@@ -163,7 +156,7 @@ def test_a_sharded_input_gives_a_sharded_output_with_an_index(tmp_path: Path) ->
 @pytest.mark.parametrize("size", ["20KB", "45KB", "100KB"])
 def test_no_shard_is_larger_than_the_inputs_largest(tmp_path: Path, size: str, keep: float) -> None:
     path = saved_model(tmp_path / "model", max_shard_size=size)
-    layer_surgery.compress(path, tmp_path / "output", layers=[1], keep=keep, method="svd", eval_data=None)
+    compress(path, tmp_path / "output", keep)
     largest = [
         max(sum(tensor.nbytes for tensor in load_file(file).values()) for file in directory.glob("*.safetensors"))
         for directory in (path, tmp_path / "output")
@@ -184,12 +177,12 @@ def test_shards_are_cut_where_the_next_tensor_would_not_fit() -> None:
 # What travels with the weights
 
 
-@pytest.mark.parametrize("keep", [0, 0.3], ids=["removed", "low-rank"])
+@KEPT
 def test_tokenizer_template_and_generation_settings_are_copied_byte_for_byte(tmp_path: Path, keep: float) -> None:
     path = saved_model(tmp_path / "model")
     (path / "LICENSE").write_text("Do as you like.\r\n")
     (path / "notes.md").write_text("stays where it is")
-    layer_surgery.compress(path, tmp_path / "output", layers=[1], keep=keep, method="svd", eval_data=None)
+    compress(path, tmp_path / "output", keep)
     for name in (*COMPANIONS, "LICENSE"):
         assert (tmp_path / "output" / name).read_bytes() == (path / name).read_bytes(), name
     assert not (tmp_path / "output" / "notes.md").exists()
@@ -285,6 +278,14 @@ def test_tensors_are_read_one_at_a_time(tmp_path: Path, monkeypatch: pytest.Monk
 # All or nothing
 
 
+def stage(output: Path, *, overwrite: bool = True, error: type[BaseException] | None = None) -> None:
+    """Write a file into a staged directory, and raise the error behind it."""
+    with staged_directory(output, overwrite=overwrite) as staging:
+        (staging / "new").write_text("new")
+        if error:
+            raise error
+
+
 def test_staged_directory_appears_at_the_end(tmp_path: Path) -> None:
     output = tmp_path / "new" / "output"
     with staged_directory(output, overwrite=False) as staging:
@@ -298,20 +299,15 @@ def test_staged_directory_appears_at_the_end(tmp_path: Path) -> None:
 def test_staged_directory_leaves_nothing_when_the_work_fails(
     tmp_path: Path, error: type[BaseException], parent: str
 ) -> None:
-    def fail() -> None:
-        with staged_directory(tmp_path / parent / "output", overwrite=False) as staging:
-            (staging / "file").write_text("x")
-            raise error
-
     with pytest.raises(error):
-        fail()
+        stage(tmp_path / parent / "output", overwrite=False, error=error)
     assert listing(tmp_path) == {}
 
 
 def test_folders_that_were_there_before_are_not_removed(tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
-    with pytest.raises(ValueError), staged_directory(tmp_path / "there" / "new" / "output", overwrite=False):
-        raise ValueError
+    with pytest.raises(ValueError):
+        stage(tmp_path / "there" / "new" / "output", overwrite=False, error=ValueError)
     assert listing(tmp_path).keys() == {"there"}
 
 
@@ -333,50 +329,49 @@ def test_staged_directory_replaces_only_at_the_end(existing: Path) -> None:
 
 def test_an_existing_output_is_kept_without_overwrite(existing: Path) -> None:
     before = listing(existing.parent)
-    with pytest.raises(OutputError, match=r"exists already.*--overwrite"), staged_directory(existing, overwrite=False):
-        raise AssertionError("not reached")
+    with pytest.raises(OutputError, match=r"exists already.*--overwrite"):
+        stage(existing, overwrite=False)
     assert listing(existing.parent) == before
 
 
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt, SystemExit])
-def test_the_old_output_comes_back_when_the_last_step_fails(
-    existing: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+def test_the_old_output_comes_back_when_the_last_step_fails_and_the_new_stays_if_it_was_done(
+    existing: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException], after: bool
 ) -> None:
     before, rename = listing(existing.parent), Path.rename
 
     def fail(self: Path, target: Path) -> Path:
-        if ".partial-" in self.name:
+        last = ".partial-" in self.name
+        moved = rename(self, target) if after or not last else target
+        if last:
             raise error
-        return rename(self, target)
+        return moved
 
     monkeypatch.setattr(Path, "rename", fail)
-    with pytest.raises(error), staged_directory(existing, overwrite=True) as staging:
-        (staging / "new").write_text("new")
-    assert listing(existing.parent) == before
+    with pytest.raises(error):
+        stage(existing)
+    if after:
+        assert listing(existing.parent).keys() == {"output", "output/new"}
+    else:
+        assert listing(existing.parent) == before
 
 
-def test_a_stop_right_after_the_last_step_keeps_the_new_output(existing: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rename = Path.rename
-
-    def stop_after(self: Path, target: Path) -> Path:
-        rename(self, target)
-        if ".partial-" in self.name:
-            raise KeyboardInterrupt
-        return target
-
-    monkeypatch.setattr(Path, "rename", stop_after)
-    with pytest.raises(KeyboardInterrupt), staged_directory(existing, overwrite=True) as staging:
-        (staging / "new").write_text("new")
-    assert listing(existing.parent).keys() == {"output", "output/new"}
-
-
-def test_a_directory_that_is_not_a_model_is_never_replaced(tmp_path: Path) -> None:
-    output = tmp_path / "thesis"
-    output.mkdir()
-    (output / "chapter.tex").write_text("years of work")
-    with pytest.raises(OutputError, match=r"holds chapter\.tex.* is not replaced, even with --overwrite"):
-        remove(saved_model(tmp_path / "model"), output, overwrite=True)
-    assert (output / "chapter.tex").read_text() == "years of work"
+@pytest.mark.parametrize(
+    ("file", "refusal"),
+    [
+        ("chapter.tex", r"holds chapter\.tex.* is not replaced, even with --overwrite"),
+        ("analyse.py", r"holds analyse\.py"),
+        ("checkpoint-500/model.safetensors", "holds checkpoint-500"),
+    ],
+)
+def test_an_output_with_something_of_the_users_is_never_replaced(existing: Path, file: str, refusal: str) -> None:
+    (existing / file).parent.mkdir(exist_ok=True)
+    (existing / file).write_text("a week of training")
+    before = listing(existing)
+    with pytest.raises(OutputError, match=refusal):
+        remove(saved_model(existing.parent / "model"), existing, overwrite=True)
+    assert listing(existing) == before
 
 
 def test_a_model_of_someone_else_is_never_replaced(tmp_path: Path) -> None:
@@ -385,15 +380,6 @@ def test_a_model_of_someone_else_is_never_replaced(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match=r"has no surgery\.json"):
         remove(saved_model(tmp_path / "model"), other, overwrite=True)
     assert listing(other) == before
-
-
-def test_an_output_with_a_folder_of_the_users_is_never_replaced(tmp_path: Path, existing: Path) -> None:
-    (existing / "checkpoint-500").mkdir()
-    (existing / "checkpoint-500" / "model.safetensors").write_text("a week of training")
-    before = listing(existing)
-    with pytest.raises(OutputError, match="holds checkpoint-500"):
-        remove(saved_model(tmp_path / "model"), existing, overwrite=True)
-    assert listing(existing) == before
 
 
 def test_a_folder_of_chat_templates_travels_and_may_be_replaced(tmp_path: Path) -> None:
@@ -405,64 +391,40 @@ def test_a_folder_of_chat_templates_travels_and_may_be_replaced(tmp_path: Path) 
     assert (tmp_path / "output" / "additional_chat_templates" / "tools.jinja").read_text() == "{{ messages }}"
 
 
-@pytest.mark.parametrize("place", ["file", "link"])
-def test_a_file_or_link_is_never_replaced(tmp_path: Path, place: str) -> None:
-    path = saved_model(tmp_path / "model")
+@pytest.mark.parametrize(
+    ("output", "refusal"),
+    [
+        ("file", "is a file or a link"),
+        ("other link", "is a file or a link"),
+        ("run/model", "is the model itself"),
+        ("run/model/../model", "is the model itself"),
+        ("link/run/model", "is the model itself"),
+        ("run", "holds the model"),  # a training run's directory is a model too, and holds its checkpoints
+    ],
+)
+def test_files_links_and_the_model_itself_are_never_replaced(tmp_path: Path, output: str, refusal: str) -> None:
+    path = saved_model(saved_model(tmp_path / "run") / "model")
     (tmp_path / "file").write_text("x")
-    (tmp_path / "link").symlink_to(saved_model(tmp_path / "other"))
-    before = listing(tmp_path)
-    with pytest.raises(OutputError, match="is a file or a link"):
-        remove(path, tmp_path / place, overwrite=True)
-    assert listing(tmp_path) == before
-
-
-@pytest.mark.parametrize("output", ["model", "model/../model", "link/model"])
-def test_the_model_is_never_replaced_by_its_own_output(tmp_path: Path, output: str) -> None:
-    path = saved_model(tmp_path / "model")
+    (tmp_path / "other link").symlink_to(saved_model(tmp_path / "other"))
     (tmp_path / "link").symlink_to(tmp_path)
     before = listing(tmp_path)
-    with pytest.raises(OutputError, match="is the model itself"):
+    with pytest.raises(OutputError, match=refusal):
         remove(path, tmp_path / output, overwrite=True)
     assert listing(tmp_path) == before
 
 
-def test_a_directory_that_holds_the_model_is_never_replaced(tmp_path: Path) -> None:
-    """A training run's directory is a model too, and holds its checkpoints."""
-    run = saved_model(tmp_path / "run")
-    path = saved_model(run / "checkpoint-500")
-    before = listing(tmp_path)
-    with pytest.raises(OutputError, match="holds the model"):
-        remove(path, run, overwrite=True)
-    assert listing(tmp_path) == before
-
-
-@pytest.mark.parametrize("parent", ["file", "/proc", "/dev/null"])
-def test_a_parent_that_cannot_be_written_is_refused(tmp_path: Path, parent: str) -> None:
+@pytest.mark.parametrize("output", ["file/output", "/proc/output", "/dev/null/output", "x" * 250], ids=lambda o: o[:20])
+def test_an_output_that_cannot_be_written_is_refused(tmp_path: Path, output: str) -> None:
     path = saved_model(tmp_path / "model")
     (tmp_path / "file").write_text("x")
     with pytest.raises(OutputError, match="cannot be written"):
-        remove(path, tmp_path / parent / "output")
-
-
-def test_a_name_that_is_too_long_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match="cannot be written"):
-        remove(saved_model(tmp_path / "model"), tmp_path / ("x" * 250))
+        remove(path, tmp_path / output)
 
 
 def compress_over(path: Path, output: Path, text: Path) -> None:
     """Compress with every stage: scoring, method, evaluation."""
-    layer_surgery.compress(
-        path,
-        output,
-        target_layers=2,
-        keep=0.3,
-        method="grasp",
-        calibration=text,
-        eval_data=[text],
-        samples=4,
-        sequence_length=16,
-        overwrite=True,
-    )
+    data = {"calibration": text, "eval_data": [text], "samples": 4, "sequence_length": 16}
+    layer_surgery.compress(path, output, target_layers=2, keep=0.3, method="grasp", overwrite=True, **data)
 
 
 STAGES = [
@@ -573,14 +535,3 @@ def test_weights_that_are_not_finite_are_never_written(tmp_path: Path) -> None:
     assert not (tmp_path / "output").exists()
     with pytest.raises(LayerSurgeryError, match=r"'model\.layers\.3\.mlp\.up_proj\.weight' .* NaN or Inf"):
         write_shards(open_checkpoint(path), tmp_path, shard_bytes=1 << 30, progress=no_progress)
-
-
-def test_saving_module_has_no_other_name_for_its_files() -> None:
-    assert (saving.SINGLE_FILE, saving.INDEX_FILE) == ("model.safetensors", "model.safetensors.index.json")
-
-
-def test_a_script_of_the_users_is_never_replaced(tmp_path: Path, existing: Path) -> None:
-    (existing / "analyse.py").write_text("print('mine')")
-    with pytest.raises(OutputError, match=r"holds analyse\.py"):
-        remove(saved_model(tmp_path / "model"), existing, overwrite=True)
-    assert (existing / "analyse.py").read_text() == "print('mine')"

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from tiny_tokenizer import tiny_tokenizer
 
 from layer_surgery.data import Text, bundled, load_documents
 from layer_surgery.errors import DataError
@@ -53,6 +54,12 @@ def make_texts(directory: Path, calibration_words: int = 32_000, evaluation_word
             (directory / part / f"{part}-{name}").write_text(text + "\n")
     write_manifest(directory)
     return directory
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Texts of the right size, with a manifest."""
+    return make_texts(tmp_path / "data")
 
 
 @pytest.fixture
@@ -158,47 +165,40 @@ def run(directory: Path, *arguments: str) -> int:
     return int(SCRIPT.main(["--directory", str(directory), *arguments]))
 
 
-def test_written_manifest_passes_its_check(tmp_path: Path) -> None:
-    directory = make_texts(tmp_path / "data")
-    assert run(directory, "--check") == 1, "the made-up manifest is not what would be written"
-    assert run(directory) == 0
-    assert run(directory, "--check") == 0
-    manifest = json.loads((directory / "MANIFEST.json").read_text())
+def test_written_manifest_passes_its_check(data: Path) -> None:
+    assert run(data, "--check") == 1, "the made-up manifest is not what would be written"
+    assert run(data) == 0
+    assert run(data, "--check") == 0
+    manifest = json.loads((data / "MANIFEST.json").read_text())
     part = manifest["parts"]["calibration"]
     assert (part["words"], part["tokens"], part["number"]) == (32_000, 14, 2)
     assert manifest["totals"] == {"words": 40_000, "tokens": 28}
     assert [document["kind"] for document in part["documents"]] == ["calibration", "calibration"]
 
 
-def test_a_changed_text_needs_a_tokenizer_and_fails_the_check(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    directory = make_texts(tmp_path / "data")
-    assert run(directory) == 0
-    before = (directory / "MANIFEST.json").read_text()
-    path = directory / "calibration" / "calibration-a-one.txt"
+def test_a_changed_text_needs_a_tokenizer_and_fails_the_check(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(data) == 0
+    before = (data / "MANIFEST.json").read_text()
+    path = data / "calibration" / "calibration-a-one.txt"
     path.write_text(path.read_text() + "more\n")
-    assert run(directory, "--check") == 1
+    assert run(data, "--check") == 1
     assert "out of date" in capsys.readouterr().err
-    assert run(directory) == 1
+    assert run(data) == 1
     assert "no token count is known for calibration-a-one.txt" in capsys.readouterr().err
-    assert (directory / "MANIFEST.json").read_text() == before
+    assert (data / "MANIFEST.json").read_text() == before
 
 
-def test_tokens_are_counted_with_the_given_tokenizer(tmp_path: Path) -> None:
-    from tiny_tokenizer import tiny_tokenizer
-
+def test_tokens_are_counted_with_the_given_tokenizer(data: Path, tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer(adds_bos=True)
     tokenizer.save_pretrained(tmp_path / "tokenizer")
-    directory = make_texts(tmp_path / "data")
-    assert run(directory, str(tmp_path / "tokenizer")) == 0
-    manifest = json.loads((directory / "MANIFEST.json").read_text())
-    text = (directory / "evaluation" / "evaluation-a-one.txt").read_text().removesuffix("\n")
+    assert run(data, str(tmp_path / "tokenizer")) == 0
+    manifest = json.loads((data / "MANIFEST.json").read_text())
+    text = (data / "evaluation" / "evaluation-a-one.txt").read_text().removesuffix("\n")
     expected = len(tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids)
     assert manifest["parts"]["evaluation"]["documents"][0]["tokens"] == expected
     digest = hashlib.sha256((tmp_path / "tokenizer" / "tokenizer.json").read_bytes()).hexdigest()
     assert manifest["tokenizer"] == {"tokenizer_json_sha256": digest}
-    assert run(directory, "--check") == 0
+    assert run(data, "--check") == 0
 
 
 @pytest.mark.parametrize(
@@ -223,11 +223,7 @@ def test_sizes(
     [
         ("evaluation-copy.txt", "", "a document stands in both parts (sha256"),
         ("calibration-a-one.txt", "tail", "a document stands in both parts (file calibration-a-one.txt)"),
-        (
-            "evaluation-copy.txt",
-            "\n\ntail",
-            "a paragraph stands in both parts: calibration-a-one.txt and evaluation-copy",
-        ),
+        ("evaluation-copy.txt", "\n\ntail", "a paragraph stands in both parts: calibration-a-one.txt and evaluation-c"),
     ],
 )
 def test_overlap_of_the_parts(

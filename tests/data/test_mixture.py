@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_checkpoints import DEMO, CommandLine, listing, saved_model, strict_json, text_file
+from tiny_checkpoints import CommandLine, listing, strict_json, text_file
 from tiny_tokenizer import CHAT_TEMPLATE, tiny_tokenizer
 
 import layer_surgery
@@ -151,9 +151,7 @@ def test_too_few_rows_for_a_share_name_the_source_and_the_limits(weights: list[f
         mix(data, weights, 100, seed)
     share = apportion(weights, 100)[1]
     message = str(caught.value)
-    match = re.match(
-        r"sums.csv has [\d,]+ tokens, which make (\d+) rows of whole examples at --sequence-length", message
-    )
+    match = re.match(r"sums.csv has [\d,]+ tokens, which make (\d+) rows of whole examples at --sequence-l", message)
     assert match
     count = int(match[1])
     assert count < share
@@ -169,10 +167,9 @@ def test_too_few_rows_for_a_share_name_the_source_and_the_limits(weights: list[f
 
 
 def test_a_source_without_any_sequence_is_not_told_to_take_none() -> None:
-    with pytest.raises(
-        DataError, match=r"short.txt has .* which make 0 windows .* which is 2; lower --sequence-length,"
-    ):
-        mix([TEXT, LoadedData("short.txt", [Text("the fox")], "text")], [1, 1], 4)
+    short = LoadedData("short.txt", [Text("the fox")], "text")
+    with pytest.raises(DataError, match=r"short.txt has .* which make 0 windows .* which is 2; lower --sequence-l"):
+        mix([TEXT, short], [1, 1], 4)
 
 
 def test_advice_on_samples_never_goes_below_one_each() -> None:
@@ -204,11 +201,6 @@ def test_more_sources_than_samples_and_none_are_refused(options: dict[str, Any],
 # From the command line to the report
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return saved_model(tmp_path_factory.mktemp("model"))
-
-
 @pytest.fixture
 def files(tmp_path: Path) -> dict[str, str]:
     task = "".join(json.dumps({"prompt": f"{n} and {n}?", "answer": f"{2 * n}!"}) + "\n" for n in range(40))
@@ -216,11 +208,6 @@ def files(tmp_path: Path) -> dict[str, str]:
     (tmp_path / "body.csv").write_text("body\n" + "the answer is the other thing\n" * 60)
     text_file(tmp_path / "text.txt")
     return {name: str(tmp_path / name) for name in ("task.jsonl", "body.csv", "text.txt")}
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> CommandLine:
-    return CommandLine(monkeypatch, capsys)
 
 
 def test_the_report_and_the_notes_list_every_source(
@@ -241,7 +228,7 @@ def test_the_report_and_the_notes_list_every_source(
     assert (second["name"], second["weight"], second["sequences"]) == (text, 1, 2)
     for key in ("tokens", "predicted_tokens", "sequences", "tokens_available"):
         assert first[key] + second[key] == block[key]
-    assert report["provenance"]["config"]["calibration"] == [f"{task}:2", text]
+    assert report["provenance"]["config"]["calibration"] == ["task.jsonl:2", "text.txt"]
     (first_note, second_note) = outcome.error_lines
     part = 100 * first["predicted_tokens"] / block["predicted_tokens"]
     assert first_note == (
@@ -311,16 +298,14 @@ def test_a_wrong_mixture_is_refused_and_leaves_nothing(
     assert listing(tmp_path) == before
 
 
-@pytest.mark.slow
-def test_a_mixture_of_task_and_text_compresses_the_demo_checkpoint(files: dict[str, str], tmp_path: Path) -> None:
-    options: dict[str, Any] = {"layers": [5], "keep": 0.1, "eval_data": None, "samples": 6, "sequence_length": 64}
+def test_a_mixture_of_task_and_text_gives_the_same_again_and_other_weights_than_text(
+    model: Path, files: dict[str, str], tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"layers": [1], "keep": 0.3, "eval_data": None, "samples": 6, "sequence_length": 64}
+    mixed = [f"{files['task.jsonl']}:1", "bundled:2"]
     reports = {
-        name: layer_surgery.compress(str(DEMO), tmp_path / name, calibration=data, **options)
-        for name, data in {
-            "mixed": [f"{files['task.jsonl']}:1", "bundled:2"],
-            "again": [f"{files['task.jsonl']}:1", "bundled:2"],
-            "text": "bundled",
-        }.items()
+        name: layer_surgery.compress(model, tmp_path / name, calibration=data, **options)
+        for name, data in (("mixed", mixed), ("again", mixed), ("text", "bundled"))
     }
     blocks = {name: report.calibration for name, report in reports.items()}
     assert blocks["mixed"] is not None and blocks["mixed"] == blocks["again"]

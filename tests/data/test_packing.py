@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import transformers
 from tiny_tokenizer import CHAT_TEMPLATE, tiny_tokenizer
 from transformers import PreTrainedTokenizerFast
 
@@ -79,10 +80,8 @@ def test_too_few_windows_are_refused_with_the_numbers() -> None:
     count = tokens // 64
     with pytest.raises(DataError) as caught:
         pack_calibration(TEXT, tokenizer, samples=count + 1, sequence_length=64, seed=0)
-    found = (
-        f"numbers.txt has {tokens:,} tokens, which make {count} windows at --sequence-length 64, fewer than --samples"
-    )
-    assert str(caught.value).startswith(f"{found} {count + 1}; lower --samples to at most {count}, or")
+    found = f"numbers.txt has {tokens:,} tokens, which make {count} windows at --sequence-length 64, fewer than"
+    assert str(caught.value).startswith(f"{found} --samples {count + 1}; lower --samples to at most {count}, or")
     assert pack_calibration(TEXT, tokenizer, samples=count, sequence_length=64, seed=0).sequences == count
     # None at all: zero samples are not advised.
     with pytest.raises(DataError, match=r"0 windows .* lower --sequence-length, or pass more data"):
@@ -90,8 +89,6 @@ def test_too_few_windows_are_refused_with_the_numbers() -> None:
 
 
 def test_long_texts_cause_no_length_warning(caplog: pytest.LogCaptureFixture) -> None:
-    import transformers
-
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_warning()  # the command line, where it was run before, has lowered it
     transformers.logging.enable_propagation()
@@ -254,9 +251,8 @@ def test_the_first_token_of_an_example_never_carries_loss() -> None:
     tokenizer = tiny_tokenizer(eos=None)
     data = LoadedData("x", [Example("", "12"), Example("", "34")], "example")
     packed = pack_evaluation(data, tokenizer, sequence_length=8)
-    assert [tokenizer.decode(run) for run in runs(packed, 0)] == ["12", "34"], (
-        "the spaces before them are predicted by none"
-    )
+    found = [tokenizer.decode(run) for run in runs(packed, 0)]
+    assert found == ["12", "34"], "the spaces before them are predicted by none"
 
 
 def test_rows_are_filled_greedily_with_whole_examples() -> None:
@@ -294,9 +290,7 @@ def test_calibration_examples_are_shuffled_by_seed() -> None:
 def test_too_few_rows_are_refused() -> None:
     tokenizer = tiny_tokenizer()
     for seed in range(3):
-        with pytest.raises(
-            DataError, match=r"sums.csv has .* tokens, which make (\d+) rows of whole examples"
-        ) as caught:
+        with pytest.raises(DataError, match=r"sums.csv has .* tokens, which make \d+ rows of whole example") as caught:
             pack_calibration(EXAMPLES, tokenizer, samples=40, sequence_length=40, seed=seed)
         count = int(str(caught.value).split("which make ")[1].split()[0])
         assert f"lower --samples to at most {count}" in str(caught.value)
@@ -404,10 +398,9 @@ def test_arguments_out_of_range_are_refused(argument: str, value: int, allowed: 
         with pytest.raises(DataError, match=expected):
             pack_evaluation(TEXT, tiny_tokenizer(), **{"sequence_length": 8} | {argument: value})
     if argument != "max_windows":
+        options = {"samples": 2, "sequence_length": 16, "seed": 0} | {argument: value}
         with pytest.raises(DataError, match=expected):
-            pack_calibration(
-                TEXT, tiny_tokenizer(), **{"samples": 2, "sequence_length": 16, "seed": 0} | {argument: value}
-            )
+            pack_calibration(TEXT, tiny_tokenizer(), **options)
 
 
 def test_vocabulary_must_cover_every_token() -> None:

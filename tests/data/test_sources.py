@@ -54,6 +54,12 @@ def load(source: object, column: str | None = None) -> LoadedData:
     return load_documents(str(source), column=column, part="calibration")
 
 
+def refused_if(path: Path, content: str | bytes, *parts: str) -> None:
+    """Check that a file with this content is refused."""
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    refused(path, *parts)
+
+
 def refused(source: object, *parts: str, column: str | None = None) -> str:
     """Check that loading is refused in one line that holds all `parts`; return it."""
     with pytest.raises(DataError) as caught:
@@ -127,24 +133,19 @@ def test_missing_and_non_string_fields(tmp_path: Path, suffix: str) -> None:
 
 def test_no_rows(tmp_path: Path) -> None:
     for name, content in {"a.jsonl": "\n\n", "b.json": "[]", "c.csv": "", "d.csv": "text\n", "e.jsonl": ""}.items():
-        (tmp_path / name).write_text(content)
-        refused(tmp_path / name, name, "has no rows")
+        refused_if(tmp_path / name, content, name, "has no rows")
     pyarrow.parquet.write_table(pyarrow.table({"text": pyarrow.array([], pyarrow.string())}), tmp_path / "f.parquet")
     refused(tmp_path / "f.parquet", "has no rows")
-    (tmp_path / "g.json").write_text(" ")
-    refused(tmp_path / "g.json", "is empty")
 
 
 def test_half_a_surrogate_pair(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text('{"text": "x\\ud800"}')
-    refused(tmp_path / "a.jsonl", "line 1", "surrogate")
+    refused_if(tmp_path / "a.jsonl", '{"text": "x\\ud800"}', "line 1", "surrogate")
 
 
 @pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".json", ".csv"])
 def test_not_utf8(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"a{suffix}"
-    path.write_bytes("text\ncafé".encode("latin-1"))
-    refused(path, str(path), "UTF-8", "byte 8 is 0xe9")
+    refused_if(path, "text\ncafé".encode("latin-1"), str(path), "UTF-8", "byte 8 is 0xe9")
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv"])
@@ -167,27 +168,32 @@ def test_txt_is_one_text_exactly(tmp_path: Path, name: str, text: str) -> None:
 
 def test_blank_txt_and_column_of_txt(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
-    path.write_text(" \n")
-    refused(path, str(path), "is empty")
+    refused_if(path, " \n", str(path), "is empty")
     path.write_text("x")
     refused(path, "has no columns", column="text")
 
 
-def test_invalid_json_names_the_line(tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
-    path.write_text('{"text": "x"}\n\n{"text": \n')
-    refused(path, f"{path}, line 3: invalid JSON")
-    path.write_text('{"text": "x"}\n[1]\n')
-    refused(path, "line 2: must be an object", "list")
-    path = tmp_path / "a.json"
-    path.write_text('[{"text": "x"},\n{"text"}]')
-    refused(path, "invalid JSON", "line 2", ".jsonl")
-    path.write_text('{"text": "x"}')
-    refused(path, "must hold a list of objects", "dict")
-    path.write_text('[{"text": "x"}, 3]')
-    refused(path, "row 2: must be an object", "int")
-    path.write_text("[" * 200_000)
-    refused(path, "JSON that cannot be read")
+@pytest.mark.parametrize(
+    ("name", "content", "parts"),
+    [
+        ("a.jsonl", '{"text": "x"}\n\n{"text": \n', ("a.jsonl, line 3: invalid JSON",)),
+        ("a.jsonl", '{"text": "x"}\n[1]\n', ("line 2: must be an object", "list")),
+        ("a.json", '[{"text": "x"},\n{"text"}]', ("invalid JSON", "line 2", ".jsonl")),
+        ("a.json", '{"text": "x"}', ("must hold a list of objects", "dict")),
+        ("a.json", '[{"text": "x"}, 3]', ("row 2: must be an object", "int")),
+        ("a.json", "[" * 200_000, ("JSON that cannot be read",)),
+        ("a.json", " ", ("is empty",)),
+        ("a.csv", "prompt,answer\na,b\na,b,c\n", ("row 2: 3 fields, but the header names 2",)),
+        ("a.csv", "prompt,answer\na,b\na\n", ("row 2: the field 'answer' is missing",)),
+        ("a.csv", 'text\n"a"b\n', ("line 2: invalid CSV",)),
+        ("a.csv", "text,text\na,b\n", ("twice",)),
+    ],
+    ids=lambda value: repr(value)[:20],
+)
+def test_a_damaged_table_is_named_with_the_place(
+    tmp_path: Path, name: str, content: str, parts: tuple[str, ...]
+) -> None:
+    refused_if(tmp_path / name, content, str(tmp_path / name), *parts)
 
 
 def test_csv_with_a_long_field_and_restored_limit(tmp_path: Path) -> None:
@@ -197,27 +203,13 @@ def test_csv_with_a_long_field_and_restored_limit(tmp_path: Path) -> None:
     assert csv.field_size_limit() == before
 
 
-def test_damaged_csv(tmp_path: Path) -> None:
-    path = tmp_path / "a.csv"
-    path.write_text("prompt,answer\na,b\na,b,c\n")
-    refused(path, "row 2: 3 fields, but the header names 2")
-    path.write_text("prompt,answer\na,b\na\n")
-    refused(path, "row 2: the field 'answer' is missing")
-    path.write_text('text\n"a"b\n')
-    refused(path, "line 2: invalid CSV")
-    path.write_text("text,text\na,b\n")
-    refused(path, "twice")
-
-
 def test_damaged_parquet(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
-    path.write_bytes(b"not parquet at all")
-    refused(path, str(path), "cannot be read as Parquet")
+    refused_if(path, b"not parquet at all", str(path), "cannot be read as Parquet")
     write_parquet(path, [{"text": f"row {n}" * 20} for n in range(200)])
     content = bytearray(path.read_bytes())
     content[4:200] = b"\xff" * 196
-    path.write_bytes(content)
-    refused(path, "the Parquet data after row 0 is damaged")
+    refused_if(path, bytes(content), "the Parquet data after row 0 is damaged")
 
 
 @pytest.mark.parametrize(
@@ -363,11 +355,8 @@ def test_c4_streams_a_stated_number_of_documents(hub: FakeHub) -> None:
     data = load("c4")
     assert len(data.documents) == 5000 and data.documents[-1] == Text("page 4999")
     assert data.origin == "allenai/c4, first 5,000 documents of en/c4-train.00000-of-01024.json.gz"
-    assert hub.calls[0][1] == {
-        "data_files": {"train": "en/c4-train.00000-of-01024.json.gz"},
-        "split": "train",
-        "streaming": True,
-    }
+    files = {"train": "en/c4-train.00000-of-01024.json.gz"}
+    assert hub.calls[0][1] == {"data_files": files, "split": "train", "streaming": True}
     assert "c4-validation" in load_documents("c4", part="evaluation").origin
     refused("c4#en", "takes no #CONFIG")
     refused("c4@test", "unknown split of allenai/c4 'test'", "train, validation")

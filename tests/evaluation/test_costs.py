@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from surgery_helpers import result_of
+from tiny_families import SIX_LAYERS
 from tiny_models import FIELDS, changes, make_test_plan, snapshot, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
@@ -16,9 +17,6 @@ from layer_surgery.checkpoint.architectures import ARCHITECTURES
 from layer_surgery.checkpoint.open import open_checkpoint
 from layer_surgery.evaluation import costs
 from layer_surgery.evaluation.costs import TokenCosts, token_costs
-
-#: With layers of several kinds, of which the tiny configurations have six.
-SIX_LAYERS = ("gpt_neo", "lfm2", "granitemoehybrid", "qwen3_next", "qwen3_5_text", "gemma4_text")
 
 
 def model_of(model_type: str) -> PreTrainedModel:

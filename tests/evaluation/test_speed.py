@@ -25,9 +25,8 @@ def test_numbers_follow_from_the_times_of_prefill_and_steps(monkeypatch: pytest.
     """Each reading of the clock is 2 s after the one before, so a prefill and every step take 2 s."""
     ticks = itertools.count(0, 2)
     monkeypatch.setattr(module, "_now", lambda _device: float(next(ticks)))
-    config = SpeedConfig(
-        speed=True, speed_batch_sizes=(1, 3), speed_lengths=(4, 8), speed_new_tokens=5, speed_repeats=3
-    )
+    sizes: dict[str, Any] = {"speed_batch_sizes": (1, 3), "speed_lengths": (4, 8), "speed_new_tokens": 5}
+    config = SpeedConfig(speed=True, speed_repeats=3, **sizes)
     (points,) = measure_speed([tiny_model()], config, no_progress, seed=0)
     assert [(p.batch_size, p.prompt_tokens) for p in points] == [(1, 4), (1, 8), (3, 4), (3, 8)]
     for point in points:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -15,7 +16,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
-from tiny_checkpoints import DEMO, environment, model_with_vocabulary, strict_json
+from tiny_checkpoints import DEMO, HUB_TASK, environment, model_with_vocabulary, strict_json
 from tiny_models import changes, snapshot
 from tiny_tokenizer import tiny_tokenizer
 from transformers import PreTrainedModel
@@ -90,11 +91,7 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, text in (("choice", CHOICE), ("rolling", ROLLING), ("generate", GENERATE)):
         (folder / f"{name}.yaml").write_text(text + COMMON, encoding="utf-8")
     (folder / "group.yaml").write_text(GROUP, encoding="utf-8")
-    (folder / "hub.yaml").write_text(
-        'task: from_hub\ndataset_path: nobody/nothing-of-this-name\ntest_split: test\ndoc_to_text: "x"\n'
-        'doc_to_target: "y"\n',
-        encoding="utf-8",
-    )
+    (folder / "hub.yaml").write_text(HUB_TASK, encoding="utf-8")
     (folder / "broken.yaml").write_text("task: broken\noutput_type: no_such_type\n", encoding="utf-8")
     (folder / "items.py").write_text(LOADER, encoding="utf-8")
     (folder / "items.json").write_text(json.dumps(ITEMS), encoding="utf-8")
@@ -150,13 +147,11 @@ def test_perplexity_by_task_is_that_of_likelihoods_computed_by_hand(own: Path, m
             logits = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
         total += sum(float(logits[k - 1, ids[k]]) for k in range(1, len(ids)))
         words += len(text.split())
-    metric = run(("own_rolling",), own, model).results["own_rolling"].metrics["word_perplexity"]
+    outcome = run(("own_rolling",), own, model)
+    assert outcome.items == {}, "what is no mean over items is not paired"
+    metric = outcome.results["own_rolling"].metrics["word_perplexity"]
     assert metric.value == pytest.approx(np.exp(-total / words), rel=1e-5)
     assert not metric.higher_is_better
-
-
-def test_a_metric_that_is_no_mean_over_items_is_not_paired(own: Path, model: PreTrainedModel) -> None:
-    assert run(("own_rolling",), own, model).items == {}
 
 
 def test_a_group_brings_its_tasks_and_num_fewshot_and_limit_reach_lm_eval(own: Path, model: PreTrainedModel) -> None:
@@ -202,16 +197,19 @@ def test_the_bundled_tasks_run_and_add_up(model: PreTrainedModel) -> None:
 def test_neither_model_nor_tokenizer_nor_global_generators_change(own: Path, model: PreTrainedModel) -> None:
     tokenizer = tiny_tokenizer(pad=None)
     tasks = Tasks(TaskConfig(tasks=("own_choice",), task_path=(own,)), bundled_tasks())
-    random.seed(4)
-    np.random.seed(4)
-    torch.manual_seed(4)
-    drawn = random.random(), np.random.random(), float(torch.rand(()))
-    before = snapshot(model)
-    random.seed(4)
-    np.random.seed(4)
-    torch.manual_seed(4)
+
+    def seed() -> None:
+        for seeded in (random.seed, np.random.seed, torch.manual_seed):
+            seeded(4)
+
+    def draw() -> tuple[float, ...]:
+        return random.random(), np.random.random(), float(torch.rand(()))
+
+    seed()
+    drawn, before = draw(), snapshot(model)
+    seed()
     tasks.run(model, tokenizer, no_progress)
-    assert (random.random(), np.random.random(), float(torch.rand(()))) == drawn
+    assert draw() == drawn
     assert changes(before, snapshot(model)) == []
     assert tokenizer.pad_token is None
 
@@ -223,10 +221,7 @@ def test_nothing_goes_to_stdout_and_every_answer_advances_the_progress(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    import contextlib
-
     monkeypatch.chdir(tmp_path)  # not a git repository, of which lm-eval would have git complain
-
     seen: list[tuple[str, int]] = []
     ticks: list[None] = []
 
@@ -291,9 +286,8 @@ def test_a_task_that_is_named_twice_is_refused() -> None:
 
 
 def test_a_task_that_runs_code_is_refused(own: Path) -> None:
-    (own / "code.yaml").write_text(
-        "task: own_code\nunsafe_code: true\n" + CHOICE.replace("task: own_choice", "") + COMMON
-    )
+    choice = CHOICE.replace("task: own_choice", "task: own_code\nunsafe_code: true")
+    (own / "code.yaml").write_text(choice + COMMON)
     with pytest.raises(DataError, match="task 'own_code' runs code that the model writes"):
         load("own_code", own=own)
 
@@ -330,16 +324,8 @@ def test_options_that_cannot_be_are_refused(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory, own: Path) -> tuple[Path, dict[str, Any]]:
     output = tmp_path_factory.mktemp("demo") / "output"
-    layer_surgery.compress(
-        DEMO,
-        output,
-        layers=[4, 7],
-        method="svd",
-        samples=8,
-        eval_data=None,
-        tasks=["bundled", "own_rolling", "own_generate"],
-        task_path=own,
-    )
+    tasks = {"tasks": ["bundled", "own_rolling", "own_generate"], "task_path": own}
+    layer_surgery.compress(DEMO, output, layers=[4, 7], method="svd", samples=8, eval_data=None, **tasks)
     return output, strict_json((output / "surgery.json").read_text(encoding="utf-8"))
 
 
@@ -353,9 +339,8 @@ def test_results_are_those_of_lm_evals_own_command_line(
     for path in (*bundled_tasks().glob("*.*"), *own.glob("*.*")):
         name = f"own_{path.name}" if path.name == "items.py" and path.parent == own else path.name
         text = path.read_text(encoding="utf-8")
-        (folder / name).write_text(
-            text.replace("items.load", "own_items.load") if path.parent == own else text, encoding="utf-8"
-        )
+        text = text.replace("items.load", "own_items.load") if path.parent == own else text
+        (folder / name).write_text(text, encoding="utf-8")
     command = [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--device", "cpu", "--batch_size", "64"]
     command += ["--model_args", f"pretrained={output},dtype=float32,trust_remote_code=True"]
     command += ["--tasks", "bundled,own_rolling,own_generate", "--include_path", str(folder)]

@@ -6,15 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_checkpoints import CommandLine, saved_model, text_file
+from tiny_checkpoints import saved_model, text_file
 
 import layer_surgery
 from layer_surgery import SurgeryReport
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> CommandLine:
-    return CommandLine(monkeypatch, capsys)
 
 
 @pytest.fixture(scope="package")

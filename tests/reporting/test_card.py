@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
@@ -17,6 +18,10 @@ from layer_surgery.checkpoint.origin import hub_id, licence, origin
 from layer_surgery.reporting.card import is_unedited, model_card
 from layer_surgery.reporting.text import code_span
 
+Result = tuple[Path, SurgeryReport]
+#: A layer removed outright, without data.
+REMOVAL: dict[str, Any] = {"layers": [1], "keep": 0, "refit": False, "eval_data": None}
+
 
 def with_card(model: Path, directory: Path, text: str | bytes | None, **files: str) -> Path:
     """Return a copy of a model with a card and other files beside it."""
@@ -28,7 +33,7 @@ def with_card(model: Path, directory: Path, text: str | bytes | None, **files: s
     return directory
 
 
-def test_the_hubs_reader_takes_the_card(result: tuple[Path, SurgeryReport]) -> None:
+def test_the_hubs_reader_takes_the_card(result: Result) -> None:
     card = ModelCard.load(result[0] / "README.md")
     assert card.data.library_name == "transformers"
     assert card.data.pipeline_tag == "text-generation"
@@ -41,7 +46,7 @@ def test_the_hubs_reader_takes_the_card(result: tuple[Path, SurgeryReport]) -> N
     assert "base_model" not in card.data.to_dict() and "license" not in card.data.to_dict()
 
 
-def test_the_card_says_how_to_load_what_it_saw_and_what_made_it(result: tuple[Path, SurgeryReport]) -> None:
+def test_the_card_says_how_to_load_what_it_saw_and_what_made_it(result: Result) -> None:
     text = (result[0] / "README.md").read_text(encoding="utf-8")
     assert 'from_pretrained("smaller", dtype="auto", trust_remote_code=True)' in text
     assert "names none either" in text and "--base-model OWNER/NAME" in text
@@ -55,9 +60,7 @@ def test_the_card_says_how_to_load_what_it_saw_and_what_made_it(result: tuple[Pa
 
 
 @pytest.mark.slow
-def test_the_code_in_the_card_runs_where_only_transformers_is(
-    result: tuple[Path, SurgeryReport], tmp_path: Path
-) -> None:
+def test_the_code_in_the_card_runs_where_only_transformers_is(result: Result, tmp_path: Path) -> None:
     shutil.copytree(result[0], tmp_path / "smaller")  # the card's name for it, relative to where the script runs
     script = """
 import json, pathlib, re
@@ -71,7 +74,7 @@ print("\\n" + json.dumps([type(model).__name__, sum(p.numel() for p in model.par
 
 
 def test_a_plain_result_needs_no_code(model: Path, tmp_path: Path) -> None:
-    layer_surgery.compress(model, tmp_path / "out", layers=[1], keep=0, refit=False, eval_data=None)
+    layer_surgery.compress(model, tmp_path / "out", **REMOVAL)
     text = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert "trust_remote_code" not in text and "custom_code" not in text and "plain checkpoint" in text
     assert "No data." in text.partition("calibrated on")[2][:20]
@@ -115,7 +118,7 @@ def test_a_model_in_memory_may_say_where_it_is_from() -> None:
 
 def test_the_licence_is_that_of_the_originals_card(model: Path, tmp_path: Path) -> None:
     base = with_card(model, tmp_path / "base", "---\nlicense: mit\ntags: [x]\n---\n# Base\n", LICENSE="MIT text")
-    report = layer_surgery.compress(base, tmp_path / "out", layers=[1], keep=0, refit=False, eval_data=None)
+    report = layer_surgery.compress(base, tmp_path / "out", **REMOVAL)
     assert report.base_model["licence"] == {"license": "mit"}
     card = ModelCard.load(tmp_path / "out" / "README.md")
     assert card.data.license == "mit" and "as its model card says: `mit`" in card.text
@@ -125,7 +128,7 @@ def test_the_licence_is_that_of_the_originals_card(model: Path, tmp_path: Path) 
 
 def test_a_licence_file_is_pointed_at(model: Path, tmp_path: Path) -> None:
     base = with_card(model, tmp_path / "base", None, LICENSE="Ask us.")
-    layer_surgery.compress(base, tmp_path / "out", layers=[1], keep=0, refit=False, eval_data=None)
+    layer_surgery.compress(base, tmp_path / "out", **REMOVAL)
     card = ModelCard.load(tmp_path / "out" / "README.md")
     assert (card.data.license, card.data.license_link) == ("other", "LICENSE")
     assert (tmp_path / "out" / "LICENSE").is_file()
@@ -149,7 +152,7 @@ def test_a_damaged_card_of_the_original_is_none(text: str | bytes, tmp_path: Pat
     assert licence(tmp_path) == {}
 
 
-def test_hostile_names_do_not_break_the_card(result: tuple[Path, SurgeryReport]) -> None:
+def test_hostile_names_do_not_break_the_card(result: Result) -> None:
     report = full_report(result[1], NASTY)
     licence = {"license": "other", "license_name": "same-as-base-model", "license_link": NASTY}
     report = replace(report, base_model=report.base_model | {"licence": licence, "hub_id": f"a/b {NASTY}"})
@@ -165,18 +168,16 @@ def test_hostile_names_do_not_break_the_card(result: tuple[Path, SurgeryReport])
     text.encode("utf-8")
 
 
-def test_a_task_and_a_text_of_one_name_stay_two_results(result: tuple[Path, SurgeryReport]) -> None:
+def test_a_task_and_a_text_of_one_name_stay_two_results(result: Result) -> None:
     report = full_report(result[1])
     (name, perplexity), task = next(iter(report.after.perplexity.items())), next(iter(report.after.tasks.values()))
     report = replace(report, after=replace(report.after, perplexity={name: perplexity}, tasks={name: task}))
     results = ModelCard(model_card(report, "x", needs_code=False)).data.to_dict()["model-index"][0]["results"]
-    assert [[metric["type"] for metric in entry["metrics"]] for entry in results] == [
-        ["perplexity"],
-        ["accuracy", "accuracy"],
-    ]
+    types = [[metric["type"] for metric in entry["metrics"]] for entry in results]
+    assert types == [["perplexity"], ["accuracy", "accuracy"]]
 
 
-def test_any_change_of_a_card_is_seen(result: tuple[Path, SurgeryReport]) -> None:
+def test_any_change_of_a_card_is_seen(result: Result) -> None:
     card = (result[0] / "README.md").read_text(encoding="utf-8")
     assert is_unedited(card)
     assert not is_unedited(card.replace("smaller", "greater", 1))

@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import pytest
 import torch
 from pages import NASTY, checked, full_report
@@ -25,10 +26,12 @@ from layer_surgery.reporting.page import report_page
 from layer_surgery.reporting.sentences import summary
 from layer_surgery.surgeon.spectra import MAX_POINTS, log_spaced, spectrum_record
 
+Result = tuple[Path, SurgeryReport]
+
 # The page
 
 
-def test_compress_writes_a_page_with_every_section(result: tuple[Path, SurgeryReport]) -> None:
+def test_compress_writes_a_page_with_every_section(result: Result) -> None:
     page = checked((result[0] / "report.html").read_text(encoding="utf-8"))
     titles = [figure["title"] for figure in page.figures]
     assert titles[:2] == ["Rise of the loss: predicted and measured", "Cost, as a share of the original's"]
@@ -45,7 +48,7 @@ def test_compress_writes_a_page_with_every_section(result: tuple[Path, SurgeryRe
     assert "trust_remote_code=True" in page.text
 
 
-def test_tasks_speed_and_failures_are_shown(result: tuple[Path, SurgeryReport]) -> None:
+def test_tasks_speed_and_failures_are_shown(result: Result) -> None:
     page = checked(report_page(full_report(result[1]), "smaller", needs_code=False))
     titles = [figure["title"] for figure in page.figures]
     assert "Tasks, before and after" in titles and "Tasks, paired difference" in titles
@@ -56,7 +59,7 @@ def test_tasks_speed_and_failures_are_shown(result: tuple[Path, SurgeryReport]) 
     assert "layer-surgery compress 'a text'" in page.text
 
 
-def test_hostile_text_stays_text(result: tuple[Path, SurgeryReport]) -> None:
+def test_hostile_text_stays_text(result: Result) -> None:
     report = full_report(result[1], NASTY)
     assert report.scores is not None
     scores = replace(report.scores, scorer=NASTY, quantity=NASTY)
@@ -76,18 +79,15 @@ def test_what_was_not_measured_is_left_out(model: Path, tmp_path: Path) -> None:
     assert "Spectra" not in page.text and "Continuations" not in page.text
 
 
-def test_many_layers_of_an_odd_model(result: tuple[Path, SurgeryReport]) -> None:
+def test_many_layers_of_an_odd_model(result: Result) -> None:
     """No layer is drawn over another, and values that a logarithm does not take are no reason to fail."""
-    report = result[1]
-    spectrum = report.spectra[0]
-    count = 90
+    report, count = result[1], 90
+    spectrum, values = report.spectra[0], [math.sin(k) for k in range(count)]
     layers = [LayerPlan(index=k, action="low_rank", ranks={"a.c_proj": 0, "b.c_proj": k}) for k in range(count)]
     report = replace(
         report,
         plan=replace(report.plan, layers=layers),
-        scores=LayerScores(
-            scorer="s", source="", quantity="q", values=[math.sin(k) for k in range(count)], removal_order=[3]
-        ),
+        scores=LayerScores(scorer="s", source="", quantity="q", values=values, removal_order=[3]),
         spectra=[
             replace(spectrum, layer=k, linear=name, values=[0.0] * len(spectrum.values), kept=[])
             for k in range(count)
@@ -99,16 +99,14 @@ def test_many_layers_of_an_odd_model(result: tuple[Path, SurgeryReport]) -> None
     assert "a.c_proj" in page.text
 
 
-def test_the_same_report_gives_the_same_page(result: tuple[Path, SurgeryReport]) -> None:
-    import matplotlib
-
+def test_the_same_report_gives_the_same_page(result: Result) -> None:
     first = report_page(result[1], "x", needs_code=True)
     with matplotlib.rc_context({"font.size": 30, "axes.facecolor": "red", "text.usetex": False}):
         assert report_page(result[1], "x", needs_code=True) == first
         assert matplotlib.rcParams["font.size"] == 30
 
 
-def test_the_summary_says_what_was_done_saved_and_lost(result: tuple[Path, SurgeryReport]) -> None:
+def test_the_summary_says_what_was_done_saved_and_lost(result: Result) -> None:
     sentences = " ".join(summary(full_report(result[1])))
     before, after = result[1].before.parameters, result[1].after.parameters
     assert "Replaced linears of 2 of 5 layers" in sentences
@@ -351,13 +349,13 @@ def test_results_are_compared(
     assert outcome.code == 2 and str(other) in outcome.err and not (tmp_path / "again.html").exists()
 
 
-def test_equal_results_share_a_label(result: tuple[Path, SurgeryReport]) -> None:
+def test_equal_results_share_a_label(result: Result) -> None:
     row = result_row("a", result[1])
     page = checked(comparison_page([row, row, replace(row, after=replace(row.after, parameters=1))]))
     assert "<text" in page.html and ">1, 2</text>" in page.html and ">3</text>" in page.html
 
 
-def test_results_that_should_not_be_compared_say_so(result: tuple[Path, SurgeryReport]) -> None:
+def test_results_that_should_not_be_compared_say_so(result: Result) -> None:
     row = result_row("a", result[1])
     assert list(warnings([row, row])) == []
     other = replace(row, base=row.base | {"sha256": "0" * 64})

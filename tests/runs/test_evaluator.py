@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_checkpoints import CommandLine, model_with_vocabulary, saved_model, strict_json, text_file
+from tiny_checkpoints import HUB_TASK, CommandLine, model_with_vocabulary, saved_model, strict_json
+from tiny_families import SIX_LAYERS
 from tiny_models import streamed
 from tiny_tokenizer import tiny_tokenizer
 from transformers import AutoModelForCausalLM
@@ -19,54 +20,30 @@ from transformers import AutoModelForCausalLM
 import layer_surgery
 from layer_surgery import EvaluationReport
 from layer_surgery.checkpoint.architectures import ARCHITECTURES
+from layer_surgery.cli.main import cli
 from layer_surgery.errors import CheckpointError, DataError, LayerSurgeryError, NumericalError
 from layer_surgery.walk.streamed import StreamedModel
 
 SEQUENCE = 16
-#: With layers of several kinds, of which the tiny configurations have six.
-SIX_LAYERS = ("gpt_neo", "lfm2", "granitemoehybrid", "qwen3_next", "qwen3_5_text", "gemma4_text")
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> CommandLine:
-    return CommandLine(monkeypatch, capsys)
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return text_file(tmp_path_factory.mktemp("text") / "text.txt")
-
-
-@pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return saved_model(tmp_path_factory.mktemp("original"))
-
-
-@pytest.fixture(scope="module")
-def operated(original: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def operated(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("operated") / "output"
-    layer_surgery.compress(original, output, layers=[1, 2], keep=0.3, method="svd", eval_data=None)
+    layer_surgery.compress(model, output, layers=[1, 2], keep=0.3, method="svd", eval_data=None)
     return output
 
 
 @pytest.fixture(scope="module")
 def everything(text: Path) -> dict[str, Any]:
-    return {
-        "eval_data": [text],
-        "sequence_length": SEQUENCE,
-        "tasks": "bundled_agreement",
-        "limit": 6,
-        "speed": True,
-        "speed_lengths": [8],
-        "speed_new_tokens": 3,
-        "speed_repeats": 2,
-        "continuations": 2,
-    }
+    speed = {"speed": True, "speed_lengths": [8], "speed_new_tokens": 3, "speed_repeats": 2}
+    tasks = {"tasks": "bundled_agreement", "limit": 6}
+    return {"eval_data": [text], "sequence_length": SEQUENCE, "continuations": 2} | tasks | speed
 
 
 @pytest.fixture(scope="module")
-def report(original: Path, operated: Path, everything: dict[str, Any]) -> EvaluationReport:
-    return layer_surgery.evaluate(operated, baseline=original, **everything)
+def report(model: Path, operated: Path, everything: dict[str, Any]) -> EvaluationReport:
+    return layer_surgery.evaluate(operated, baseline=model, **everything)
 
 
 def test_a_report_has_everything_of_both_models(report: EvaluationReport, text: Path) -> None:
@@ -100,33 +77,31 @@ def test_the_comparison_agrees_with_what_was_measured_of_each(report: Evaluation
     assert report.comparison.tasks["bundled_agreement"]["acc"].value == pytest.approx(accuracy[1] - accuracy[0])
 
 
-def test_the_distance_is_from_the_baseline_to_the_model(original: Path, operated: Path, text: Path) -> None:
+def test_the_distance_is_from_the_baseline_to_the_model(model: Path, operated: Path, text: Path) -> None:
     report = layer_surgery.evaluate(
-        operated, baseline=original, eval_data=text, sequence_length=SEQUENCE, eval_windows=4, continuations=0
+        operated, baseline=model, eval_data=text, sequence_length=SEQUENCE, eval_windows=4, continuations=0
     )
     tokenizer = tiny_tokenizer()
     ids = torch.tensor(tokenizer(text.read_text(encoding="utf-8"))["input_ids"])
     windows = ids[: 4 * SEQUENCE].view(4, SEQUENCE)
     with torch.no_grad():
-        p, q = (
-            layer_surgery.load(path)(windows).logits[:, :-1].double().log_softmax(-1) for path in (original, operated)
-        )
+        p, q = (layer_surgery.load(path)(windows).logits[:, :-1].double().log_softmax(-1) for path in (model, operated))
     expected = float((p.exp() * (p - q)).sum(-1).mean())
     assert float((q.exp() * (q - p)).sum(-1).mean()) != pytest.approx(expected, rel=1e-3)
     assert report.comparison is not None
     assert report.comparison.kl_divergence[str(text)].mean == pytest.approx(expected, rel=1e-5)
 
 
-def test_continuations_are_those_of_each_model(report: EvaluationReport, original: Path, operated: Path) -> None:
+def test_continuations_are_those_of_each_model(report: EvaluationReport, model: Path, operated: Path) -> None:
     for continuation in report.continuations:
         ids = torch.tensor([tiny_tokenizer()(continuation.prompt)["input_ids"]])
-        for path, written in ((original, continuation.before), (operated, continuation.after)):
+        for path, written in ((model, continuation.before), (operated, continuation.after)):
             output = layer_surgery.load(path).generate(ids, do_sample=False, max_new_tokens=32, pad_token_id=0)
             assert written == tiny_tokenizer().decode(output[0, ids.shape[1] :], skip_special_tokens=True)
 
 
-def test_a_model_against_itself_is_at_distance_zero(original: Path, text: Path) -> None:
-    report = layer_surgery.evaluate(original, baseline=original, eval_data=text, sequence_length=SEQUENCE)
+def test_a_model_against_itself_is_at_distance_zero(model: Path, text: Path) -> None:
+    report = layer_surgery.evaluate(model, baseline=model, eval_data=text, sequence_length=SEQUENCE)
     assert report.comparison is not None
     name = str(text)
     assert report.comparison.kl_divergence[name].maximum == 0
@@ -137,23 +112,14 @@ def test_a_model_against_itself_is_at_distance_zero(original: Path, text: Path) 
 
 
 @pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
-def test_every_architecture_can_be_evaluated(model_type: str, text: Path, tmp_path: Path) -> None:
+def test_every_architecture_can_be_evaluated(
+    model_type: str, everything: dict[str, Any], text: Path, tmp_path: Path
+) -> None:
     layers = 6 if model_type in SIX_LAYERS else 4
     path = saved_model(tmp_path / "model", model=model_with_vocabulary(model_type, layers=layers))
-    report = layer_surgery.evaluate(
-        path,
-        baseline=path,
-        eval_data=text,
-        sequence_length=SEQUENCE,
-        eval_windows=2,
-        tasks="bundled_agreement",
-        limit=2,
-        speed=True,
-        speed_lengths=[4],
-        speed_new_tokens=2,
-        speed_repeats=1,
-        continuations=1,
-    )
+    options: dict[str, Any] = {"eval_data": text, "eval_windows": 2, "limit": 2, "continuations": 1}
+    options |= {"speed_lengths": [4], "speed_new_tokens": 2, "speed_repeats": 1}
+    report = layer_surgery.evaluate(path, baseline=path, **everything | options)
     assert report.failures == []
     assert report.comparison is not None
     assert report.comparison.kl_divergence[str(text)].maximum == 0
@@ -167,12 +133,12 @@ def test_every_architecture_can_be_evaluated(model_type: str, text: Path, tmp_pa
 
 
 def test_compress_and_evaluate_measure_the_same(
-    original: Path, everything: dict[str, Any], tmp_path: Path, text: Path
+    model: Path, everything: dict[str, Any], tmp_path: Path, text: Path
 ) -> None:
     options = {name: value for name, value in everything.items() if not name.startswith("speed")}
     output = tmp_path / "output"
-    made = layer_surgery.compress(original, output, layers=[1, 2], keep=0.3, method="svd", **options)
-    again = layer_surgery.evaluate(output, baseline=original, **options)
+    made = layer_surgery.compress(model, output, layers=[1, 2], keep=0.3, method="svd", **options)
+    again = layer_surgery.evaluate(output, baseline=model, **options)
     assert made.before == again.baseline
     assert made.after == again.model
     assert made.comparison == again.comparison
@@ -183,7 +149,7 @@ def test_compress_and_evaluate_measure_the_same(
 
 
 def test_only_speed_has_both_models_in_memory(
-    original: Path, operated: Path, everything: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    model: Path, operated: Path, everything: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     alive: list[weakref.ref[Any]] = []
     most = {True: 0, False: 0}
@@ -198,14 +164,20 @@ def test_only_speed_has_both_models_in_memory(
         return model
 
     monkeypatch.setattr(StreamedModel, "load_whole", spy)
-    layer_surgery.evaluate(operated, baseline=original, **everything | {"speed": False})
+    layer_surgery.evaluate(operated, baseline=model, **everything | {"speed": False})
     assert most[False] == 1
     speed = True
-    layer_surgery.evaluate(operated, baseline=original, **everything)
+    layer_surgery.evaluate(operated, baseline=model, **everything)
     assert most[True] == 2
 
 
 # Switches
+
+
+def empty(report: dict[str, Any], names: tuple[str, ...]) -> set[str]:
+    """Return which of the measurements a report has nothing of."""
+    found = report | report["comparison"] | report["model"]
+    return {name for name in names if not found[name]}
 
 
 def test_without_a_baseline_there_is_nothing_to_compare(operated: Path, everything: dict[str, Any]) -> None:
@@ -228,33 +200,25 @@ def test_without_a_baseline_there_is_nothing_to_compare(operated: Path, everythi
     ids=lambda value: "-".join(sorted(value)),
 )
 def test_every_stage_can_be_switched_off(
-    original: Path, operated: Path, everything: dict[str, Any], off: dict[str, Any], gone: set[str]
+    model: Path, operated: Path, everything: dict[str, Any], off: dict[str, Any], gone: set[str]
 ) -> None:
     options = everything | off
     if options["tasks"] == []:
         del options["limit"]
-    report = layer_surgery.evaluate(operated, baseline=original, **options)
+    report = layer_surgery.evaluate(operated, baseline=model, **options)
     data = report.to_dict()
-    found = {
-        "perplexity": data["model"]["perplexity"],
-        "tasks": data["model"]["tasks"],
-        "speed": data["model"]["speed"],
-        "kl_divergence": data["comparison"]["kl_divergence"],
-        "top1_agreement": data["comparison"]["top1_agreement"],
-        "continuations": data["continuations"],
-    }
-    assert {name for name, value in found.items() if not value} == gone
+    assert empty(data, ("perplexity", "tasks", "speed", "kl_divergence", "top1_agreement", "continuations")) == gone
 
 
-def test_a_model_that_does_not_fit_by_default_continues_only_when_asked(original: Path, text: Path) -> None:
+def test_a_model_that_does_not_fit_by_default_continues_only_when_asked(model: Path, text: Path) -> None:
     options: dict[str, Any] = {"eval_data": text, "sequence_length": SEQUENCE, "resident_bytes": 1000}
-    assert layer_surgery.evaluate(original, **options).continuations == []
-    assert len(layer_surgery.evaluate(original, continuations=1, **options).continuations) == 1
-    assert len(layer_surgery.evaluate(original, **options | {"resident_bytes": None}).continuations) == 3
+    assert layer_surgery.evaluate(model, **options).continuations == []
+    assert len(layer_surgery.evaluate(model, continuations=1, **options).continuations) == 1
+    assert len(layer_surgery.evaluate(model, **options | {"resident_bytes": None}).continuations) == 3
 
 
-def test_own_prompts_need_no_text(original: Path) -> None:
-    report = layer_surgery.evaluate(original, eval_data=None, prompts=["the quick brown", "one two"])
+def test_own_prompts_need_no_text(model: Path) -> None:
+    report = layer_surgery.evaluate(model, eval_data=None, prompts=["the quick brown", "one two"])
     assert [continuation.prompt for continuation in report.continuations] == ["the quick brown", "one two"]
 
 
@@ -268,19 +232,14 @@ def failing(*_: Any, **__: Any) -> Any:
 @pytest.mark.parametrize(
     ("target", "stages", "lost"),
     [
-        ("layer_surgery.runs.evaluator.distance", ["distance on"], "kl_divergence"),
-        ("layer_surgery.evaluation.tasks.simple_evaluate", ["tasks before", "tasks after"], "tasks"),
-        ("layer_surgery.runs.evaluator.measure_speed", ["speed"], "speed"),
-        (
-            "layer_surgery.runs.evaluator.continuations",
-            ["continuations before", "continuations after"],
-            "continuations",
-        ),
+        ("runs.evaluator.distance", ["distance on"], "kl_divergence"),
+        ("evaluation.tasks.simple_evaluate", ["tasks before", "tasks after"], "tasks"),
+        ("runs.evaluator.measure_speed", ["speed"], "speed"),
+        ("runs.evaluator.continuations", ["continuations before", "continuations after"], "continuations"),
     ],
 )
 def test_a_stage_that_fails_loses_nothing_else(
-    run: CommandLine,
-    original: Path,
+    model: Path,
     operated: Path,
     everything: dict[str, Any],
     monkeypatch: pytest.MonkeyPatch,
@@ -290,25 +249,19 @@ def test_a_stage_that_fails_loses_nothing_else(
 ) -> None:
     import layer_surgery.evaluation.tasks  # before it is patched
 
-    monkeypatch.setattr(target, failing)
-    report = layer_surgery.evaluate(operated, baseline=original, **everything).to_dict()
+    monkeypatch.setattr(f"layer_surgery.{target}", failing)
+    report = layer_surgery.evaluate(operated, baseline=model, **everything).to_dict()
     assert [failure["error"] for failure in report["failures"]] == ["RuntimeError: it broke for a reason"] * len(stages)
     assert all(f["stage"].startswith(stage) for f, stage in zip(report["failures"], stages, strict=True))
-    found = {
-        "perplexity": report["model"]["perplexity"],
-        "tasks": report["comparison"]["tasks"],
-        "speed": report["model"]["speed"],
-        "kl_divergence": report["comparison"]["kl_divergence"],
-        "continuations": report["continuations"],
-    }
-    assert [name for name, value in found.items() if not value] == [lost]
+    assert empty(report, ("perplexity", "tasks", "speed", "kl_divergence", "continuations")) == {lost}
+    assert bool(report["comparison"]["tasks"]) is (lost != "tasks")
 
 
 def test_a_failed_stage_is_printed_and_the_command_fails_after_printing_the_rest(
-    run: CommandLine, original: Path, operated: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+    run: CommandLine, model: Path, operated: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("layer_surgery.runs.evaluator.distance", failing)
-    arguments = ["evaluate", operated, "--baseline", original, "--eval-data", text, "--sequence-length", SEQUENCE]
+    arguments = ["evaluate", operated, "--baseline", model, "--eval-data", text, "--sequence-length", SEQUENCE]
     outcome = run(*arguments)
     assert outcome.code == 1
     assert "perplexity" in outcome.out and "x " in outcome.out
@@ -320,7 +273,7 @@ def test_a_failed_stage_is_printed_and_the_command_fails_after_printing_the_rest
 
 
 def test_what_compress_has_made_is_saved_though_its_evaluation_fails(
-    run: CommandLine, original: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: CommandLine, model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from layer_surgery.runs import evaluator
 
@@ -335,18 +288,7 @@ def test_what_compress_has_made_is_saved_though_its_evaluation_fails(
 
     monkeypatch.setattr(evaluator, "window_losses", second_fails)
     output = tmp_path / "output"
-    arguments = [
-        "compress",
-        original,
-        "--layers",
-        "1",
-        "--keep",
-        "0",
-        "--eval-data",
-        text,
-        "--sequence-length",
-        SEQUENCE,
-    ]
+    arguments = ["compress", model, "--layers", 1, "--keep", 0, "--eval-data", text, "--sequence-length", SEQUENCE]
     outcome = run(*arguments, "--output", output)
     assert outcome.code == 1
     assert outcome.error_lines[-1] == "error: perplexity after failed: the loss is not finite."
@@ -358,20 +300,20 @@ def test_what_compress_has_made_is_saved_though_its_evaluation_fails(
 
 
 def test_the_first_measurement_that_fails_ends_the_run(
-    original: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+    model: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("layer_surgery.runs.evaluator.window_losses", failing)
     with pytest.raises(RuntimeError, match="it broke"):
-        layer_surgery.evaluate(original, eval_data=text, sequence_length=SEQUENCE)
+        layer_surgery.evaluate(model, eval_data=text, sequence_length=SEQUENCE)
 
 
-def test_an_interrupt_is_no_failed_stage(original: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_is_no_failed_stage(model: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: Any) -> Any:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("layer_surgery.runs.evaluator.continuations", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        layer_surgery.evaluate(original, eval_data=text, sequence_length=SEQUENCE)
+        layer_surgery.evaluate(model, eval_data=text, sequence_length=SEQUENCE)
 
 
 # Bad input: refused before any model is run
@@ -386,57 +328,43 @@ def nothing_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(StreamedModel, "load_whole", never)
 
 
-@pytest.mark.usefixtures("nothing_is_run")
-def test_a_baseline_with_another_vocabulary_is_refused(original: Path, text: Path, tmp_path: Path) -> None:
-    other = saved_model(tmp_path / "other", model=model_with_vocabulary(vocab_size=330))
-    options: dict[str, Any] = {"eval_data": text, "sequence_length": SEQUENCE}
-    with pytest.raises(CheckpointError, match=r"vocabulary of 320 tokens and .* 330.*--no-distance"):
-        layer_surgery.evaluate(original, baseline=other, **options)
-
-
-def test_a_baseline_with_padded_embeddings_is_compared_without_distance(
-    original: Path, text: Path, tmp_path: Path
+@pytest.mark.parametrize("distance", [True, False])
+def test_a_baseline_with_another_vocabulary_is_compared_without_distance_only(
+    model: Path, text: Path, tmp_path: Path, request: pytest.FixtureRequest, distance: bool
 ) -> None:
     other = saved_model(tmp_path / "other", model=model_with_vocabulary(vocab_size=330))
-    report = layer_surgery.evaluate(
-        original, baseline=other, eval_data=text, sequence_length=SEQUENCE, distance=False, continuations=0
-    )
-    assert report.comparison is not None
-    assert report.comparison.perplexity and not report.comparison.kl_divergence
+    options: dict[str, Any] = {"eval_data": text, "sequence_length": SEQUENCE, "distance": distance}
+    if distance:
+        request.getfixturevalue("nothing_is_run")
+        with pytest.raises(CheckpointError, match=r"vocabulary of 320 tokens and .* 330.*--no-distance"):
+            layer_surgery.evaluate(model, baseline=other, **options)
+    else:
+        report = layer_surgery.evaluate(model, baseline=other, continuations=0, **options)
+        assert report.comparison is not None
+        assert report.comparison.perplexity and not report.comparison.kl_divergence
 
 
 @pytest.mark.usefixtures("nothing_is_run")
-def test_a_baseline_that_reads_text_as_other_tokens_is_refused(original: Path, text: Path, tmp_path: Path) -> None:
+def test_a_baseline_that_reads_text_as_other_tokens_is_refused(model: Path, text: Path, tmp_path: Path) -> None:
     other = saved_model(tmp_path / "other")
     tiny_tokenizer(adds_bos=True).save_pretrained(other)
-    with pytest.raises(CheckpointError, match=r"tokenise .* differently"):
-        layer_surgery.evaluate(original, baseline=other, eval_data=text, sequence_length=SEQUENCE)
+    with pytest.raises(CheckpointError, match=r"tokenise .* differently.*cannot be compared"):
+        layer_surgery.evaluate(model, baseline=other, eval_data=text, sequence_length=SEQUENCE)
 
 
 @pytest.mark.usefixtures("nothing_is_run")
-def test_a_task_that_cannot_be_had_is_refused(original: Path, text: Path, tmp_path: Path) -> None:
-    (tmp_path / "hub.yaml").write_text(
-        'task: from_hub\ndataset_path: nobody/nothing-of-this-name\ntest_split: test\ndoc_to_text: "x"\n'
-        'doc_to_target: "y"\n',
-        encoding="utf-8",
-    )
+def test_a_task_that_cannot_be_had_is_refused(model: Path, text: Path, tmp_path: Path) -> None:
+    (tmp_path / "hub.yaml").write_text(HUB_TASK, encoding="utf-8")
+    data: dict[str, Any] = {"eval_data": text, "sequence_length": SEQUENCE, "tasks": "from_hub", "task_path": tmp_path}
     with pytest.raises(DataError, match="nor can they be had from the hub"):
-        layer_surgery.compress(
-            original,
-            tmp_path / "output",
-            target_layers=3,
-            eval_data=text,
-            sequence_length=SEQUENCE,
-            tasks="from_hub",
-            task_path=tmp_path,
-        )
+        layer_surgery.compress(model, tmp_path / "output", target_layers=3, **data)
     assert not (tmp_path / "output").exists()
 
 
 @pytest.mark.usefixtures("nothing_is_run")
 @pytest.mark.parametrize("option", ["tasks", "speed", "prompts"])
 def test_a_model_that_does_not_fit_in_memory_is_refused_where_it_must(
-    original: Path, option: str, monkeypatch: pytest.MonkeyPatch
+    model: Path, option: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("layer_surgery.runs.evaluator.available_memory_bytes", lambda _device: 1000)
     options: dict[str, Any] = {
@@ -445,29 +373,29 @@ def test_a_model_that_does_not_fit_in_memory_is_refused_where_it_must(
         "prompts": {"prompts": "the"},
     }[option]
     with pytest.raises(CheckpointError, match=r"need whole models in memory, here [\d,]+ bytes, but 1,000"):
-        layer_surgery.evaluate(original, eval_data=None, **options)
+        layer_surgery.evaluate(model, eval_data=None, **options)
 
 
-def test_speed_of_two_models_needs_memory_for_two(original: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    size = 4 * layer_surgery.load(original).num_parameters()
+def test_speed_of_two_models_needs_memory_for_two(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = 4 * layer_surgery.load(model).num_parameters()
     monkeypatch.setattr("layer_surgery.runs.evaluator.available_memory_bytes", lambda _device: round(1.5 * size))
     options: dict[str, Any] = {"eval_data": None, "speed": True, "speed_lengths": [8], "speed_new_tokens": 2}
-    assert layer_surgery.evaluate(original, **options).model.speed
+    assert layer_surgery.evaluate(model, **options).model.speed
     with pytest.raises(CheckpointError, match="need whole models in memory"):
-        layer_surgery.evaluate(original, baseline=original, **options)
+        layer_surgery.evaluate(model, baseline=model, **options)
 
 
 @pytest.mark.usefixtures("nothing_is_run")
-def test_more_tokens_than_the_model_takes_are_refused(original: Path) -> None:
+def test_more_tokens_than_the_model_takes_are_refused(model: Path) -> None:
     with pytest.raises(DataError, match=r"make 92 tokens, but .* takes at most 64"):
-        layer_surgery.evaluate(original, eval_data=None, speed=True, speed_lengths=[8, 60])
+        layer_surgery.evaluate(model, eval_data=None, speed=True, speed_lengths=[8, 60])
 
 
 # The command line
 
 
-def test_evaluate_on_the_command_line(run: CommandLine, original: Path, operated: Path, text: Path) -> None:
-    arguments: list[Any] = ["evaluate", operated, "--baseline", original, "--eval-data", text, "--sequence-length", 16]
+def test_evaluate_on_the_command_line(run: CommandLine, model: Path, operated: Path, text: Path) -> None:
+    arguments: list[Any] = ["evaluate", operated, "--baseline", model, "--eval-data", text, "--sequence-length", 16]
     arguments += ["--tasks", "bundled_cloze,bundled_agreement", "--tasks", "bundled_copying", "--limit", 3, "--speed"]
     arguments += ["--speed-batch-sizes", "1,2", "--speed-lengths", "4,8", "--speed-new-tokens", 2]
     arguments += ["--speed-repeats", 1, "--prompt", "the fox", "--prompt", "one"]
@@ -486,15 +414,15 @@ def test_evaluate_on_the_command_line(run: CommandLine, original: Path, operated
     assert provenance["packages"]["lm-eval"]
 
 
-def test_no_eval_measures_size_only(run: CommandLine, original: Path) -> None:
-    data = strict_json(run("evaluate", original, "--no-eval", "--json").out)
+def test_no_eval_measures_size_only(run: CommandLine, model: Path) -> None:
+    data = strict_json(run("evaluate", model, "--no-eval", "--json").out)
     assert data["model"]["perplexity"] == data["model"]["tasks"] == {}
     assert data["continuations"] == []
     assert data["model"]["parameters"] > 0
 
 
-def test_score_says_where_its_numbers_come_from(run: CommandLine, original: Path, text: Path) -> None:
-    outcome = run("score", original, "--calibration", text, "--samples", 4, "--sequence-length", 16, "--json")
+def test_score_says_where_its_numbers_come_from(run: CommandLine, model: Path, text: Path) -> None:
+    outcome = run("score", model, "--calibration", text, "--samples", 4, "--sequence-length", 16, "--json")
     provenance = strict_json(outcome.out)["provenance"]
     assert provenance["command"].startswith("layer-surgery score")
     assert provenance["config"]["samples"] == 4
@@ -502,15 +430,10 @@ def test_score_says_where_its_numbers_come_from(run: CommandLine, original: Path
 
 
 def test_debug_shows_where_a_stage_failed(
-    run: CommandLine, original: Path, text: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    run: CommandLine, model: Path, text: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("layer_surgery.runs.evaluator.continuations", failing)
+    arguments = ["evaluate", str(model), "--eval-data", str(text), "--sequence-length", "16", "--debug"]
     with caplog.at_level("DEBUG", logger="layer_surgery"), pytest.raises(LayerSurgeryError):
-        run_main_raising(["evaluate", str(original), "--eval-data", str(text), "--sequence-length", "16", "--debug"])
+        cli.main(arguments, standalone_mode=False)
     assert any(record.exc_info and "it broke" in str(record.exc_info[1]) for record in caplog.records)
-
-
-def run_main_raising(arguments: list[str]) -> None:
-    from layer_surgery.cli.main import cli
-
-    cli.main(arguments, standalone_mode=False)

@@ -25,13 +25,9 @@ from tiny_models import full_ranks, make_test_plan
 import layer_surgery
 from layer_surgery.checkpoint.open import open_checkpoint
 from layer_surgery.errors import CheckpointError, LayerSurgeryError, NumericalError, OutputError
+from layer_surgery.runs.export import MultipliedSource
 
 IDS = torch.randint(3, 300, (2, 14), generator=torch.Generator().manual_seed(0))
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> CommandLine:
-    return CommandLine(monkeypatch, capsys)
 
 
 def low_rank(directory: Path, model_type: str = "llama", *, max_shard_size: str = "1GB", **fields: object) -> Path:
@@ -142,14 +138,13 @@ def test_a_result_that_was_saved_again_without_its_report_is_exported_too(tmp_pa
 def test_no_more_than_one_matrix_is_multiplied_out_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = low_rank(tmp_path)
     asked: list[list[str]] = []
-    from layer_surgery.runs.export import MultipliedSource
-
     read = MultipliedSource.read
-    monkeypatch.setattr(
-        MultipliedSource,
-        "read",
-        lambda self, names, device: asked.append(names := list(names)) or read(self, names, device),
-    )
+
+    def noted(self: MultipliedSource, names: list[str], device: torch.device) -> dict[str, torch.Tensor]:
+        asked.append(list(names))
+        return read(self, names, device)
+
+    monkeypatch.setattr(MultipliedSource, "read", noted)
     layer_surgery.export_dense(source, tmp_path / "dense")
     assert asked and all(len(names) == 1 for names in asked)
 

@@ -28,14 +28,8 @@ from layer_surgery.walk.walk import Walk
 
 
 def point(number: int, parameters: int | None, ratio: float | None, **found: Any) -> SweepPoint:
-    return SweepPoint(
-        target_layers=number,
-        keep=0.0,
-        method="remove",
-        scorer="last",
-        refit=False,
-        **{"status": "done", "parameters": parameters, "perplexity_ratio": ratio} | found,
-    )
+    settings = {"target_layers": number, "keep": 0.0, "method": "remove", "scorer": "last", "refit": False}
+    return SweepPoint(**settings, **{"status": "done", "parameters": parameters, "perplexity_ratio": ratio} | found)
 
 
 # Fronts
@@ -77,12 +71,8 @@ def test_on_the_front_of_speed_faster_is_better_and_the_original_is_a_rival() ->
         point(3, 30, 1.1, decode_speed=0.9),  # slower than the original and worse
         point(4, 40, 0.9, decode_speed=0.9),
     ]
-    assert [p.fronts for p in with_fronts(points)] == [
-        ["parameters", "decode_speed"],
-        [],
-        ["parameters"],
-        ["parameters", "decode_speed"],
-    ]
+    both = ["parameters", "decode_speed"]
+    assert [p.fronts for p in with_fronts(points)] == [both, [], ["parameters"], both]
 
 
 # Conditions
@@ -91,18 +81,12 @@ def test_on_the_front_of_speed_faster_is_better_and_the_original_is_a_rival() ->
 def measured(number: int, parameters: int, **values: float) -> SweepPoint:
     perplexity = values.get("perplexity", 20.0)
     texts = {"a": perplexity / 2, "b": perplexity * 2}  # their geometric mean is `perplexity`
-    result = EvaluationResult(
-        layers=1,
-        parameters=parameters,
-        size_bytes=1,
-        kv_cache_bytes_per_token=None,
-        flops_per_token=None,
-        flops_context_tokens=1,
-        perplexity={
-            name: Perplexity(value=value, stderr=None, tokens=1, windows=1, sequence_length=1, data_sha256="")
-            for name, value in texts.items()
-        },
-    )
+    found = {
+        name: Perplexity(value=value, stderr=None, tokens=1, windows=1, sequence_length=1, data_sha256="")
+        for name, value in texts.items()
+    }
+    costs = {"kv_cache_bytes_per_token": None, "flops_per_token": None, "flops_context_tokens": 1}
+    result = EvaluationResult(layers=1, parameters=parameters, size_bytes=1, perplexity=found, **costs)
     kl, top1 = values.get("kl", 0.1), values.get("top1", 0.8)
     comparison = Comparison(
         kl_divergence={

@@ -24,7 +24,7 @@ from tiny_models import (
 )
 from tiny_tokenizer import tiny_tokenizer
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import layer_surgery
 from layer_surgery.checkpoint.architectures import ARCHITECTURES, Architecture
@@ -37,6 +37,7 @@ from layer_surgery.walk.moments import MomentRecorder
 from layer_surgery.walk.self_check import check_walk
 
 TOKENS = packed_tokens(3, 12)
+EXPERTS = {"num_experts": 4, "moe_intermediate_size": 12}
 
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2, "bias": True}),
@@ -56,16 +57,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("starcoder2", {"use_bias": False}),
     ("cohere", {"attention_bias": True, "logit_scale": 0.3}),
     ("gemma4_text", {"attention_k_eq_v": True, "num_global_key_value_heads": 1}),
-    (
-        "gemma4_text",
-        {
-            "enable_moe_block": True,
-            "num_experts": 4,
-            "top_k_experts": 2,
-            "moe_intermediate_size": 12,
-            "dtype": "float32",
-        },
-    ),
+    ("gemma4_text", {"enable_moe_block": True, "top_k_experts": 2, "dtype": "float32"} | EXPERTS),
     ("gemma4_text", {"use_double_wide_mlp": True, "final_logit_softcapping": 2.0}),
     ("granitemoehybrid", {"num_local_experts": 0, "position_embedding_type": "rope"}),
     ("lfm2", {"conv_bias": True, "block_auto_adjust_ff_dim": True}),
@@ -169,6 +161,7 @@ def test_experts_stay_whole_and_the_message_says_so(tmp_path: Path) -> None:
 
 # Types that are not in the table
 
+WITHOUT_DATA: dict[str, Any] = {"eval_data": None, "refit": False}
 UNLISTED = {
     "arcee": ("model.layers", ("self_attn.o_proj", "mlp.down_proj")),
     "nemotron": ("model.layers", ("self_attn.o_proj", "mlp.down_proj")),
@@ -193,13 +186,10 @@ def test_an_unlisted_type_is_guessed_and_said_to_be(tmp_path: Path, model_type: 
     assert (guess.guessed, guess.layers) == (True, layers)
     assert (tuple(group[-1] for group in (guess.attention, guess.mlp)) if guess.linears else None) == writers
     notes: list[str] = []
-    layer_surgery.compress(
-        model, tmp_path / "output", layers=[0, 2], keep=0, eval_data=None, refit=False, ui=Ui(note=notes.append)
-    )
-    assert (
-        f"the architecture '{model_type}' is not listed; guessing that its decoder layers are '{layers}' (4 x"
-        in notes[0]
-    )
+    options = WITHOUT_DATA | {"layers": [0, 2], "keep": 0, "ui": Ui(note=notes.append)}
+    layer_surgery.compress(model, tmp_path / "output", **options)
+    said = f"the architecture '{model_type}' is not listed; guessing that its decoder layers are '{layers}' (4 x"
+    assert said in notes[0]
     assert ("can be removed but not made low-rank" in notes[0]) == (writers is None)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "output").eval()
     assert largest_difference(logits_of(loaded), logits_of(without_layers(model, [0, 2]))) < 2e-5
@@ -209,36 +199,20 @@ def test_an_unlisted_type_is_guessed_and_said_to_be(tmp_path: Path, model_type: 
 @pytest.mark.parametrize("model_type", [name for name, (_, writers) in UNLISTED.items() if writers is not None])
 def test_a_guess_with_linears_is_made_low_rank(tmp_path: Path, model_type: str) -> None:
     model = unlisted(model_type)
-    layer_surgery.compress(
-        model,
-        tmp_path / "output",
-        layers=[1],
-        keep=0.3,
-        method="svd",
-        eval_data=None,
-        refit=False,
-        tokenizer=tiny_tokenizer(),
-    )
+    options = WITHOUT_DATA | {"layers": [1], "keep": 0.3, "method": "svd", "tokenizer": tiny_tokenizer()}
+    layer_surgery.compress(model, tmp_path / "output", **options)
     checkpoint = open_checkpoint(tmp_path / "output")
-    assert set(checkpoint.low_rank) == {
-        f"{checkpoint.layer_prefix(1)}{name}" for name in checkpoint.architecture.linears
-    }
+    prefix = checkpoint.layer_prefix(1)
+    assert set(checkpoint.low_rank) == {f"{prefix}{name}" for name in checkpoint.architecture.linears}
     remote = AutoModelForCausalLM.from_pretrained(tmp_path / "output", trust_remote_code=True).eval()
     assert torch.isfinite(logits_of(remote)).all()
     check_walk(streamed(tmp_path / "output", dtype=torch.float32))
 
 
 def test_a_guess_without_linears_cannot_be_made_low_rank(tmp_path: Path) -> None:
+    options = WITHOUT_DATA | {"layers": [1], "keep": 0.5, "tokenizer": tiny_tokenizer()}
     with pytest.raises(PlanError, match=r"no linears that can be made low-rank.*--keep 0"):
-        layer_surgery.compress(
-            unlisted("olmoe"),
-            tmp_path / "output",
-            layers=[1],
-            keep=0.5,
-            eval_data=None,
-            refit=False,
-            tokenizer=tiny_tokenizer(),
-        )
+        layer_surgery.compress(unlisted("olmoe"), tmp_path / "output", **options)
 
 
 @pytest.mark.parametrize(
@@ -276,17 +250,10 @@ def test_a_matrix_that_is_no_linear_keeps_all_linears_from_being_named(monkeypat
 
 
 def test_a_type_that_cannot_be_walked_is_refused_by_name(tmp_path: Path) -> None:
-    model = AutoModelForCausalLM.from_config(config_of("rwkv"))
+    sizes = {"hidden_size": 16, "attention_hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 3}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("rwkv", vocab_size=61, **sizes))
     with pytest.raises(CheckpointError, match=r"cannot be run one after another.*'rwkv', of which the layers"):
         layer_surgery.score(model, scorer="random")
-
-
-def config_of(model_type: str) -> Any:
-    from transformers import AutoConfig
-
-    return AutoConfig.for_model(
-        model_type, vocab_size=61, hidden_size=16, attention_hidden_size=16, intermediate_size=16, num_hidden_layers=3
-    )
 
 
 def test_entries_say_what_is_guessed() -> None:

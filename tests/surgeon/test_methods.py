@@ -34,8 +34,8 @@ from transformers import PreTrainedModel
 from layer_surgery.checkpoint.open import open_checkpoint
 from layer_surgery.data.tokens import PackedTokens
 from layer_surgery.errors import NumericalError, UserError
-from layer_surgery.linalg.low_rank import Factors
-from layer_surgery.surgeon import METHODS, FactorStore
+from layer_surgery.linalg.low_rank import Factors, singular_value_gradients
+from layer_surgery.surgeon import METHODS, FactorStore, grasp
 from layer_surgery.walk.walk import Walk
 
 RANKS = dict.fromkeys(ATTENTION, 6) | dict.fromkeys(MLP, 9)
@@ -70,11 +70,14 @@ def most_important(u: Tensor, s: Tensor, vh: Tensor, gradient: Tensor, rank: int
 # SVD
 
 
-@pytest.mark.parametrize("model_type", ["llama", "phi3", "starcoder2"])
-def test_svd_at_full_rank_reproduces_the_logits(tmp_path: Path, model_type: str) -> None:
+@pytest.mark.parametrize(
+    ("method", "model_type"),
+    [("svd", "llama"), ("svd", "phi3"), ("svd", "starcoder2"), ("grasp", "llama"), ("grasp_sequential", "llama")],
+)
+def test_at_full_rank_the_logits_are_the_originals(tmp_path: Path, method: str, model_type: str) -> None:
     model = tiny_model(model_type)
     checkpoint = open_checkpoint(model)
-    plan = make_test_plan(4, low_rank={index: full_ranks(checkpoint, index) for index in range(4)})
+    plan = make_test_plan(4, low_rank={k: full_ranks(checkpoint, k) for k in range(4)}, method=method)
     operated = result_of(plan, checkpoint, tmp_path)
     expected = whole_logits(model, CALIBRATION)
     assert largest_difference(walked_logits(streamed(operated), CALIBRATION, settings(tmp_path)), expected) < 1e-9
@@ -92,20 +95,14 @@ def test_svd_is_the_nearest_matrix_of_its_rank(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("method", ["svd", "grasp", "grasp_sequential"])
-def test_factors_are_stored_in_the_dtype_of_the_checkpoint(tmp_path: Path, method: str) -> None:
-    checkpoint = open_checkpoint(tiny_model(dtype=torch.bfloat16))
-    factors = operate(make_test_plan(4, low_rank={2: RANKS}, method=method), checkpoint, tmp_path / "factors")
-    assert {tensor.dtype for tensor in factors.read(2).values()} == {torch.bfloat16}
-
-
-@pytest.mark.parametrize("method", ["svd", "grasp", "grasp_sequential"])
-def test_factors_have_the_ranks_of_the_plan(tmp_path: Path, method: str) -> None:
+def test_factors_have_the_ranks_of_the_plan_and_the_dtype_of_the_checkpoint(tmp_path: Path, method: str) -> None:
     ranks = {name: 1 + k for k, name in enumerate((*ATTENTION, *MLP))}
     plan = make_test_plan(4, low_rank={0: ranks, 2: {"mlp.up_proj": 3}}, method=method)
-    factors = operate(plan, open_checkpoint(tiny_model()), tmp_path / "factors")
+    factors = operate(plan, open_checkpoint(tiny_model(dtype=torch.bfloat16)), tmp_path / "factors")
     for index, expected in ((0, ranks), (2, {"mlp.up_proj": 3})):
         tensors = factors.read(index)
         assert len(tensors) == 2 * len(expected)
+        assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
         for linear, rank in expected.items():
             assert tensors[f"{linear}.out_factor.weight"].shape[1] == rank
             assert tensors[f"{linear}.in_factor.weight"].shape[0] == rank
@@ -133,15 +130,6 @@ def test_grasp_does_not_select_what_plain_svd_selects(tmp_path: Path) -> None:
     svd = operate(make_test_plan(4, low_rank={1: RANKS}, method="svd"), checkpoint, tmp_path / "svd")
     for linear in RANKS:
         assert largest_difference(product(grasp, 1, linear), product(svd, 1, linear)) > 1e-3
-
-
-def test_grasp_at_full_rank_reproduces_the_logits(tmp_path: Path) -> None:
-    model = tiny_model()
-    checkpoint = open_checkpoint(model)
-    plan = make_test_plan(4, low_rank={k: full_ranks(checkpoint, k) for k in (0, 2)}, method="grasp_sequential")
-    operated = result_of(plan, checkpoint, tmp_path)
-    expected = whole_logits(model, CALIBRATION)
-    assert largest_difference(walked_logits(streamed(operated), CALIBRATION, settings(tmp_path)), expected) < 1e-9
 
 
 def grasp_in_memory(model: PreTrainedModel, layers: list[int], ranks: dict[str, int]) -> PreTrainedModel:
@@ -196,9 +184,6 @@ def test_factors_do_not_depend_on_the_batch_size(tmp_path: Path, method: str) ->
 
 
 def test_grasp_importances_do_not_depend_on_the_batch_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from layer_surgery.linalg.low_rank import singular_value_gradients
-    from layer_surgery.surgeon import grasp
-
     checkpoint, tokens = open_checkpoint(tiny_model()), packed_tokens(8, 10, padding=True, excluded=0.2)
     seen: list[list[Tensor]] = []
     attributed_groups = grasp.attributed_groups

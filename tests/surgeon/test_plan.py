@@ -48,15 +48,20 @@ def uniform_model(layers: int = 4) -> ModelShape:
 def random_model(generator: random.Random) -> ModelShape:
     """A model of 2 to 6 layers; all have the same names, and every linear a shape of its own."""
     names = NAMES[: generator.randint(1, len(NAMES))]
-    return model_of(
-        [
-            layer_shape(
-                {name: (generator.randint(4, 90), generator.randint(4, 90)) for name in names}, generator.randint(0, 50)
-            )
-            for _ in range(generator.randint(2, 6))
-        ],
-        outside=generator.randint(0, 5000),
-    )
+
+    def layer() -> LayerShape:
+        linears = {name: (generator.randint(4, 90), generator.randint(4, 90)) for name in names}
+        return layer_shape(linears, generator.randint(0, 50))
+
+    return model_of([layer() for _ in range(generator.randint(2, 6))], outside=generator.randint(0, 5000))
+
+
+def random_case(seed: int) -> tuple[random.Random, ModelShape, list[int], int]:
+    """Return a generator, a random model, layers to be chosen of it, and the parameters of these."""
+    generator = random.Random(seed)
+    shape = random_model(generator)
+    chosen = sorted(generator.sample(range(len(shape.layers)), generator.randint(1, len(shape.layers) - 1)))
+    return generator, shape, chosen, sum(shape.layers[k].parameters for k in chosen)
 
 
 def least_low_rank(shape: ModelShape, chosen: list[int]) -> int:
@@ -84,10 +89,7 @@ def assert_budget_is_met(shape: ModelShape, plan: SurgeryPlan, bound: int) -> No
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_keep_is_never_exceeded_and_missed_by_less_than_one_rank(seed: int) -> None:
-    generator = random.Random(seed)
-    shape = random_model(generator)
-    chosen = sorted(generator.sample(range(len(shape.layers)), generator.randint(1, len(shape.layers) - 1)))
-    operated = sum(shape.layers[k].parameters for k in chosen)
+    generator, shape, chosen, operated = random_case(seed)
     keep = round(generator.uniform(least_low_rank(shape, chosen) / operated + 1e-4, 1), 4)
     plan = make_plan(shape, chosen, BudgetConfig(keep=keep), "svd")
     # 4 digits, so that the bound is exact in whole numbers.
@@ -99,10 +101,8 @@ def test_keep_is_never_exceeded_and_missed_by_less_than_one_rank(seed: int) -> N
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_target_parameters_is_never_exceeded_and_missed_by_less_than_one_rank(seed: int) -> None:
-    generator = random.Random(seed)
-    shape = random_model(generator)
-    chosen = sorted(generator.sample(range(len(shape.layers)), generator.randint(1, len(shape.layers) - 1)))
-    rest = shape.parameters - sum(shape.layers[k].parameters for k in chosen)
+    generator, shape, chosen, operated = random_case(seed)
+    rest = shape.parameters - operated
     low = (rest + least_low_rank(shape, chosen)) / shape.parameters
     target = min(1.0, round(generator.uniform(low + 1e-4, 1), 4))
     plan = make_plan(shape, chosen, BudgetConfig(target_parameters=target), "svd")
@@ -171,10 +171,7 @@ def test_without_a_budget_the_default_is_used() -> None:
 @pytest.mark.parametrize("seed", range(30))
 @pytest.mark.parametrize("unit", ["keep", "target_parameters"])
 def test_an_unreachable_budget_names_the_range_and_its_edge_is_reachable(unit: str, seed: int) -> None:
-    generator = random.Random(seed)
-    shape = random_model(generator)
-    chosen = sorted(generator.sample(range(len(shape.layers)), generator.randint(1, len(shape.layers) - 1)))
-    operated = sum(shape.layers[k].parameters for k in chosen)
+    _, shape, chosen, operated = random_case(seed)
     least = least_low_rank(shape, chosen)
     if unit == "keep":
         too_low, true_edge = (least - 1) / operated, least / operated
@@ -225,20 +222,17 @@ def test_a_senseless_budget_is_refused(fields: dict[str, Any], message: str) -> 
 # How many layers
 
 
-@pytest.mark.parametrize(("target", "count"), [(1, 3), (2, 2), (3, 1)])
-def test_target_layers_says_how_many_go(target: int, count: int) -> None:
-    assert removal_count(BudgetConfig(target_layers=target), 4) == count
-
-
-@pytest.mark.parametrize("target", [0, -1, 4, 5])
-def test_a_target_that_is_not_possible_is_refused_with_what_is(target: int) -> None:
-    with pytest.raises(PlanError, match=rf"--target-layers is {target}; allowed: 1 to 3 \(the model has 4 layers\)"):
-        removal_count(BudgetConfig(target_layers=target), 4)
-
-
-def test_named_layers_say_how_many_go() -> None:
-    assert removal_count(BudgetConfig(layers=(0, 3)), 4) == 2
-    assert removal_count(BudgetConfig(layers=(0, 3), target_layers=2), 4) == 2
+@pytest.mark.parametrize(
+    ("budget", "count"),
+    [
+        *[({"target_layers": target}, 4 - target) for target in (1, 2, 3)],
+        ({"layers": (0, 3)}, 2),
+        ({"layers": (0, 3), "target_layers": 2}, 2),
+    ],
+    ids=str,
+)
+def test_target_layers_and_named_layers_say_how_many_go(budget: dict[str, Any], count: int) -> None:
+    assert removal_count(BudgetConfig(**budget), 4) == count
 
 
 @pytest.mark.parametrize(
@@ -249,9 +243,13 @@ def test_named_layers_say_how_many_go() -> None:
         ((0, 1, 2, 3), None, "at least one must stay whole"),
         ((0, 1), 3, "give only one of them"),
         (None, None, "give --target-layers"),
+        *[
+            (None, target, rf"--target-layers is {target}; allowed: 1 to 3 \(the model has 4 layers\)")
+            for target in (0, -1, 4, 5)
+        ],
     ],
 )
-def test_named_layers_that_are_not_possible_are_refused(
+def test_numbers_of_layers_that_are_not_possible_are_refused_with_what_is(
     layers: tuple[int, ...] | None, target: int | None, message: str
 ) -> None:
     with pytest.raises(PlanError, match=message):

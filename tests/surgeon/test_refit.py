@@ -89,8 +89,7 @@ def test_a_layer_behind_a_cut_brings_the_stream_back_to_the_originals(tmp_path: 
 
 
 def family_model(model_type: str) -> PreTrainedModel:
-    fields = {"use_sliding_window": False, "no_rope_layer_interval": 4} if model_type == "smollm3" else {}
-    return tiny_model(model_type, layers=LAYERS.get(model_type, 4), dtype=dtype_of(model_type), **fields)
+    return tiny_model(model_type, layers=LAYERS.get(model_type, 4), dtype=dtype_of(model_type))
 
 
 @families

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_families import dtype_of
 from tiny_models import (
     largest_difference,
     make_test_plan,
@@ -112,9 +113,8 @@ def test_a_model_that_sees_later_tokens_is_refused() -> None:
 def test_layers_that_share_keys_and_values_are_refused_by_name_and_by_the_proof(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    model = tiny_model(
-        "gemma4_text", layers=6, num_kv_shared_layers=2, layer_types=["sliding_attention", "full_attention"] * 3
-    )
+    types = ["sliding_attention", "full_attention"] * 3
+    model = tiny_model("gemma4_text", layers=6, num_kv_shared_layers=2, layer_types=types)
     with pytest.raises(CheckpointError, match=r"num_kv_shared_layers is 2\).*gemma4_text"):
         open_checkpoint(model)
     monkeypatch.setattr(checkpoint_module, "check_layers_stand_alone", lambda *_: None)
@@ -160,13 +160,11 @@ def test_every_command_proves_the_model_before_anything_is_read_twice(
 ) -> None:
     call = LayerCall.__call__
     monkeypatch.setattr(LayerCall, "__call__", lambda self, layer, hidden: 1.01 * call(self, layer, hidden))
-    monkeypatch.setattr(
-        checkpoint_module.Checkpoint, "sha256", lambda *_: pytest.fail("the checkpoint was hashed before the proof")
-    )
+    hashed = "the checkpoint was hashed before the proof"
+    monkeypatch.setattr(checkpoint_module.Checkpoint, "sha256", lambda *_: pytest.fail(hashed))
+    removal: dict[str, Any] = {"layers": [1], "keep": 0, "eval_data": None, "refit": False}
     for run in (
-        lambda: layer_surgery.compress(
-            tiny_model(), tmp_path / "output", layers=[1], keep=0, eval_data=None, refit=False
-        ),
+        lambda: layer_surgery.compress(tiny_model(), tmp_path / "output", **removal),
         lambda: layer_surgery.score(tiny_model(), scorer="random"),
     ):
         with pytest.raises(CheckpointError, match="does not give what the model itself gives"):
@@ -217,20 +215,9 @@ def test_something_for_each_layer_outside_the_layers_is_found(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("model_type", "layers"),
-    [
-        ("gemma3_text", 8),
-        ("olmo3", 8),
-        ("qwen2_moe", 8),
-        ("gpt_neo", 6),
-        ("lfm2", 6),
-        ("smollm3", 8),
-        ("gemma4_text", 8),
-    ],
+    "model_type", ["gemma3_text", "olmo3", "qwen2_moe", "gpt_neo", "lfm2", "smollm3", "gemma4_text"]
 )
-def test_a_pattern_that_is_not_cut_is_found(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_type: str, layers: int
-) -> None:
+def test_a_pattern_that_is_not_cut_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_type: str) -> None:
     """Without the knowledge in layer_config.py no pattern of layers survives."""
 
     def only_the_number(config: Any, stored: dict[str, Any], surviving: list[int]) -> dict[str, Any]:
@@ -241,11 +228,9 @@ def test_a_pattern_that_is_not_cut_is_found(
         return fields | {layer_config.layer_count_field(config): len(surviving)}
 
     monkeypatch.setattr(operated, "surviving_fields", only_the_number)
-    fields = {"use_sliding_window": False, "no_rope_layer_interval": 4} if model_type == "smollm3" else {}
-    dtype = torch.float32 if model_type == "qwen2_moe" else torch.float64
-    if model_type == "lfm2":
-        fields = {"layer_types": None, "full_attn_idxs": [2, 5]}
-    model = tiny_model(model_type, layers=layers, dtype=dtype, **fields)
+    fields = {"layer_types": None, "full_attn_idxs": [2, 5]} if model_type == "lfm2" else {}
+    layers = 6 if model_type in ("gpt_neo", "lfm2") else 8
+    model = tiny_model(model_type, layers=layers, dtype=dtype_of(model_type), **fields)
     with pytest.raises(PlanError, match="would not stay what it is"):
         survivors_of(model, [0, 3], tmp_path)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ from tiny_models import (
     largest_difference,
     largest_gradient_difference,
     packed_tokens,
+    padded_on_the_right,
     settings,
     snapshot,
     streamed,
@@ -59,15 +59,19 @@ def layer_gradients(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize(("resident", "boundaries"), WHERE)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_boundaries_equal_the_whole_models(tmp_path: Path, family: str, resident: int, boundaries: int) -> None:
+def test_boundaries_and_weight_gradients_equal_the_whole_models(
+    tmp_path: Path, family: str, resident: int, boundaries: int
+) -> None:
     model = tiny_model(family)
-    expected = whole_boundaries(model, TOKENS)
+    expected = layer_gradients(whole_gradients(model, TOKENS))
+    assert len(expected) == sum(1 for _ in decoder_layers(model).parameters())
     path = tiny_checkpoint(tmp_path, model, max_shard_size="30KB")
     where = settings(tmp_path, boundary_memory_bytes=boundaries)
     with Walk(streamed(path, resident_bytes=resident), TOKENS, where) as walk:
         assert walk.forward(range(4), keep=True) == walk.boundary(4)
-        for position, states in enumerate(expected):
+        for position, states in enumerate(whole_boundaries(model, TOKENS)):
             assert largest_difference(walk.boundary(position).read(slice(0, 5)), states) < 1e-9
+        assert largest_gradient_difference(walked_gradients(walk), expected) < 1e-9
 
 
 @pytest.mark.parametrize("tokens", [TOKENS, PADDED], ids=["full", "padded"])
@@ -90,18 +94,6 @@ def test_mean_loss_equals_the_one_that_transformers_computes(tmp_path: Path) -> 
         mean = walk.losses(walk.forward(range(4), keep=False)).mean
     # transformers computes its loss in float32.
     assert mean == pytest.approx(expected, rel=1e-6)
-
-
-@pytest.mark.parametrize(("resident", "boundaries"), WHERE)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_weight_gradient_equals_autograds(tmp_path: Path, family: str, resident: int, boundaries: int) -> None:
-    model = tiny_model(family)
-    expected = layer_gradients(whole_gradients(model, TOKENS))
-    assert len(expected) == sum(1 for _ in decoder_layers(model).parameters())
-    path = tiny_checkpoint(tmp_path, model, max_shard_size="30KB")
-    where = settings(tmp_path, boundary_memory_bytes=boundaries)
-    with Walk(streamed(path, resident_bytes=resident), TOKENS, where) as walk:
-        assert largest_gradient_difference(walked_gradients(walk), expected) < 1e-9
 
 
 def test_gradient_that_leaves_the_walk_is_that_of_the_embeddings(tmp_path: Path) -> None:
@@ -132,20 +124,30 @@ def test_backward_walk_that_stops_early_sees_the_same_gradients(tmp_path: Path) 
     assert largest_gradient_difference(observer.gradients, watched) < 1e-9
 
 
+def check_losses_and_gradients(tokens: PackedTokens, scratch: Path, batch_size: int) -> None:
+    """Compare a walk with the whole model."""
+    model = tiny_model()
+    expected = layer_gradients(whole_gradients(model, tokens))
+    sums = whole_losses(whole_logits(model, tokens), tokens)
+    with Walk(streamed(model), tokens, settings(scratch, batch_size=batch_size)) as walk:
+        losses = walk.losses(walk.forward(range(4), keep=False))
+        gradients = walked_gradients(walk)
+    assert largest_difference(losses.sums, sums) < 1e-10
+    assert largest_gradient_difference(gradients, expected) < 1e-10
+
+
 # One token at a time; single rows in pieces of 5 tokens; rows in pairs.
 @pytest.mark.parametrize("elements", [1, 5 * 61, 2 * 12 * 61 + 1])
 def test_cutting_the_head_into_chunks_changes_neither_losses_nor_gradients(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, elements: int
 ) -> None:
-    model = tiny_model()
-    expected = layer_gradients(whole_gradients(model, PADDED))
-    sums = whole_losses(whole_logits(model, PADDED), PADDED)
     monkeypatch.setattr(walk_module, "LOGITS_AT_A_TIME", elements)
-    with Walk(streamed(model), PADDED, settings(tmp_path, batch_size=5)) as walk:
-        losses = walk.losses(walk.forward(range(4), keep=False))
-        gradients = walked_gradients(walk)
-    assert largest_difference(losses.sums, sums) < 1e-9
-    assert largest_gradient_difference(gradients, expected) < 1e-9
+    check_losses_and_gradients(PADDED, tmp_path, 5)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_batch_size_changes_neither_losses_nor_gradients(tmp_path: Path, batch_size: int) -> None:
+    check_losses_and_gradients(packed_tokens(8, 10, padding=True, excluded=0.2), tmp_path, batch_size)
 
 
 def test_no_more_logits_exist_at_a_time_than_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,13 +168,7 @@ def test_no_more_logits_exist_at_a_time_than_allowed(tmp_path: Path, monkeypatch
 
 def test_right_padding_changes_nothing_for_valid_tokens(tmp_path: Path) -> None:
     short = packed_tokens(3, 9, excluded=0.3)
-    pad = torch.zeros(3, 4, dtype=torch.int64)
-    padded = replace(
-        short,
-        token_ids=torch.cat([short.token_ids, pad], dim=1),
-        loss_mask=torch.cat([short.loss_mask, pad > 0], dim=1),
-        valid=torch.cat([short.valid, pad > 0], dim=1),
-    )
+    padded = padded_on_the_right(short, 4)
     model = streamed(tiny_model("olmo3"))
     results = []
     for tokens in (short, padded):
@@ -183,19 +179,6 @@ def test_right_padding_changes_nothing_for_valid_tokens(tmp_path: Path) -> None:
     assert largest_difference(results[0][0], results[1][0]) < 1e-10
     assert largest_difference(results[0][1], results[1][1]) < 1e-10
     assert largest_gradient_difference(results[0][2], results[1][2]) < 1e-10
-
-
-@pytest.mark.parametrize("batch_size", [1, 3, 8])
-def test_batch_size_changes_neither_losses_nor_gradients(tmp_path: Path, batch_size: int) -> None:
-    model = tiny_model()
-    tokens = packed_tokens(8, 10, padding=True, excluded=0.2)
-    expected = layer_gradients(whole_gradients(model, tokens))
-    sums = whole_losses(whole_logits(model, tokens), tokens)
-    with Walk(streamed(model), tokens, settings(tmp_path, batch_size=batch_size)) as walk:
-        losses = walk.losses(walk.forward(range(4), keep=False))
-        gradients = walked_gradients(walk)
-    assert largest_difference(losses.sums, sums) < 1e-10
-    assert largest_gradient_difference(gradients, expected) < 1e-10
 
 
 def test_bfloat16_gradients_are_summed_in_float32(tmp_path: Path) -> None:
@@ -217,12 +200,16 @@ def test_path_that_skips_layers_equals_the_model_without_them(tmp_path: Path, ke
     assert largest_difference(losses.sums, expected) < 1e-9
 
 
-def test_kept_boundaries_are_used_again_as_far_as_the_path_is_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    steps: list[int] = []
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return a list that grows with every layer that is run."""
+    seen: list[int] = []
     step = Walk.step
-    monkeypatch.setattr(Walk, "step", lambda self, index, *rest: (steps.append(index), step(self, index, *rest))[1])
+    monkeypatch.setattr(Walk, "step", lambda self, index, *rest: (seen.append(index), step(self, index, *rest))[1])
+    return seen
+
+
+def test_kept_boundaries_are_used_again_as_far_as_the_path_is_the_same(tmp_path: Path, steps: list[int]) -> None:
     with Walk(streamed(tiny_model()), TOKENS, settings(tmp_path)) as walk:
         walk.forward([0, 1, 2, 3], keep=True)
         walk.forward([0, 1, 3], keep=True)
@@ -245,15 +232,12 @@ def test_observers_see_every_layer_also_where_the_boundaries_are_known(tmp_path:
     assert observer.layers == [0, 1, 2, 3]
 
 
-def test_a_forgotten_position_is_walked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    steps: list[int] = []
-    step = Walk.step
+def test_a_forgotten_position_is_walked_again(tmp_path: Path, steps: list[int]) -> None:
     with Walk(streamed(tiny_model()), TOKENS, settings(tmp_path)) as walk:
         walk.forward(range(4), keep=True)
-        monkeypatch.setattr(Walk, "step", lambda self, index, *rest: (steps.append(index), step(self, index, *rest))[1])
         walk.forget(2)
         walk.forward(range(4), keep=True)
-    assert steps == [2, 3]
+    assert steps == [0, 1, 2, 3, 2, 3]
 
 
 def test_walk_that_keeps_nothing_holds_one_boundary(tmp_path: Path) -> None:
