@@ -461,7 +461,7 @@ def test_what_a_killed_run_has_left_is_no_obstacle(model: Path, options: Options
         (lambda path: edit_json(path, points=None), "damaged at 'points'"),
         (lambda path: edit_json(path, points=[{}]), "damaged at 'points.0.target_layers'"),
         (lambda path: edit_json(path, identity=[1]), "damaged at 'identity'"),
-        (lambda path: edit_json(path, schema_version=2), "has schema version 2, and this release reads up to 1"),
+        (lambda path: edit_json(path, schema_version=3), "has schema version 3, and this release reads up to 2"),
         (lambda path: edit_json(path, evaluation=[]), "differ in length"),
         (lambda path: edit_json(path, evaluation=[{}]), "evaluation has a text without a name"),
         (lambda path: edit_json(path, identity={}), "differ in length"),

@@ -362,7 +362,7 @@ def layer_1(**fields: Any) -> Any:
         (edited(lambda d: d.update(layers={"0": "keep"})), "has no list 'layers'"),
         (
             edited(lambda d: d.update(schema_version=PLAN_SCHEMA_VERSION + 1)),
-            "schema version 2; this release reads up to 1",
+            f"schema version {PLAN_SCHEMA_VERSION + 1}; this release reads up to {PLAN_SCHEMA_VERSION}",
         ),
         (edited(lambda d: d.update(schema_version="1")), "schema version 1"),
         (edited(lambda d: d.update(target_layers=2)), "says target_layers 2, but keeps 3 layers whole"),
