@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub.constants
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -31,22 +30,6 @@ from layer_surgery.cli.main import main
 from layer_surgery.errors import CheckpointError, DataError, NumericalError, PlanError, UserError
 
 CUDA = torch.cuda.is_available()
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return saved_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return text_file(tmp_path_factory.mktemp("text") / "text.txt")
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> CommandLine:
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    return CommandLine(monkeypatch, capsys)
 
 
 def assert_refused(outcome: Outcome, *expected: str, code: int = 2) -> None:
@@ -131,10 +114,8 @@ def test_a_wrong_option_is_refused(
     run: CommandLine, model: Path, text: Path, tmp_path: Path, options: str, expected: tuple[str, ...]
 ) -> None:
     data = ["--calibration", text, "--eval-data", text]
-    if "--sequence-length" not in options:
-        data += ["--sequence-length", 16]
-    if "--samples" not in options:
-        data += ["--samples", 4]
+    data += [] if "--sequence-length" in options else ["--sequence-length", 16]
+    data += [] if "--samples" in options else ["--samples", 4]
     assert_refused(run("compress", model, *data, "--output", tmp_path / "new" / "output", *options.split()), *expected)
     assert listing(tmp_path) == {}
 
@@ -146,15 +127,9 @@ def test_cuda_without_cuda_is_refused(run: CommandLine, model: Path, tmp_path: P
     assert_refused(outcome, f"--device is '{device}'", "no CUDA device", "--device cpu")
 
 
-def test_no_output_is_refused(run: CommandLine, model: Path) -> None:
+def test_a_command_line_that_lacks_something_is_refused(run: CommandLine, model: Path) -> None:
     assert_refused(run("compress", model, "--target-layers", 2), "--output", "--dry-run")
-
-
-def test_no_model_is_refused(run: CommandLine) -> None:
     assert_refused(run("compress", "--target-layers", 2), "MODEL")
-
-
-def test_an_unknown_command_is_refused(run: CommandLine) -> None:
     assert_refused(run("compres"), "compres")
 
 
@@ -202,19 +177,15 @@ def test_a_wrong_plan_is_refused(
     assert listing(tmp_path) == before
 
 
-def test_a_plan_above_full_rank_is_refused(run: CommandLine, model: Path, tmp_path: Path) -> None:
-    layers: list[dict[str, Any]] = [{"index": index, "action": "keep"} for index in range(4)]
-    layers[1] = {"index": 1, "action": "low_rank", "ranks": {"self_attn.k_proj": 25}}
-    (tmp_path / "plan.json").write_text(json.dumps({"layers": layers}))
-    outcome = run("compress", model, "--plan", tmp_path / "plan.json", "--dry-run", "--no-eval")
-    assert_refused(outcome, "rank 25 for 'self_attn.k_proj' of layer 1", "full rank, 24")
-
-
-def test_a_plan_that_removes_everything_is_refused(run: CommandLine, model: Path, tmp_path: Path) -> None:
-    layers = [{"index": index, "action": "remove"} for index in range(4)]
-    (tmp_path / "plan.json").write_text(json.dumps({"layers": layers}))
-    outcome = run("compress", model, "--plan", tmp_path / "plan.json", "--dry-run", "--no-eval")
-    assert_refused(outcome, "removes every layer")
+def test_a_plan_that_the_model_does_not_allow_is_refused(run: CommandLine, model: Path, tmp_path: Path) -> None:
+    keep: list[dict[str, Any]] = [{"index": index, "action": "keep"} for index in range(4)]
+    above = {"index": 1, "action": "low_rank", "ranks": {"self_attn.k_proj": 25}}
+    for layers, expected in (
+        ([keep[0], above, *keep[2:]], ("rank 25 for 'self_attn.k_proj' of layer 1", "full rank, 24")),
+        ([layer | {"action": "remove"} for layer in keep], ("removes every layer",)),
+    ):
+        (tmp_path / "plan.json").write_text(json.dumps({"layers": layers}))
+        assert_refused(run("compress", model, "--plan", tmp_path / "plan.json", "--dry-run", "--no-eval"), *expected)
 
 
 @pytest.mark.parametrize("options", ["--target-layers 2", "--keep 0.2", "--layers 1", "--target-parameters 0.5"])
@@ -230,10 +201,8 @@ def test_a_plan_and_a_budget_are_refused(run: CommandLine, model: Path, tmp_path
 
 def compress_with(run: CommandLine, model: Path, output: Path, *, calibration: object, **options: object) -> Outcome:
     """Run a compression that scores on `calibration`."""
-    arguments = [item for name, value in options.items() for item in (f"--{name.replace('_', '-')}", str(value))]
-    return run(
-        "compress", model, "--target-layers", 2, "--output", output, "--calibration", str(calibration), *arguments
-    )
+    options = {"target-layers": 2, "output": output, "calibration": calibration} | options
+    return run("compress", model, *(f"--{name.replace('_', '-')}={value}" for name, value in options.items()))
 
 
 @pytest.mark.parametrize(
@@ -304,205 +273,140 @@ def test_an_unknown_column_is_refused(run: CommandLine, model: Path, tmp_path: P
 def test_an_example_that_is_too_long_is_refused(run: CommandLine, model: Path, tmp_path: Path) -> None:
     rows = [{"prompt": "one", "answer": "two"}, {"prompt": "one " * 20, "answer": "two"}]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    outcome = compress_with(
-        run, model, tmp_path / "output", calibration=tmp_path / "data.jsonl", sequence_length=16, samples=1
-    )
+    options = {"calibration": tmp_path / "data.jsonl", "sequence_length": 16, "samples": 1}
+    outcome = compress_with(run, model, tmp_path / "output", **options)
     assert_refused(outcome, "example 2 has", "more than --sequence-length 16")
 
 
 # Models
 
 
-def no_config(path: Path) -> None:
-    (path / "config.json").unlink()
+Damage = Callable[[Path], Any]
+UP = "model.layers.0.mlp.up_proj"
 
 
-def damaged_config(path: Path) -> None:
-    (path / "config.json").write_text((path / "config.json").read_text()[:-40])
+def removed(pattern: str) -> Damage:
+    return lambda path: [file.unlink() for file in path.glob(pattern)]
 
 
-def config_is_a_list(path: Path) -> None:
-    (path / "config.json").write_text("[1]")
+def written(name: str, content: str) -> Damage:
+    return lambda path: (path / name).write_text(content)
 
 
-def config_without_type(path: Path) -> None:
-    edit_json(path / "config.json", model_type=None)
+def shortened(name: str) -> Damage:
+    return lambda path: (path / name).write_bytes((path / name).read_bytes()[:-40])
 
 
-def config_of_impossible_sizes(path: Path) -> None:
-    edit_json(path / "config.json", num_hidden_layers="four")
+def config(**changes: Any) -> Damage:
+    return lambda path: edit_json(path / "config.json", **changes)
 
 
-def config_of_unknown_type(path: Path) -> None:
-    edit_json(path / "config.json", model_type="llamma")
+def tensors(edit: Callable[[dict[str, torch.Tensor]], object]) -> Damage:
+    return lambda path: edit_tensors(path, edit)  # type: ignore[arg-type]
 
 
-def config_of_another_type(path: Path) -> None:
-    edit_json(path / "config.json", model_type="gpt2", architectures=["GPT2LMHeadModel"])
-
-
-def more_layers(path: Path) -> None:
-    edit_json(path / "config.json", num_hidden_layers=5)
-
-
-def fewer_layers(path: Path) -> None:
-    edit_json(path / "config.json", num_hidden_layers=3)
+def both(first: Damage, second: Damage) -> Damage:
+    return lambda path: (first(path), second(path))
 
 
 def real_adapter(path: Path) -> None:
     """What PEFT saves, with the tokenizer beside it as trainers do."""
-    lora = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(path), LoraConfig(r=2, task_type="CAUSAL_LM", target_modules="all-linear")
-    )
+    chosen = LoraConfig(r=2, task_type="CAUSAL_LM", target_modules="all-linear")
+    lora = get_peft_model(AutoModelForCausalLM.from_pretrained(path), chosen)
     for name in ("config.json", "model.safetensors", "generation_config.json"):
         (path / name).unlink()
     lora.save_pretrained(path)
 
 
-def modelopt_beside(path: Path) -> None:
-    (path / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "FP8"}}')
-
-
-def other_width(path: Path) -> None:
-    edit_json(path / "config.json", hidden_size=36)
-
-
-def without_tensor(path: Path) -> None:
-    edit_tensors(path, lambda tensors: tensors.pop("model.norm.weight"))
-
-
-def with_tensor(path: Path) -> None:
-    edit_tensors(path, lambda tensors: tensors.update({"adapter.weight": torch.zeros(2)}))
-
-
-def truncated(path: Path) -> None:
-    file = path / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-10])
-
-
-def no_weights(path: Path) -> None:
-    (path / "model.safetensors").unlink()
-
-
-def quantised(path: Path) -> None:
-    edit_json(path / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
-
-
-def adapter(path: Path) -> None:
-    for file in path.iterdir():
-        file.unlink()
-    (path / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "someone/model"}')
-
-
-def adapter_beside_a_configuration(path: Path) -> None:
-    (path / "model.safetensors").unlink()
-    (path / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "someone/model"}')
-
-
-def fp8_config(path: Path) -> None:
-    edit_json(path / "config.json", quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]})
-
-
-def awq_beside(path: Path) -> None:
-    (path / "quant_config.json").write_text('{"w_bit": 4}')
-
-
-def gptq_tensors(path: Path) -> None:
-    def pack(tensors: dict[str, torch.Tensor]) -> None:
-        name = "model.layers.0.mlp.up_proj"
-        tensors[f"{name}.qweight"] = tensors.pop(f"{name}.weight").to(torch.int32)
-
-    edit_tensors(path, pack)
-
-
-def fp8_tensors(path: Path) -> None:
-    def cast(tensors: dict[str, torch.Tensor]) -> None:
-        name = "model.layers.0.mlp.up_proj.weight"
-        tensors[name] = tensors[name].to(torch.float8_e4m3fn)
-
-    edit_tensors(path, cast)
-
-
-def shared_keys_and_values(path: Path) -> None:
-    edit_json(path / "config.json", model_type="gemma4_text", architectures=None, num_kv_shared_layers=1)
-    edit_json(path / "config.json", layer_types=["full_attention"] * 4)
-
-
 def multimodal(path: Path) -> None:
     text = {**json.loads((path / "config.json").read_text()), "model_type": "gemma3_text"}
-    architectures = ["Gemma3ForConditionalGeneration"]
-    (path / "config.json").write_text(
-        json.dumps({"model_type": "gemma3", "architectures": architectures, "text_config": text})
-    )
+    whole = {"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"], "text_config": text}
+    (path / "config.json").write_text(json.dumps(whole))
 
 
-def multimodal_that_loads_as_a_causal_lm(path: Path) -> None:
-    (path / "config.json").write_text(
-        json.dumps({"model_type": "qwen3_5", "architectures": ["Qwen3_5ForConditionalGeneration"]})
-    )
+ADAPTER = written("adapter_config.json", '{"peft_type": "LORA", "base_model_name_or_path": "someone/model"}')
+MULTIMODAL_THAT_LOADS = '{"model_type": "qwen3_5", "architectures": ["Qwen3_5ForConditionalGeneration"]}'
+FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+UNQUANTISED = "operate on the unquantised checkpoint"
 
-
-def encoder_with_a_head(path: Path) -> None:
-    edit_json(path / "config.json", model_type="bert", architectures=["BertLMHeadModel"])
-
-
-def no_tokenizer(path: Path) -> None:
-    for file in path.glob("tokenizer*"):
-        file.unlink()
-
-
-def damaged_tokenizer(path: Path) -> None:
-    (path / "tokenizer.json").write_text("{")
-
-
-DAMAGES: list[tuple[Callable[[Path], None], str]] = [
-    (no_config, "has no config.json"),
-    (damaged_config, "config.json is damaged"),
-    (config_is_a_list, "config.json is damaged"),
-    (config_without_type, "has no model_type"),
-    (config_of_impossible_sizes, "config.json"),
-    (config_of_unknown_type, "(model type `llamma`); correct it, or install a version of transformers that knows it"),
-    (config_of_another_type, "lacks "),
-    (more_layers, "'model.layers.4.input_layernorm.weight'"),
-    (
-        fewer_layers,
+DAMAGES: dict[str, tuple[Damage, str]] = {
+    "no config": (removed("config.json"), "has no config.json"),
+    "damaged config": (shortened("config.json"), "config.json is damaged"),
+    "config is a list": (written("config.json", "[1]"), "config.json is damaged"),
+    "config without type": (config(model_type=None), "has no model_type"),
+    "config of impossible sizes": (config(num_hidden_layers="four"), "config.json"),
+    "config of unknown type": (
+        config(model_type="llamma"),
+        "(model type `llamma`); correct it, or install a version of transformers that knows it",
+    ),
+    "config of another type": (config(model_type="gpt2", architectures=["GPT2LMHeadModel"]), "lacks "),
+    "more layers": (config(num_hidden_layers=5), "'model.layers.4.input_layernorm.weight'"),
+    "fewer layers": (
+        config(num_hidden_layers=3),
         "has weights for more layers than its config.json lists (num_hidden_layers is 3, and there is 'model",
     ),
-    (other_width, "has shape"),
-    (without_tensor, "'model.norm.weight'"),
-    (with_tensor, "'adapter.weight'"),
-    (truncated, "model.safetensors is truncated or damaged"),
-    (no_weights, "has no model.safetensors"),
-    (quantised, "is quantised (gptq); operate on the unquantised checkpoint"),
-    (adapter, "is a PEFT adapter for someone/model, not a model; merge it"),
-    (adapter_beside_a_configuration, "is a PEFT adapter for someone/model, not a model; merge it"),
-    (real_adapter, "is a PEFT adapter for "),
-    (modelopt_beside, "is quantised (modelopt); operate on the unquantised checkpoint"),
-    (fp8_config, "is quantised (fp8); operate on the unquantised checkpoint"),
-    (awq_beside, "is quantised (awq); operate on the unquantised checkpoint"),
-    (gptq_tensors, "is quantised (it has 'model.layers.0.mlp.up_proj.qweight'); operate on the unquantised checkpoint"),
-    (fp8_tensors, "is quantised ('model.layers.0.mlp.up_proj.weight' is float8_e4m3fn)"),
-    (shared_keys_and_values, "layers that use the keys and values of earlier ones (num_kv_shared_layers is 1)"),
-    (multimodal, "is multimodal (architectures: Gemma3ForConditionalGeneration, model_type: gemma3; parts: text"),
-    (multimodal_that_loads_as_a_causal_lm, "is multimodal (architectures: Qwen3_5ForConditionalGeneration"),
-    (encoder_with_a_head, "is not a causal language model (architectures: BertLMHeadModel, model_type: bert)"),
-    (no_tokenizer, "tokenizer"),
-    (damaged_tokenizer, "tokenizer"),
-]
+    "other width": (config(hidden_size=36), "has shape"),
+    "without tensor": (tensors(lambda found: found.pop("model.norm.weight")), "'model.norm.weight'"),
+    "with tensor": (tensors(lambda found: found.update({"adapter.weight": torch.zeros(2)})), "'adapter.weight'"),
+    "truncated": (shortened("model.safetensors"), "model.safetensors is truncated or damaged"),
+    "no weights": (removed("model.safetensors"), "has no model.safetensors"),
+    "adapter": (both(removed("*"), ADAPTER), "is a PEFT adapter for someone/model, not a model; merge it"),
+    "adapter beside a configuration": (
+        both(removed("model.safetensors"), ADAPTER),
+        "is a PEFT adapter for someone/model, not a model; merge it",
+    ),
+    "real adapter": (real_adapter, "is a PEFT adapter for "),
+    "gptq": (
+        config(quantization_config={"quant_method": "gptq", "bits": 4}),
+        f"is quantised (gptq); {UNQUANTISED}",
+    ),
+    "fp8": (config(quantization_config=FP8), f"is quantised (fp8); {UNQUANTISED}"),
+    "modelopt beside": (
+        written("hf_quant_config.json", '{"quantization": {"quant_algo": "FP8"}}'),
+        f"is quantised (modelopt); {UNQUANTISED}",
+    ),
+    "awq beside": (written("quant_config.json", '{"w_bit": 4}'), f"is quantised (awq); {UNQUANTISED}"),
+    "gptq tensors": (
+        tensors(lambda found: found.update({f"{UP}.qweight": found.pop(f"{UP}.weight").to(torch.int32)})),
+        f"is quantised (it has '{UP}.qweight'); {UNQUANTISED}",
+    ),
+    "fp8 tensors": (
+        tensors(lambda found: found.update({f"{UP}.weight": found[f"{UP}.weight"].to(torch.float8_e4m3fn)})),
+        f"is quantised ('{UP}.weight' is float8_e4m3fn)",
+    ),
+    "shared keys and values": (
+        config(
+            model_type="gemma4_text",
+            architectures=None,
+            num_kv_shared_layers=1,
+            layer_types=["full_attention"] * 4,
+        ),
+        "layers that use the keys and values of earlier ones (num_kv_shared_layers is 1)",
+    ),
+    "multimodal": (
+        multimodal,
+        "is multimodal (architectures: Gemma3ForConditionalGeneration, model_type: gemma3; parts: text",
+    ),
+    "multimodal that loads as a causal lm": (
+        written("config.json", MULTIMODAL_THAT_LOADS),
+        "is multimodal (architectures: Qwen3_5ForConditionalGeneration",
+    ),
+    "encoder with a head": (
+        config(model_type="bert", architectures=["BertLMHeadModel"]),
+        "is not a causal language model (architectures: BertLMHeadModel, model_type: bert)",
+    ),
+    "no tokenizer": (removed("tokenizer*"), "tokenizer"),
+    "damaged tokenizer": (written("tokenizer.json", "{"), "tokenizer"),
+}
 
 
 @pytest.mark.parametrize("command", ["compress", "score", "evaluate"])
-@pytest.mark.parametrize(("damage", "expected"), DAMAGES, ids=[case[0].__name__ for case in DAMAGES])
+@pytest.mark.parametrize("name", DAMAGES)
 def test_an_unusable_model_is_refused(
-    run: CommandLine,
-    model: Path,
-    text: Path,
-    tmp_path: Path,
-    command: str,
-    damage: Callable[[Path], None],
-    expected: str,
+    run: CommandLine, model: Path, text: Path, tmp_path: Path, command: str, name: str
 ) -> None:
     path = shutil.copytree(model, tmp_path / "model")
+    damage, expected = DAMAGES[name]
     damage(path)
     before = listing(tmp_path)
     arguments: list[Any] = {
@@ -514,38 +418,29 @@ def test_an_unusable_model_is_refused(
     assert listing(tmp_path) == before
 
 
-def test_a_missing_model_is_refused(run: CommandLine, tmp_path: Path) -> None:
-    outcome = run("compress", tmp_path / "nowhere", "--target-layers", 2, "--output", tmp_path / "some" / "output")
-    assert_refused(outcome, "no such model", "nowhere")
+def test_a_missing_model_and_a_file_for_a_model_are_refused(run: CommandLine, model: Path, tmp_path: Path) -> None:
+    options = ("--target-layers", 2, "--output", tmp_path / "some" / "output")
+    assert_refused(run("compress", tmp_path / "nowhere", *options), "no such model", "nowhere")
+    assert_refused(run("compress", model / "model.safetensors", *options), "is a file", "directory")
     assert listing(tmp_path) == {}
 
 
-def test_a_file_for_a_model_is_refused(run: CommandLine, model: Path, tmp_path: Path) -> None:
-    outcome = run("compress", model / "model.safetensors", "--target-layers", 2, "--output", tmp_path / "output")
-    assert_refused(outcome, "is a file", "directory")
-
-
-def test_an_encoder_is_refused(run: CommandLine, tmp_path: Path) -> None:
+def test_encoders_are_refused(run: CommandLine, tmp_path: Path) -> None:
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
     BertModel(BertConfig(vocab_size=VOCABULARY, **sizes)).save_pretrained(tmp_path / "bert")
-    outcome = run("score", tmp_path / "bert")
-    assert_refused(outcome, "is not a causal language model", "BertModel")
-
-
-def test_an_encoder_decoder_is_refused(run: CommandLine, tmp_path: Path) -> None:
     config = T5Config(vocab_size=VOCABULARY, d_model=16, d_ff=16, d_kv=8, num_heads=2, num_layers=2)
     T5ForConditionalGeneration(config).save_pretrained(tmp_path / "t5")
-    assert_refused(run("score", tmp_path / "t5"), "is not a causal language model", "T5ForConditionalGeneration")
+    for name, model_class in (("bert", "BertModel"), ("t5", "T5ForConditionalGeneration")):
+        assert_refused(run("score", tmp_path / name), "is not a causal language model", model_class)
 
 
 def test_an_unsupported_architecture_is_refused_with_what_is_supported(tmp_path: Path) -> None:
     config = AutoConfig.for_model("xlm", vocab_size=64, emb_dim=16, n_layers=2, n_heads=2)
     model = AutoModelForCausalLM.from_config(config)
-    with pytest.raises(CheckpointError, match=r"'xlm' is not supported.*cannot be guessed.*Supported: .*llama.*qwen3"):
-        layer_surgery.compress(model, tmp_path / "output", layers=[1])
     model.save_pretrained(tmp_path / "model")
-    with pytest.raises(CheckpointError, match=r"'xlm' is not supported.*cannot be guessed.*Supported: .*llama.*qwen3"):
-        layer_surgery.compress(tmp_path / "model", tmp_path / "output", layers=[1])
+    for given in (model, tmp_path / "model"):
+        with pytest.raises(CheckpointError, match=r"'xlm' is not supported.*cannot be guessed.*: .*llama.*qwen3"):
+            layer_surgery.compress(given, tmp_path / "output", layers=[1])
 
 
 class _MakesAFile:
@@ -631,16 +526,9 @@ def test_everything_is_checked_before_any_work(
 
     monkeypatch.setattr("layer_surgery.checkpoint.open.Checkpoint.sha256", fail)
     monkeypatch.setattr("layer_surgery.walk.streamed.StreamedModel.__init__", fail)
+    data: dict[str, Any] = {"calibration": text, "eval_data": [text, tmp_path / "nowhere.txt"]}
     with pytest.raises(DataError, match="there is no file"):
-        layer_surgery.compress(
-            model,
-            tmp_path / "output",
-            target_layers=2,
-            calibration=text,
-            samples=4,
-            sequence_length=16,
-            eval_data=[text, tmp_path / "nowhere.txt"],
-        )
+        layer_surgery.compress(model, tmp_path / "output", target_layers=2, samples=4, sequence_length=16, **data)
 
 
 def test_a_traceback_is_shown_only_when_asked_for(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
