@@ -1,1 +1,1 @@
-"""The command line: one file a command, the options derived from `config.py`."""
+"""The command line: one file a command, the options derived from the package `config`."""

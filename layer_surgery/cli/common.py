@@ -1,4 +1,4 @@
-"""What every command does alike: help with names, progress, JSON, and how options become arguments."""
+"""Parts that all commands share: help with names, progress, JSON, and the command line for the record."""
 
 import json
 import sys
@@ -28,10 +28,7 @@ class WithNames(click.Command):
         from layer_surgery.surgeon import METHODS
 
         options = {option.name for option in self.params}
-        registries: list[tuple[str, Any, str]] = [
-            ("scorer", SCORERS, DEFAULT_SCORER),
-            ("method", METHODS, DEFAULT_METHOD),
-        ]
+        registries: Any = (("scorer", SCORERS, DEFAULT_SCORER), ("method", METHODS, DEFAULT_METHOD))
         for kind, registry, chosen in registries:
             if kind not in options:
                 continue
