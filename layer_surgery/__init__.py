@@ -22,24 +22,6 @@ if TYPE_CHECKING:
 
 __version__ = "0.2.0"
 
-# Imported on first use: torch and transformers take seconds, and `layer-surgery --help` needs neither.
-_HOMES = {
-    "layer_surgery.api": ("compress", "evaluate", "export_dense", "load", "report", "score", "sweep"),
-    "layer_surgery.errors": ("LayerSurgeryError", "UserError"),
-    "layer_surgery.records": (
-        "Comparison",
-        "EvaluationReport",
-        "EvaluationResult",
-        "LayerPlan",
-        "LayerScores",
-        "Perplexity",
-        "SurgeryPlan",
-        "SurgeryReport",
-    ),
-    "layer_surgery.records.sweep": ("SweepPoint", "SweepReport"),
-}
-_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
-
 __all__ = [
     "Comparison",
     "EvaluationReport",
@@ -65,8 +47,12 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOME_OF:
-        return getattr(importlib.import_module(_HOME_OF[name]), name)
+    # Imported on first use: torch and transformers take seconds, and `layer-surgery --help` needs neither.
+    if name in __all__:
+        for home in ("api",) if name.islower() else ("errors", "records", "records.sweep"):
+            module = importlib.import_module(f"layer_surgery.{home}")
+            if hasattr(module, name):
+                return getattr(module, name)
     raise AttributeError(f"module 'layer_surgery' has no attribute '{name}'")
 
 

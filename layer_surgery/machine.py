@@ -26,7 +26,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
         "packages": {name: version(name) for name in PACKAGES},
         "code_sha256": code_sha256(),
         "platform": platform.platform(),
-        "processor": _processor(),
+        "processor": _from_proc("cpuinfo", "model name") or platform.processor() or platform.machine(),
         "cpu_threads": torch.get_num_threads(),
         "cpu_count": os.cpu_count(),
         "device": device_name(device),
@@ -79,25 +79,17 @@ def available_memory_bytes(device: torch.device) -> int | None:
     """Return how much more memory can be had on a device; None where the system does not say."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    try:
-        with open("/proc/meminfo", encoding="utf-8") as lines:
-            for line in lines:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return None
+    found = _from_proc("meminfo", "MemAvailable")
+    return int(found.split()[0]) * 1024 if found else None
 
 
-def _processor() -> str:
+def _from_proc(file: str, key: str) -> str | None:
+    """Return what stands behind the first `key:` in a file of /proc; None on a system that has none."""
     try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            for line in lines:
-                if line.startswith("model name"):
-                    return line.partition(":")[2].strip()
+        with open(f"/proc/{file}", encoding="utf-8") as lines:
+            return next((line.partition(":")[2].strip() for line in lines if line.startswith(key)), None)
     except OSError:
-        pass
-    return platform.processor() or platform.machine()
+        return None
 
 
 # Memory of layers that have gone is given back to the system (glibc only). glibc keeps freed blocks of up to 32 MiB for

@@ -37,8 +37,7 @@ class Architecture:
 _FUSED_QKV = ("self_attn.qkv_proj", "self_attn.o_proj")
 _FUSED_GATE_UP = ("mlp.gate_up_proj", "mlp.down_proj")
 _TWO_LAYER_MLP = ("mlp.c_fc", "mlp.c_proj")
-_SELF_ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
-_GATED_MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+_SELF_ATTENTION, _GATED_MLP = Architecture.attention, Architecture.mlp
 _OPT_ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj")
 _BLOOM_ATTENTION = ("self_attention.query_key_value", "self_attention.dense")
 _FOUR_H_MLP = ("mlp.dense_h_to_4h", "mlp.dense_4h_to_h")

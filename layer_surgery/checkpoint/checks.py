@@ -48,13 +48,8 @@ def check_not_quantised(fields: Mapping[str, Any], directory: Path) -> None:
     """Refuse a checkpoint whose configuration, or a quantiser's own file beside it, says that it is quantised."""
     given = fields.get("quantization_config")
     method = given.get("quant_method", "unknown method") if isinstance(given, dict) else given
-    for file, name in (
-        ("quantize_config.json", "gptq"),
-        ("quant_config.json", "awq"),
-        ("hf_quant_config.json", "modelopt"),
-    ):
-        if not method and (directory / file).is_file():
-            method = name
+    files = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}
+    method = method or next((name for file, name in files.items() if (directory / file).is_file()), None)
     if method:
         raise _quantised(str(directory), str(method))
 

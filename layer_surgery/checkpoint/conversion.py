@@ -170,7 +170,7 @@ class _Group:
 
     key: str  #: The name of the (first) tensor that is made.
     converter: WeightConverter | None  #: None: one tensor, renamed.
-    renamings: Sequence[WeightRenaming] = ()  #: What is done to the names that the converter gives.
+    renamings: Sequence[WeightRenaming] = ()  #: Changes of the names that the converter gives.
     members: list[tuple[str, str]] = field(default_factory=list)
     """(pattern of the converter, name in the source) of each tensor that goes in."""
 

@@ -18,8 +18,7 @@ FURTHER_TOKEN_FIELDS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "nu
 
 def layer_count_field(config: Any) -> str:
     """Return what the configuration class calls the number of layers in its JSON: `n_layer` for GPT-2."""
-    names: dict[str, str] = getattr(config, "attribute_map", None) or {}
-    return names.get("num_hidden_layers", "num_hidden_layers")
+    return str((getattr(config, "attribute_map", None) or {}).get("num_hidden_layers", "num_hidden_layers"))
 
 
 def per_layer_fields(fields: dict[str, Any], layer_count: int) -> list[str]:
@@ -57,7 +56,10 @@ def surviving_fields(config: Any, stored: dict[str, Any], surviving: Sequence[in
         by_number = {int(index): value for index, value in complete["per_layer_config"].items()}
         cut["per_layer_config"] = {str(new): by_number[old] for old, new in new_number.items() if old in by_number}
     if (complete.get("decoder_sparse_step") or 1) > 1:
-        cut |= _dense_layers_written_out(complete, new_number)
+        # Every n-th layer has experts (Qwen-MoE): the layers without are named one by one.
+        step, dense = complete["decoder_sparse_step"], complete.get("mlp_only_layers") or []
+        without = [new for old, new in new_number.items() if old in dense or (old + 1) % step != 0]
+        cut |= {"decoder_sparse_step": 1, "mlp_only_layers": without}
     if complete.get("first_k_dense_replace"):
         cut["first_k_dense_replace"] = sum(old < complete["first_k_dense_replace"] for old in surviving)
     if complete.get("attention_types"):  # GPT-Neo: [[kinds, how often], ...], from which `attention_layers` follows
@@ -68,12 +70,3 @@ def surviving_fields(config: Any, stored: dict[str, Any], surviving: Sequence[in
     aliases = {alias for alias, name in (getattr(config, "attribute_map", None) or {}).items() if name in cut}
     kept = {name: value for name, value in stored.items() if name not in aliases and name != "_name_or_path"}
     return kept | cut
-
-
-def _dense_layers_written_out(complete: dict[str, Any], new_number: dict[int, int]) -> dict[str, Any]:
-    """Name the layers without experts one by one, where every n-th has experts (Qwen-MoE)."""
-    step, dense = complete["decoder_sparse_step"], complete.get("mlp_only_layers") or []
-    return {
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": [new for old, new in new_number.items() if old in dense or (old + 1) % step != 0],
-    }

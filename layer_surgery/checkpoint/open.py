@@ -54,8 +54,7 @@ class Checkpoint:
     narrowed: dict[str, tuple[int, int]] = field(default_factory=dict)
     """Size (out, in) of every linear that is smaller than its architecture has it."""
     left_out: tuple[str, ...] = ()
-    """Stored tensors that transformers' model class has no place for and ignores, as heads that predict further
-    tokens."""
+    """Stored tensors that transformers' model class ignores, as heads that predict further tokens."""
     directory: Path | None = None
     files: tuple[Path, ...] = ()
     trust_remote_code: bool = False
@@ -167,8 +166,7 @@ def open_checkpoint(
             raise CheckpointError(
                 f"MODEL is a {type(model).__name__}; allowed: a directory, a hub name or a PreTrainedModel."
             )
-        directory = _local_directory(str(model), revision)
-        checkpoint = _from_directory(str(model), directory, trust_remote_code)
+        checkpoint = _from_directory(str(model), _local_directory(str(model), revision), trust_remote_code)
     _settle(checkpoint)
     return checkpoint
 
@@ -223,7 +221,11 @@ def _from_directory(name: str, directory: Path, trust_remote_code: bool) -> Chec
     narrowed: dict[str, tuple[int, int]] = {}
     model_class: type[PreTrainedModel] | None = None
     if model_type == MODEL_TYPE:
-        config = _low_rank_config(config_file, fields)
+        try:
+            config = LayerSurgeryConfig.from_dict(fields)
+        except Exception as error:  # transformers raises many types here, each about this one file
+            reason = " ".join(str(error).split())[:300]
+            raise CheckpointError(f"{config_file} is damaged ({type(error).__name__}: {reason}).") from error
         model_class = model_class_for(type(config))
         low_rank, narrowed, fields = config.low_rank, config.narrowed, _base_fields(config, fields)
     else:
@@ -243,14 +245,6 @@ def _from_directory(name: str, directory: Path, trust_remote_code: bool) -> Chec
         trust_remote_code=trust_remote_code,
         model_class=model_class,
     )
-
-
-def _low_rank_config(config_file: Path, fields: dict[str, Any]) -> Any:
-    try:
-        return LayerSurgeryConfig.from_dict(fields)
-    except Exception as error:  # transformers raises many types here, each about this one file
-        reason = " ".join(str(error).split())[:300]
-        raise CheckpointError(f"{config_file} is damaged ({type(error).__name__}: {reason}).") from error
 
 
 def _base_fields(config: Any, nested: dict[str, Any]) -> dict[str, Any]:
@@ -281,8 +275,7 @@ def _stock_config(directory: Path, trust_remote_code: bool) -> Any:
 
 
 def _from_memory(model: PreTrainedModel) -> Checkpoint:
-    known = {*MODEL_FOR_CAUSAL_LM_MAPPING.values()}
-    if not known.intersection(type(model).__mro__):
+    if not {*MODEL_FOR_CAUSAL_LM_MAPPING.values()}.intersection(type(model).__mro__):
         raise CheckpointError(
             f"a {type(model).__name__} is not a causal language model; load it with AutoModelForCausalLM."
         )

@@ -57,10 +57,8 @@ def licence(directory: Path) -> dict[str, Any]:
     if _is_text(found["license"]):
         return {name: value for name, value in found.items() if _is_text(value)}
     found_files = [path for pattern in ("LICENSE*", "LICENCE*") for path in directory.glob(pattern) if path.is_file()]
-    files = sorted(path.name for path in found_files)
-    if files:
-        return {"license": "other", "license_name": "same-as-base-model", "license_link": files[0]}
-    return {}
+    first = min((path.name for path in found_files), default=None)
+    return {"license": "other", "license_name": "same-as-base-model", "license_link": first} if first else {}
 
 
 def _is_text(value: Any) -> bool:

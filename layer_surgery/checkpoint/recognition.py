@@ -25,16 +25,14 @@ def architecture_of(model: PreTrainedModel) -> Architecture:
     Raises `CheckpointError` if the type is neither listed nor built as can be guessed.
     """
     model_type = base_model_type(model.config)
-    if is_stock(model) and model_type in ARCHITECTURES and _fits(ARCHITECTURES[model_type], model):
-        return ARCHITECTURES[model_type]
+    entry = ARCHITECTURES.get(model_type) if is_stock(model) else None
+    if entry is not None:
+        modules = dict(model.named_modules())
+        named = any(f"{entry.layers}.0.{name}" in modules for name in entry.linears)
+        if named and isinstance(modules.get(entry.layers), nn.ModuleList):
+            return entry
+    # Not in the table; or another version of transformers, which calls its modules otherwise.
     return guess_architecture(model, model_type)
-
-
-def _fits(entry: Architecture, model: PreTrainedModel) -> bool:
-    """Return whether modules have the names in the table: another version of transformers may call them otherwise."""
-    modules = dict(model.named_modules())
-    layers = modules.get(entry.layers)
-    return isinstance(layers, nn.ModuleList) and any(f"{entry.layers}.0.{name}" in modules for name in entry.linears)
 
 
 def is_stock(model: PreTrainedModel) -> bool:

@@ -1,16 +1,14 @@
 """Write a checkpoint: shard by shard, tensor by tensor, beside its destination, renamed into place at the end."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -29,19 +27,8 @@ from layer_surgery.records.reading import REPORT_FILE
 DEFAULT_SHARD_BYTES = 50 * 1000**3
 #: Files of the original that belong to its tokenizer, its generation or its licence, and travel with it.
 COMPANIONS = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab*",
-    "merges.txt",
-    "chat_template*",
-    "*.jinja",
-    "*.model",
-    "*.tiktoken",
-    "generation_config.json",
-    "LICENSE*",
-    "LICENCE*",
-    "NOTICE*",
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "*.tiktoken"),
+    *("chat_template*", "*.jinja", "generation_config.json", "LICENSE*", "LICENCE*", "NOTICE*"),
 )
 #: Folder of a tokenizer with several chat templates.
 TEMPLATES_FOLDER = "additional_chat_templates"
@@ -49,6 +36,7 @@ TEMPLATES_FOLDER = "additional_chat_templates"
 PAGE_FILES = ("report.html", "README.md")
 #: Freed memory goes back to the system after tensors of at least this size.
 _LARGE_BYTES = 1 << 20
+_CODE = Path(modeling_layer_surgery.__file__)
 _DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
 
@@ -61,23 +49,35 @@ def staged_directory(output: Path, *, overwrite: bool) -> Iterator[Path]:
     """
     check_output(output, overwrite=overwrite)
     staging = output.parent / f".{output.name}.partial-{os.getpid()}"
-    made = [parent for parent in output.parents if not parent.exists()]
+    shutil.rmtree(staging, ignore_errors=True)
+    with writable(output, output.parent, staging.mkdir):
+        try:
+            yield staging
+            _rename_into_place(staging, output)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextmanager
+def writable(output: Path, directory: Path, write: Callable[[], object]) -> Iterator[None]:
+    """Make `directory` for an output, and `write` there; folders that hold nothing in the end are gone again on exit.
+
+    Raises `OutputError`, which names `output`, if one of the two cannot be done.
+    """
+    made = [place for place in (directory, *directory.parents) if not place.exists()]
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir()
-    except OSError as error:
-        raise OutputError(
-            f"--output {output} cannot be written ({error.strerror}); choose a directory that you may write to."
-        ) from error
-    try:
-        yield staging
-        _rename_into_place(staging, output)
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            write()
+        except OSError as error:
+            raise OutputError(
+                f"--output {output} cannot be written ({error.strerror}); choose a directory that you may write to."
+            ) from error
+        yield
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
-        for parent in made:
+        for place in made:
             with suppress(OSError):  # holds the output, or what someone else has put there meanwhile
-                parent.rmdir()
+                place.rmdir()
 
 
 def check_free_space(directory: Path, needed: int) -> None:
@@ -158,7 +158,11 @@ def save_checkpoint(
     check_free_space(directory, checkpoint.size_bytes)
     try:
         write_shards(checkpoint, directory, shard_bytes=_shard_bytes(base), progress=progress)
-        _write_config(checkpoint, directory)
+        fields = checkpoint.config_fields
+        if checkpoint.low_rank or checkpoint.narrowed:
+            fields = modeling_layer_surgery.nested_config(fields, checkpoint.low_rank, checkpoint.narrowed)
+            shutil.copyfile(_CODE, directory / _CODE.name)
+        write_json(directory / "config.json", PreTrainedConfig._encode_special_floats(fields))
         _copy_companions(base, directory, tokenizer)
     except OSError as error:
         raise LayerSurgeryError(
@@ -185,34 +189,25 @@ def write_shards(checkpoint: Checkpoint, directory: Path, *, shard_bytes: int, p
     specs = source.specs
     shards = split_shards(specs, shard_bytes)
     names = [f"model-{k + 1:05d}-of-{len(shards):05d}.safetensors" for k in range(len(shards))]
-    if len(shards) == 1:
-        names = [SINGLE_FILE]
+    names = names if len(shards) > 1 else [SINGLE_FILE]
     with progress("writing", len(specs)) as advance:
         for file_name, shard in zip(names, shards, strict=True):
             with StreamedSafetensors(directory / file_name, {name: specs[name] for name in shard}) as file:
                 for name in shard:
                     tensor = source.read([name], torch.device("cpu"))[name]
-                    _check_finite(name, tensor, checkpoint.name)
+                    if tensor.dtype.itemsize > 1 and not torch.isfinite(tensor).all():  # one-byte dtypes have no check
+                        raise NumericalError(
+                            f"tensor '{name}' of {checkpoint.name} (layers numbered as there) holds NaN or Inf; the "
+                            "checkpoint is damaged."
+                        )
                     file.write(name, tensor)
                     if tensor.nbytes >= _LARGE_BYTES:
                         release_freed_memory()
                     advance()
     if len(shards) > 1:
         weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
-        _write_json(
-            directory / INDEX_FILE,
-            {
-                "metadata": {"total_size": checkpoint.size_bytes},
-                "weight_map": {name: weight_map[name] for name in sorted(weight_map)},
-            },
-        )
-
-
-def _check_finite(name: str, tensor: Tensor, where: str) -> None:
-    if tensor.dtype.itemsize > 1 and not torch.isfinite(tensor).all():  # one-byte dtypes have no such check
-        raise NumericalError(
-            f"tensor '{name}' of {where} (layers numbered as there) holds NaN or Inf; the checkpoint is damaged."
-        )
+        index = {"metadata": {"total_size": checkpoint.size_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+        write_json(directory / INDEX_FILE, index)
 
 
 def split_shards(specs: Mapping[str, TensorSpec], shard_bytes: int) -> list[list[str]]:
@@ -264,7 +259,7 @@ class StreamedSafetensors:
         self._file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
         self._missing.discard(name)
 
-    def __enter__(self) -> StreamedSafetensors:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -286,25 +281,13 @@ def _shard_bytes(base: Checkpoint) -> int:
     return max(sum(spec.nbytes for spec in SafetensorsSource([path]).specs.values()) for path in base.files)
 
 
-def _write_config(checkpoint: Checkpoint, directory: Path) -> None:
-    if checkpoint.low_rank or checkpoint.narrowed:
-        fields = modeling_layer_surgery.nested_config(
-            checkpoint.config_fields, checkpoint.low_rank, checkpoint.narrowed
-        )
-        code = Path(modeling_layer_surgery.__file__)
-        shutil.copyfile(code, directory / code.name)
-    else:
-        fields = checkpoint.config_fields
-    _write_json(directory / "config.json", PreTrainedConfig._encode_special_floats(fields))
-
-
 def _copy_companions(base: Checkpoint, directory: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
     """Copy tokenizer, chat template, generation configuration and licence; for a model in memory, save them."""
     if base.directory is not None:
         patterns = COMPANIONS + (("*.py",) if base.config_fields.get("auto_map") else ())
         for pattern in patterns:
             for path in sorted(base.directory.glob(pattern)):
-                if path.is_file() and path.name != Path(modeling_layer_surgery.__file__).name:
+                if path.is_file() and path.name != _CODE.name:
                     shutil.copyfile(path, directory / path.name)
         if (base.directory / TEMPLATES_FOLDER).is_dir():
             shutil.copytree(base.directory / TEMPLATES_FOLDER, directory / TEMPLATES_FOLDER)
@@ -329,5 +312,6 @@ def write_atomically(path: Path, text: str) -> None:
             staging.unlink()
 
 
-def _write_json(path: Path, data: Any) -> None:
-    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def write_json(path: Path, data: Any) -> None:
+    """Write a JSON file for people to read too; `ValueError` for numbers that JSON does not have."""
+    path.write_text(json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")

@@ -128,9 +128,8 @@ def checkpoint_files(directory: Path) -> list[Path]:
         return [directory / SINGLE_FILE]
     if index.is_file():
         try:
-            shards = sorted(
-                {str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
-            )
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            shards = sorted(set(map(str, weight_map.values())))
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise CheckpointError(f"{index} is damaged ({error}); download the checkpoint again.") from error
         for shard in shards:

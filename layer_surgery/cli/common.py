@@ -28,10 +28,7 @@ class WithNames(click.Command):
         from layer_surgery.surgeon import METHODS
 
         options = {option.name for option in self.params}
-        registries: list[tuple[str, Any, str]] = [
-            ("scorer", SCORERS, DEFAULT_SCORER),
-            ("method", METHODS, DEFAULT_METHOD),
-        ]
+        registries: Any = (("scorer", SCORERS, DEFAULT_SCORER), ("method", METHODS, DEFAULT_METHOD))
         for kind, registry, chosen in registries:
             if kind not in options:
                 continue

@@ -56,15 +56,8 @@ def cli() -> None:
     """
 
 
-for _command in (
-    commands.compress,
-    commands.score,
-    commands.evaluate,
-    commands.sweep,
-    commands.report,
-    commands.export,
-):
-    cli.add_command(_command)
+for _name in ("compress", "score", "evaluate", "sweep", "report", "export"):
+    cli.add_command(getattr(commands, _name))
 
 
 def _quiet_libraries(debug: bool) -> None:
@@ -73,11 +66,10 @@ def _quiet_libraries(debug: bool) -> None:
         logging.basicConfig(level=logging.INFO)
         logging.getLogger("layer_surgery").setLevel(logging.DEBUG)
         return
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TQDM_DISABLE", "1")  # bars of our own stand in the place of lm-eval's
+    no_bars = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS", "TQDM_DISABLE")  # but our own
+    quiet = {"TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"} | dict.fromkeys(no_bars, "1")
+    for name, value in quiet.items():
+        os.environ.setdefault(name, value)
     chatty = ("transformers", "lm_eval", "datasets", "huggingface_hub", "matplotlib", "torchao", "torch.utils._pytree")
     for name in chatty:
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -24,9 +24,9 @@ def options_of(config: type[Options], *, required: tuple[str, ...] = ()) -> Call
     """
 
     def decorate(function: F) -> F:
-        fields = [field for field in fields_of(config) if about_of(field).terminal]
-        for field in reversed(fields):
-            function = _option(field, required=field.name in required)(function)
+        for field in reversed(fields_of(config)):
+            if about_of(field).terminal:
+                function = _option(field, required=field.name in required)(function)
         return function
 
     return decorate
@@ -56,7 +56,7 @@ def _option(field: attrs.Attribute[Any], *, required: bool) -> Callable[[F], F]:
     elif about.form == "list":
         settings |= {"multiple": True, "callback": _list_of(kind or str, about)}
     elif about.form == "repeat":
-        settings |= {"multiple": True, "type": kind, "callback": _none_if_empty}
+        settings |= {"multiple": True, "type": kind, "callback": lambda _context, _parameter, given: given or None}
     else:
         settings |= {"type": kind}
     if required:
@@ -94,10 +94,6 @@ def _list_of(kind: Callable[[str], Any], about: About) -> Callable[..., tuple[An
             ) from None
 
     return values
-
-
-def _none_if_empty(_context: click.Context, _parameter: click.Parameter, given: Any) -> Any:
-    return given or None
 
 
 def _size(_context: click.Context, _parameter: click.Parameter, value: str | None) -> int | None:

@@ -158,11 +158,7 @@ class SweepConfig(RuntimeConfig, EvaluationConfig, CalibrationConfig, PartConfig
         return self.output
 
     def _check(self) -> None:
-        for option, values in (
-            ("--target-layers", self.target_layers),
-            ("--keep", self.keep),
-            ("--method", self.method),
-            ("--scorer", self.scorer),
-        ):
-            if not values:
+        for name in ("target_layers", "keep", "method", "scorer"):
+            if not getattr(self, name):
+                option = f"--{name.replace('_', '-')}"
                 raise UserError(f"{option} is empty; give one value, or several with commas between them.")

@@ -79,12 +79,8 @@ def fields_of(config: type[Options]) -> list[attrs.Attribute[Any]]:
 def _plain(value: Any) -> Any:
     if isinstance(value, tuple):
         return [_plain(item) for item in value]
-    if hasattr(value, "to_dict"):
-        return value.to_dict()
-    return str(value) if isinstance(value, Path) else value
+    return value.to_dict() if hasattr(value, "to_dict") else str(value) if isinstance(value, Path) else value
 
-
-# -- checks ----------------------------------------------------------------------------------------------------------
 
 Validator = Callable[[Any, "attrs.Attribute[Any]", Any], None]
 
@@ -95,8 +91,7 @@ def at_least(least: int) -> Validator:
     def check(_instance: Any, field: attrs.Attribute[Any], value: Any) -> None:
         for number in value if isinstance(value, tuple) else (value,):
             if number is not None and number < least:
-                option = about_of(field).option(field.name)
-                raise UserError(f"{option} is {number}; allowed: {least} or more.")
+                raise UserError(f"{about_of(field).option(field.name)} is {number}; allowed: {least} or more.")
 
     return check
 

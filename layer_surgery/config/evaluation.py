@@ -63,10 +63,8 @@ class SpeedConfig(Options):
     speed_repeats: int = attrs.field(default=5, validator=at_least(1), metadata=about("Runs of each model, in turns."))
 
     def _check(self) -> None:
-        for option, values in (
-            ("--speed-batch-sizes", self.speed_batch_sizes),
-            ("--speed-lengths", self.speed_lengths),
-        ):
+        lists = {"--speed-batch-sizes": self.speed_batch_sizes, "--speed-lengths": self.speed_lengths}
+        for option, values in lists.items():
             if not values:
                 raise UserError(f"{option} is empty; give for example 1,8.")
 
@@ -111,14 +109,10 @@ class TaskConfig(Options):
         for folder in self.task_path:
             if not folder.is_dir():
                 raise UserError(f"--task-path {folder} is not a directory; give the folder of the task's YAML files.")
-        if not self.tasks:
-            for option, given in (
-                ("--task-path", self.task_path),
-                ("--num-fewshot", self.num_fewshot is not None),
-                ("--limit", self.limit is not None),
-            ):
-                if given:
-                    raise UserError(f"{option} says how tasks are run, but no task is named; add --tasks NAME.")
+        how = {"--task-path": self.task_path or None, "--num-fewshot": self.num_fewshot, "--limit": self.limit}
+        for option, value in how.items():
+            if value is not None and not self.tasks:
+                raise UserError(f"{option} says how tasks are run, but no task is named; add --tasks NAME.")
 
 
 @attrs.frozen(kw_only=True, slots=False)

@@ -50,34 +50,12 @@ class WithOutput(Protocol[P, R_co]):
 
 def on_model(options: Callable[P, O]) -> Callable[[Callable[[Any, O], R_co]], OnModel[P, R_co]]:
     """Return a decorator that turns `f(model, options)` into `f(model, *, <an argument for each option>)`."""
-
-    def decorate(function: Callable[[Any, O], R_co]) -> OnModel[P, R_co]:
-        @functools.wraps(function)
-        def call(model: Any, *args: P.args, **given: P.kwargs) -> R_co:
-            check_call(function.__name__, options, args, given)
-            return function(model, options(*args, **given))
-
-        described: OnModel[P, R_co] = _described(call, options, positional=("model",))
-        return described
-
-    return decorate
+    return functools.partial(_with_keywords, options=options, positional=("model",))
 
 
 def with_output(options: Callable[P, O]) -> Callable[[Callable[[Any, O], R_co]], WithOutput[P, R_co]]:
     """Return a decorator like `on_model`'s whose function takes `output` as its second positional argument too."""
-
-    def decorate(function: Callable[[Any, O], R_co]) -> WithOutput[P, R_co]:
-        @functools.wraps(function)
-        def call(model: Any, output: str | Path | None = None, *args: P.args, **given: P.kwargs) -> R_co:
-            if output is not None:
-                given["output"] = output
-            check_call(function.__name__, options, args, given)
-            return function(model, options(*args, **given))
-
-        described: WithOutput[P, R_co] = _described(call, options, positional=("model", "output"))
-        return described
-
-    return decorate
+    return functools.partial(_with_keywords, options=options, positional=("model", "output"))
 
 
 def check_call(function: str, options: Any, args: tuple[Any, ...], given: Mapping[str, Any]) -> None:
@@ -110,24 +88,31 @@ def check_type(field: attrs.Attribute[Any], value: Any) -> None:
     raise UserError(f"{about_of(field).option(field.name)} is {value!r}; give {plural if several else singular}.")
 
 
-def _described(function: Any, options: Any, positional: tuple[str, ...]) -> Any:
-    """Give a function the signature that editors, `help` and notebooks show, and the documentation of its options."""
+def _with_keywords(function: Any, *, options: Any, positional: tuple[str, ...]) -> Any:
+    """Return a function of the options, with the signature that editors, `help` and notebooks show, and their help."""
+
+    @functools.wraps(function)
+    def call(model: Any, *args: Any, **given: Any) -> Any:
+        given |= zip(positional[1:], args, strict=False)
+        check_call(function.__name__, options, args[len(positional) - 1 :], given)
+        return function(model, options(**given))
+
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     first = [inspect.Parameter(name, kind) for name in positional[:1]]
     first += [inspect.Parameter(name, kind, default=None) for name in positional[1:]]
     arguments = inspect.signature(options).parameters
     rest = [arguments[field.name] for field in fields_of(options) if field.name not in positional]
-    function.__signature__ = inspect.Signature([*first, *rest])
+    call.__signature__ = inspect.Signature([*first, *rest])  # type: ignore[attr-defined]
     text = inspect.cleandoc(function.__doc__ or "")
-    function.__doc__ = text + "\n\nOptions:\n" + "\n".join(_documented(options, positional)) + "\n"
-    return function
+    call.__doc__ = text + "\n\nOptions:\n" + "\n".join(_documented(options, positional)) + "\n"
+    return call
 
 
 def _documented(options: type[Options], positional: tuple[str, ...]) -> Iterator[str]:
     for field in fields_of(options):
-        about = about_of(field)
         if field.name in positional:
             continue
+        about = about_of(field)
         default = about.default if about.default is not None else repr(field.default)
         text = f"{field.name}: {about.help}" + (f" (default: {default})" if default else "")
         yield textwrap.fill(text, 110, initial_indent="    ", subsequent_indent="        ")

@@ -9,9 +9,6 @@ from layer_surgery.data.documents import Document, LoadedData, Part, Text
 from layer_surgery.errors import DataError
 
 BUNDLED = "bundled"
-TASKS = "tasks"
-"""Folder of the bundled tasks."""
-
 _PACKAGE = Path(__file__).resolve().parents[1]
 _REMEDY = "reinstall Layer Surgery, or in a checkout run calibration_data/build_manifest.py if the change is meant"
 
@@ -19,8 +16,7 @@ _REMEDY = "reinstall Layer Surgery, or in a checkout run calibration_data/build_
 def bundled_directory() -> Path:
     """Return the folder of the bundled text: inside an installed package, or at the root of a checkout.
 
-    Raises:
-        DataError: neither exists.
+    Raises `DataError`: neither exists.
     """
     candidates = (_PACKAGE / "calibration_data", _PACKAGE.parent / "calibration_data")
     for directory in candidates:
@@ -35,8 +31,7 @@ def bundled_directory() -> Path:
 def load_bundled(part: Part) -> LoadedData:
     """Read one part of the bundled text: one `Text` per file, in the order of file names, final newlines dropped.
 
-    Raises:
-        DataError: a file is missing, unlisted or differs from the manifest; names it.
+    Raises `DataError`: a file is missing, unlisted or differs from the manifest; names it.
     """
     directory = bundled_directory()
     expected = _listed_files(directory, "text", "parts", part, "documents")
@@ -59,11 +54,10 @@ def load_bundled(part: Part) -> LoadedData:
 def bundled_tasks() -> Path:
     """Return the folder of the bundled lm-eval tasks, every file of which is as the manifest says.
 
-    Raises:
-        DataError: a file is missing, unlisted or differs from the manifest; names it.
+    Raises `DataError`: a file is missing, unlisted or differs from the manifest; names it.
     """
     directory = bundled_directory()
-    folder = directory / TASKS
+    folder = directory / "tasks"
     expected = _listed_files(directory, "tasks", "tasks", "files")
     files = [path for path in folder.iterdir() if path.is_file()] if folder.is_dir() else []
     found = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}

@@ -1,19 +1,14 @@
 """Documents as token ids: texts as one stream, examples and chats with the mask of tokens that carry loss."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from layer_surgery.data.documents import Chat, Example, LoadedData, Text
 from layer_surgery.errors import DataError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 SEPARATOR = "\n\n"
 """Stands between two texts in the stream."""
@@ -61,9 +56,8 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase, data: LoadedData) -> Tensor
 def encode_examples(tokenizer: PreTrainedTokenizerBase, data: LoadedData) -> list[EncodedExample]:
     """Return the examples or chats of `data` in order.
 
-    Raises:
-        DataError: there are none, the tokenizer has no chat template, the template does not fit, or an answer has no
-            tokens.
+    Raises `DataError`: there are none, the tokenizer has no chat template, the template does not fit, or an answer has
+    no tokens.
     """
     if not data.documents:
         raise DataError(f"{data.name} has no {data.kind}s; pass data with at least one.")

@@ -63,8 +63,7 @@ class HubReference:
 def parse_reference(source: str, names: Sequence[str]) -> HubReference:
     """Take a hub source apart; `names` are all names a bare word may have, for the error message.
 
-    Raises:
-        DataError: an unknown bare word, or not of the form `OWNER/NAME[#CONFIG][@SPLIT]`.
+    Raises `DataError`: an unknown bare word, or not of the form `OWNER/NAME[#CONFIG][@SPLIT]`.
     """
     match = re.fullmatch(r"(?P<name>[^#@]+)(#(?P<config>[^#@]+))?(@(?P<split>[^#@]+))?", source)
     name = match["name"] if match else source
@@ -82,14 +81,13 @@ def parse_reference(source: str, names: Sequence[str]) -> HubReference:
 def load_hub(reference: HubReference, part: Part, column: str | None) -> LoadedData:
     """Read a hub data set; without `@SPLIT`, calibration reads `train`, evaluation `test` or else `validation`.
 
-    Raises:
-        DataError: the hub cannot be reached, or it has no such data set, config, split or columns.
+    Raises `DataError`: the hub cannot be reached, or it has no such data set, config, split or columns.
     """
-    known = reference.known
+    same = (known.lines_of for known in KNOWN_DATASETS.values() if known.repository == reference.repository)
+    lines_of = next(same, None)
     try:
         dataset, origin = _open(reference, part)
-        table = _table(reference.source, dataset, known.limit if known else None)
-        lines_of = _lines_of(reference.repository)
+        table = _table(reference.source, dataset, reference.known.limit if reference.known else None)
         if lines_of is not None and column in (None, lines_of):
             text = "\n\n".join(str(row[lines_of]) for _, row in table.read([lines_of]))
             return LoadedData(reference.source, [Text(text)], "text", origin)
@@ -103,10 +101,6 @@ def load_hub(reference: HubReference, part: Part, column: str | None) -> LoadedD
             f"cannot read data set '{reference.source}' from the hub ({type(error).__name__}: {reason}); check its "
             "name and the connection, or pass a local .txt, .jsonl, .json, .csv or .parquet file."
         ) from error
-
-
-def _lines_of(repository: str) -> str | None:
-    return next((known.lines_of for known in KNOWN_DATASETS.values() if known.repository == repository), None)
 
 
 def _open(reference: HubReference, part: Part) -> tuple[Dataset | IterableDataset, str]:

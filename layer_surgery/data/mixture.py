@@ -1,24 +1,19 @@
 """Several sources in one set of packed sequences."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import replace
 from decimal import ROUND_DOWN, Context, Decimal
 from fractions import Fraction
-from typing import TYPE_CHECKING
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from layer_surgery.data.documents import LoadedData
 from layer_surgery.data.packing import TooFewSequencesError, pack_calibration, packed_tokens
 from layer_surgery.data.tokens import PackedTokens, SourceShare
 from layer_surgery.data.weights import WeightedSource, apportion
 from layer_surgery.errors import DataError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 _SEEDS = 2**63 - 1
 
@@ -45,8 +40,7 @@ def pack_mixture(
         weights: one for each source, finite and above 0.
         samples: at least as many as there are sources.
 
-    Raises:
-        DataError: as `pack_calibration`; it names the source.
+    Raises `DataError`: as `pack_calibration`; it names the source.
     """
     if len(data) == 1:
         tokens = pack_calibration(data[0], tokenizer, samples=samples, sequence_length=sequence_length, seed=seed)
@@ -56,11 +50,8 @@ def pack_mixture(
     parts = []
     for position, share in enumerate(apportion(weights, samples)):
         try:
-            parts.append(
-                pack_calibration(
-                    data[position], tokenizer, samples=share, sequence_length=sequence_length, seed=seeds[position]
-                )
-            )
+            size = {"samples": share, "sequence_length": sequence_length}
+            parts.append(pack_calibration(data[position], tokenizer, **size, seed=seeds[position]))
         except TooFewSequencesError as error:
             raise DataError(
                 f"{error.found}, fewer than its share of --samples {samples}, which is {share}; "

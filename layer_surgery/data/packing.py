@@ -3,23 +3,18 @@
 Shapes: N sequences, S tokens each (`sequence_length`).
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterable, Iterator
 from itertools import islice
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from layer_surgery.data.documents import LoadedData
 from layer_surgery.data.encoding import EncodedExample, encode_examples, encode_texts, leading_bos
 from layer_surgery.data.tokens import PackedTokens
 from layer_surgery.errors import CheckpointError, DataError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 _LARGEST_SEED = 2**63 - 1
 
@@ -52,9 +47,8 @@ def pack_calibration(
     order: a row takes the next example while it fits, and is padded on the right. `samples` counts rows. Each
     prompt/answer example begins with BOS (if the tokenizer adds it) and ends with EOS (if there is one).
 
-    Raises:
-        DataError: an argument out of range; fewer sequences than `samples` (`TooFewSequencesError`); an example longer
-            than `sequence_length`.
+    Raises `DataError`: an argument out of range; fewer sequences than `samples` (`TooFewSequencesError`); an example
+    longer than `sequence_length`.
     """
     _require("samples", samples, 1)
     _require("sequence_length", sequence_length, 2)
@@ -88,12 +82,10 @@ def pack_evaluation(
     all but the first of each window, and a single token left for the last window, which nothing could predict, is
     left out. Examples and chats: packed as in `pack_calibration`, in file order.
 
-    Raises:
-        DataError: an argument out of range; no token to predict; an example longer than `sequence_length`.
+    Raises `DataError`: an argument out of range; no token to predict; an example longer than `sequence_length`.
     """
     _require("sequence_length", sequence_length, 2)
-    if max_windows is not None:
-        _require("max_windows", max_windows, 1)
+    _require("max_windows", 1 if max_windows is None else max_windows, 1)
     if data.kind != "text":
         examples = encode_examples(tokenizer, data)
         _require_fit(data, examples, sequence_length)
@@ -114,8 +106,7 @@ def pack_evaluation(
 def check_vocabulary(tokens: PackedTokens, vocabulary_size: int) -> None:
     """Check that every token has a row in the embedding, which has `vocabulary_size` of them.
 
-    Raises:
-        CheckpointError: the tokenizer does not fit the model.
+    Raises `CheckpointError`: the tokenizer does not fit the model.
     """
     largest = int(tokens.token_ids.max())
     if largest >= vocabulary_size:
@@ -185,16 +176,14 @@ def _packed_rows(
 
 
 def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    return next(int(token) for token in ids if token is not None)
+    return next(int(i) for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
 
 
 def packed_tokens(name: str, token_ids: Tensor, loss_mask: Tensor, valid: Tensor, available: int) -> PackedTokens:
     """Put sequences and masks, each `[N, S]`, into a record with the hash of what is in them."""
     digest = hashlib.sha256(f"{token_ids.shape[0]}x{token_ids.shape[1]}".encode())
-    digest.update(token_ids.numpy().astype("<i8").tobytes())
-    digest.update(loss_mask.numpy().tobytes())
-    digest.update(valid.numpy().tobytes())
+    for array in (token_ids.numpy().astype("<i8"), loss_mask.numpy(), valid.numpy()):
+        digest.update(array.tobytes())
     return PackedTokens(
         name=name,
         token_ids=token_ids,

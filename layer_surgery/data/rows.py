@@ -36,8 +36,7 @@ def documents_from(table: Table, column: str | None = None) -> tuple[Kind, list[
     With `column`, every row is a `Text` of that column. Without: prompt and answer columns make `Example`s, else
     a `messages` column makes `Chat`s, else a `text` column makes `Text`s.
 
-    Raises:
-        DataError: no such column, none of the known columns, no rows, or a field that is missing, not text, or blank.
+    Raises `DataError`: no such column, no known one, no rows, or a field that is missing, not text, or blank.
     """
     if column is not None:
         if column not in table.columns:

@@ -32,11 +32,8 @@ def load_documents(source: str, *, column: str | None = None, part: Part) -> Loa
         part: which half of the bundled text, or which split of a hub data set without `@SPLIT`; a file is read whole
             for either.
 
-    Returns:
-        Documents of one kind, in the source's order; at least one.
-
-    Raises:
-        DataError: the source is unknown, missing, damaged or empty, or a row does not have the fields it needs.
+    Returns: documents of one kind, in the source's order; at least one.
+    Raises `DataError`: the source is unknown, missing, damaged or empty, or a row does not have the fields it needs.
     """
     if part not in get_args(Part):
         raise DataError(unknown_name("part", part, get_args(Part)))

@@ -15,8 +15,7 @@ def read_utf8(path: Path, *, keep_signature: bool = False) -> str:
 
     A UTF-8 signature (byte order mark), which some editors write, is dropped unless `keep_signature`.
 
-    Raises:
-        DataError: the file cannot be opened, or is not UTF-8.
+    Raises `DataError`: the file cannot be opened, or is not UTF-8.
     """
     try:
         text = path.read_bytes().decode("utf-8")
@@ -32,20 +31,14 @@ def read_utf8(path: Path, *, keep_signature: bool = False) -> str:
 def read_table(path: Path) -> Table:
     """Open a file by its suffix, one of `TABLE_SUFFIXES`.
 
-    Raises:
-        DataError: the file cannot be read or parsed; says where.
+    Raises `DataError`: the file cannot be read or parsed; says where.
     """
     return TABLE_SUFFIXES[path.suffix.lower()](path)
 
 
 def _in_memory(path: Path, rows: list[tuple[str, Row]], columns: Sequence[str] | None = None) -> Table:
-    if columns is None:
-        columns = list(dict.fromkeys(key for _, row in rows for key in row))
-
-    def read(_: Sequence[str]) -> Iterator[tuple[str, Row]]:
-        return iter(rows)
-
-    return Table(str(path), tuple(columns), read)
+    found = dict.fromkeys(key for _, row in rows for key in row) if columns is None else columns
+    return Table(str(path), tuple(found), lambda _: iter(rows))
 
 
 def _parse_json(text: str, at: str, hint: str) -> object:

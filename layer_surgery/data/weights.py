@@ -26,8 +26,7 @@ def weighted_sources(sources: Sequence[str]) -> list[WeightedSource]:
 
     Only a number behind the last colon is a weight, and none is if a file of the whole name exists.
 
-    Raises:
-        DataError: a weight that is no finite number above 0, or the same source twice.
+    Raises `DataError`: a weight that is no finite number above 0, or the same source twice.
     """
     seen: dict[str, WeightedSource] = {}
     for text in sources:
@@ -74,7 +73,7 @@ def apportion(weights: Sequence[float], samples: int) -> list[int]:
     A weight that is worth less than one sequence gets one, and the others share the rest. `samples` must be at least
     the number of weights; `CalibrationConfig` checks it.
     """
-    exact = {position: Fraction(weight) for position, weight in enumerate(weights)}
+    exact = dict(enumerate(map(Fraction, weights)))
     shares = dict.fromkeys(exact, 1)
     while True:
         left = samples - (len(weights) - len(exact))

@@ -32,8 +32,7 @@ def continuations(
     progress: Progress,
 ) -> list[str]:
     """Return the greedy continuation of every prompt (token ids), without the prompt; it ends at an EOS token."""
-    longest = longest_sequence(model.config)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    longest, pad = longest_sequence(model.config), tokenizer.pad_token_id
     written = []
     with progress("continuations", len(prompts)) as advance:
         for prompt in prompts:
@@ -42,7 +41,7 @@ def continuations(
             config = GenerationConfig(
                 do_sample=False,
                 max_new_tokens=room,
-                pad_token_id=pad,
+                pad_token_id=0 if pad is None else pad,
                 eos_token_id=model.config.eos_token_id or tokenizer.eos_token_id,
             )
             output = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)

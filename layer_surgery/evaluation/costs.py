@@ -26,7 +26,7 @@ class TokenCosts:
     """Of generating one token of one sequence. None where a model cannot be run without its weights."""
 
     kv_cache_bytes: int | None
-    """What the token adds to the KV cache, in the checkpoint's dtype. Layers with a sliding window add something until
+    """Added by the token to the KV cache, in the checkpoint's dtype. Layers with a sliding window add something until
     the window is full; layers that keep a state of fixed size add nothing."""
     flops: int | None
     """Operations behind `context` other tokens, with a cache: 2 for every weight of a matrix that takes part (the head
@@ -37,13 +37,8 @@ class TokenCosts:
 def token_costs(checkpoint: Checkpoint, context: int) -> TokenCosts:
     """Count what one more token behind `context` tokens costs."""
 
-    def cache_bytes(model: PreTrainedModel) -> int:
-        return _cache_bytes(model, 2) - _cache_bytes(model, 1)
-
-    def flops(model: PreTrainedModel) -> int:
-        return _flops(model, context)
-
-    return TokenCosts(_first_that_runs(checkpoint, cache_bytes), _first_that_runs(checkpoint, flops))
+    cache_bytes = _first_that_runs(checkpoint, lambda model: _cache_bytes(model, 2) - _cache_bytes(model, 1))
+    return TokenCosts(cache_bytes, _first_that_runs(checkpoint, lambda model: _flops(model, context)))
 
 
 @torch.no_grad()

@@ -43,18 +43,15 @@ class HarnessModel(HFLM):  # type: ignore[misc]
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         with self._reporting(requests):
-            result: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
-        return result
+            return list(super().loglikelihood(requests, disable_tqdm=True))
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         with self._reporting(requests):
-            result: list[float] = super().loglikelihood_rolling(requests, disable_tqdm=True)
-        return result
+            return list(super().loglikelihood_rolling(requests, disable_tqdm=True))
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         with self._reporting(requests):
-            result: list[str] = super().generate_until(requests, disable_tqdm=True)
-        return result
+            return list(super().generate_until(requests, disable_tqdm=True))
 
     @contextmanager
     def _reporting(self, requests: list[Any]) -> Iterator[None]:

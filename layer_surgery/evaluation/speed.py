@@ -42,10 +42,12 @@ def measure_speed(
     Each point begins with a run of every model that does not count.
     """
     points: list[list[SpeedPoint]] = [[] for _ in models]
+    vocabulary = min(int(model.get_input_embeddings().weight.shape[0]) for model in models)
     shapes = [(batch, length) for batch in config.speed_batch_sizes for length in config.speed_lengths]
     with progress("speed", len(shapes) * (config.speed_repeats + 2) * len(models)) as advance:
         for batch, length in shapes:
-            prompt = _prompt(models, batch, length, seed)
+            generator = torch.Generator().manual_seed(seed)
+            prompt = torch.randint(vocabulary, (batch, length), generator=generator).to(models[0].device)
             timings = [_Timings() for _ in models]
             for turn in range(config.speed_repeats + 1):
                 # The one that goes first changes, so that no model always finds the caches as the other left them.
@@ -66,7 +68,8 @@ def generation_memory_bytes(model: PreTrainedModel, prompt: Tensor, steps: int =
     On a CPU tensors are followed one by one, so that other models and freed memory in the same process do not count;
     scratch memory inside of an operation is not seen there.
     """
-    weights: int = _stored_bytes(model)
+    stored = {tensor.data_ptr(): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
+    weights: int = sum(stored.values())
     if prompt.device.type == "cuda":
         torch.cuda.synchronize(prompt.device)
         torch.cuda.reset_peak_memory_stats(prompt.device)
@@ -126,9 +129,8 @@ def _run(model: PreTrainedModel, prompt: Tensor, new_tokens: int, timings: _Timi
     # As generation does: logits are needed for the last token only.
     output: Any = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
     token = output.logits[:, -1:].argmax(dim=-1)
-    last = _now(prompt.device)
-    timings.prefill.append(last - start)
-    begin = last
+    begin = last = _now(prompt.device)
+    timings.prefill.append(begin - start)
     for _step in range(new_tokens - 1):
         output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True, logits_to_keep=1)
         token = output.logits[:, -1:].argmax(dim=-1)
@@ -155,18 +157,7 @@ def _point(timings: _Timings, peak: int, batch: int, length: int, config: SpeedC
     )
 
 
-def _prompt(models: Sequence[PreTrainedModel], batch: int, length: int, seed: int) -> Tensor:
-    vocabulary = min(int(model.get_input_embeddings().weight.shape[0]) for model in models)
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(vocabulary, (batch, length), generator=generator).to(models[0].device)
-
-
 def _now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
-
-
-def _stored_bytes(model: PreTrainedModel) -> int:
-    tensors = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}
-    return sum(tensors.values())

@@ -25,6 +25,7 @@ from layer_surgery.evaluation.uncertainty import paired_difference
 from layer_surgery.progress import Progress
 from layer_surgery.records import Interval, TaskMetric, TaskResult
 
+_HUB: Any = huggingface_hub.constants
 _HUB_TIMEOUT_SECONDS = 5
 
 
@@ -50,11 +51,15 @@ class Tasks:
         # lm-eval's own tasks are 15,000 files, whose index takes seconds; often nobody asks for them.
         for with_defaults in (False, True):
             self._manager = TaskManager(include_path=own, include_defaults=with_defaults)
-            unknown = [name for name in config.tasks if not self._known(name)]
+            named = [name for name in config.tasks if not name.endswith((".yaml", ".yml"))]
+            unknown = [name for name in named if name not in self._manager.task_index]
             if unknown and not with_defaults:
                 continue
             if unknown:
-                raise DataError(self._unknown(unknown[0]))
+                raise DataError(
+                    f"unknown task '{unknown[0]}'.{nearest_name(unknown[0], self._manager.all_tasks)} Name tasks of "
+                    "lm-eval, `bundled`, a YAML file, or tasks of your own with --task-path DIR."
+                )
             try:
                 self._specs = [spec for name in dict.fromkeys(config.tasks) for spec in self._load(name)]
                 break
@@ -65,8 +70,10 @@ class Tasks:
 
     def run(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, progress: Progress) -> TaskOutcome:
         """Run all tasks on a model, as lm-eval's command line would with the same options."""
-        # lm-eval prints on stdout, and seeds the global generators.
-        with contextlib.redirect_stdout(io.StringIO()), _git_not_asked(), _global_generators_kept(), torch.no_grad():
+        # lm-eval prints on stdout, seeds the global generators, and runs git where the user stands, which outside of a
+        # repository writes an error on stderr.
+        no_git = _changed(evaluator, "get_git_commit_hash", lambda: None)
+        with contextlib.redirect_stdout(io.StringIO()), no_git, _global_generators_kept(), torch.no_grad():
             found: Any = simple_evaluate(
                 model=HarnessModel(model, tokenizer, progress),
                 tasks=self._specs,
@@ -91,24 +98,15 @@ class Tasks:
             if getattr(task, "MULTIMODAL", False):
                 raise DataError(f"task '{name}' needs images or sound, but the model reads text only; leave it out.")
 
-    def _known(self, name: str) -> bool:
-        return name in self._manager.task_index or name.endswith((".yaml", ".yml"))
-
-    def _unknown(self, name: str) -> str:
-        return (
-            f"unknown task '{name}'.{nearest_name(name, self._manager.all_tasks)} Name tasks of lm-eval, `bundled`, a "
-            "YAML file, or tasks of your own with --task-path DIR."
-        )
-
     def _load(self, name: str) -> list[Any]:
         """Return the task or group, or the tasks of a tag, with data: from here or the cache, else from the hub."""
         try:
-            with _cache_only():
+            # Only from the cache of the hub's libraries: what is here needs no network.
+            with _changed(_HUB, "HF_HUB_OFFLINE", True), _changed(datasets.config, "HF_HUB_OFFLINE", True):
                 return self._load_now(name)
         except Exception as error:  # the configuration can name any loader, and run any code of its author's
-            offline = huggingface_hub.constants.HF_HUB_OFFLINE
             # The libraries would try an unreachable hub for half a minute a task.
-            if offline or not isinstance(error, OSError) or not _hub_answers():
+            if _HUB.HF_HUB_OFFLINE or not isinstance(error, OSError) or not _hub_answers():
                 raise _refused(name, error) from error
         try:
             return self._load_now(name)
@@ -154,7 +152,7 @@ def _result(found: dict[str, Any], name: str) -> TaskResult:
         if not of_filter or metric.endswith("_stderr") or not _is_number(value):
             continue
         stderr: Any = values.get(f"{metric}_stderr,{of_filter}")
-        metrics[_metric_name(metric, of_filter)] = TaskMetric(
+        metrics[metric if of_filter == "none" else key] = TaskMetric(
             value=float(value),
             stderr=float(stderr) if _is_number(stderr) else None,
             higher_is_better=bool(better.get(metric, True)),
@@ -189,43 +187,27 @@ def _leaves(found: dict[str, Any], name: str) -> list[str]:
     return [leaf for child in children for leaf in _leaves(found, child)] if children else [name]
 
 
-def _metric_name(metric: str, of_filter: str) -> str:
-    return metric if of_filter == "none" else f"{metric},{of_filter}"
-
-
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float | np.number | bool) and math.isfinite(value)
 
 
 @contextlib.contextmanager
-def _cache_only() -> Iterator[None]:
-    """Have the hub's libraries look only into their cache: what is here needs no network."""
-    constants: Any = huggingface_hub.constants
-    was = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+def _changed(library: Any, name: str, value: Any) -> Iterator[None]:
+    """Have an attribute of a library's module otherwise for the duration of the block."""
+    was = getattr(library, name)
+    setattr(library, name, value)
     try:
         yield
     finally:
-        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = was
+        setattr(library, name, was)
 
 
 def _hub_answers() -> bool:
     try:
-        huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=_HUB_TIMEOUT_SECONDS)
+        huggingface_hub.get_session().head(_HUB.ENDPOINT, timeout=_HUB_TIMEOUT_SECONDS)
     except Exception:  # of whichever HTTP library the hub's client uses
         return False
     return True
-
-
-@contextlib.contextmanager
-def _git_not_asked() -> Iterator[None]:
-    """Keep lm-eval from running git where the user stands: outside a repository that writes an error on stderr."""
-    was = evaluator.get_git_commit_hash
-    evaluator.get_git_commit_hash = lambda: None
-    try:
-        yield
-    finally:
-        evaluator.get_git_commit_hash = was
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ Method: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13
 
 import math
 import sys
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -49,13 +50,8 @@ def perplexity_change(before: Losses, after: Losses, seed: int) -> PerplexityCha
     if int((counts > 0).sum()) < 2:
         return None
     interval = paired_difference(difference, counts, seed)
-    ratio = Interval(
-        value=_exp(interval.value),
-        low=_exp(interval.low),  # exp is monotonic, so it takes percentiles to percentiles
-        high=_exp(interval.high),
-        confidence=interval.confidence,
-        pairs=interval.pairs,
-    )
+    # exp is monotonic, so it takes percentiles to percentiles
+    ratio = replace(interval, value=_exp(interval.value), low=_exp(interval.low), high=_exp(interval.high))
     return PerplexityChange(ratio=ratio, loss_difference=interval)
 
 

@@ -1,11 +1,9 @@
 """The plan: what is done to every layer, as plain JSON that a user may read, edit and apply again."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from layer_surgery.errors import PlanError
 
@@ -88,7 +86,7 @@ class SurgeryPlan:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, data: Any, origin: str = "the plan") -> SurgeryPlan:
+    def from_dict(cls, data: Any, origin: str = "the plan") -> Self:
         """Check and read a plan; `origin` (a file name) is what errors call it. Raises `PlanError`."""
         if isinstance(data, dict) and "plan" in data and "layers" not in data:  # a whole surgery.json will do
             data = data["plan"]
@@ -123,7 +121,7 @@ class SurgeryPlan:
         )
 
     @classmethod
-    def read(cls, path: Path) -> SurgeryPlan:
+    def read(cls, path: Path) -> Self:
         """Read a plan, or the plan in a `surgery.json`."""
         try:
             data = json.loads(path.read_text(encoding="utf-8"))

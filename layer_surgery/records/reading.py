@@ -61,19 +61,16 @@ def read_report(file: Path) -> SurgeryReport:
     return report
 
 
-def _layers_named(report: SurgeryReport) -> list[int]:
-    return [spectrum.layer for spectrum in report.spectra] + [record.layer for record in report.refit]
-
-
 def _check(report: SurgeryReport, file: Path) -> None:
     """Refuse what no type shows: parts of the report that contradict each other."""
     count = len(report.plan.layers)
+    layers = [spectrum.layer for spectrum in report.spectra] + [record.layer for record in report.refit]
     problem = ""
     if not isinstance(report.base_model.get("name"), str):
         problem = "base_model has no name"
     elif report.scores is not None and len(report.scores.values) != count:
         problem = f"it has {len(report.scores.values)} scores for {count} layers"
-    elif any(not 0 <= layer < count for layer in _layers_named(report)):
+    elif any(not 0 <= layer < count for layer in layers):
         problem = f"it speaks of a layer beyond the {count} of its plan"
     elif report.scores is not None and any(not 0 <= index < count for index in report.scores.removal_order):
         problem = f"its removal_order names a layer beyond the {count} of its plan"

@@ -1,6 +1,6 @@
 """Results of a sweep, point by point: the content of `sweep.json`."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 from layer_surgery.records.evaluation import Comparison, EvaluationResult, SpeedPoint, StageFailure
@@ -38,17 +38,9 @@ class SweepSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SweepPoint:
-    """One compression that was tried: its plan and what came of it. Nothing of the model is kept.
+class SweepPoint(SweepSettings):
+    """One compression that was tried: its plan and what came of it. Nothing of the model is kept."""
 
-    The first fields are those of `SweepSettings`.
-    """
-
-    target_layers: int
-    keep: float
-    method: str
-    scorer: str
-    refit: bool
     status: Literal["done", "failed"]
     error: str | None = None  #: Why it failed.
     layers: list[int] = field(default_factory=list)  #: Layers that were operated on.
@@ -74,9 +66,7 @@ class SweepPoint:
     @property
     def settings(self) -> SweepSettings:
         """Identity of the point."""
-        return SweepSettings(
-            target_layers=self.target_layers, keep=self.keep, method=self.method, scorer=self.scorer, refit=self.refit
-        )
+        return SweepSettings(**{each.name: getattr(self, each.name) for each in fields(SweepSettings)})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +76,7 @@ class SweepBest:
     condition: str
     point: SweepSettings | None  #: None if none does.
     nearest: SweepSettings | None  #: Where none does: the point that misses it by least.
-    value: float | None  #: What the condition is about, of `point` or `nearest`.
+    value: float | None  #: The quantity that the condition is about, of `point` or `nearest`.
     output: str | None  #: Where the point's model is saved, relative to the sweep's directory.
 
 
@@ -95,8 +85,8 @@ class SweepReport:
     """A sweep over the settings of a compression."""
 
     identity: dict[str, Any]
-    """What all points have in common and what decides their results: hashes of the model and of all data, and options.
-    A sweep goes on only where it is the same."""
+    """All that decides the results of every point: hashes of the model and of all data, and options. A sweep goes on
+    only where it is the same."""
     base_model: dict[str, Any]
     calibration: dict[str, Any] | None
     evaluation: list[dict[str, Any]]  #: The texts.

@@ -92,6 +92,8 @@ def _hub_id(report: SurgeryReport) -> str | None:
 
 def _results(report: SurgeryReport) -> Iterator[EvalResult]:
     for text, perplexity in report.after.perplexity.items():
+        change = report.comparison.perplexity.get(text)
+        against = "" if change is None else f" (of the original's: {with_interval(change.ratio, '.3f')})"
         yield EvalResult(
             task_type="text-generation",
             dataset_type=printable(text),
@@ -104,7 +106,7 @@ def _results(report: SurgeryReport) -> Iterator[EvalResult]:
             },
             metric_type="perplexity",
             metric_value=round(perplexity.value, 4),
-            metric_name="perplexity" + _against(report, text),
+            metric_name="perplexity" + against,
         )
     for task, result in report.after.tasks.items():
         for metric, found in result.metrics.items():
@@ -118,8 +120,3 @@ def _results(report: SurgeryReport) -> Iterator[EvalResult]:
                 metric_value=round(found.value, 4),
                 metric_name=metric,
             )
-
-
-def _against(report: SurgeryReport, text: str) -> str:
-    change = report.comparison.perplexity.get(text)
-    return f" (of the original's: {with_interval(change.ratio, '.3f')})" if change is not None else ""

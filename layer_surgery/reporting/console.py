@@ -19,7 +19,7 @@ from layer_surgery.records import (
 )
 from layer_surgery.records.sweep import SweepReport
 from layer_surgery.reporting.derived import changed_layers, kept_columns
-from layer_surgery.reporting.measurements import Row, measurement_tables
+from layer_surgery.reporting.measurements import measurement_tables
 from layer_surgery.reporting.sentences import best_sentence, failed_points
 from layer_surgery.reporting.sweep_table import LEGEND, TEXT_COLUMNS, sweep_table
 
@@ -39,11 +39,11 @@ def print_report(console: Console, report: SurgeryReport) -> None:
     _print_prediction(console, report)
     _print_continuations(console, report.continuations, ("before", "after"))
     if report.output is None:
-        console.print("dry run: nothing was written", highlight=False)
+        console.print("dry run: nothing was written")
     else:
-        console.print(f"saved to [bold]{escape(report.output)}[/] (report: surgery.json)", highlight=False)
+        console.print(f"saved to [bold]{escape(report.output)}[/] (report: surgery.json)")
         if not any(failure.stage == "report page" for failure in report.failures):
-            console.print(f"page: [bold]{escape(report.output)}/report.html[/]", highlight=False)
+            console.print(f"page: [bold]{escape(report.output)}/report.html[/]")
 
 
 def print_evaluation(console: Console, report: EvaluationReport, name: str) -> None:
@@ -60,9 +60,8 @@ def print_scores(console: Console, scores: LayerScores) -> None:
         table.add_column(title, justify="right", no_wrap=True)
     table.add_column("")
     span = max((abs(value) for value in scores.values), default=0.0) or 1.0
-    rest = sorted(
-        (i for i in range(len(scores.values)) if i not in scores.removal_order), key=lambda i: scores.values[i]
-    )
+    ascending = sorted(range(len(scores.values)), key=lambda index: scores.values[index])
+    rest = [index for index in ascending if index not in scores.removal_order]
     for place, index in enumerate([*scores.removal_order, *rest], start=1):
         value = scores.values[index]
         goes = str(place) if index in scores.removal_order else "stays"
@@ -70,7 +69,7 @@ def print_scores(console: Console, scores: LayerScores) -> None:
     console.print(table)
     order = [scores.values[index] for index in scores.removal_order]
     if order != sorted(order):
-        console.print("values are of single layers; the order is of layers together", highlight=False)
+        console.print("values are of single layers; the order is of layers together")
 
 
 def print_sweep(console: Console, report: SweepReport, directory: Path) -> None:
@@ -85,13 +84,13 @@ def print_sweep(console: Console, report: SweepReport, directory: Path) -> None:
     console.width = max(console.width, needed)  # a terminal that is too narrow breaks lines, but no number is cut
     console.print(table)
     if any(point.fronts for point in report.points):
-        console.print(LEGEND, highlight=False)
+        console.print(LEGEND)
     for line in failed_points(report):
-        console.print(escape(f"failed: {line}"), highlight=False)
+        console.print(escape(f"failed: {line}"))
     if report.best is not None and report.best.point is not None:
-        console.print(escape(best_sentence(report.best, directory)), highlight=False)
+        console.print(escape(best_sentence(report.best, directory)))
     files = "report.html, sweep.json, sweep.csv, sweep.md"
-    console.print(f"kept in [bold]{escape(str(directory))}[/] ({files})", highlight=False)
+    console.print(f"kept in [bold]{escape(str(directory))}[/] ({files})")
 
 
 def print_ranks(console: Console, plan: SurgeryPlan) -> None:
@@ -116,7 +115,11 @@ def _print_measurements(
 ) -> None:
     results = [after] if before is None else [before, after]
     rows = [row for _, rows in measurement_tables(results, comparison) for row in rows]
-    cells = [[_label(row), *row.values, *([] if before is None else [row.change])] for row in rows]
+    cells = [
+        [("  " if row.level == "part" else "") + row.label + (f"\n  ({row.note})" if row.note else ""), *row.values]
+        + ([] if before is None else [row.change])
+        for row in rows
+    ]
     table = Table(box=None, pad_edge=False, title_justify="left")
     table.add_column("", overflow="fold")
     for column, title in enumerate(titles[: len(cells[0]) - 1], start=1):
@@ -126,10 +129,6 @@ def _print_measurements(
     for line in cells:
         table.add_row(*map(escape, line))
     console.print(table)
-
-
-def _label(row: Row) -> str:
-    return ("  " if row.level == "part" else "") + row.label + (f"\n  ({row.note})" if row.note else "")
 
 
 def _print_prediction(console: Console, report: SurgeryReport) -> None:
@@ -143,8 +142,7 @@ def _print_prediction(console: Console, report: SurgeryReport) -> None:
     )
     refit = ", before the refit" if report.refit else ""
     console.print(
-        f"loss (nats per token): predicted {predicted:+.3f} on the calibration data{refit}; measured {measured}",
-        highlight=False,
+        f"loss (nats per token): predicted {predicted:+.3f} on the calibration data{refit}; measured {measured}"
     )
 
 
@@ -162,6 +160,5 @@ def _print_continuations(console: Console, continuations: list[Continuation], ti
 
 
 def _bar(fraction: float, width: int = 24) -> str:
-    eighths = round(fraction * width * 8)
-    full, part = divmod(eighths, 8)
+    full, part = divmod(round(fraction * width * 8), 8)
     return "█" * full + (_BLOCKS[part - 1] if part else "")

@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from layer_surgery.records import LayerPlan, SurgeryReport
+from layer_surgery.records import SurgeryReport
 from layer_surgery.reporting.derived import decoding_ratio, kept_columns, main_tasks
 from layer_surgery.reporting.figures import layers as layer_plots
 from layer_surgery.reporting.figures import quality as quality_plots
@@ -78,14 +78,10 @@ def layer_rows(report: SurgeryReport, linears: list[str]) -> list[dict[str, Any]
             "place": places.get(layer.index, ""),
             "action": ACTION_NAMES[layer.action],
             "key": layer.action,
-            "ranks": [_rank(layer, name) for name in linears],
+            "ranks": [str(layer.kept.get(name, "whole" if layer.kept else "")) for name in linears],
         }
         for layer in report.plan.layers
     ]
-
-
-def _rank(layer: LayerPlan, name: str) -> str:
-    return str(layer.kept[name]) if name in layer.kept else "whole" if layer.kept else ""
 
 
 def _facts(report: SurgeryReport) -> dict[str, Any]:

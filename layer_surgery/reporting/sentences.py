@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from layer_surgery.records import SurgeryPlan, SurgeryReport
+from layer_surgery.records import SurgeryReport
 from layer_surgery.records.sweep import SweepBest, SweepReport
 from layer_surgery.reporting.derived import changed_layers, decoding_ratio
 from layer_surgery.reporting.formats import number_list, with_interval
@@ -22,15 +22,14 @@ def summary(report: SurgeryReport) -> list[str]:
 
 
 def _done(report: SurgeryReport) -> str:
+    operations = [
+        words.format(f"{len(layers)} of {len(report.plan.layers)} layers ({number_list(layers)})")
+        for words, layers in zip(_OPERATIONS, changed_layers(report.plan), strict=True)
+        if layers
+    ]
     solved = len({(record.layer, record.linear) for record in report.refit if record.ridge is not None})
     refit = f", and re-solved {solved} linears so that the rest follows the original" if solved else ""
-    return _sentence((" and ".join(_operations(report.plan)) or "changed no layer") + refit)
-
-
-def _operations(plan: SurgeryPlan) -> Iterator[str]:
-    for words, layers in zip(_OPERATIONS, changed_layers(plan), strict=True):
-        if layers:
-            yield words.format(f"{len(layers)} of {len(plan.layers)} layers ({number_list(layers)})")
+    return _sentence((" and ".join(operations) or "changed no layer") + refit)
 
 
 def _saved(report: SurgeryReport) -> Iterator[str]:
@@ -107,7 +106,7 @@ def best_note(report: SweepReport) -> list[str]:
 
 def failed_points(report: SweepReport) -> list[str]:
     """Return the name and the error of each point of a sweep that failed."""
-    return [f"{point.settings.name}: {point.error}" for point in report.points if point.status == "failed"]
+    return [f"{point.name}: {point.error}" for point in report.points if point.status == "failed"]
 
 
 def how_to_load(name: str, *, needs_code: bool) -> str:

@@ -15,6 +15,7 @@ LEGEND = (
     "front: no other point is at least as good in both perplexity and size (or speed), and better in one; of several "
     "texts the geometric mean of the ratios counts."
 )
+_NUMBERS = ("parameters", "predicted_loss_rise", "perplexity_ratio", "prefill_speed", "decode_speed")
 _FRONT_NAMES = {"parameters": "size", "prefill_speed": "prefill", "decode_speed": "decoding"}
 
 
@@ -50,14 +51,14 @@ def sweep_table(report: SweepReport) -> tuple[list[str], list[list[str]]]:
 def markdown_text(report: SweepReport) -> str:
     """Return the table as Markdown, with the model and the texts that it is about."""
     titles, rows = sweep_table(report)
-    model = report.base_model
+    model, table = report.base_model, [titles, ["---"] * len(titles), *rows]
     texts = "; ".join(f"{text['name']}: {text['predicted_tokens']:,} tokens predicted" for text in report.evaluation)
     lines = [
         f"# Sweep of {model['name']}",
         "",
         f"{len(report.points)} points; model sha256 {model['sha256'][:12]}; {texts}",
         "",
-        *map(_markdown_row, [titles, ["---"] * len(titles), *rows]),
+        *(f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in table),
         "",
         LEGEND,
     ]
@@ -78,18 +79,10 @@ def csv_text(report: SweepReport) -> str:
 
 def _csv_row(point: SweepPoint) -> dict[str, Any]:
     row: dict[str, Any] = {
-        "target_layers": point.target_layers,
-        "keep": point.keep,
-        "method": point.method,
-        "scorer": point.scorer,
-        "refit": point.refit,
+        **vars(point.settings),
         "status": point.status,
         "layers": " ".join(map(str, point.layers)),
-        "parameters": point.parameters,
-        "predicted_loss_rise": point.predicted_loss_rise,
-        "perplexity_ratio": point.perplexity_ratio,
-        "prefill_speed": point.prefill_speed,
-        "decode_speed": point.decode_speed,
+        **{name: getattr(point, name) for name in _NUMBERS},
         **{f"front_{front}": front in point.fronts for front in FRONTS},
         "seconds": point.seconds,
         "error": point.error,
@@ -155,7 +148,3 @@ def _times(value: float | None) -> str:
 
 def _front(point: SweepPoint) -> str:
     return "failed" if point.status == "failed" else ", ".join(_FRONT_NAMES[front] for front in point.fronts)
-
-
-def _markdown_row(cells: list[str]) -> str:
-    return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"

@@ -1,6 +1,5 @@
 """The main job, top to bottom: open, calibrate, score, plan, operate, evaluate, save."""
 
-import json
 import logging
 from contextlib import ExitStack
 from dataclasses import replace
@@ -14,6 +13,7 @@ from layer_surgery.checkpoint.save import (
     check_saved,
     save_checkpoint,
     staged_directory,
+    write_json,
 )
 from layer_surgery.config import CompressConfig
 from layer_surgery.errors import OutputError, PlanError, describe
@@ -133,18 +133,13 @@ def _check_plan_is_for(config: CompressConfig, sha256: str) -> None:
 
 def _write_report(report: SurgeryReport, directory: Path, config: CompressConfig) -> SurgeryReport:
     """Write `surgery.json`, page and card; if these fail, that is recorded and the model is not lost."""
-
-    def write(report: SurgeryReport) -> SurgeryReport:
-        text = json.dumps(report_dict(report), indent=2, ensure_ascii=False, allow_nan=False)
-        (directory / REPORT_FILE).write_text(text + "\n", encoding="utf-8")
-        return report
-
-    write(report)
+    write_json(directory / REPORT_FILE, report_dict(report))
     assert config.output is not None
     try:
         write_page_and_card(directory, report, config.output.name)
     except Exception as error:
         _LOG.debug("the report page failed", exc_info=True)
         failure = StageFailure(stage="report page", error=describe(error))
-        report = write(replace(report, failures=[*report.failures, failure]))
+        report = replace(report, failures=[*report.failures, failure])
+        write_json(directory / REPORT_FILE, report_dict(report))
     return report

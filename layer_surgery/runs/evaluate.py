@@ -40,10 +40,7 @@ def run_evaluate(model: Model, config: EvaluateConfig) -> EvaluationReport:
             failures=evaluator.failures,
             timings=session.clock.rounded,
             provenance=run_provenance(
-                session,
-                config,
-                model=session.checkpoint.name,
-                baseline=other.checkpoint.name if other is not None else None,
+                session, config, model=session.checkpoint.name, baseline=other.checkpoint.name if other else None
             ),
         )
 

@@ -8,8 +8,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
-from transformers import PreTrainedModel
-
 from layer_surgery.checkpoint.open import Checkpoint
 from layer_surgery.config import EvaluationConfig
 from layer_surgery.data import bundled_tasks
@@ -72,11 +70,10 @@ class Evaluator:
             baseline: session of the model before (the same in a compression); None if there is none.
         """
         self.failures: list[StageFailure] = []
-        self._config, self._texts = config, texts
+        self._session, self._config, self._texts = session, config, texts
         self._sessions: dict[Moment, Session] = {"after": session}
         if baseline is not None:
             self._sessions["before"] = baseline
-        self._session = session
         self._measured: dict[Moment, _Measured] = {}
         self._results: dict[Moment, EvaluationResult] = {}
         self._kept = ExitStack()
@@ -84,7 +81,12 @@ class Evaluator:
         for each in self._sessions.values():
             self._check(each.checkpoint)
         self._check_memory()
-        self._tasks = self._load_tasks()
+        self._tasks: Tasks | None = None
+        if config.tasks:
+            session.need_tokenizer()
+            from layer_surgery.evaluation.tasks import Tasks  # lm-eval takes seconds to import
+
+            self._tasks = Tasks(config, bundled_tasks())
 
     def __enter__(self) -> Evaluator:
         return self
@@ -152,8 +154,7 @@ class Evaluator:
 
     def forget(self, moment: Moment) -> None:
         """Free what is kept of a model, if it was measured, so that another can be measured in its place."""
-        measured = self._measured.pop(moment, None)
-        if measured is not None:
+        if measured := self._measured.pop(moment, None):
             measured.kept.close()
 
     def side_by_side(self) -> list[Continuation]:
@@ -166,8 +167,6 @@ class Evaluator:
             Continuation(prompt=prompt, before=first, after=second)
             for prompt, first, second in zip(self._prompts, firsts, after.written, strict=True)
         ]
-
-    # -- stages of one model -----------------------------------------------------------------------------------------
 
     def _perplexities(self, moment: Moment, measured: _Measured, *, required: bool) -> dict[str, Perplexity]:
         if not self._texts:
@@ -187,8 +186,7 @@ class Evaluator:
 
     def _run_whole(self, moment: Moment, measured: _Measured) -> None:
         """Run tasks and continuations on the model as a whole, loaded once for both."""
-        session = measured.session
-        model: PreTrainedModel | None = None
+        session, model = measured.session, None
         with self._attempt(f"loading the whole model {moment}", "load"):
             model = session.stream(measured.checkpoint).load_whole()
         if model is None:
@@ -202,16 +200,6 @@ class Evaluator:
                 prompts = [encode_prompt(tokenizer, prompt) for prompt in self._prompts]
                 new_tokens = self._config.NEW_TOKENS
                 measured.written = continuations(model, tokenizer, prompts, new_tokens, session.ui.progress)
-
-    # -- what is checked before any work -----------------------------------------------------------------------------
-
-    def _load_tasks(self) -> Tasks | None:
-        if not self._config.tasks:
-            return None
-        self._session.need_tokenizer()
-        from layer_surgery.evaluation.tasks import Tasks  # lm-eval takes seconds to import
-
-        return Tasks(self._config, bundled_tasks())
 
     def _choose_prompts(self) -> list[str]:
         """Return the prompts of the user's, or the beginnings of windows of the first text."""
@@ -246,11 +234,7 @@ class Evaluator:
     def _check_memory(self) -> None:
         """Tasks, speed and continuations need the whole model in memory; surgery and perplexity do not."""
         session = self._session
-        options = {
-            "--tasks": bool(self._config.tasks),
-            "--speed": self._config.speed,
-            "--continuations": bool(self._prompts),
-        }
+        options = {"--tasks": self._config.tasks, "--speed": self._config.speed, "--continuations": self._prompts}
         asked = [option for option, given in options.items() if given]
         if not asked:
             return
@@ -262,8 +246,6 @@ class Evaluator:
                 f"{' and '.join(asked)} need whole models in memory, here {needed:,} bytes, but {available:,} are "
                 "available; leave out these options, or pass --dtype bfloat16 or another --device."
             )
-
-    # -- small parts -------------------------------------------------------------------------------------------------
 
     @property
     def _distance(self) -> bool:

@@ -3,10 +3,8 @@
 Written shard by shard and tensor by tensor, so that memory holds one matrix, whatever the size of the model.
 """
 
-import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +14,14 @@ from transformers import AutoConfig
 from layer_surgery.calibration.channels import mlp_channels
 from layer_surgery.checkpoint.modeling_layer_surgery import IN_FACTOR, OUT_FACTOR
 from layer_surgery.checkpoint.open import Checkpoint, open_checkpoint
-from layer_surgery.checkpoint.save import check_not_same, check_output, check_saved, save_checkpoint, staged_directory
+from layer_surgery.checkpoint.save import (
+    check_not_same,
+    check_output,
+    check_saved,
+    save_checkpoint,
+    staged_directory,
+    write_json,
+)
 from layer_surgery.checkpoint.tensors import TensorSource, TensorSpec
 from layer_surgery.config import ExportConfig
 from layer_surgery.errors import CheckpointError, NumericalError, OutputError
@@ -30,7 +35,7 @@ _IN, _OUT = f".{IN_FACTOR}", f".{OUT_FACTOR}"
 
 @dataclass(frozen=True, kw_only=True)
 class DenseExport:
-    """What a dense export did: `dense_export` in its `surgery.json`."""
+    """Record of a dense export: `dense_export` in its `surgery.json`."""
 
     source: str  #: The low-rank checkpoint, as the user named it.
     linears: int  #: How many pairs of factors were multiplied out.
@@ -53,8 +58,7 @@ def run_export(directory: Model, config: ExportConfig) -> DenseExport:
     Raises `CheckpointError` for a plain checkpoint, `ReportError` for a damaged `surgery.json`, `OutputError` for an
     output that may not be written, and `NumericalError` for a product that is not finite in the checkpoint's dtype.
     """
-    output = config.output
-    if output is None:
+    if (output := config.output) is None:
         raise OutputError("give --output (a directory for the exported model).")
     check_not_same(directory, output)
     check_output(output, overwrite=config.overwrite)
@@ -83,7 +87,8 @@ def run_export(directory: Model, config: ExportConfig) -> DenseExport:
             size_bytes=dense.size_bytes,
             provenance=provenance(torch.device("cpu")) | {"command": config.command},
         )
-        _write_report(report, record, staging)
+        exported = {name: value for name, value in asdict(record).items() if name != "output"}
+        write_json(staging / REPORT_FILE, {**report, "dense_export": exported})
     return replace(record, output=str(output))
 
 
@@ -113,8 +118,7 @@ class MultipliedSource:
     """
 
     def __init__(self, source: TensorSource, linears: Iterable[str]) -> None:
-        self._source = source
-        self._linear_of = {f"{linear}.weight": linear for linear in linears}
+        self._source, self._linear_of = source, {f"{linear}.weight": linear for linear in linears}
         self.specs: dict[str, TensorSpec] = {}
         factors = {f"{linear}{part}" for linear in self._linear_of.values() for part in (_IN, _OUT)}
         for name, spec in source.specs.items():
@@ -177,14 +181,4 @@ class PaddedSource:
 def _stored_report(low_rank: Checkpoint) -> dict[str, Any]:
     """Return the `surgery.json` of a low-rank checkpoint; {} if it has none. Raises `ReportError`."""
     path = low_rank.directory / REPORT_FILE if low_rank.directory is not None else None
-    if path is None or not path.is_file():
-        return {}
-    return read_json(path, REPORT_SCHEMA_VERSION, "repair or remove it")
-
-
-def _write_report(report: dict[str, Any], record: DenseExport, staging: Path) -> None:
-    """Write `surgery.json`: that of the low-rank checkpoint, if it has one, and what was done to it here."""
-    exported = asdict(record)
-    exported.pop("output")
-    text = json.dumps({**report, "dense_export": exported}, indent=2, ensure_ascii=False)
-    (staging / REPORT_FILE).write_text(text + "\n", encoding="utf-8")
+    return read_json(path, REPORT_SCHEMA_VERSION, "repair or remove it") if path and path.is_file() else {}

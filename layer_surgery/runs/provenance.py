@@ -16,9 +16,7 @@ from layer_surgery.runs.session import Session
 
 def report_dict(report: SurgeryReport) -> dict[str, Any]:
     """Return what `surgery.json` holds."""
-    data = report.to_dict()
-    data.pop("output")
-    return data
+    return {name: value for name, value in report.to_dict().items() if name != "output"}
 
 
 def checkpoint_hash(session: Session) -> str:

@@ -1,13 +1,11 @@
 """One opened checkpoint with everything that the stages of a run share, and how a run speaks to its user."""
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TypeAlias
+from typing import Self, TypeAlias
 
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -56,16 +54,15 @@ class Session:
 
     def available_bytes(self) -> int | None:
         """Return how much memory the user allows, else what is free on the device; None where that is not known."""
-        if self.runtime.memory_limit is not None:
-            return self.runtime.memory_limit
-        return available_memory_bytes(self.device)
+        limit = self.runtime.memory_limit
+        return available_memory_bytes(self.device) if limit is None else limit
 
     def new_scratch(self, name: str) -> Path:
         """Return a new folder for scratch files."""
         return Path(tempfile.mkdtemp(prefix=f"{name}-", dir=self.scratch))
 
     @contextmanager
-    def own_scratch(self, name: str) -> Iterator[Session]:
+    def own_scratch(self, name: str) -> Iterator[Self]:
         """Yield this session with a folder for scratch files that is gone on exit, and with it what was made in it."""
         proven = len(self._proven)
         with tempfile.TemporaryDirectory(prefix=f"{name}-", dir=self.scratch) as folder:

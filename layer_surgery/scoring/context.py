@@ -83,5 +83,4 @@ SCORERS = Registry("scorer", ScorerEntry)
 
 def least_first(values: Iterable[float]) -> list[int]:
     """Return indices by ascending value; equal values by descending index (the deeper layer goes first)."""
-    numbered = list(enumerate(values))
-    return [index for index, _value in sorted(numbered, key=lambda item: (item[1], -item[0]))]
+    return [index for index, _ in sorted(enumerate(values), key=lambda item: (item[1], -item[0]))]

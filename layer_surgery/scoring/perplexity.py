@@ -21,8 +21,7 @@ def rise_without_each(context: ScoringContext) -> Ranking:
     """
     walk, path = context.walk, context.path
     original_loss = walk.losses(walk.forward(path, keep=True)).mean
-    rises: list[float] = []
-    order: list[int] = []
+    rises, order = list[float](), list[int]()
     for _round in range(context.count or 1):
         walk.forward(path, keep=True)  # from the first change on
         losses = _losses_without_each(context, path)

@@ -1,13 +1,10 @@
 """Hidden states at the boundaries between layers, kept outside the model: in memory while small, else on disk."""
 
-from __future__ import annotations
-
 import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -27,8 +24,7 @@ class BoundaryStore:
         self, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device, memory_bytes: int, scratch: Path
     ) -> None:
         self.shape, self.dtype, self.device = shape, dtype, device
-        self._memory_left = memory_bytes
-        self._scratch = scratch
+        self._memory_left, self._scratch = memory_bytes, scratch
         self._in_memory: dict[int, Tensor] = {}
         self._on_disk: dict[int, int] = {}  # slot -> file descriptor
 
@@ -83,20 +79,20 @@ class BoundaryStore:
 
     def exchange(self, slot: int, other: int) -> None:
         """Let two slots that exist change places."""
-        _exchange(self._in_memory, slot, other)
-        _exchange(self._on_disk, slot, other)
+        places: tuple[dict[int, Any], ...] = (self._in_memory, self._on_disk)
+        for place in places:
+            held = {number: place.pop(number) for number in (slot, other) if number in place}
+            place |= {slot + other - number: value for number, value in held.items()}
 
     def close(self) -> None:
         """Free all slots."""
         for slot in [*self._in_memory, *self._on_disk]:
             self.drop(slot)
 
-    def __enter__(self) -> BoundaryStore:
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _make(self, slot: int) -> None:
@@ -123,11 +119,6 @@ class Boundary:
     def write(self, rows: slice, hidden: Tensor) -> None:
         """Store [rows, sequence_length, hidden]."""
         self.store.write(self.slot, rows, hidden)
-
-
-def _exchange(slots: dict[int, Any], a: int, b: int) -> None:
-    held = {number: slots.pop(number) for number in (a, b) if number in slots}
-    slots.update({a + b - number: value for number, value in held.items()})
 
 
 def _bytes(tensor: Tensor) -> memoryview:

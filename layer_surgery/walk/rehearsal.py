@@ -114,10 +114,7 @@ class Rehearsal:
         if self._layers_return_tuples is None:
             self._rehearse(dummy)
 
-        def inject(index: int, passing: Tensor, _call: LayerCall) -> Tensor:
-            return hidden if index == last else passing
-
-        with self._stubs(inject):
+        with self._stubs(lambda index, passing, _call: hidden if index == last else passing):
             logits: Tensor = self._model.model(input_ids=dummy, use_cache=False).logits
         return logits
 
@@ -171,8 +168,7 @@ class Rehearsal:
 
 def blocks(shape: Sequence[int], most: int) -> Iterator[tuple[slice, slice]]:
     """Cut [batch, sequence] into blocks of at most `most` tokens (at least 1), for `Rehearsal.head`."""
-    batch, length = shape
-    most = max(1, most)
+    (batch, length), most = shape, max(1, most)
     row_step, column_step = max(1, most // length), min(length, most)
     for row in range(0, batch, row_step):
         for column in range(0, length, column_step):

@@ -123,9 +123,8 @@ def check_survivors(base: StreamedModel, result: StreamedModel, surviving: Seque
                 f"layer {old} of {base.checkpoint.name} would not stay what it is if layers {removed} were removed: as "
                 f"layer {new}, {change}; choose other --layers, or keep low-rank components in all of them (--keep)."
             )
-    if getattr(base.model.config, "scale_attn_by_inverse_layer_idx", False) and list(surviving) != [
-        *range(len(surviving))
-    ]:
+    scaled = getattr(base.model.config, "scale_attn_by_inverse_layer_idx", False)
+    if scaled and list(surviving) != list(range(len(surviving))):
         raise PlanError(
             f"{base.checkpoint.name} scales attention by the number of the layer (scale_attn_by_inverse_layer_idx), "
             "which changes if an earlier layer is removed; remove the last layers only, or keep low-rank components in "

@@ -146,10 +146,8 @@ class StreamedModel:
             owner, _, attribute = target.rpartition(".")
             setattr(self.model.get_submodule(owner), attribute, self.model.get_parameter(origin))
         for name, buffer in list(self.model.named_buffers()):
-            if buffer.is_meta:  # a stored buffer of a layer, which comes and goes with it
-                continue
-            owner, _, attribute = name.rpartition(".")
-            self.model.get_submodule(owner)._buffers[attribute] = buffer.to(self.device)
+            if not buffer.is_meta:  # else a stored buffer of a layer, which comes and goes with it
+                _assign(self.model, {name: buffer.to(self.device)})
 
 
 def _assign(module: nn.Module, tensors: dict[str, Tensor]) -> None:

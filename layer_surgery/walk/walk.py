@@ -4,12 +4,11 @@ Memory is bounded by the embeddings, one decoder layer and a micro-batch; bounda
 Shapes: B sequences in a micro-batch, S tokens each, D hidden, V vocabulary.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import torch
 from einops import rearrange
@@ -89,7 +88,7 @@ class Walk:
         shape = (self.tokens.sequences, self.tokens.sequence_length, self.model.hidden_size)
         return BoundaryStore(shape, self.model.dtype, self.model.device, memory_bytes, self.settings.scratch)
 
-    def __enter__(self) -> Walk:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -102,8 +101,6 @@ class Walk:
     def batches(self) -> Iterator[slice]:
         return self.tokens.batches(self.settings.batch_size)
 
-    # -- forward ---------------------------------------------------------------------------------------------------
-
     def forward(
         self, path: Sequence[int], *, keep: bool, observers: Sequence[Observer] = (), watch: Iterable[int] | None = None
     ) -> Boundary:
@@ -114,10 +111,10 @@ class Walk:
         Observers see the layers in `watch` (default: all).
         """
         watched = set(path if watch is None else watch)
-        known = self._kept
-        if known is None:
-            self._embed()
-            known = []
+        known = self._kept or []
+        if self._kept is None:
+            for rows in self.batches():
+                self.boundary(0).write(rows, self.rehearsal.embed(self.tokens.token_ids[rows]))
         if not keep:
             return self._stream(path, observers, watched)
         start = 0
@@ -126,9 +123,8 @@ class Walk:
         self._kept = list(path[:start])
         with self.settings.progress("forward", len(path) - start) as advance:
             for position in range(start, len(path)):
-                index = path[position]
-                seen_by = observers if index in watched else ()
-                self.step(index, self.boundary(position), self.boundary(position + 1), seen_by)
+                seen_by = observers if path[position] in watched else ()
+                self.step(path[position], self.boundary(position), self.boundary(position + 1), seen_by)
                 self._kept.append(path[position])
                 advance()
         return self.boundary(len(path))
@@ -148,11 +144,6 @@ class Walk:
                 source = latest
                 advance()
         return source
-
-    def _embed(self) -> None:
-        """Write the first boundary to slot 0."""
-        for rows in self.batches():
-            self.boundary(0).write(rows, self.rehearsal.embed(self.tokens.token_ids[rows]))
 
     @torch.no_grad()
     def step(self, index: int, source: Boundary, target: Boundary, observers: Sequence[Observer] = ()) -> None:
@@ -176,8 +167,6 @@ class Walk:
 
     def _call(self, index: int, rows: slice) -> Callable[[nn.Module, Tensor], Tensor]:
         return self.rehearsal.call(index, self.tokens.token_ids[rows])
-
-    # -- head ------------------------------------------------------------------------------------------------------
 
     def losses(self, last: Boundary, gradient: Boundary | None = None) -> Losses:
         """Return the losses that follow from the last boundary.
@@ -229,8 +218,6 @@ class Walk:
         flat = rearrange(logits, "batch sequence vocabulary -> (batch sequence) vocabulary")
         losses = nn.functional.cross_entropy(flat, labels.flatten(), reduction="none", ignore_index=NO_LABEL)
         return losses.view(labels.shape)
-
-    # -- backward --------------------------------------------------------------------------------------------------
 
     def backpropagate(self, observers: Sequence[Observer], *, watch: Iterable[int] | None = None) -> None:
         """Walk forward through all layers, to the summed loss, and back as far as the first layer in `watch`.

@@ -501,7 +501,7 @@ def full_disk(*_: object, **__: object) -> None:
     "place",
     [
         "layer_surgery.checkpoint.save.StreamedSafetensors.write",
-        "layer_surgery.checkpoint.save._write_config",
+        "layer_surgery.checkpoint.save.write_json",
         "shutil.copyfile",
     ],
 )

@@ -19,7 +19,8 @@ def render(template: str, /, **values: Any) -> str:
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        finalize=_finalize,
+        # Not what a filter has made safe.
+        finalize=lambda value: value if isinstance(value, Markup) or not isinstance(value, str) else printable(value),
     )
     environment.filters |= {
         "code": code_span,
@@ -30,7 +31,3 @@ def render(template: str, /, **values: Any) -> str:
     }
     environment.globals |= {"colours": COLOURS, "version": version("layer-surgery") or ""}
     return environment.get_template(template).render(**values)
-
-
-def _finalize(value: Any) -> Any:
-    return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value

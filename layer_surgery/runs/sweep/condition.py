@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from layer_surgery.config import EvaluationConfig
@@ -86,14 +86,15 @@ def find_best(condition: Condition, points: Sequence[SweepPoint]) -> SweepBest:
         for point in points
         if point.status == "done" and point.parameters is not None and (value := condition.value(point)) is not None
     ]
+    best = SweepBest(condition=condition.text, point=None, nearest=None, value=None, output=None)
     good = [each for each in known if condition.holds(each[1])]
     if good:
         point, value, _ = min(good, key=lambda each: (each[2], condition.miss(each[1])))
-        return SweepBest(condition=condition.text, point=point.settings, nearest=None, value=value, output=None)
-    if not known:
-        return SweepBest(condition=condition.text, point=None, nearest=None, value=None, output=None)
-    point, value, _ = min(known, key=lambda each: (condition.miss(each[1]), each[2]))
-    return SweepBest(condition=condition.text, point=None, nearest=point.settings, value=value, output=None)
+        return replace(best, point=point.settings, value=value)
+    if known:
+        point, value, _ = min(known, key=lambda each: (condition.miss(each[1]), each[2]))
+        return replace(best, nearest=point.settings, value=value)
+    return best
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -67,12 +67,8 @@ def _tasks(config: TaskConfig) -> dict[str, Any] | None:
         return None
     names = [_sha256([Path(name)]) if name.endswith((".yaml", ".yml")) else name for name in config.tasks]
     files = [sorted(path for path in folder.rglob("*") if path.is_file()) for folder in config.task_path]
-    return {
-        "names": names,
-        "files": [_sha256(found) for found in files],
-        "num_fewshot": config.num_fewshot,
-        "limit": config.limit,
-    }
+    options = {"num_fewshot": config.num_fewshot, "limit": config.limit}
+    return {"names": names, "files": [_sha256(found) for found in files], **options}
 
 
 def _sha256(files: list[Path]) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 
 from layer_surgery.config import CompressConfig
 from layer_surgery.errors import describe
-from layer_surgery.records import EvaluationResult, LayerScores, StageFailure
+from layer_surgery.records import LayerScores
 from layer_surgery.records.sweep import SweepPoint, SweepSettings
 from layer_surgery.runs.bench import Bench, Result
 from layer_surgery.runs.evaluator import Evaluator
@@ -59,17 +59,20 @@ class Measuring:
         evaluator.measure_speed()
         before, after = evaluator.result("before"), evaluator.result("after")
         failures = evaluator.failures[known_failures:]
-        prefill, decode = _speeds(before, after)
+        speeds = {}
+        if before.speed and after.speed:  # at the first batch size and prompt length
+            for stage in ("prefill", "decode"):
+                old, new = (getattr(model.speed[0], f"{stage}_tokens_per_second") for model in (before, after))
+                speeds[f"{stage}_speed"] = new / old
         return _point(
             settings,
             status="failed" if failures else "done",
-            error=_sentence(failures),
+            error="; ".join(f"{failure.stage} failed: {failure.error}" for failure in failures) or None,
             layers=[layer.index for layer in plan.operated],
             parameters=after.parameters,
             predicted_loss_rise=plan.predicted_loss_rise,
             perplexity_ratio=perplexity_ratio(before, after),
-            prefill_speed=prefill,
-            decode_speed=decode,
+            **speeds,
             plan=plan,
             scores=scores,
             result=after,
@@ -77,21 +80,6 @@ class Measuring:
             comparison=comparison,
             failures=failures,
         )
-
-
-def _sentence(failures: list[StageFailure]) -> str | None:
-    return "; ".join(f"{failure.stage} failed: {failure.error}" for failure in failures) or None
-
-
-def _speeds(before: EvaluationResult, after: EvaluationResult) -> tuple[float | None, float | None]:
-    """Return prefill and decoding speed after / before, of the first that was measured."""
-    if not before.speed or not after.speed:
-        return None, None
-    old, new = before.speed[0], after.speed[0]
-    return (
-        new.prefill_tokens_per_second / old.prefill_tokens_per_second,
-        new.decode_tokens_per_second / old.decode_tokens_per_second,
-    )
 
 
 def _point(settings: SweepSettings, **found: object) -> SweepPoint:

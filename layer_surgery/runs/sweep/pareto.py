@@ -30,9 +30,7 @@ def with_fronts(points: Sequence[SweepPoint]) -> list[SweepPoint]:
             for number, point in enumerate(points)
             if (values := _coordinates(point, front)) is not None
         ]
-        rivals = [(quality, cost) for _number, quality, cost in known]
-        if front != "parameters":
-            rivals.append((1.0, -1.0))
+        rivals = [(quality, cost) for _, quality, cost in known] + [(1.0, -1.0)] * (front != "parameters")
         for number, quality, cost in known:
             if not any(beats(rival, (quality, cost)) for rival in rivals):
                 fronts[number].append(front)

@@ -1,10 +1,9 @@
 """Composes a sweep: open and calibrate once, evaluate the original once, then operate and evaluate point by point."""
 
-from __future__ import annotations
-
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from typing import Self
 
 import attrs
 
@@ -79,7 +78,7 @@ class _Sweep:
     @classmethod
     def begin(
         cls, session: Session, config: SweepConfig, points: list[SweepSettings], known: SweepReport | None
-    ) -> _Sweep:
+    ) -> Self:
         """Make every check that there is, and begin with what is known already."""
         without_texts = attrs.evolve(config, continuations=0, prompts=())
         scopes = [Planning(compress_config(config, point), session.checkpoint).refit_scope for point in points]
@@ -110,35 +109,29 @@ class _Sweep:
     def finished(self) -> SweepReport:
         """Measure all points that are missing or have failed, and write after each what there is."""
         missing = [point for point in self.points if point not in self._done()]
-        with self._evaluator(missing) as evaluator:
+        with ExitStack() as stack:
+            evaluator = None
+            if missing or self.report.original is None or self.report.failures:
+                # It makes its own checks, before anything is written.
+                evaluator = Evaluator(self.session, self.config, self.texts, baseline=self.session)
+                stack.enter_context(evaluator)
             if self.config.overwrite:
                 clear_sweep(self.config.directory)
             write_sweep(self.config.directory, self.report)
-            if evaluator is None:
+            if evaluator is not None:
+                self._measure(missing, evaluator)
+            else:
                 self.session.ui.note(f"all {len(self.points)} points are in {self.config.directory} already")
-                return self.report
-            self._measure(missing, evaluator)
         return self.report
 
-    @contextmanager
-    def _evaluator(self, missing: Sequence[SweepSettings]) -> Iterator[Evaluator | None]:
-        """Yield an evaluator, which makes its own checks first; None if there is nothing to measure."""
-        if not missing and self.report.original is not None and not self.report.failures:
-            yield None
-            return
-        with Evaluator(self.session, self.config, self.texts, baseline=self.session) as evaluator:
-            yield evaluator
-
     def _measure(self, missing: Sequence[SweepSettings], evaluator: Evaluator) -> None:
-        session, config = self.session, self.config
-        count = len(self.points)
+        session, config, count = self.session, self.config, len(self.points)
         session.ui.note(
             f"{count} point{'s' * (count > 1)}, {count - len(missing)} of them known; each is kept in "
             f"{config.directory} when it is done, and the same command goes on from there"
         )
-        checkpoint = session.checkpoint
         with session.clock.stage("evaluate_before"):
-            evaluator.measure("before", checkpoint)
+            evaluator.measure("before", session.checkpoint)
         failures = list(evaluator.failures)
         self._write(replace(self.report, original=evaluator.result("before"), failures=failures))
         sha256 = self.report.base_model["sha256"]
@@ -152,7 +145,8 @@ class _Sweep:
                 if point is None:
                     point = measuring.point(compress_config(config, settings), settings)
                     session.ui.note(_outcome(point))
-                self._write(replace(self.report, points=[*self._others(settings), point]))
+                others = [each for each in self.report.points if each.settings != settings]
+                self._write(replace(self.report, points=[*others, point]))
 
     def _write(self, report: SweepReport) -> None:
         by_settings = {point.settings: point for point in report.points}
@@ -162,9 +156,6 @@ class _Sweep:
 
     def _done(self) -> dict[SweepSettings, SweepPoint]:
         return {point.settings: point for point in self.report.points if point.status == "done"}
-
-    def _others(self, settings: SweepSettings) -> list[SweepPoint]:
-        return [point for point in self.report.points if point.settings != settings]
 
     def _copied(self, settings: SweepSettings) -> SweepPoint | None:
         """Return the results of a point that gives the same model, under these settings."""

@@ -4,10 +4,10 @@ import json
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
-from layer_surgery.checkpoint.save import PAGE_FILES, check_output, write_atomically
+from layer_surgery.checkpoint.save import PAGE_FILES, check_output, writable, write_atomically
 from layer_surgery.errors import LayerSurgeryError, OutputError
 from layer_surgery.records.reading import SWEEP_FILE
 from layer_surgery.records.sweep import SweepReport
@@ -41,20 +41,8 @@ def check_best(directory: Path) -> None:
 @contextmanager
 def sweep_directory(directory: Path) -> Iterator[Path]:
     """Make the directory, or raise `OutputError`; if nothing was written there, it is gone again on exit."""
-    made = [place for place in (directory, *directory.parents) if not place.exists()]
-    try:
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=directory).close()
-        except OSError as error:
-            raise OutputError(
-                f"--output {directory} cannot be written ({error.strerror}); choose a directory that you may write to."
-            ) from error
+    with writable(directory, directory, lambda: tempfile.TemporaryFile(dir=directory).close()):
         yield directory
-    finally:
-        for place in made:
-            with suppress(OSError):  # holds results, or what someone else has put there meanwhile
-                place.rmdir()
 
 
 def clear_sweep(directory: Path) -> None:
