@@ -31,16 +31,13 @@ from layer_surgery.walk.boundaries import BoundaryStore
 
 SEQUENCE = 16
 Options = dict[str, Any]
+Sweep = Callable[..., SweepReport]
+Swept = tuple[Path, SweepReport]
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return saved_model(tmp_path_factory.mktemp("model"), layers=5)
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return text_file(tmp_path_factory.mktemp("text") / "text.txt")
 
 
 @pytest.fixture(scope="module")
@@ -58,14 +55,9 @@ GRID: Options = {
 
 
 @pytest.fixture(scope="module")
-def swept(model: Path, options: Options, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, SweepReport]:
+def swept(model: Path, options: Options, tmp_path_factory: pytest.TempPathFactory) -> Swept:
     output = tmp_path_factory.mktemp("swept") / "output"
     return output, layer_surgery.sweep(model, output, **GRID, **options)
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> CommandLine:
-    return CommandLine(monkeypatch, capsys)
 
 
 @pytest.fixture
@@ -80,6 +72,22 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(Evaluator, "measure", counted)
     return seen
+
+
+@pytest.fixture
+def sweep(model: Path, options: Options, tmp_path: Path) -> Sweep:
+    """Return what sweeps the model into `output`, with the layers chosen from the end unless told."""
+    return lambda **more: layer_surgery.sweep(model, tmp_path / "output", **{"scorer": "last"} | options | more)
+
+
+REMOVE_TWO = ("--target-layers", 3, "--method", "remove")
+
+
+@pytest.fixture
+def command(model: Path, text: Path, tmp_path: Path) -> list[Any]:
+    """The arguments of a sweep into `output`, to which more may be added."""
+    data = ["--calibration", text, "--eval-data", text, "--samples", 8, "--sequence-length", SEQUENCE]
+    return ["sweep", model, *data, "--output", tmp_path / "output"]
 
 
 def results(output: Path) -> Any:
@@ -112,9 +120,7 @@ def point_of(report: SweepReport, **settings: Any) -> SweepPoint:
     ],
     ids=lambda settings: "-".join(map(str, settings.values())),
 )
-def test_a_point_is_what_compress_gives(
-    swept: tuple[Path, SweepReport], model: Path, options: Options, settings: Options
-) -> None:
+def test_a_point_is_what_compress_gives(swept: Swept, model: Path, options: Options, settings: Options) -> None:
     alone = layer_surgery.compress(model, dry_run=True, continuations=0, **settings, **options)
     point = point_of(swept[1], **settings)
     assert point.status == "done" and point.plan is not None
@@ -149,33 +155,28 @@ def test_with_a_cache_and_for_parts_of_layers_it_is_the_same(
         assert point.predicted_loss_rise == pytest.approx(alone.plan.predicted_loss_rise)
 
 
-def test_every_combination_is_there_once_and_removing_methods_have_one_point(swept: tuple[Path, SweepReport]) -> None:
+def test_every_combination_is_there_once_and_removing_methods_have_one_point(swept: Swept) -> None:
     settings = [point.settings for point in swept[1].points]
     assert len(set(settings)) == len(settings) == 2 * 2 * (3 + 3 + 1)
     assert {point.keep for point in settings if point.method == "remove"} == {0.0}
     assert {point.method for point in settings if point.refit} == {"fisher"}
 
 
-def test_points_of_the_same_model_are_measured_once(
-    model: Path, options: Options, tmp_path: Path, measured: list[str]
-) -> None:
-    grid = {"target_layers": 3, "keep": 0, "method": ["remove", "svd", "grasp"], "scorer": "last"}
-    report = layer_surgery.sweep(model, tmp_path / "output", **grid, **options)
+def test_points_of_the_same_model_are_measured_once(sweep: Sweep, measured: list[str]) -> None:
+    report = sweep(target_layers=3, keep=0, method=["remove", "svd", "grasp"])
     assert measured == ["before", "after"]
     assert [point.method for point in report.points] == ["grasp", "remove", "svd"]
     assert [point.plan.method for point in report.points if point.plan] == ["grasp", "remove", "svd"]
-    assert len({json.dumps(layer_surgery.SweepReport.to_dict(report)["points"][i]["result"]) for i in range(3)}) == 1
+    assert len({json.dumps(point["result"]) for point in report.to_dict()["points"]}) == 1
 
 
-def test_nothing_but_the_results_is_left(swept: tuple[Path, SweepReport]) -> None:
+def test_nothing_but_the_results_is_left(swept: Swept) -> None:
     output = swept[0]
     assert {path.name for path in output.iterdir()} == {"sweep.json", "sweep.csv", "sweep.md", "report.html"}
     assert [path.name for path in output.parent.iterdir()] == ["output"]
 
 
-def test_scores_are_computed_once_for_what_the_scorer_depends_on(
-    model: Path, options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_scores_are_computed_once_for_what_the_scorer_depends_on(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
     ranked: list[tuple[str, int | None]] = []
 
     def counted(name: str) -> Any:
@@ -189,8 +190,7 @@ def test_scores_are_computed_once_for_what_the_scorer_depends_on(
 
     entries = {name: counted(name) for name in ("block_influence", "angular")}
     monkeypatch.setattr("layer_surgery.runs.bench.SCORERS", entries)
-    grid = {"target_layers": [4, 3], "keep": [0.2, 0.3], "method": "svd", "scorer": ["block_influence", "angular"]}
-    layer_surgery.sweep(model, tmp_path / "output", **grid, **options)
+    sweep(target_layers=[4, 3], keep=[0.2, 0.3], method="svd", scorer=["block_influence", "angular"])
     assert sorted(ranked) == [("angular", 1), ("angular", 2), ("block_influence", 1)]
 
 
@@ -198,7 +198,7 @@ def test_scores_are_computed_once_for_what_the_scorer_depends_on(
 
 
 def test_a_stopped_sweep_goes_on_and_ends_the_same(
-    swept: tuple[Path, SweepReport],
+    swept: Swept,
     model: Path,
     options: Options,
     tmp_path: Path,
@@ -228,12 +228,9 @@ def test_a_stopped_sweep_goes_on_and_ends_the_same(
     assert len(measured) == count
 
 
-def test_a_larger_grid_uses_the_points_that_are_there(
-    model: Path, options: Options, tmp_path: Path, measured: list[str]
-) -> None:
-    grid = {"method": "svd", "scorer": "last"}
-    first = layer_surgery.sweep(model, tmp_path / "output", target_layers=3, keep=0.3, **grid, **options)
-    second = layer_surgery.sweep(model, tmp_path / "output", target_layers=[4, 3], keep=[0.3], **grid, **options)
+def test_a_larger_grid_uses_the_points_that_are_there(sweep: Sweep, measured: list[str]) -> None:
+    first = sweep(method="svd", target_layers=3, keep=0.3)
+    second = sweep(method="svd", target_layers=[4, 3], keep=[0.3])
     assert measured == ["before", "after", "before", "after"]
     assert [point.target_layers for point in second.points] == [4, 3]
     assert second.points[1].result == first.points[0].result
@@ -241,14 +238,12 @@ def test_a_larger_grid_uses_the_points_that_are_there(
 
 
 def test_another_place_of_the_same_data_is_the_same_sweep(
-    model: Path, options: Options, text: Path, tmp_path: Path, measured: list[str]
+    sweep: Sweep, text: Path, tmp_path: Path, measured: list[str]
 ) -> None:
-    grid = {"target_layers": [3], "method": "remove", "scorer": "last"}
-    layer_surgery.sweep(model, tmp_path / "output", **grid, **options)
+    sweep(method="remove", target_layers=[3])
     moved = tmp_path / "moved.txt"
     moved.write_bytes(text.read_bytes())
-    changed = options | {"calibration": moved, "eval_data": [moved]}
-    report = layer_surgery.sweep(model, tmp_path / "output", **grid | {"target_layers": [3, 4]}, **changed)
+    report = sweep(method="remove", target_layers=[3, 4], calibration=moved, eval_data=[moved])
     assert len(measured) == 4
     assert {name for point in report.points if point.result for name in point.result.perplexity} == {str(text)}
 
@@ -267,7 +262,7 @@ def test_another_place_of_the_same_data_is_the_same_sweep(
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_other_settings_are_refused_by_name(
-    swept: tuple[Path, SweepReport], model: Path, options: Options, change: Options, named: str
+    swept: Swept, model: Path, options: Options, change: Options, named: str
 ) -> None:
     output, before = swept[0], listing(swept[0])
     grid = {"target_layers": 3, "method": "remove", "scorer": "last"}
@@ -277,9 +272,7 @@ def test_other_settings_are_refused_by_name(
     assert listing(output) == before
 
 
-def test_another_model_or_text_is_refused(
-    swept: tuple[Path, SweepReport], model: Path, options: Options, tmp_path: Path
-) -> None:
+def test_another_model_or_text_is_refused(swept: Swept, model: Path, options: Options, tmp_path: Path) -> None:
     other = saved_model(tmp_path / "model", layers=5, seed=1)
     text = text_file(tmp_path / "text.txt", seed=1)
     with pytest.raises(OutputError, match="the model \\(sha256\\) was"):
@@ -289,22 +282,21 @@ def test_another_model_or_text_is_refused(
 
 
 def test_overwrite_starts_anew_and_removes_the_old_best(
-    model: Path, options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sweep: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(*_: Any) -> SweepPoint:
         raise KeyboardInterrupt
 
-    grid = {"method": "remove", "scorer": "last"}
     output = tmp_path / "output"
-    layer_surgery.sweep(model, output, target_layers=3, best="perplexity<=1000x", **grid, **options)
+    sweep(method="remove", target_layers=3, best="perplexity<=1000x")
     assert (output / "best").is_dir() and (output / "report.html").is_file()
-    monkeypatch.setattr(Measuring, "point", interrupted)
-    again: Options = {"target_layers": 4, "seed": 1, "overwrite": True, **grid, **options}
-    with pytest.raises(KeyboardInterrupt):
-        layer_surgery.sweep(model, output, **again)
+    again: Options = {"method": "remove", "target_layers": 4, "seed": 1, "overwrite": True}
+    with monkeypatch.context() as patch:
+        patch.setattr(Measuring, "point", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            sweep(**again)
     assert not (output / "report.html").exists()  # it was of other points
-    monkeypatch.undo()
-    report = layer_surgery.sweep(model, output, **again)
+    report = sweep(**again)
     assert [point.target_layers for point in report.points] == [4]
     assert report.best is None and not (output / "best").exists()
 
@@ -313,7 +305,7 @@ def test_overwrite_starts_anew_and_removes_the_old_best(
 
 
 def test_a_point_that_fails_is_recorded_and_tried_again(
-    run: CommandLine, model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: CommandLine, command: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     carry_out = Bench.operate
 
@@ -323,12 +315,10 @@ def test_a_point_that_fails_is_recorded_and_tried_again(
         return carry_out(self, plan, method, *arguments, **keywords)
 
     output = tmp_path / "output"
-    command: list[str | Path] = ["sweep", model, "--target-layers", "3", "--method", "svd,fisher", "--keep", "0.3"]
-    command += ["--scorer", "last", "--no-refit", "--calibration", text, "--eval-data", text, "--samples", "8"]
-    command += ["--sequence-length", str(SEQUENCE), "--output", output]
+    command += ["--target-layers", 3, "--keep", 0.3, "--scorer", "last", "--no-refit", "--method"]
     with monkeypatch.context() as patch:
         patch.setattr(Bench, "operate", failing)
-        outcome = run(*command)
+        outcome = run(*command, "svd,fisher")
     assert outcome.code == 1
     assert outcome.error_lines[-1] == "error: 1 of 2 points failed; the same command tries them again."
     assert "a number of svd is not finite." in outcome.out
@@ -336,31 +326,27 @@ def test_a_point_that_fails_is_recorded_and_tried_again(
     assert found["svd"]["status"] == "failed" and found["svd"]["error"] == "a number of svd is not finite."
     assert found["svd"]["fronts"] == [] and found["svd"]["result"] is None
     assert found["fisher"]["status"] == "done" and found["fisher"]["fronts"] == ["parameters"]
-    other = [part if part != "svd,fisher" else "fisher" for part in command]
-    assert run(*other).code == 0  # the one that failed is not asked for
-    outcome = run(*command)
-    assert outcome.code == 0
+    assert run(*command, "fisher").code == 0  # the one that failed is not asked for
+    assert run(*command, "svd,fisher").code == 0
     assert {point["status"] for point in results(output)["points"]} == {"done"}
     assert len(results(output)["points"]) == 2
 
 
-def test_a_point_that_its_layers_do_not_allow_fails_alone(model: Path, options: Options, tmp_path: Path) -> None:
+def test_a_point_that_its_layers_do_not_allow_fails_alone(sweep: Sweep, model: Path) -> None:
     # Which layers go is known only when they are ranked, and laco has nothing to merge layer 0 into.
     seed = next(s for s in range(99) if layer_surgery.score(model, scorer="random", seed=s).removal_order[0] == 0)
-    grid = {"target_layers": 4, "method": ["laco", "remove"], "scorer": "random", "seed": seed}
-    report = layer_surgery.sweep(model, tmp_path / "output", **grid, **options)
+    report = sweep(target_layers=4, method=["laco", "remove"], scorer="random", seed=seed)
     laco, remove = (point_of(report, method=method) for method in ("laco", "remove"))
     assert laco.status == "failed" and "layer 0 is removed" in str(laco.error)
     assert remove.status == "done" and remove.layers == [0]
 
 
 def test_a_file_that_cannot_be_written_leaves_the_last_one_whole(
-    run: CommandLine, model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: CommandLine, command: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = tmp_path / "output"
-    command: list[Any] = ["sweep", model, "--target-layers", "4", "--method", "remove", "--scorer", "last"]
-    command += ["--calibration", text, "--eval-data", text, "--samples", "8", "--sequence-length", str(SEQUENCE)]
-    assert run(*command, "--output", output).code == 0
+    command += ["--method", "remove", "--scorer", "last"]
+    assert run(*command, "--target-layers", 4).code == 0
     before = listing(tmp_path)
     assert "output/sweep.json" in before
 
@@ -368,7 +354,7 @@ def test_a_file_that_cannot_be_written_leaves_the_last_one_whole(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr("layer_surgery.checkpoint.save.os.fsync", full)
-    outcome = run(*command, "--output", output, "--target-layers", "3")
+    outcome = run(*command, "--target-layers", 3)
     assert outcome.code == 1
     assert outcome.error_lines[-1] == f"error: writing to {output} failed (No space left on device); is the disk full?"
     assert listing(tmp_path) == before
@@ -404,17 +390,10 @@ def test_a_file_that_cannot_be_written_leaves_the_last_one_whole(
     ids=lambda value: value[:30] if isinstance(value, str) else "",
 )
 def test_a_mistake_is_one_sentence_before_any_work(
-    run: CommandLine, model: Path, text: Path, tmp_path: Path, arguments: dict[str, str | None], sentence: str
+    run: CommandLine, command: list[Any], tmp_path: Path, arguments: dict[str, str | None], sentence: str
 ) -> None:
-    given: dict[str, Any] = {
-        "--target-layers": "3",
-        "--calibration": text,
-        "--eval-data": text,
-        "--sequence-length": str(SEQUENCE),
-        "--output": tmp_path / "output",
-    }
-    given |= arguments
-    outcome = run("sweep", model, *(part for pair in given.items() for part in pair if part is not None))
+    given = {"--target-layers": 3} | dict(zip(command[2::2], command[3::2], strict=True)) | arguments
+    outcome = run(*command[:2], *(part for pair in given.items() for part in pair if part is not None))
     assert outcome.code == 2, outcome.err
     assert outcome.error_lines[-1].startswith("error: ") and sentence in outcome.error_lines[-1]
     assert not any(line.startswith("point") for line in outcome.error_lines)
@@ -444,11 +423,10 @@ def test_a_directory_that_cannot_be_made_is_refused(run: CommandLine, model: Pat
         assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_what_a_killed_run_has_left_is_no_obstacle(model: Path, options: Options, tmp_path: Path) -> None:
+def test_what_a_killed_run_has_left_is_no_obstacle(sweep: Sweep, tmp_path: Path) -> None:
     (tmp_path / "output" / ".layer-surgery-killed").mkdir(parents=True)
     (tmp_path / "output" / ".sweep.json.partial-123").write_text("{")
-    grid = {"target_layers": 3, "method": "remove", "scorer": "last"}
-    assert layer_surgery.sweep(model, tmp_path / "output", **grid, **options).points[0].status == "done"
+    assert sweep(target_layers=3, method="remove").points[0].status == "done"
 
 
 @pytest.mark.parametrize(
@@ -466,28 +444,16 @@ def test_what_a_killed_run_has_left_is_no_obstacle(model: Path, options: Options
         (lambda path: edit_json(path, evaluation=[{}]), "evaluation has a text without a name"),
         (lambda path: edit_json(path, identity={}), "differ in length"),
     ],
-    ids=[
-        *("cut", "bytes", "list", "deep", "no points", "empty point", "type", "newer"),
-        *("no texts", "no name", "no identity"),
-    ],
 )
 def test_a_damaged_or_newer_file_is_one_sentence(
-    run: CommandLine,
-    swept: tuple[Path, SweepReport],
-    model: Path,
-    text: Path,
-    tmp_path: Path,
-    damage: Callable[[Path], None],
-    sentence: str,
+    run: CommandLine, swept: Swept, command: list[Any], tmp_path: Path, damage: Callable[[Path], None], sentence: str
 ) -> None:
     output = tmp_path / "output"
     output.mkdir()
     (output / "sweep.json").write_bytes((swept[0] / "sweep.json").read_bytes())
     damage(output / "sweep.json")
     before = listing(output)
-    command: list[Any] = ["sweep", model, "--target-layers", "3", "--method", "remove", "--scorer", "last"]
-    command += ["--calibration", text, "--eval-data", text, "--samples", "8", "--sequence-length", str(SEQUENCE)]
-    command += ["--output", output]
+    command += [*REMOVE_TWO, "--scorer", "last"]
     outcome = run(*command)
     assert outcome.code == 2 and sentence in outcome.error_lines[-1], outcome.err
     assert listing(output) == before
@@ -498,15 +464,15 @@ def test_a_damaged_or_newer_file_is_one_sentence(
 
 
 def test_the_best_is_saved_as_compress_saves_it(
-    model: Path, options: Options, tmp_path: Path, measured: list[str]
+    sweep: Sweep, model: Path, options: Options, tmp_path: Path, measured: list[str]
 ) -> None:
     output = tmp_path / "output"
-    grid = {"target_layers": [4, 3], "keep": [0, 0.3], "method": "fisher"}
-    report = layer_surgery.sweep(model, output, **grid, **options)
+    grid = {"target_layers": [4, 3], "keep": [0, 0.3], "method": "fisher", "scorer": "fisher"}
+    report = sweep(**grid)
     ratios = sorted(point.perplexity_ratio or 0.0 for point in report.points)
     condition = f"perplexity<={(ratios[1] + ratios[2]) / 2}x"
     del measured[:]
-    report = layer_surgery.sweep(model, output, best=condition, **grid, **options)
+    report = sweep(best=condition, **grid)
     assert measured == ["before", "after"]  # of the model that is saved; no point again
     assert report.best is not None and report.best.point is not None and report.best.output == "best"
     good = [p for p in report.points if (p.perplexity_ratio or 0.0) in ratios[:2]]
@@ -522,43 +488,35 @@ def test_the_best_is_saved_as_compress_saves_it(
     assert tensors.keys() == expected.keys()
     assert all(torch.equal(tensors[name], expected[name]) for name in tensors)
     del measured[:]
-    layer_surgery.sweep(model, output, best=condition, **grid, **options)
+    sweep(best=condition, **grid)
     assert measured == []  # it is there already
 
 
-def test_a_best_that_new_points_beat_is_forgotten(model: Path, options: Options, tmp_path: Path) -> None:
-    grid = {"method": "remove", "scorer": "last", **options}
-    first = layer_surgery.sweep(model, tmp_path / "o", target_layers=3, best="perplexity<=1000x", **grid)
+def test_a_best_that_new_points_beat_is_forgotten(sweep: Sweep, tmp_path: Path) -> None:
+    first = sweep(method="remove", target_layers=3, best="perplexity<=1000x")
     assert first.best is not None
-    larger = layer_surgery.sweep(model, tmp_path / "o", target_layers=4, **grid)
+    larger = sweep(method="remove", target_layers=4)
     assert larger.best == first.best  # the smallest still
-    smaller = layer_surgery.sweep(model, tmp_path / "o", target_layers=2, **grid)
+    smaller = sweep(method="remove", target_layers=2)
     assert smaller.best is None
-    assert strict_json((tmp_path / "o" / "sweep.json").read_text(encoding="utf-8"))["best"] is None
-    assert "smallest" not in (tmp_path / "o" / "sweep.md").read_text(encoding="utf-8")
+    assert strict_json((tmp_path / "output" / "sweep.json").read_text(encoding="utf-8"))["best"] is None
+    assert "smallest" not in (tmp_path / "output" / "sweep.md").read_text(encoding="utf-8")
 
 
 def test_the_best_of_a_sweep_is_not_replaced_while_it_is_the_model(
-    run: CommandLine, model: Path, options: Options, text: Path, tmp_path: Path
+    run: CommandLine, sweep: Sweep, command: list[Any], tmp_path: Path
 ) -> None:
-    output = tmp_path / "o"
-    layer_surgery.sweep(
-        model, output, target_layers=4, method="remove", scorer="last", best="perplexity<=1000x", **options
-    )
+    sweep(target_layers=4, method="remove", best="perplexity<=1000x")
     before = listing(tmp_path)
-    command: list[Any] = ["sweep", output / "best", "--target-layers", "3", "--method", "remove", "--scorer", "last"]
-    outcome = run(*command, "--calibration", text, "--output", output, "--overwrite")
+    command[1] = tmp_path / "output" / "best"
+    outcome = run(*command, *REMOVE_TWO, "--scorer", "last", "--overwrite")
     assert outcome.code == 2 and "is the model itself" in outcome.error_lines[-1]
     assert listing(tmp_path) == before
 
 
-def test_where_none_satisfies_the_nearest_is_named(
-    run: CommandLine, swept: tuple[Path, SweepReport], model: Path, text: Path
-) -> None:
-    command: list[Any] = ["sweep", model, "--target-layers", "4,3", "--method", "remove", "--scorer", "fisher"]
-    command += ["--calibration", text, "--eval-data", text, "--samples", "8", "--sequence-length", str(SEQUENCE)]
-    command += ["--eval-windows", "6", "--output", swept[0], "--best", "perplexity<=0.5x"]
-    outcome = run(*command)
+def test_where_none_satisfies_the_nearest_is_named(run: CommandLine, swept: Swept, command: list[Any]) -> None:
+    command += ["--target-layers", "4,3", "--method", "remove", "--eval-windows", 6, "--output", swept[0]]
+    outcome = run(*command, "--best", "perplexity<=0.5x")
     assert outcome.code == 1
     nearest = min(swept[1].points, key=lambda point: point.perplexity_ratio or 0.0)
     assert f"no point satisfies perplexity<=0.5x; the nearest is {nearest.settings.name}" in outcome.error_lines[-1]
@@ -568,13 +526,13 @@ def test_where_none_satisfies_the_nearest_is_named(
 # What is written and printed
 
 
-def test_the_file_on_disk_is_the_report(swept: tuple[Path, SweepReport]) -> None:
+def test_the_file_on_disk_is_the_report(swept: Swept) -> None:
     output, report = swept
     stored = read_sweep(output, "give another")
     assert stored is not None and stored.points == report.points and stored.original == report.original
 
 
-def test_the_csv_has_a_line_for_each_point(swept: tuple[Path, SweepReport], text: Path) -> None:
+def test_the_csv_has_a_line_for_each_point(swept: Swept, text: Path) -> None:
     output, report = swept
     with (output / "sweep.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -589,24 +547,20 @@ def test_the_csv_has_a_line_for_each_point(swept: tuple[Path, SweepReport], text
         assert [int(index) for index in row["layers"].split()] == point.layers
 
 
-def test_json_is_the_file_and_nothing_else(
-    run: CommandLine, swept: tuple[Path, SweepReport], model: Path, text: Path
-) -> None:
-    command: list[Any] = ["sweep", model, "--target-layers", "3", "--calibration", text, "--eval-data", text]
-    command += ["--samples", "8", "--sequence-length", str(SEQUENCE), "--eval-windows", "6", "--output", swept[0]]
-    outcome = run(*command, "--method", "remove", "--json")
+def test_json_is_the_file_and_nothing_else(run: CommandLine, swept: Swept, command: list[Any]) -> None:
+    command += [*REMOVE_TWO, "--eval-windows", 6, "--output", swept[0]]
+    outcome = run(*command, "--json")
     assert outcome.code == 0
     assert strict_json(outcome.out) == strict_json((swept[0] / "sweep.json").read_text(encoding="utf-8"))
-    table = run(*command, "--method", "remove").out
+    table = run(*command).out
     assert table.count("remove") >= 4 and "front:" in table
     assert max(map(len, table.splitlines())) > 80  # no number is broken on a narrow terminal
 
 
-def test_speed_and_tasks_are_measured_beside_the_original(model: Path, options: Options, tmp_path: Path) -> None:
-    grid = {"target_layers": [4, 2], "method": "remove", "scorer": "last"}
+def test_speed_and_tasks_are_measured_beside_the_original(sweep: Sweep, tmp_path: Path) -> None:
+    grid = {"target_layers": [4, 2], "method": "remove"}
     more = {"speed": True, "speed_lengths": [8], "speed_new_tokens": 3, "speed_repeats": 1}
-    more |= {"tasks": "bundled_agreement", "limit": 4}
-    report = layer_surgery.sweep(model, tmp_path / "output", **grid, **more, **options)
+    report = sweep(**grid, **more, tasks="bundled_agreement", limit=4)
     assert report.original is not None and report.original.tasks
     for point in report.points:
         assert point.result is not None and point.comparison is not None
@@ -617,24 +571,21 @@ def test_speed_and_tasks_are_measured_beside_the_original(model: Path, options: 
     table = (tmp_path / "output" / "sweep.md").read_text(encoding="utf-8")
     assert all(title in table for title in (" decoding ", " prefill ", "bundled_agreement"))
     with pytest.raises(UserError, match=r"--tasks was .*; --speed was"):
-        layer_surgery.sweep(model, tmp_path / "output", **grid, **options)
+        sweep(**grid)
 
 
 def test_a_model_in_memory_is_the_same_as_its_files(
-    model: Path, options: Options, tmp_path: Path, measured: list[str]
+    sweep: Sweep, model: Path, options: Options, tmp_path: Path, measured: list[str]
 ) -> None:
-    grid = {"target_layers": 3, "method": "svd", "scorer": "last"}
-    layer_surgery.sweep(model, tmp_path / "output", **grid, **options)
+    grid: Options = {"target_layers": 3, "method": "svd", "scorer": "last"}
+    sweep(**grid)
     count = len(measured)
-    in_memory = AutoModelForCausalLM.from_pretrained(model)
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    in_memory, tokenizer = AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model)
     layer_surgery.sweep(in_memory, tmp_path / "output", tokenizer=tokenizer, **grid, **options)
     assert len(measured) == count
 
 
-def test_what_is_kept_of_a_point_is_freed_before_the_next(
-    model: Path, options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_kept_of_a_point_is_freed_before_the_next(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
     open_stores: set[int] = set()
     at_begin: list[tuple[int, int]] = []
     begin, close, measure = BoundaryStore.__init__, BoundaryStore.close, Measuring.point
@@ -654,8 +605,7 @@ def test_what_is_kept_of_a_point_is_freed_before_the_next(
     monkeypatch.setattr(BoundaryStore, "__init__", opened)
     monkeypatch.setattr(BoundaryStore, "close", closed)
     monkeypatch.setattr(Measuring, "point", watched)
-    grid = {"target_layers": [4, 3, 2], "method": "svd", "scorer": "last"}
-    report = layer_surgery.sweep(model, tmp_path / "output", **grid, **options)
+    report = sweep(target_layers=[4, 3, 2], method="svd")
     assert {point.status for point in report.points} == {"done"}
     assert len(at_begin) == 3 and len(set(at_begin)) == 1
     assert not open_stores
@@ -665,7 +615,7 @@ def test_what_is_kept_of_a_point_is_freed_before_the_next(
 
 
 def test_the_page_has_a_row_for_every_point_and_can_be_made_again(
-    run: CommandLine, swept: tuple[Path, SweepReport], tmp_path: Path
+    run: CommandLine, swept: Swept, tmp_path: Path
 ) -> None:
     output, report = swept
     page = (output / "report.html").read_text(encoding="utf-8")
@@ -681,7 +631,7 @@ def test_the_page_has_a_row_for_every_point_and_can_be_made_again(
 
 
 def test_a_sweep_may_stand_beside_a_result(
-    run: CommandLine, swept: tuple[Path, SweepReport], model: Path, options: Options, tmp_path: Path
+    run: CommandLine, swept: Swept, model: Path, options: Options, tmp_path: Path
 ) -> None:
     layer_surgery.compress(model, tmp_path / "one", target_layers=3, keep=0, scorer="last", refit=False, **options)
     outcome = run("report", tmp_path / "one", swept[0], "--output", tmp_path / "both.html")
@@ -691,23 +641,21 @@ def test_a_sweep_may_stand_beside_a_result(
     assert "were not all made from the same original" not in page
 
 
-def test_failed_points_are_not_on_the_page(swept: tuple[Path, SweepReport]) -> None:
+def test_failed_points_are_not_on_the_page(swept: Swept) -> None:
     first, *others = swept[1].points
     report = replace(swept[1], points=[replace(first, status="failed", error="it broke"), *others])
     assert len(list(sweep_rows(report))) == len(others)
 
 
-def test_a_damaged_sweep_is_refused_by_report(
-    run: CommandLine, swept: tuple[Path, SweepReport], tmp_path: Path
-) -> None:
+def test_a_damaged_sweep_is_refused_by_report(run: CommandLine, swept: Swept, tmp_path: Path) -> None:
     whole = (swept[0] / "sweep.json").read_bytes()
     (tmp_path / "sweep.json").write_bytes(whole[:500])
-    outcome = run("report", tmp_path)
-    assert outcome.code == 2 and "sweep.json is damaged: it is not JSON" in outcome.error_lines[-1]
+    outcomes = [run("report", tmp_path)]
     (tmp_path / "sweep.json").write_bytes(whole)
-    outcome = run("report", tmp_path, "--base-model", "a/b")
-    assert outcome.code == 2 and "holds a sweep; leave it out" in outcome.error_lines[-1]
+    outcomes.append(run("report", tmp_path, "--base-model", "a/b"))
     edit_json(tmp_path / "sweep.json", provenance={"packages": ["torch"]})
-    outcome = run("report", tmp_path)
-    assert outcome.code == 2 and "contradicts itself" in outcome.error_lines[-1]
+    outcomes.append(run("report", tmp_path))
+    sentences = ("sweep.json is damaged: it is not JSON", "holds a sweep; leave it out", "contradicts itself")
+    for outcome, sentence in zip(outcomes, sentences, strict=True):
+        assert outcome.code == 2 and sentence in outcome.error_lines[-1]
     assert not (tmp_path / "report.html").exists()
