@@ -1,1 +1,1 @@
-"""What a user starts: one file for each command, and the bench that they share."""
+"""Commands as a user starts them: one file for each, and the bench that they share."""

@@ -1,4 +1,4 @@
-"""What decides the results of all points of a sweep: by content, so that files may have other names or places."""
+"""Identity of a sweep: all that decides its results, by content, so that files may have other names or places."""
 
 import hashlib
 from pathlib import Path
