@@ -20,11 +20,11 @@ demo: $(READY)
 	$(BIN)/layer-surgery compress experiments/demo/checkpoint --target-layers 9 --tasks bundled --output experiments/demo/output --overwrite
 
 test: $(READY)
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # Without the tests that work on the demo checkpoint.
 fast-test: $(READY)
-	$(BIN)/python -m pytest -n 2 -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 check: $(READY)
 	$(BIN)/ruff check .

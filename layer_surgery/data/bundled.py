@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from layer_surgery.data.documents import Document, LoadedData, Part, Text
+from layer_surgery.data.documents import Document, LoadedData, Purpose, Text
 from layer_surgery.errors import DataError
 
 BUNDLED = "bundled"
@@ -28,7 +28,7 @@ def bundled_directory() -> Path:
     )
 
 
-def load_bundled(part: Part) -> LoadedData:
+def load_bundled(part: Purpose) -> LoadedData:
     """Read one part of the bundled text: one `Text` per file, in the order of file names, final newlines dropped.
 
     Raises `DataError`: a file is missing, unlisted or differs from the manifest; names it.

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-Part: TypeAlias = Literal["calibration", "evaluation"]
+Purpose: TypeAlias = Literal["calibration", "evaluation"]
 """Purpose of the data: it decides which half of the bundled text, or which split of a hub data set, is read."""
 
 Kind: TypeAlias = Literal["text", "example", "chat"]

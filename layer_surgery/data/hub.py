@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from layer_surgery.data.documents import LoadedData, Part, Text
+from layer_surgery.data.documents import LoadedData, Purpose, Text
 from layer_surgery.data.rows import Row, Table, documents_from
 from layer_surgery.errors import DataError, unknown_name
 
@@ -21,7 +21,7 @@ class KnownDataset:
     """A data set that has a short name."""
 
     repository: str
-    splits: Mapping[Part, str]
+    splits: Mapping[Purpose, str]
     config: str | None = None
     lines_of: str | None = None
     """A column whose rows are the lines of one text: they are joined by blank lines, empty rows included, which is
@@ -78,7 +78,7 @@ def parse_reference(source: str, names: Sequence[str]) -> HubReference:
     raise DataError(f"'{source}' is neither a file nor a hub data set of the form OWNER/NAME[#CONFIG][@SPLIT].")
 
 
-def load_hub(reference: HubReference, part: Part, column: str | None) -> LoadedData:
+def load_hub(reference: HubReference, part: Purpose, column: str | None) -> LoadedData:
     """Read a hub data set; without `@SPLIT`, calibration reads `train`, evaluation `test` or else `validation`.
 
     Raises `DataError`: the hub cannot be reached, or it has no such data set, config, split or columns.
@@ -103,7 +103,7 @@ def load_hub(reference: HubReference, part: Part, column: str | None) -> LoadedD
         ) from error
 
 
-def _open(reference: HubReference, part: Part) -> tuple[Dataset | IterableDataset, str]:
+def _open(reference: HubReference, part: Purpose) -> tuple[Dataset | IterableDataset, str]:
     """Return the data set and its origin in words."""
     import datasets
 
@@ -141,7 +141,7 @@ def _choose_config(reference: HubReference, configs: Sequence[str]) -> str:
     )
 
 
-def _choose_split(reference: HubReference, part: Part, splits: Sequence[str]) -> str:
+def _choose_split(reference: HubReference, part: Purpose, splits: Sequence[str]) -> str:
     """Return `@SPLIT`, which may be a slice such as `train[:1000]` that `datasets` understands, or the part's split."""
     if reference.split is not None:
         if re.split(r"[\[+]", reference.split)[0] not in splits:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import get_args
 
 from layer_surgery.data.bundled import BUNDLED, load_bundled
-from layer_surgery.data.documents import LoadedData, Part, Text
+from layer_surgery.data.documents import LoadedData, Purpose, Text
 from layer_surgery.data.hub import KNOWN_DATASETS, load_hub, parse_reference
 from layer_surgery.data.rows import documents_from
 from layer_surgery.data.tables import TABLE_SUFFIXES, read_table, read_utf8
@@ -20,7 +20,7 @@ def known_sources() -> list[str]:
     return [BUNDLED, *sorted(KNOWN_DATASETS)]
 
 
-def load_documents(source: str, *, column: str | None = None, part: Part) -> LoadedData:
+def load_documents(source: str, *, column: str | None = None, part: Purpose) -> LoadedData:
     """Read a data source completely.
 
     Args:
@@ -35,8 +35,8 @@ def load_documents(source: str, *, column: str | None = None, part: Part) -> Loa
     Returns: documents of one kind, in the source's order; at least one.
     Raises `DataError`: the source is unknown, missing, damaged or empty, or a row does not have the fields it needs.
     """
-    if part not in get_args(Part):
-        raise DataError(unknown_name("part", part, get_args(Part)))
+    if part not in get_args(Purpose):
+        raise DataError(unknown_name("part", part, get_args(Purpose)))
     if source == BUNDLED:
         _refuse_column(source, column)
         return load_bundled(part)

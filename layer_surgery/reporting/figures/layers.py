@@ -116,12 +116,13 @@ def kept_ranks(report: SurgeryReport) -> Plot:
         axes.spines[:].set_visible(False)
 
     measure = "all that there are" if known else "the largest number"
+    what = "ranks and channels" if "channels" in linears else "ranks"
     return draw(
         "ranks",
-        "Ranks and channels that were kept",
+        f"{what.capitalize()} that were kept",
         f"Table of ranks: rows are layers {number_list([layer.index for layer in layers])}, columns the linears "
         f"{', '.join(linears.values())}. The same numbers are in the table of layers.",
-        f"The numbers are ranks and channels. The brighter a field, the larger the share of {measure}.",
+        f"The numbers are {what}. The brighter a field, the larger the share of {measure}.",
         height=75 + 25 * len(layers) + 5 * max(map(len, linears.values())),
         paint=paint,
     )
