@@ -1,7 +1,5 @@
 """Layer Surgery: task-aware SVD layer removal for causal language models."""
 
-from __future__ import annotations
-
 import importlib
 from typing import TYPE_CHECKING, Any
 

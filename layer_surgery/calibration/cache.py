@@ -3,8 +3,6 @@
 Found by content (hashes), never by name. What is damaged or of another release is computed again and never trusted.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

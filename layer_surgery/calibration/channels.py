@@ -4,8 +4,6 @@ A channel is one input of the MLP's output projection, together with the rows of
 gate and up, of one matrix that holds both, or of the first linear of an MLP without a gate.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate
@@ -20,14 +18,11 @@ from layer_surgery.checkpoint.architectures import Architecture
 class MlpChannels:
     """The channels of the MLP of one layer."""
 
-    output: str
-    """Name of the output projection within the layer."""
+    output: str  #: Name of the output projection within the layer.
     feeding: Mapping[str, int]
     """The linears before it, each with the rows that it has for a channel: 2 where gate and up are one matrix."""
-    width: int
-    """Number of channels."""
-    price: int
-    """Parameters of one channel, biases included."""
+    width: int  #: Number of channels.
+    price: int  #: Parameters of one channel, biases included.
 
     def rows(self, kept: Tensor) -> dict[str, Tensor]:
         """Return, for each linear before the output projection, the rows [n] int64 of the channels `kept` [k]."""
@@ -66,8 +61,7 @@ class ChannelOrder:
     """The channels of one MLP, the one to keep first first."""
 
     order: list[int]
-    gains: list[float]
-    """Nats per token that keeping each saves after those before it."""
+    gains: list[float]  #: Nats per token that keeping each saves after those before it.
 
     def costs(self) -> list[float]:
         """Return the cost of keeping the first 0, 1, ... of them, in nats per token."""

@@ -39,12 +39,10 @@ class Statistics:
     components: FactorStore
     loss_scale: float
     """Tokens per token that carries loss: moments are means over all tokens, a loss over those that carry it."""
-    sizes: dict[int, dict[str, Size]] = field(default_factory=dict)
-    """(out, in) of the linears, by layer and name."""
+    sizes: dict[int, dict[str, Size]] = field(default_factory=dict)  #: (out, in) of the linears, by layer and name.
     values: dict[int, dict[str, list[float]]] = field(default_factory=dict)
     """Singular values in the metric, in descending order."""
-    ranks: dict[int, dict[str, int]] = field(default_factory=dict)
-    """How many components of each are kept."""
+    ranks: dict[int, dict[str, int]] = field(default_factory=dict)  #: How many components of each are kept.
     channels: dict[int, ChannelOrder] = field(default_factory=dict)
     """Channels of the MLPs that can be cut, by layer; moments are means over all tokens, as for `values`."""
     couplings: Couplings = field(default_factory=Couplings)

@@ -1,7 +1,5 @@
 """New tensors of layers as surgery makes them: one safetensors file a linear, written when it is ready."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 

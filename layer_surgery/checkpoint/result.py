@@ -3,8 +3,6 @@
 Nothing is copied or written here, so evaluating it is evaluating exactly what will be saved.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 

@@ -54,8 +54,7 @@ class Solution:
     """The chosen multiple of the inputs' mean square; None if no change was better than every change."""
     error_before: float
     """Held-out squared error of the weight as it was, as a fraction of the targets' sum of squares."""
-    error_after: float
-    """The same of the weight that the chosen ridge gives on the other tokens."""
+    error_after: float  #: The same of the weight that the chosen ridge gives on the other tokens.
 
 
 @dataclass

@@ -4,8 +4,6 @@ Shapes: W [out, in] a weight, r a rank, k = min(out, in). Factors multiply to `l
 Plain decompositions run in float32, or in float64 for float64 input; whitened ones in float64.
 """
 
-from __future__ import annotations
-
 import heapq
 from collections.abc import Sequence
 from typing import NamedTuple

@@ -11,8 +11,6 @@ Seeger, Using the Nystrom method to speed up kernel machines, 2000), measured by
 MoDeGPT (https://arxiv.org/abs/2408.09632) cuts MLPs in this way, with columns chosen by leverage scores instead.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -39,10 +37,8 @@ class ColumnOrder:
 
     order: Tensor  # [m] int64, numbers of groups
     gains: Tensor  # [m] float64, nats per token that keeping the group saves after those before it
-    total: float
-    """Nats per token that keeping none costs."""
-    rest: float
-    """Nats per token that keeping all of `order` costs: 0 unless the choice was stopped early."""
+    total: float  #: Nats per token that keeping none costs.
+    rest: float  #: Nats per token that keeping all of `order` costs: 0 unless the choice was stopped early.
 
     def costs(self) -> Tensor:
         """Return the cost [m + 1] float64 of keeping the first 0, 1, ..., m groups of the order, in nats per token."""

@@ -39,8 +39,7 @@ LEAST_GENERAL = 8
 class Result:
     """The model that surgery gives, and how. Its tensors are in scratch files of the session."""
 
-    plan: SurgeryPlan
-    """As carried out."""
+    plan: SurgeryPlan  #: As carried out.
     checkpoint: Checkpoint
     refitted: list[RefitRecord] = field(default_factory=list)
     spectra: list[SpectrumRecord] = field(default_factory=list)
@@ -53,8 +52,7 @@ class Bench:
     session: Session
     walk: Walk
     statistics: StatisticsSource
-    general: PackedTokens | None = None
-    """General text that a refit looks at beside the calibration tokens."""
+    general: PackedTokens | None = None  #: General text that a refit looks at beside the calibration tokens.
 
     @property
     def model(self) -> StreamedModel:

@@ -1,7 +1,5 @@
 """Options on a checkpoint: how many layers go, what is refitted, which data are needed, and the plan. Runs no model."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import attrs

@@ -1,7 +1,5 @@
 """The input of a surgical method, and the registry of methods."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 
@@ -24,11 +22,9 @@ class SurgeryContext:
     """The calibration walk over the original model, and where new tensors go."""
 
     walk: Walk
-    factors: FactorStore
-    """For what the method makes."""
+    factors: FactorStore  #: For what the method makes.
     statistics: StatisticsSource
-    ranks_fixed: bool = False
-    """Whether the ranks are the user's own, so that a method must not choose better ones."""
+    ranks_fixed: bool = False  #: Whether the ranks are the user's own, so that a method must not choose better ones.
     search: SearchConfig = field(default_factory=SearchConfig)
     """For methods that search: what may be cut, and in which steps."""
     rows: dict[int, dict[str, Tensor]] = field(default_factory=dict)
@@ -73,18 +69,14 @@ class MethodEntry:
     function: Method
     name: str
     _: KW_ONLY
-    summary: str
-    """One line for help texts."""
+    summary: str  #: One line for help texts.
     source: str = ""
     """URL of the paper, or "" where there is none."""
-    needs_data: bool = False
-    """Whether it looks at calibration data."""
-    needs_boundaries: bool = False
-    """Whether it reads the hidden states at all layer boundaries."""
+    needs_data: bool = False  #: Whether it looks at calibration data.
+    needs_boundaries: bool = False  #: Whether it reads the hidden states at all layer boundaries.
     removes: bool = False
     """Whether the layers are removed and nothing of them is kept, so that there is no budget to spend."""
-    refits: bool = False
-    """Whether a refit follows unless the user says otherwise."""
+    refits: bool = False  #: Whether a refit follows unless the user says otherwise.
 
 
 METHODS = Registry("method", MethodEntry)

@@ -24,8 +24,7 @@ class Curve:
     steps: Integers  # [n], how many are kept
     costs: Floats  # [n], nats per token if so many are kept
     prices: Mapping[str, Floats]  # [n] for each resource; one that is missing is not needed
-    name: str = ""
-    """What is kept, where an alternative has several curves: the name of a matrix."""
+    name: str = ""  #: What is kept, where an alternative has several curves: the name of a matrix.
 
     def __post_init__(self) -> None:
         shape = (len(self.steps),)
@@ -61,8 +60,7 @@ class Curve:
 class Alternative:
     """One way to treat a place: some curves, each of which is set on its own; costs and prices add."""
 
-    kind: str
-    """Whole, channels, singular, heads, removed ...; no two alternatives of a place have the same."""
+    kind: str  #: Whole, channels, singular, heads, removed ...; no two alternatives of a place have the same.
     curves: tuple[Curve, ...]
 
     @classmethod

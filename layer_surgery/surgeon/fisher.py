@@ -4,8 +4,6 @@ The Kronecker-factored Fisher metric is that of Martens & Grosse (https://arxiv.
 GFWSVD (https://arxiv.org/abs/2505.17974).
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import replace
 

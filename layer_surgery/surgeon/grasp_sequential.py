@@ -3,8 +3,6 @@
 Liu et al., Rethinking Layer Removal: Preserving Critical Components with Task-Aware SVD.
 """
 
-from __future__ import annotations
-
 from functools import partial
 
 from layer_surgery.records import SurgeryPlan

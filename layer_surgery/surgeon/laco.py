@@ -3,8 +3,6 @@
 Yang et al., LaCo: Large Language Model Pruning via Layer Collapse.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

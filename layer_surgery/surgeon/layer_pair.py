@@ -3,8 +3,6 @@
 Shapes: B sequences in a micro-batch, S tokens each, D hidden.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field

@@ -5,8 +5,6 @@ but in the metric of the task loss (`linalg/nystrom.py`); singular vectors are t
 priced in nats per token for a parameter, so one search (`search.py`) divides the budget among all of them.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Layers, actions and ranks of a surgery: pure arithmetic, budgets met exactly."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,12 +15,9 @@ from layer_surgery.records import LayerPlan, SurgeryPlan
 class LayerShape:
     """Sizes of a decoder layer."""
 
-    linears: dict[str, tuple[int, int]]
-    """(out, in) of each linear that can be replaced, by its name within the layer."""
-    parameters: int
-    """All of the layer's parameters, norms and biases included."""
-    channels: MlpChannels | None = None
-    """Channels of its MLP, if they can be cut."""
+    linears: dict[str, tuple[int, int]]  #: (out, in) of each linear that can be replaced, by its name within the layer.
+    parameters: int  #: All of the layer's parameters, norms and biases included.
+    channels: MlpChannels | None = None  #: Channels of its MLP, if they can be cut.
 
     @property
     def fixed(self) -> int:
@@ -35,8 +30,7 @@ class ModelShape:
     """Sizes of a model."""
 
     layers: list[LayerShape]
-    parameters: int
-    """All parameters, tied ones once."""
+    parameters: int  #: All parameters, tied ones once.
 
 
 def removal_count(budget: BudgetConfig, layer_count: int) -> int:

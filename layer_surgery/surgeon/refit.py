@@ -22,14 +22,7 @@ from layer_surgery.checkpoint.new_tensors import FactorStore
 from layer_surgery.errors import DataError
 from layer_surgery.linalg.least_squares import RidgeProblem, Solution, Sums
 from layer_surgery.records import RefitRecord, RefitScope, SurgeryPlan
-from layer_surgery.surgeon.layer_pair import (
-    ResidualScales,
-    bias_of,
-    residual_scales,
-    run_watched,
-    watch_linears,
-    wide,
-)
+from layer_surgery.surgeon.layer_pair import ResidualScales, bias_of, residual_scales, run_watched, watch_linears, wide
 from layer_surgery.walk.boundaries import Boundary
 from layer_surgery.walk.moments import rows_of
 from layer_surgery.walk.rehearsal import LayerCall, Rehearsal
@@ -47,12 +40,9 @@ class _Track:
     """Some calibration tokens: the walk of the original over them, and the stream of the result."""
 
     walk: Walk
-    first_window: int
-    """Number of the first window among those of all tracks."""
-    room: Boundary
-    """For the stream of the result once it differs."""
-    differs: bool = False
-    """Whether the stream of the result is no longer the original's."""
+    first_window: int  #: Number of the first window among those of all tracks.
+    room: Boundary  #: For the stream of the result once it differs.
+    differs: bool = False  #: Whether the stream of the result is no longer the original's.
 
     def stream(self, position: int) -> Boundary:
         """Return the stream of the result before its layer `position`."""

@@ -6,8 +6,6 @@ Generalized Lagrange multiplier method, 1963). The largest such bound is the opt
 mixtures are allowed: with one resource, the lower convex hulls taken in the order of their slopes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Removal outright: nothing takes the place of a layer, or factors of rank 0 that of a part."""
 
-from __future__ import annotations
-
 from layer_surgery.linalg.low_rank import no_components
 from layer_surgery.records import SurgeryPlan
 from layer_surgery.surgeon.context import METHODS, SurgeryContext

@@ -3,8 +3,6 @@
 Shopkhoev et al., ReplaceMe: Network Simplification via Depth Pruning and Transformer Block Linearization.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

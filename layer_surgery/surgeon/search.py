@@ -6,8 +6,6 @@ filled in, and pairs of places exchange what helps. Costs of places may be coupl
 together cost `1/2 sum_ij rho_ij a_i a_j`, where rho says how far their errors meet at the same tokens (`couplings`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -43,14 +41,10 @@ class Found:
     """The result of a search."""
 
     choices: dict[str, Choice]  # by the name of the place
-    cost: float
-    """Nats per token of all choices together, couplings included."""
-    prices: dict[str, float]
-    """What all choices take of each resource, and what is there in any case."""
-    bound: float
-    """No choice within the budgets costs less."""
-    multipliers: dict[str, float]
-    """What one unit more of each resource would save, in nats per token."""
+    cost: float  #: Nats per token of all choices together, couplings included.
+    prices: dict[str, float]  #: What all choices take of each resource, and what is there in any case.
+    bound: float  #: No choice within the budgets costs less.
+    multipliers: dict[str, float]  #: What one unit more of each resource would save, in nats per token.
 
     @property
     def gap(self) -> float:

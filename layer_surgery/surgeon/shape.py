@@ -1,7 +1,5 @@
 """The sizes of a checkpoint that planning needs."""
 
-from __future__ import annotations
-
 from layer_surgery.calibration.channels import mlp_channels
 from layer_surgery.checkpoint.open import Checkpoint
 from layer_surgery.records import Part

@@ -1,7 +1,5 @@
 """Spectra for reports: few enough numbers to be kept beside a checkpoint, enough of them to draw the curve."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Collection, Sequence
 

@@ -1,7 +1,5 @@
 """Plain truncated SVD of each weight."""
 
-from __future__ import annotations
-
 from layer_surgery.linalg import low_rank
 from layer_surgery.records import SurgeryPlan
 from layer_surgery.surgeon.context import METHODS, SurgeryContext

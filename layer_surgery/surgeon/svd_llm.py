@@ -4,8 +4,6 @@ Wang et al., SVD-LLM: Truncation-aware Singular Value Decomposition for Large La
 (https://arxiv.org/abs/2403.07378).
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 from torch import nn
