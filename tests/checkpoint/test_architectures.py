@@ -341,6 +341,7 @@ def test_an_mlp_with_fewer_channels_is_the_same_with_the_others_at_zero(family: 
     narrow, info = load_stock(output, trust_remote_code=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     kept = rows[index][next(iter(channels.feeding))][: channels.width // 2]
+    assert kept.tolist() == sorted(set(kept.tolist()))  # the order in which the output projection has its columns
     prefix = f"{family.entry.layers}.{index}.{channels.output}"
     small = narrow.get_submodule(prefix).weight
     assert tuple(small.shape) == (base.layers[index].get_submodule(channels.output).weight.shape[0], len(kept))
