@@ -61,7 +61,7 @@ FAST = {
 FAST_ARGUMENTS: dict[str, Any] = {"samples": 8, "sequence_length": 16, "eval_windows": 4, "continuations": 0}
 #: Nothing depends on these, they have tests of their own, and they take two thirds of the time. They run on two pages.
 SLOW: dict[str, Callable[..., Any]] = {
-    "layer_surgery.evaluation.costs._first_that_runs": lambda *_: None,
+    "layer_surgery.checkpoint.costs._first_that_runs": lambda *_: None,
     "layer_surgery.reporting.page.report_page": lambda *_, **__: "<p>not drawn</p>",
 }
 DONE_WHOLE = ("evaluation.md", "loading.md")

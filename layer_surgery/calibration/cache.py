@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from layer_surgery.calibration.channels import ChannelOrder
 from layer_surgery.calibration.couplings import Couplings
 from layer_surgery.calibration.statistics import Statistics, collect, useful_ranks
+from layer_surgery.calibration.units import UnitOrder
 from layer_surgery.checkpoint.new_tensors import FactorStore
 from layer_surgery.errors import UserError
 from layer_surgery.machine import code_sha256
@@ -102,7 +102,8 @@ def _write(folder: Path, identity: Mapping[str, Any], statistics: Statistics) ->
         "sizes": statistics.sizes,
         "values": statistics.values,
         "ranks": statistics.ranks,
-        "channels": {index: asdict(channels) for index, channels in statistics.channels.items()},
+        "channels": {index: asdict(order) for index, order in statistics.channels.items()},
+        "heads": {index: asdict(order) for index, order in statistics.heads.items()},
         "couplings": statistics.couplings.to_dict(),
         "files": files,
     }
@@ -132,10 +133,12 @@ def _read(folder: Path, identity: Mapping[str, Any], empty: Statistics) -> Stati
     if not all(values[i].keys() == sizes[i].keys() == ranks[i].keys() for i in {*sizes, *values, *ranks}):
         raise ValueError(f"{RECORD_FILE} contradicts itself")
     couplings = Couplings.from_dict(record["couplings"])
-    channels = {int(index): ChannelOrder(**entry) for index, entry in record["channels"].items()}
-    if not all(sorted(each.order) == list(range(len(each.gains))) for each in channels.values()):
-        raise ValueError(f"{RECORD_FILE} has channels that are none")
-    return replace(empty, sizes=sizes, values=values, ranks=ranks, channels=channels, couplings=couplings)
+    channels, heads = (
+        {int(index): UnitOrder(**entry) for index, entry in record[units].items()} for units in ("channels", "heads")
+    )
+    if not all(sorted(each.order) == list(range(len(each.gains))) for each in (*channels.values(), *heads.values())):
+        raise ValueError(f"{RECORD_FILE} has channels or heads that are none")
+    return replace(empty, sizes=sizes, values=values, ranks=ranks, channels=channels, heads=heads, couplings=couplings)
 
 
 def _record_sha256(record: Mapping[str, Any]) -> str:

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from layer_surgery.calibration.channels import ChannelOrder, mlp_channels
 from layer_surgery.calibration.couplings import LEVELS, Couplings, Responses
+from layer_surgery.calibration.units import UnitOrder, attention_heads, mlp_channels
 from layer_surgery.checkpoint.modeling_layer_surgery import IN_FACTOR, OUT_FACTOR
 from layer_surgery.checkpoint.new_tensors import FactorStore
 from layer_surgery.data.tokens import PackedTokens
@@ -43,8 +43,9 @@ class Statistics:
     values: dict[int, dict[str, list[float]]] = field(default_factory=dict)
     """Singular values in the metric, in descending order."""
     ranks: dict[int, dict[str, int]] = field(default_factory=dict)  #: How many components of each are kept.
-    channels: dict[int, ChannelOrder] = field(default_factory=dict)
+    channels: dict[int, UnitOrder] = field(default_factory=dict)
     """Channels of the MLPs that can be cut, by layer; moments are means over all tokens, as for `values`."""
+    heads: dict[int, UnitOrder] = field(default_factory=dict)  #: The same of attentions, each head with its queries.
     couplings: Couplings = field(default_factory=Couplings)
     fed_by: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """For each output projection, the linears whose outputs it reads."""
@@ -210,7 +211,7 @@ class _Collector(MomentObserver):
 
     def reduce(self, index: int, layer: nn.Module, moments: LayerMoments) -> None:
         ranks, found = self._layers[index], self._statistics
-        channels = mlp_channels(layer, self._walk.model.architecture)
+        channels, heads = (units(layer, self._walk.model.architecture) for units in (mlp_channels, attention_heads))
         found.values[index], found.sizes[index], found.ranks[index] = {}, {}, dict(ranks)
         for name, weight, inputs in weights_with_inputs(layer, ranks, moments, index):
             outputs = damped(moments.output_moment(name), moments.tokens, index, name)
@@ -218,9 +219,10 @@ class _Collector(MomentObserver):
             found.components.write(index, {name: Factors(left[:, : ranks[name]], right[: ranks[name]])})
             found.values[index][name] = values.tolist()
             found.sizes[index][name] = (weight.shape[0], weight.shape[1])
-            if channels is not None and name == channels.output:
-                order = column_order(weight, inputs, outputs)
-                found.channels[index] = ChannelOrder(order.order.tolist(), order.gains.tolist())
+            for units, orders in ((channels, found.channels), (heads, found.heads)):
+                if units is not None and name == units.output:
+                    order = column_order(weight, inputs, outputs, None if units.size == 1 else units.size)
+                    orders[index] = UnitOrder(order.order.tolist(), order.gains.tolist())
         self._try(index, layer)
 
     def _try(self, index: int, layer: nn.Module) -> None:

@@ -15,9 +15,10 @@ from layer_surgery.config.evaluation import (
 from layer_surgery.config.inputs import CalibrationConfig
 from layer_surgery.config.runtime import RuntimeConfig
 from layer_surgery.config.surgery import (
+    COMPONENTS,
+    DEFAULT_COMPONENTS,
     DEFAULT_METHOD,
     DEFAULT_SCORER,
-    WHOLE_MODEL_METHOD,
     BudgetConfig,
     SearchConfig,
 )

@@ -115,6 +115,11 @@ def names(value: str | Path | Sequence[str | Path] | None) -> tuple[str, ...]:
     return tuple(map(str, _several(value)))
 
 
+def maybe_names(value: str | Sequence[str] | None) -> tuple[str, ...] | None:
+    """Return one name, or several, as a tuple, or None."""
+    return None if value is None else names(value)
+
+
 def paths(value: str | Path | Sequence[str | Path] | None) -> tuple[Path, ...]:
     """Return one path, or several, or None, as a tuple; `~` is the home directory."""
     return tuple(Path(path).expanduser() for path in _several(value))

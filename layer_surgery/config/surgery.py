@@ -9,15 +9,23 @@ from typing import Any, ClassVar
 
 import attrs
 
-from layer_surgery.config.declaring import Options, about, at_least, maybe_whole_numbers, names, one_of
+from layer_surgery.config.declaring import (
+    Options,
+    about,
+    about_of,
+    at_least,
+    maybe_names,
+    maybe_whole_numbers,
+    one_of,
+)
 from layer_surgery.errors import PlanError, UserError
 from layer_surgery.records.plan import PARTS, REFIT_SCOPES, Part, RefitScope, SurgeryPlan
 
-DEFAULT_METHOD = "fisher"
+DEFAULT_METHOD = "mix"
 DEFAULT_SCORER = "fisher"
-#: The method where a budget for the whole model is all that is asked for.
-WHOLE_MODEL_METHOD = "mix"
-COMPONENTS = ("channels", "singular")
+#: Kinds that the search may cut, and those that it cuts unless the user names others.
+COMPONENTS = ("channels", "singular", "heads", "attention", "mlp")
+DEFAULT_COMPONENTS = ("channels", "singular")
 
 
 @dataclass(frozen=True)
@@ -45,6 +53,12 @@ def check_keep(_instance: Any, _field: Any, value: Any) -> None:
     for keep in value if isinstance(value, tuple) else (value,):
         if keep is not None and not (math.isfinite(keep) and 0 <= keep <= 1):
             raise PlanError(f"--keep is {keep}; allowed: a fraction from 0 (remove outright) to 1.")
+
+
+def _check_target(_instance: Any, field: attrs.Attribute[Any], value: float | None) -> None:
+    if value is not None and not 0 < value <= 1:
+        option = about_of(field).option(field.name)
+        raise PlanError(f"{option} is {value}; allowed: a fraction above 0, up to 1.")
 
 
 @attrs.frozen(kw_only=True, slots=False)
@@ -80,9 +94,37 @@ class BudgetConfig(PartConfig):
     )
     target_parameters: float | None = attrs.field(
         default=None,
+        validator=_check_target,
         metadata=about(
             "The same budget as a fraction of all the model's parameters, instead of --keep. Alone, "
-            "without the number of layers, all layers take part: see --method mix.",
+            "without the number of layers, this and the other targets have all layers take part.",
+            metavar="F",
+        ),
+    )
+    target_size: int | None = attrs.field(
+        default=None,
+        validator=at_least(1),
+        metadata=about("The same budget as the size of the saved tensors, such as 500MB.", metavar="SIZE", form="size"),
+    )
+    target_flops: float | None = attrs.field(
+        default=None,
+        validator=_check_target,
+        metadata=about(
+            "Operations of a generated token, as a fraction of the original's, behind --sequence-length tokens.",
+            metavar="F",
+        ),
+    )
+    target_kv_cache: float | None = attrs.field(
+        default=None,
+        validator=_check_target,
+        metadata=about("Bytes of a token in the KV cache, as a fraction of the original's.", metavar="F"),
+    )
+    target_time: float | None = attrs.field(
+        default=None,
+        validator=_check_target,
+        metadata=about(
+            "Time that the weights take for a generated token on this machine, as a fraction of the original's; "
+            "measured before the search.",
             metavar="F",
         ),
     )
@@ -98,11 +140,24 @@ class BudgetConfig(PartConfig):
         ),
     )
 
+    @property
+    def other_targets(self) -> dict[str, float]:
+        """What is asked for in other resources than parameters, by the name of the option."""
+        named = {name: getattr(self, name) for name in ("target_flops", "target_kv_cache", "target_time")}
+        return {name: value for name, value in named.items() if value is not None}
+
+    @property
+    def of_all_layers(self) -> bool:
+        """Whether targets for the whole model are all that is said, so that every layer takes part."""
+        targets = (self.target_parameters, self.target_size, *self.other_targets.values())
+        return self.target_layers is None and self.layers is None and any(target is not None for target in targets)
+
     def _check(self) -> None:
         if self.keep is not None and self.target_parameters is not None:
             raise PlanError("--keep and --target-parameters are the same budget in two units; give only one of them.")
-        if self.target_parameters is not None and not 0 < self.target_parameters <= 1:
-            raise PlanError(f"--target-parameters is {self.target_parameters}; allowed: a fraction above 0, up to 1.")
+        if self.target_size is not None and (self.keep, self.target_parameters) != (None, None):
+            other = "--keep" if self.keep is not None else "--target-parameters"
+            raise PlanError(f"--target-size and {other} are the same budget in two units; give only one of them.")
         if self.layers is not None:
             repeated = sorted({index for index in self.layers if self.layers.count(index) > 1})
             if not self.layers or repeated:
@@ -134,19 +189,24 @@ class ChoiceConfig(Options):
 class SearchConfig(Options):
     """What the method `mix` may cut, and in which steps."""
 
-    components: tuple[str, ...] = attrs.field(
-        default=COMPONENTS,
-        converter=names,
+    components: tuple[str, ...] | None = attrs.field(
+        default=None,
+        converter=maybe_names,
         metadata=about(
-            "With --method mix, what may be cut: channels of MLPs, singular vectors of linears.",
+            "With --method mix, what may be cut (see below).",
             form="list",
-            metavar="channels,singular",
+            metavar="NAME,...",
+            default="channels,singular, and what else a target needs",
         ),
     )
-    multiple: int = attrs.field(
-        default=8,
+    multiple: int | None = attrs.field(
+        default=None,
         validator=at_least(1),
-        metadata=about("With --method mix, keep ranks and widths to multiples of this, as fast kernels want it."),
+        metadata=about(
+            "With --method mix, keep ranks and widths to multiples of this, as fast kernels want it.",
+            metavar="N",
+            default="by the hidden size: 16 for 256, 64 from 1,024 on",
+        ),
     )
     uniform: bool = attrs.field(
         default=False,
@@ -157,11 +217,10 @@ class SearchConfig(Options):
     )
 
     def _check(self) -> None:
-        unknown = [name for name in self.components if name not in COMPONENTS]
-        if unknown or not self.components:
-            raise UserError(
-                f"--components is '{','.join(self.components)}'; allowed: one or both of {', '.join(COMPONENTS)}."
-            )
+        if self.components is None:
+            return
+        if not self.components or not set(self.components) <= set(COMPONENTS):
+            raise UserError(f"--components is '{','.join(self.components)}'; allowed: some of {', '.join(COMPONENTS)}.")
         if self.uniform and "channels" not in self.components:
             raise UserError("--uniform cuts channels, which --components leaves out; leave out one of the two.")
 
@@ -175,7 +234,7 @@ class RefitConfig(Options):
         metadata=about(
             "Re-solve what stays, in closed form, so that the result follows the original.",
             form="switch",
-            default=f"with --method {DEFAULT_METHOD}",
+            default="with --method mix and fisher",
         ),
     )
     refit_scope: RefitScope = attrs.field(

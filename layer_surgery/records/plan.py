@@ -30,11 +30,19 @@ class LayerPlan:
     whole; of one with rank 0 only the bias stays."""
     channels: int | None = None
     """How many channels of the MLP stay, for `reduce` only; None: all of them."""
+    heads: int | None = None
+    """How many key/value heads stay, each with its queries, for `reduce` only; None: all of them."""
+
+    @property
+    def units(self) -> dict[str, int]:
+        """How many channels and heads stay, if not all, under these names."""
+        counts = {"channels": self.channels, "heads": self.heads}
+        return {name: count for name, count in counts.items() if count is not None}
 
     @property
     def kept(self) -> dict[str, int]:
-        """Ranks by linear, and under `channels` how many of the MLP's stay, if not all."""
-        return self.ranks if self.channels is None else {**self.ranks, "channels": self.channels}
+        """Ranks by linear, and channels and heads by these words, if not all of them stay."""
+        return {**self.ranks, **self.units}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +55,8 @@ class SurgeryPlan:
     base_sha256: str = ""  #: Hash of the checkpoint that the plan was made for; empty if it is for any.
     parameters: int = 0  #: Parameters of the result.
     parameter_bound: int = 0  #: The budget: `parameters` is never above it, and below it by less than one rank.
+    bounds: dict[str, float] = field(default_factory=dict)
+    """Budgets in other resources: flops and kv_cache_bytes per token, milliseconds per token of the weights alone."""
     predicted_loss_rise: float | None = None
     """Second-order prediction for the calibration data, before any refit, nats per token with loss, where the method
     makes one. Good for comparing plans; for changes as large as most of a layer it is above the measured rise."""
@@ -135,10 +145,11 @@ class SurgeryPlan:
 def _layer_from_dict(entry: Any, position: int, origin: str) -> LayerPlan:
     if not isinstance(entry, dict) or entry.get("index") != position:
         raise PlanError(f"{origin}: entry {position} of 'layers' must have \"index\": {position}.")
-    unknown = sorted(set(entry) - {"index", "action", "ranks", "channels"})
+    allowed = ("index", "action", "ranks", "channels", "heads")
+    unknown = sorted(set(entry) - set(allowed))
     if unknown:
         raise PlanError(
-            f"{origin}: layer {position} has the unknown field '{unknown[0]}'; allowed: index, action, ranks, channels."
+            f"{origin}: layer {position} has the unknown field '{unknown[0]}'; allowed: {', '.join(allowed)}."
         )
     action = entry.get("action")
     if action not in ACTIONS:
@@ -146,17 +157,18 @@ def _layer_from_dict(entry: Any, position: int, origin: str) -> LayerPlan:
     ranks = entry.get("ranks") or {}
     if not isinstance(ranks, dict) or not all(type(rank) is int and rank >= 0 for rank in ranks.values()):
         raise PlanError(f"{origin}: the ranks of layer {position} must be whole numbers from 0 on, by linear.")
-    channels = entry.get("channels")
-    if channels is not None and (type(channels) is not int or channels < 1 or action != "reduce"):
-        raise PlanError(
-            f"{origin}: layer {position} has action {action!r} and {channels!r} channels; allowed: a whole number "
-            "from 1 on, with reduce only."
-        )
+    units = {name: entry.get(name) for name in ("channels", "heads")}
+    for name, count in units.items():
+        if count is not None and (type(count) is not int or count < 1 or action != "reduce"):
+            raise PlanError(
+                f"{origin}: layer {position} has action {action!r} and {count!r} {name}; allowed: a whole number "
+                "from 1 on, with reduce only."
+            )
     if bool(ranks) != (action == "low_rank") and action != "reduce":
         raise PlanError(
             f"{origin}: layer {position} has action {action!r} and {len(ranks)} ranks; only low_rank has any."
         )
-    if action == "reduce" and not ranks and channels is None:
-        raise PlanError(f"{origin}: layer {position} has action 'reduce', but neither ranks nor channels.")
+    if action == "reduce" and not ranks and not any(units.values()):
+        raise PlanError(f"{origin}: layer {position} has action 'reduce', but neither ranks nor channels nor heads.")
     ranks = {str(name): rank for name, rank in ranks.items()}
-    return LayerPlan(index=position, action=action, ranks=ranks, channels=channels)
+    return LayerPlan(index=position, action=action, ranks=ranks, **units)

@@ -54,6 +54,8 @@ class SpectrumRecord:
     values: list[float]  #: Their singular values, descending.
     kept: list[bool] = field(default_factory=list)
     """Whether each listed component was kept; empty where the kept ones are the first `rank`."""
+    units: Literal["", "channels", "heads"] = ""
+    """What the components are, where they are not singular vectors but units before this output projection."""
 
 
 @dataclass(frozen=True, kw_only=True)

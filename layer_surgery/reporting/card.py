@@ -68,7 +68,7 @@ def metadata(report: SurgeryReport, name: str, *, needs_code: bool) -> ModelCard
     licence: dict[str, Any] = report.base_model.get("licence") or {}
     tags = ["layer-surgery", "pruning", "model-compression"]
     tags += ["low-rank", "svd"] if report.plan.low_rank else []
-    tags += ["width-pruning"] if any(layer.channels for layer in report.plan.smaller) else []
+    tags += ["width-pruning"] if any(layer.units for layer in report.plan.smaller) else []
     tags += ["custom_code"] if needs_code else []
     results = list(_results(report))
     return ModelCardData(

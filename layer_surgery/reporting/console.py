@@ -29,7 +29,9 @@ _BLOCKS = "▏▎▍▌▋▊▉█"
 def print_report(console: Console, report: SurgeryReport) -> None:
     """Print what was done to which layers, and before against after."""
     plan = report.plan
-    changes = zip(("removed", "parts removed", "low-rank", "fewer channels"), changed_layers(plan), strict=True)
+    changes = zip(
+        ("removed", "parts removed", "low-rank", "fewer channels or heads"), changed_layers(plan), strict=True
+    )
     whole = f"[bold]{escape(report.base_model['name'])}[/]: {plan.target_layers} of {len(plan.layers)} layers whole"
     changed = [f"{change}: {', '.join(map(str, layers))}" for change, layers in changes if layers]
     console.print("; ".join([whole, *changed]), highlight=False)
@@ -94,9 +96,9 @@ def print_sweep(console: Console, report: SweepReport, directory: Path) -> None:
 
 
 def print_ranks(console: Console, plan: SurgeryPlan) -> None:
-    """Print what stays of the layers that are smaller: the rank of every linear, and the channels of the MLP."""
+    """Print what stays of the layers that are smaller: the rank of every linear, channels of the MLP and heads."""
     linears = kept_columns(plan)
-    title = "ranks and channels" if any(layer.channels for layer in plan.smaller) else "ranks"
+    title = ", ".join(["ranks", *dict.fromkeys(name for layer in plan.smaller for name in layer.units)])
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     table.add_column("layer", justify="right")
     for title in linears.values():

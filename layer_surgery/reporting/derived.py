@@ -12,7 +12,7 @@ class ChangedLayers(NamedTuple):
     removed: list[int]
     parts_removed: list[int]  #: Layers of which only linears of rank 0 are not whole.
     low_rank: list[int]  #: All others with linears of a lower rank.
-    narrowed: list[int]  #: Layers with fewer channels in their MLP; they may have linears of a lower rank too.
+    narrowed: list[int]  #: Layers with fewer channels or heads; they may have linears of a lower rank too.
 
 
 def changed_layers(plan: SurgeryPlan) -> ChangedLayers:
@@ -22,14 +22,14 @@ def changed_layers(plan: SurgeryPlan) -> ChangedLayers:
         removed=[layer.index for layer in plan.layers if layer.action == "remove"],
         parts_removed=parts_removed,
         low_rank=[layer.index for layer in plan.low_rank if layer.index not in parts_removed],
-        narrowed=[layer.index for layer in plan.smaller if layer.channels is not None],
+        narrowed=[layer.index for layer in plan.smaller if layer.units],
     )
 
 
 def kept_columns(plan: SurgeryPlan) -> dict[str, str]:
-    """Return the linears that have a rank in some layer, and `channels`: full names, and short names for headings."""
+    """Return what is kept in part in some layer, linears and units: full names, and short names for headings."""
     names = list(dict.fromkeys(name for layer in plan.smaller for name in layer.kept))
-    names.sort(key=lambda name: name == "channels")
+    names.sort(key=lambda name: name in ("channels", "heads"))
     return dict(zip(names, short_names(names), strict=True))
 
 

@@ -9,10 +9,10 @@ from layer_surgery.records.sweep import SweepBest, SweepReport
 from layer_surgery.reporting.derived import changed_layers, decoding_ratio
 from layer_surgery.reporting.formats import number_list, with_interval
 
-#: For removed layers, layers of which parts are removed, low-rank layers, and layers with fewer channels.
+#: For removed layers, layers of which parts are removed, low-rank layers, and layers with fewer channels or heads.
 _OPERATIONS = (
     *("removed {}", "removed parts of {}", "replaced linears of {} by low-rank components"),
-    "cut channels of the MLPs of {}",
+    "cut channels or heads of {}",
 )
 
 

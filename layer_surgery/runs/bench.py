@@ -25,6 +25,7 @@ from layer_surgery.runs.session import Session
 from layer_surgery.scoring import SCORERS, ScoringContext
 from layer_surgery.surgeon import METHODS, SurgeryContext
 from layer_surgery.surgeon.refit import check_windows, refit
+from layer_surgery.surgeon.resources import Pricing
 from layer_surgery.walk.self_check import check_survivors
 from layer_surgery.walk.streamed import StreamedModel
 from layer_surgery.walk.walk import Walk
@@ -105,11 +106,12 @@ class Bench:
         *,
         ranks_fixed: bool = False,
         search: SearchConfig | None = None,
+        pricing: Pricing | None = None,
     ) -> Result:
         """Carry out a plan on the original: the method, then the refit of `refit_scope` (None: none).
 
         `ranks_fixed` forbids the method to choose other ranks than the plan's; `search` says what one that searches may
-        cut.
+        cut, and `pricing` what that takes of other resources than parameters.
         """
         self._check_survivors(plan)
         session, entry = self.session, METHODS[method]
@@ -124,6 +126,7 @@ class Bench:
                     statistics=self.statistics,
                     ranks_fixed=ranks_fixed,
                     search=search or SearchConfig(),
+                    pricing=pricing or Pricing(),
                     rows=rows,
                     spectra=spectra,
                 )

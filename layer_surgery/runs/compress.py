@@ -51,7 +51,7 @@ def run_compress(model: Model, config: CompressConfig, *, known_scores: LayerSco
         staging = _open_output(model, config, stack)
         session = stack.enter_context(open_session(model, config, staging.parent if staging else None))
         original = session.checkpoint
-        planning = Planning(config, original)
+        planning = Planning(config, original, session.device)
         if staging is not None:
             check_free_space(staging, planning.trial.parameters * original.dtype.itemsize)
         scope, tokens, general = planning.refit_scope, None, None
@@ -77,8 +77,14 @@ def run_compress(model: Model, config: CompressConfig, *, known_scores: LayerSco
                     keep_boundaries=planning.keep_boundaries,
                 )
             plan = planning.plan(scores, sha256)
-            fixed = config.plan is not None
-            result = bench.operate(plan, planning.method.name, scope, ranks_fixed=fixed, search=config)
+            result = bench.operate(
+                plan,
+                planning.method.name,
+                scope,
+                ranks_fixed=config.plan is not None,
+                search=config,
+                pricing=planning.pricing,
+            )
         # Evaluate the result.
         with session.clock.stage("evaluate_after"):
             evaluator.measure("after", result.checkpoint)

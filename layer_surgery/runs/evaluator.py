@@ -8,13 +8,13 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
+from layer_surgery.checkpoint.costs import token_costs
 from layer_surgery.checkpoint.open import Checkpoint
 from layer_surgery.config import EvaluationConfig
 from layer_surgery.data import bundled_tasks
 from layer_surgery.data.tokens import PackedTokens
 from layer_surgery.errors import CheckpointError, DataError, describe
 from layer_surgery.evaluation.continuations import continuations, encode_prompt, prompts_from
-from layer_surgery.evaluation.costs import token_costs
 from layer_surgery.evaluation.distance import FinalStates, check_same_vocabulary, distance
 from layer_surgery.evaluation.perplexity import summarise, window_losses
 from layer_surgery.evaluation.speed import measure_speed

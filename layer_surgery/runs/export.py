@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig
 
-from layer_surgery.calibration.channels import mlp_channels
+from layer_surgery.calibration.units import mlp_channels
 from layer_surgery.checkpoint.modeling_layer_surgery import IN_FACTOR, OUT_FACTOR
 from layer_surgery.checkpoint.open import Checkpoint, open_checkpoint
 from layer_surgery.checkpoint.save import (
@@ -40,7 +40,7 @@ class DenseExport:
     source: str  #: The low-rank checkpoint, as the user named it.
     linears: int  #: How many pairs of factors were multiplied out.
     removed_linears: int  #: Those of them with rank 0 (removed attentions or MLPs), whose weights are zeros now.
-    padded_linears: int  #: How many linears of MLPs with fewer channels were filled up with zeros.
+    padded_linears: int  #: How many linears with fewer channels or heads were filled up with zeros.
     model_type: str
     layers: int
     dtype: str
@@ -95,7 +95,7 @@ def run_export(directory: Model, config: ExportConfig) -> DenseExport:
 def dense_checkpoint(low_rank: Checkpoint) -> Checkpoint:
     """Return a checkpoint with the factors of every low-rank linear multiplied out when they are read.
 
-    MLPs with fewer channels are filled up with channels of zeros, which add nothing.
+    MLPs and attentions with fewer channels or heads are filled up with zeros, which add nothing.
     """
     plain = replace(
         low_rank,
@@ -147,7 +147,7 @@ class MultipliedSource:
 
 
 class PaddedSource:
-    """Tensors of another source, in which the linears of MLPs with fewer channels have all channels again, of zeros."""
+    """Tensors of another source, in which linears with fewer channels or heads have all of them again, of zeros."""
 
     def __init__(self, source: TensorSource, plain: Checkpoint, narrowed: Iterable[str]) -> None:
         """Fill up the `narrowed` linears to the sizes that they have in the skeleton of `plain`."""
@@ -155,10 +155,10 @@ class PaddedSource:
         self._parts: dict[str, int] = {}  # by tensor: equal parts, one behind the other, that are filled up each
         shapes = {name: tuple(parameter.shape) for name, parameter in plain.skeleton.named_parameters()}
         parts = {
-            f"{plain.layer_prefix(index)}{name}": number
+            f"{plain.layer_prefix(index)}{name}": feeding.parts
             for index, layer in enumerate(plain.layers)
             if (channels := mlp_channels(layer, plain.architecture)) is not None
-            for name, number in channels.feeding.items()
+            for name, feeding in channels.feeding.items()
         }
         for linear in narrowed:
             for name in (f"{linear}.weight", f"{linear}.bias"):

@@ -1,15 +1,19 @@
 """Options on a checkpoint: how many layers go, what is refitted, which data are needed, and the plan. Runs no model."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import attrs
+import torch
 
 from layer_surgery.checkpoint.open import Checkpoint
-from layer_surgery.config import DEFAULT_METHOD, WHOLE_MODEL_METHOD, BudgetConfig, CompressConfig
+from layer_surgery.config import DEFAULT_METHOD, BudgetConfig, CompressConfig
 from layer_surgery.errors import PlanError
 from layer_surgery.records import LayerScores, RefitScope, SurgeryPlan
 from layer_surgery.scoring import SCORERS
-from layer_surgery.surgeon import METHODS, check_plan, make_plan, model_shape, plan_for_all_layers, removal_count
+from layer_surgery.surgeon import METHODS, ModelShape, check_plan, make_plan, model_shape, plan_to_search, removal_count
+from layer_surgery.surgeon.mix import find
+from layer_surgery.surgeon.resources import CACHE, FLOPS, TIME, pricing_of
 
 
 def checked(config: CompressConfig) -> CompressConfig:
@@ -18,24 +22,28 @@ def checked(config: CompressConfig) -> CompressConfig:
     if config.plan is not None and budget != BudgetConfig():
         raise PlanError(
             "--plan says already which layers and ranks; leave out --target-layers, --layers, --keep, "
-            "--target-parameters and --remove."
+            "--target-parameters, the other targets and --remove."
         )
     named = config.plan.plan.method if config.plan is not None else ""
-    named = named or (WHOLE_MODEL_METHOD if of_all_layers(config) else DEFAULT_METHOD)
-    config = attrs.evolve(config, method=config.method or named)
-    if of_all_layers(config) and config.method != WHOLE_MODEL_METHOD:
+    config = attrs.evolve(config, method=config.method or named or DEFAULT_METHOD)
+    scorer, method, part = SCORERS[config.scorer], METHODS[config.method or ""], config.remove
+    if config.of_all_layers and not method.searches:
         raise PlanError(
             f"--method {config.method} works on a number of layers; give --target-layers or --layers, or leave "
-            f"--method out: --method {WHOLE_MODEL_METHOD} spreads the cut over all layers."
+            f"--method out: --method {DEFAULT_METHOD} spreads the cut over all layers."
         )
-    if of_all_layers(config) and config.remove != "layer":
-        raise PlanError(f"--remove {config.remove} needs a number of layers; give --target-layers or --layers.")
-    if config.method == WHOLE_MODEL_METHOD and config.remove != "layer":
-        raise PlanError(f"--method {config.method} works on whole layers; leave out --remove {config.remove}.")
-    scorer, method, part = SCORERS[config.scorer], METHODS[config.method or ""], config.remove
-    if method.removes and (config.keep or config.target_parameters is not None):
+    if config.other_targets and not method.searches:
+        option = f"--{min(config.other_targets).replace('_', '-')}"
+        raise PlanError(f"{option} needs a method that searches; leave out --method {method.name}.")
+    if config.uniform and config.plan is None and not config.of_all_layers:
         raise PlanError(
-            f"--method {method.name} keeps nothing of the layers; leave out --keep and --target-parameters."
+            "--uniform gives all layers one width, so all take part; leave out --target-layers and --layers, and give "
+            "--target-parameters or another target."
+        )
+    if method.removes and (config.keep or config.target_parameters is not None or config.target_size is not None):
+        raise PlanError(
+            f"--method {method.name} keeps nothing of the layers; leave out --keep, --target-parameters and "
+            "--target-size."
         )
     if part != "layer" and method.removes and method.name != "remove":
         raise PlanError(f"--method {method.name} works on whole layers; leave out --remove {part}.")
@@ -47,19 +55,21 @@ def checked(config: CompressConfig) -> CompressConfig:
     return config
 
 
-def of_all_layers(config: CompressConfig) -> bool:
-    """Return whether a budget for the whole model is all that is asked for, so that every layer takes part."""
-    others = (config.target_layers, config.layers, config.plan)
-    return config.target_parameters is not None and all(option is None for option in others)
-
-
 class Planning:
     """The decisions that options come to on a checkpoint. The options have been through `checked`."""
 
-    def __init__(self, config: CompressConfig, checkpoint: Checkpoint) -> None:
-        """Decide what can be decided without scores. Raises `PlanError` for what cannot be done."""
+    def __init__(self, config: CompressConfig, checkpoint: Checkpoint, device: torch.device) -> None:
+        """Decide what can be decided without scores. Raises `PlanError` for what cannot be done.
+
+        Times are measured on `device`, if a target needs them.
+        """
         assert config.method is not None
         self.config, self.checkpoint, self.method = config, checkpoint, METHODS[config.method]
+        named = {"target_flops": FLOPS, "target_kv_cache": CACHE, "target_time": TIME}
+        targets = {named[name]: share for name, share in config.other_targets.items()}
+        dtype = config.torch_dtype(device, checkpoint.dtype)
+        self.pricing = pricing_of(checkpoint, targets, config.sequence_length, device, dtype)
+        self.bounds = {resource: share * self.pricing.totals[resource] for resource, share in targets.items()}
         self.trial = self._trial_plan()
         """The given plan, or one for the layers that come first, so that an impossible budget stops here. It tells how
         many layers go, whether anything becomes low-rank, and about how large the result is."""
@@ -74,7 +84,7 @@ class Planning:
     @property
     def chooses(self) -> bool:
         """Whether the scorer chooses the layers."""
-        return self.config.plan is None and self.config.layers is None and not of_all_layers(self.config)
+        return self.config.plan is None and self.config.layers is None and not self.config.of_all_layers
 
     @property
     def needs_data(self) -> bool:
@@ -105,32 +115,42 @@ class Planning:
     def plan(self, scores: LayerScores | None, base_sha256: str) -> SurgeryPlan:
         """Return the plan; `scores` choose the layers if the user does not."""
         config = self.config
-        if config.plan is not None or of_all_layers(config):
+        if config.plan is not None or config.of_all_layers:
             plan = replace(self.trial, method=self.method.name)
         else:
             chosen = config.layers or (scores.removal_order[: len(self.trial.operated)] if scores else ())
-            plan = make_plan(model_shape(self.checkpoint, config.remove), chosen, self._budget(), self.method.name)
+            plan = self._made(model_shape(self.checkpoint, config.remove), chosen)
         return replace(plan, base_sha256=base_sha256)
+
+    def _made(self, shape: ModelShape, chosen: Sequence[int]) -> SurgeryPlan:
+        """Return the plan that operates on these layers."""
+        if self.method.searches:
+            return plan_to_search(shape, chosen, self._budget(), self.method.name, self.bounds)
+        return make_plan(shape, chosen, self._budget(), self.method.name)
 
     def _trial_plan(self) -> SurgeryPlan:
         config = self.config
         if config.plan is not None:
             plan = check_plan(model_shape(self.checkpoint), config.plan.plan, config.plan.name)
-            if any(layer.channels for layer in plan.smaller) and self.method.name != WHOLE_MODEL_METHOD:
+            if any(layer.units for layer in plan.smaller) and not self.method.searches:
                 raise PlanError(
-                    f"{config.plan.name} has layers with fewer channels, which --method {WHOLE_MODEL_METHOD} makes; "
-                    f"leave out --method {self.method.name}."
+                    f"{config.plan.name} has layers with fewer channels or heads, which --method {DEFAULT_METHOD} "
+                    f"makes; leave out --method {self.method.name}."
                 )
             if plan.low_rank and self.method.removes:
                 raise PlanError(f"{config.plan.name} has low-rank layers, but --method {self.method.name} makes none.")
             return plan
         shape = model_shape(self.checkpoint, config.remove)
-        if of_all_layers(config):
-            return plan_for_all_layers(shape, config, self.method.name)
-        count = removal_count(config, self.checkpoint.layer_count)
         untouched = [index for index, layer in enumerate(shape.layers) if layer.linears]
-        stand_ins = (untouched + [index for index in range(len(shape.layers)) if index not in untouched])[:count]
-        return make_plan(shape, config.layers or stand_ins, self._budget(), self.method.name)
+        if config.of_all_layers:
+            trial = self._made(shape, untouched)
+        else:
+            count = removal_count(config, self.checkpoint.layer_count)
+            stand_ins = (untouched + [index for index in range(len(shape.layers)) if index not in untouched])[:count]
+            trial = self._made(shape, config.layers or stand_ins)
+        if self.method.searches and any(layer.action == "reduce" for layer in trial.layers):
+            find(trial, shape, self.checkpoint.architecture, config, self.pricing)  # raises for what cannot be reached
+        return trial
 
     def _budget(self) -> BudgetConfig:
         return attrs.evolve(self.config, keep=0.0) if self.method.removes else self.config

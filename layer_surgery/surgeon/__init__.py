@@ -7,8 +7,8 @@ from layer_surgery.surgeon.plan import (
     ModelShape,
     check_plan,
     make_plan,
-    plan_for_all_layers,
     plan_parameters,
+    plan_to_search,
     removal_count,
 )
 from layer_surgery.surgeon.shape import model_shape
@@ -29,7 +29,7 @@ __all__ = [
     "check_plan",
     "make_plan",
     "model_shape",
-    "plan_for_all_layers",
     "plan_parameters",
+    "plan_to_search",
     "removal_count",
 ]

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass, field
+from typing import Literal
 
 from torch import Tensor
 
@@ -12,6 +13,7 @@ from layer_surgery.linalg.low_rank import Factors
 from layer_surgery.progress import Progress
 from layer_surgery.records import SpectrumMetric, SpectrumRecord, SurgeryPlan
 from layer_surgery.registry import Registry
+from layer_surgery.surgeon.resources import Pricing
 from layer_surgery.surgeon.spectra import Kept, spectrum_record
 from layer_surgery.walk.streamed import StreamedModel
 from layer_surgery.walk.walk import Walk
@@ -27,6 +29,7 @@ class SurgeryContext:
     ranks_fixed: bool = False  #: Whether the ranks are the user's own, so that a method must not choose better ones.
     search: SearchConfig = field(default_factory=SearchConfig)
     """For methods that search: what may be cut, and in which steps."""
+    pricing: Pricing = field(default_factory=Pricing)  #: For methods that search: what it takes.
     rows: dict[int, dict[str, Tensor]] = field(default_factory=dict)
     """Where methods that narrow linears leave, by layer and linear, the rows [n] int64 that stay, for the refit."""
     spectra: list[SpectrumRecord] = field(default_factory=list)
@@ -39,13 +42,15 @@ class SurgeryContext:
         self.factors.write(layer, {linear: factors})
         self.spectra.append(spectrum_record(layer, linear, metric, values, kept))
 
-    def record_channels(self, layer: int, linear: str, gains: Sequence[float], kept: int) -> None:
-        """Keep, for the report, what the channels before an output projection are worth, in the order of choice.
+    def record_units(
+        self, layer: int, linear: str, units: Literal["channels", "heads"], gains: Sequence[float], kept: int
+    ) -> None:
+        """Keep, for the report, what units before an output projection are worth, in the order of choice.
 
         As singular values are: leaving out a component costs `1/2 value^2`.
         """
         values = [(2 * gain) ** 0.5 for gain in gains]
-        self.spectra.append(spectrum_record(layer, linear, "fisher", values, kept))
+        self.spectra.append(spectrum_record(layer, linear, "fisher", values, kept, units))
 
     @property
     def model(self) -> StreamedModel:
@@ -77,6 +82,8 @@ class MethodEntry:
     removes: bool = False
     """Whether the layers are removed and nothing of them is kept, so that there is no budget to spend."""
     refits: bool = False  #: Whether a refit follows unless the user says otherwise.
+    searches: bool = False
+    """Whether it finds out itself what stays of which layer, under any budgets; else it is given ranks."""
 
 
 METHODS = Registry("method", MethodEntry)

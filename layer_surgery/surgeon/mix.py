@@ -1,18 +1,16 @@
-"""One search over the layers: channels of their MLPs, singular vectors of their other linears, one currency.
+"""One search over the layers: what of each attention and MLP is kept, and how, in one currency.
 
-The channels of an MLP are chosen and its output projection is re-solved as in MoDeGPT (https://arxiv.org/abs/2408.09632),
-but in the metric of the task loss (`linalg/nystrom.py`); singular vectors are those of the method `fisher`. Both are
-priced in nats per token for a parameter, so one search (`search.py`) divides the budget among all of them.
+Every kind of component (`components/`) prices what it offers in nats per token, and in what the budgets limit. So one
+search (`search.py`) divides the budgets among channels of MLPs, singular vectors of linears, heads and whole parts.
 """
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
 
-import numpy as np
 from torch import nn
 
-from layer_surgery.calibration.channels import MlpChannels
 from layer_surgery.calibration.statistics import (
     MomentObserver,
     Statistics,
@@ -20,86 +18,213 @@ from layer_surgery.calibration.statistics import (
     useful_rank,
     weights_with_inputs,
 )
+from layer_surgery.calibration.units import UnitOrder, Units
+from layer_surgery.checkpoint.architectures import Architecture
+from layer_surgery.config import DEFAULT_COMPONENTS, SearchConfig
 from layer_surgery.errors import PlanError
+from layer_surgery.linalg.low_rank import no_components
 from layer_surgery.linalg.nystrom import narrowed
 from layer_surgery.records import LayerPlan, SurgeryPlan
+from layer_surgery.surgeon.components import KINDS, PartOfLayer
+from layer_surgery.surgeon.components.whole import GONE
 from layer_surgery.surgeon.context import METHODS, SurgeryContext
-from layer_surgery.surgeon.curves import Alternative, Curve, Place
+from layer_surgery.surgeon.curves import Place
 from layer_surgery.surgeon.plan import ModelShape, plan_parameters
-from layer_surgery.surgeon.search import Found, UnreachableBudget, search
+from layer_surgery.surgeon.resources import CACHE, OPTIONS, PARAMETERS, TIME, Pricing
+from layer_surgery.surgeon.search import Choice, Found, UnreachableBudget, search
 from layer_surgery.surgeon.shape import model_shape
 from layer_surgery.walk.moments import LayerMoments
 
 URL = "https://arxiv.org/abs/2408.09632"
-_PARAMETERS = "parameters"
-_MLP, _LINEARS = "mlp", "linears"
+#: What is cut beside the default where a resource is limited that channels and ranks save little of.
+_ALSO = {CACHE: ("heads", "attention"), TIME: ("attention", "mlp")}
+#: Largest default of `--multiple`, and the share of the hidden size that it is at most.
+_LARGEST_MULTIPLE, _SHARE_OF_HIDDEN = 64, 16
 
 
 @METHODS.add(
     "mix",
-    summary="channels of MLPs and singular vectors of other linears by one search; of all layers with a lone "
-    "--target-parameters",
+    summary="channels of MLPs and singular vectors of other linears by one search, and what else --components names",
     source=URL,
     needs_data=True,
     needs_boundaries=True,
     refits=True,
+    searches=True,
 )
 def mix(plan: SurgeryPlan, context: SurgeryContext) -> SurgeryPlan:
-    """Keep what is worth most nats per parameter in the layers of the plan; return the plan with what that is.
+    """Keep what is worth most nats within the budgets in the layers of the plan; return the plan with what that is.
 
-    Ranks and channels that the user gave (`context.ranks_fixed`) are kept as they are.
+    What the user gave (`context.ranks_fixed`) is kept as it is.
     """
-    shape = model_shape(context.model.checkpoint)
+    checkpoint, statistics_of = context.model.checkpoint, context.statistics
+    shape = model_shape(checkpoint, statistics_of.part)
     planned = {layer.index: layer for layer in plan.smaller}
-    sizes = {index: replaceable_linears(context.model, index) for index in planned}
+    sizes = {index: replaceable_linears(context.model, index, statistics_of.part) for index in planned}
     most = {
         index: {name: max(useful_rank(size), planned[index].ranks.get(name, 0)) for name, size in linears.items()}
         for index, linears in sizes.items()
     }
-    statistics = context.statistics.get(context.walk, most)
+    if not planned or all(layer.action == "low_rank" and not any(layer.ranks.values()) for layer in plan.smaller):
+        _remove_parts(plan, context)
+        return plan
+    statistics = statistics_of.get(context.walk, most)
     if not context.ranks_fixed:
         plan = _searched(plan, shape, statistics, context)
+    _remove_parts(plan, context)
     for layer in plan.low_rank:
-        for name, factors in statistics.factors(layer.index, layer.ranks).items():
+        ranks = {name: rank for name, rank in layer.ranks.items() if rank}
+        for name, factors in statistics.factors(layer.index, ranks).items():
             values = statistics.values[layer.index][name]
-            context.write(layer.index, name, factors, "fisher", values, layer.ranks[name])
-    channels = {
-        layer.index: (shape.layers[layer.index].channels, layer.channels)
-        for layer in plan.smaller
-        if layer.channels is not None
-    }
-    wanted = {index: (which, count) for index, (which, count) in channels.items() if which is not None}
-    if wanted:
-        observer = _Narrowing(wanted, statistics, context)
-        context.walk.forward(range(max(wanted) + 1), keep=False, observers=[observer], watch=wanted)
+            context.write(layer.index, name, factors, "fisher", values, ranks[name])
+    _narrow(plan, shape, statistics, context)
     return plan
 
 
-def _searched(plan: SurgeryPlan, shape: ModelShape, statistics: Statistics, context: SurgeryContext) -> SurgeryPlan:
-    """Return the plan with the best mix within its bound."""
-    options = context.search
-    places = [place for layer in plan.smaller for place in _places(layer.index, shape, statistics, context)]
-    whole = sum(float(place.alternatives[0].curves[0].prices[_PARAMETERS][0]) for place in places)
-    removed = sum(shape.layers[layer.index].parameters for layer in plan.layers if layer.action == "remove")
-    alike = [[place.name for place in places if place.name.endswith(f" {_MLP}")]] if options.uniform else []
-    try:
-        found = search(
-            places,
-            {_PARAMETERS: float(plan.parameter_bound)},
-            fixed={_PARAMETERS: shape.parameters - removed - whole},
-            alike=alike,
-        )
-    except UnreachableBudget as error:
-        least = math.ceil(error.reachable[_PARAMETERS])
+# The search
+
+
+def parts_of(
+    indices: Collection[int],
+    shape: ModelShape,
+    architecture: Architecture,
+    multiple: int,
+    pricing: Pricing,
+    statistics: Statistics | None = None,
+) -> Iterator[PartOfLayer]:
+    """Yield the attention and the MLP of some layers, as far as they have linears that can be replaced."""
+    halves: tuple[tuple[Literal["attention", "mlp"], tuple[str, ...]], ...] = (
+        ("attention", architecture.attention),
+        ("mlp", architecture.mlp),
+    )
+    for index in indices:
+        layer = shape.layers[index]
+        for part, names in halves:
+            linears = {name: layer.linears[name] for name in names if name in layer.linears}
+            if linears:
+                yield PartOfLayer(
+                    index=index,
+                    part=part,
+                    linears=linears,
+                    output="" if architecture.guessed else [*linears][-1],
+                    units=layer.channels if part == "mlp" else layer.heads,
+                    pricing=pricing,
+                    multiple=multiple,
+                    statistics=statistics,
+                )
+
+
+def places_of(parts: Collection[PartOfLayer], kinds: Collection[str], *, uniform: bool) -> list[Place]:
+    """Return what may be done to each part, by the kinds that are named; uniformly, only units are cut.
+
+    Raises `PlanError` for a kind that is not there in any of the parts.
+    """
+    places, found = [], set[str]()
+    for part in parts:
+        alternatives = [part.whole()]
+        for kind in KINDS:
+            wanted = kind.name in kinds and not (uniform and kind.name not in ("channels", "heads"))
+            offered = kind.offer(part) if wanted else None
+            if offered is not None:
+                alternatives.append(offered)
+                found.add(kind.name)
+        places.append(Place(part.name, tuple(alternatives)))
+    missing = [kind for kind in kinds if kind not in found]
+    if missing and not (uniform and found):
         raise PlanError(
-            f"the budget of {plan.parameter_bound:,} parameters cannot be reached by cutting "
-            f"{' and '.join(options.components)} in multiples of {options.multiple}; the smallest is {least:,} "
-            f"(--target-parameters {math.ceil(1e4 * least / shape.parameters) / 1e4:g}); raise the budget, allow more "
-            "--components, lower --multiple, or remove layers outright with --keep 0."
-        ) from error
+            f"--components {missing[0]}: none of the chosen layers has {KINDS[missing[0]].summary} to cut; leave it "
+            "out, or choose other layers."
+        )
+    return places
+
+
+def kinds_for(options: SearchConfig, limited: Collection[str]) -> tuple[str, ...]:
+    """Return the kinds that the user names, or those that the limited resources need."""
+    if options.components is not None:
+        return options.components
+    also = [kind for resource in limited for kind in _ALSO.get(resource, ())]
+    return tuple(dict.fromkeys([*DEFAULT_COMPONENTS, *also]))
+
+
+def multiple_for(options: SearchConfig, hidden_size: int) -> int:
+    """Return the multiple that the user names, or the power of two that suits the hidden size."""
+    if options.multiple is not None:
+        return options.multiple
+    return min(_LARGEST_MULTIPLE, 1 << max(0, (hidden_size // _SHARE_OF_HIDDEN).bit_length() - 1))
+
+
+def find(
+    plan: SurgeryPlan,
+    shape: ModelShape,
+    architecture: Architecture,
+    options: SearchConfig,
+    pricing: Pricing,
+    statistics: Statistics | None = None,
+) -> Found:
+    """Search for the best choice within the budgets of a plan; without statistics, for any within them.
+
+    Raises `PlanError` for budgets that cannot be kept, with what can be.
+    """
+    multiple = multiple_for(options, shape.hidden_size)
+    parts = list(parts_of([layer.index for layer in plan.smaller], shape, architecture, multiple, pricing, statistics))
+    budgets = {PARAMETERS: float(plan.parameter_bound), **plan.bounds}
+    kinds = kinds_for(options, plan.bounds)
+    if options.components is None:
+        kinds = _there_are(kinds, parts)
+    places = places_of(parts, kinds, uniform=options.uniform)
+    taken = {name: sum(float(place.alternatives[0].curves[0].prices[name][0]) for place in places) for name in budgets}
+    gone = sum(shape.layers[layer.index].parameters for layer in plan.layers if layer.action == "remove")
+    totals = {PARAMETERS: float(shape.parameters - gone), **pricing.totals}
+    alike = []
+    if options.uniform:
+        alike = [[place.name for place in places if place.name.endswith(part)] for part in ("attention", "mlp")]
+    try:
+        return search(places, budgets, fixed={name: totals[name] - taken[name] for name in budgets}, alike=alike)
+    except UnreachableBudget as error:
+        raise _unreachable(error, plan, shape, totals, kinds, multiple) from error
+
+
+def _there_are(kinds: tuple[str, ...], parts: Collection[PartOfLayer]) -> tuple[str, ...]:
+    """Return the kinds that some part has."""
+    return tuple(kind for kind in kinds if any(KINDS[kind].offer(part) is not None for part in parts))
+
+
+def _unreachable(
+    error: UnreachableBudget,
+    plan: SurgeryPlan,
+    shape: ModelShape,
+    totals: Mapping[str, float],
+    kinds: Collection[str],
+    multiple: int,
+) -> PlanError:
+    """Return the error that says in the user's options what can be reached."""
+    said = []
+    for name, least in error.reachable.items():
+        if name == PARAMETERS:
+            least = math.ceil(least)
+            asked = f"{plan.parameter_bound:,} parameters"
+            nearest = f"{least:,} (--target-parameters {math.ceil(1e4 * least / shape.parameters) / 1e4:g})"
+        else:
+            asked = f"{OPTIONS[name]} {plan.bounds[name] / totals[name]:.4g}"
+            nearest = f"{math.ceil(1e4 * least / totals[name]) / 1e4:g}"
+        said.append((asked, nearest))
+    together = " together" if len(said) > 1 else ""
+    budgets, nearest = (" and ".join(each[k] for each in said) for k in (0, 1))
+    return PlanError(
+        f"the budget of {budgets} cannot be reached{together} by cutting {', '.join(kinds) or 'nothing'} in multiples "
+        f"of {multiple}; the smallest is {nearest}; raise the budget, allow more --components, lower --multiple, or "
+        "remove layers outright with --keep 0."
+    )
+
+
+def _searched(plan: SurgeryPlan, shape: ModelShape, statistics: Statistics, context: SurgeryContext) -> SurgeryPlan:
+    """Return the plan with the best mix within its bounds."""
+    architecture = context.model.architecture
+    found = find(plan, shape, architecture, context.search, context.pricing, statistics)
     layers = [
-        _layer_plan(layer, shape, found) if layer.action in ("low_rank", "reduce") else layer for layer in plan.layers
+        _layer_plan(layer, shape, architecture, found.choices) if layer.action in ("low_rank", "reduce") else layer
+        for layer in plan.layers
     ]
+    removed = any(layer.action == "remove" for layer in plan.layers)
     plan = replace(
         plan,
         layers=layers,
@@ -109,90 +234,85 @@ def _searched(plan: SurgeryPlan, shape: ModelShape, statistics: Statistics, cont
     return replace(plan, parameters=plan_parameters(shape, plan))
 
 
-def _places(index: int, shape: ModelShape, statistics: Statistics, context: SurgeryContext) -> Iterator[Place]:
-    """Yield the MLP of a layer, if its channels can be cut, and the other linears: each with its alternatives."""
-    layer, options = shape.layers[index], context.search
-    channels = layer.channels if "channels" in options.components and index in statistics.channels else None
-    of_mlp = [channels.output, *channels.feeding] if channels is not None else []
-    if channels is not None:
-        whole = {_PARAMETERS: float(channels.width * channels.price)}
-        costs = np.array(statistics.channels[index].costs()) * statistics.loss_scale
-        curve = (
-            Curve.linear(
-                costs[: channels.width],
-                {_PARAMETERS: float(channels.price)},
-                multiple=options.multiple,
-                least=min(options.multiple, channels.width - 1) or 1,
-            )
-            if channels.width > options.multiple
-            else None
-        )
-        alternatives = [Alternative.single("whole", 0.0, whole)]
-        if curve is not None:
-            alternatives.append(Alternative("channels", (curve,)))
-        yield Place(f"{index} {_MLP}", tuple(alternatives))
-    rest = {name: size for name, size in statistics.sizes[index].items() if name not in of_mlp}
-    if rest:
-        whole = {_PARAMETERS: float(sum(out * in_ for out, in_ in rest.values()))}
-        alternatives = [Alternative.single("whole", 0.0, whole)]
-        if "singular" in options.components and not options.uniform:
-            curves = tuple(_rank_curve(name, index, statistics, options.multiple) for name in rest)
-            alternatives.append(Alternative("singular", curves))
-        yield Place(f"{index} {_LINEARS}", tuple(alternatives))
-
-
-def _rank_curve(name: str, index: int, statistics: Statistics, multiple: int) -> Curve:
-    """Return the curve of the ranks of a linear; its last step, `out * in`, is the linear as it is."""
-    out, in_ = statistics.sizes[index][name]
-    worth = 0.5 * statistics.loss_scale * np.array(statistics.values[index][name]) ** 2
-    costs = np.append(worth[::-1].cumsum()[::-1], 0.0)
-    ranks = np.arange(multiple, min(useful_rank((out, in_)), statistics.ranks[index][name]) + 1, multiple)
-    return Curve(
-        np.append(ranks, out * in_),
-        np.append(costs[ranks], 0.0),
-        {_PARAMETERS: np.append(ranks * float(out + in_), float(out * in_))},
-        name,
-    )
-
-
-def _layer_plan(layer: LayerPlan, shape: ModelShape, found: Found) -> LayerPlan:
+def _layer_plan(
+    layer: LayerPlan, shape: ModelShape, architecture: Architecture, choices: Mapping[str, Choice]
+) -> LayerPlan:
     """Return what the search has chosen for a layer."""
+    linears = shape.layers[layer.index].linears
     ranks: dict[str, int] = {}
-    channels = None
-    linears = found.choices.get(f"{layer.index} {_LINEARS}")
-    if linears is not None and linears.kind == "singular":
-        sizes = shape.layers[layer.index].linears
-        ranks = {name: rank for name, rank in linears.steps.items() if rank < sizes[name][0] * sizes[name][1]}
-    mlp = found.choices.get(f"{layer.index} {_MLP}")
-    if mlp is not None and mlp.kind == "channels":
-        (channels,) = mlp.steps.values()
-    if channels is None and not ranks:
+    units: dict[str, int] = {}
+    for part, names in (("attention", architecture.attention), ("mlp", architecture.mlp)):
+        choice = choices.get(f"{layer.index} {part}")
+        if choice is None:
+            continue
+        if choice.kind == "singular":
+            ranks |= {name: rank for name, rank in choice.steps.items() if rank < math.prod(linears[name])}
+        elif choice.kind == GONE:
+            ranks |= {name: 0 for name in names if name in linears}
+        elif choice.kind in ("channels", "heads"):
+            (units[choice.kind],) = choice.steps.values()
+    if not ranks and not units:
         return LayerPlan(index=layer.index, action="keep")
-    return LayerPlan(
-        index=layer.index, action="low_rank" if channels is None else "reduce", ranks=ranks, channels=channels
-    )
+    return LayerPlan(index=layer.index, action="reduce" if units else "low_rank", ranks=ranks, **units)
+
+
+# What was chosen, carried out
+
+
+def _remove_parts(plan: SurgeryPlan, context: SurgeryContext) -> None:
+    """Write factors of rank 0 for linears of which nothing stays."""
+    for layer in plan.low_rank:
+        for name in (name for name, rank in layer.ranks.items() if not rank):
+            out, in_ = context.model.layers[layer.index].get_parameter(f"{name}.weight").shape
+            context.factors.write(layer.index, {name: no_components((out, in_))})
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """Units of one layer, in the order in which to keep them, and how many stay."""
+
+    name: Literal["channels", "heads"]
+    units: Units
+    order: UnitOrder
+    count: int
+
+
+def _narrow(plan: SurgeryPlan, shape: ModelShape, statistics: Statistics, context: SurgeryContext) -> None:
+    """Write the linears of the channels and heads that stay."""
+    cuts: dict[int, list[_Cut]] = {}
+    for layer in plan.smaller:
+        sized = shape.layers[layer.index]
+        each: tuple[tuple[Literal["channels", "heads"], Units | None, int | None, UnitOrder | None], ...] = (
+            ("channels", sized.channels, layer.channels, statistics.channels.get(layer.index)),
+            ("heads", sized.heads, layer.heads, statistics.heads.get(layer.index)),
+        )
+        for name, units, count, order in each:
+            if units is None or count is None:
+                continue
+            if order is None:
+                raise PlanError(f"the plan keeps {count} {name} of layer {layer.index}, but no statistics rank them.")
+            cuts.setdefault(layer.index, []).append(_Cut(name, units, order, count))
+    if cuts:
+        context.walk.forward(range(max(cuts) + 1), keep=False, observers=[_Narrowing(cuts, context)], watch=cuts)
 
 
 class _Narrowing(MomentObserver):
-    """Cuts the channels of each layer's MLP, and re-solves its output projection on those that stay."""
+    """Cuts the units of each layer, and re-solves its output projections on those that stay."""
 
-    def __init__(
-        self, wanted: Mapping[int, tuple[MlpChannels, int]], statistics: Statistics, context: SurgeryContext
-    ) -> None:
-        super().__init__({index: [channels.output] for index, (channels, _count) in wanted.items()}, gradients=False)
-        self._wanted, self._statistics, self._context = wanted, statistics, context
+    def __init__(self, cuts: Mapping[int, list[_Cut]], context: SurgeryContext) -> None:
+        super().__init__({index: [cut.units.output for cut in each] for index, each in cuts.items()}, gradients=False)
+        self._cuts, self._context = cuts, context
 
     def reduce(self, index: int, layer: nn.Module, moments: LayerMoments) -> None:
-        channels, count = self._wanted[index]
-        order = self._statistics.channels.get(index)
-        if order is None:
-            raise PlanError(f"the plan keeps {count} channels of layer {index}, but there are no statistics of them.")
-        kept, store = order.kept(count), self._context.factors
-        for name, weight, inputs in weights_with_inputs(layer, [channels.output], moments, index):
-            store.write_tensors(index, name, {"weight": narrowed(weight, inputs, kept)})
-        self._context.rows[index] = channels.rows(kept)
-        for name, rows in self._context.rows[index].items():
-            linear = layer.get_submodule(name)
-            tensors = {part: tensor.detach()[rows] for part, tensor in linear.named_parameters()}
-            store.write_tensors(index, name, tensors)
-        self._context.record_channels(index, channels.output, order.gains, count)
+        cuts = {cut.units.output: cut for cut in self._cuts[index]}
+        store, all_rows = self._context.factors, self._context.rows.setdefault(index, {})
+        for name, weight, inputs in weights_with_inputs(layer, cuts, moments, index):
+            cut = cuts[name]
+            kept = cut.order.kept(cut.count)
+            store.write_tensors(index, name, {"weight": narrowed(weight, inputs, cut.units.columns(kept))})
+            for feeding, rows in cut.units.rows(kept).items():
+                all_rows[feeding] = rows
+                linear = layer.get_submodule(feeding)
+                tensors = {part: tensor.detach()[rows] for part, tensor in linear.named_parameters()}
+                store.write_tensors(index, feeding, tensors)
+            self._context.record_units(index, name, cut.name, cut.order.gains, cut.count)

@@ -1,11 +1,11 @@
 """Layers, actions and ranks of a surgery: pure arithmetic, budgets met exactly."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
-from layer_surgery.calibration.channels import MlpChannels
+from layer_surgery.calibration.units import Units
 from layer_surgery.config import BudgetConfig
 from layer_surgery.errors import PlanError
 from layer_surgery.records import LayerPlan, SurgeryPlan
@@ -17,7 +17,8 @@ class LayerShape:
 
     linears: dict[str, tuple[int, int]]  #: (out, in) of each linear that can be replaced, by its name within the layer.
     parameters: int  #: All of the layer's parameters, norms and biases included.
-    channels: MlpChannels | None = None  #: Channels of its MLP, if they can be cut.
+    channels: Units | None = None  #: Channels of its MLP, if they can be cut.
+    heads: Units | None = None  #: Key/value heads of its attention with their queries, if they can be cut.
 
     @property
     def fixed(self) -> int:
@@ -31,6 +32,9 @@ class ModelShape:
 
     layers: list[LayerShape]
     parameters: int  #: All parameters, tied ones once.
+    hidden_size: int = 0  #: Width of the embeddings.
+    size_bytes: int = 0  #: Of all tensors as they are stored.
+    itemsize: int = 0  #: Bytes of a parameter that a cut saves.
 
 
 def removal_count(budget: BudgetConfig, layer_count: int) -> int:
@@ -66,23 +70,25 @@ def make_plan(shape: ModelShape, chosen: Sequence[int], budget: BudgetConfig, me
     most. So parameters are never above the bound and below it by less than the cheapest rank.
     """
     chosen = sorted(chosen)
-    done = [index for index in chosen if not shape.layers[index].linears]
     operated = [shape.layers[index] for index in chosen]
     operated_parameters = sum(layer.parameters for layer in operated)
     rest = shape.parameters - operated_parameters
-    bound = _parameter_bound(budget, shape.parameters, operated_parameters)
-    if done and bound != rest:
-        raise PlanError(
-            f"layers {done} have no linears that can be made low-rank (or are low-rank already); choose others, or "
-            "remove them with --keep 0."
-        )
+    bound = parameter_bound(budget, shape, operated_parameters)
+    if bound != rest:
+        _check_linears(shape, chosen)
     if bound == rest and budget.remove != "layer":
         nothing = {index: dict.fromkeys(shape.layers[index].linears, 0) for index in chosen}  # biases stay
         return _low_rank_plan(shape, nothing, method)
     if bound == rest:
         layers = [LayerPlan(index=i, action="remove" if i in chosen else "keep") for i in range(len(shape.layers))]
         return _plan(method, layers, rest, bound)
-    ranks = uniform_ranks(operated, bound - rest, rest, shape.parameters, by_keep=budget.target_parameters is None)
+    ranks = uniform_ranks(
+        operated,
+        bound - rest,
+        rest,
+        shape.parameters,
+        by_keep=budget.target_parameters is None and budget.target_size is None,
+    )
     return _low_rank_plan(shape, dict(zip(chosen, ranks, strict=True)), method, bound)
 
 
@@ -96,6 +102,15 @@ def _low_rank_plan(
     ]
     parameters = plan_parameters(shape, _plan(method, layers, 0, 0))
     return _plan(method, layers, parameters, parameters if bound is None else bound)
+
+
+def _check_linears(shape: ModelShape, chosen: Collection[int]) -> None:
+    done = [index for index in sorted(chosen) if not shape.layers[index].linears]
+    if done:
+        raise PlanError(
+            f"layers {done} have no linears that can be made low-rank (or are low-rank already); choose others, or "
+            "remove them with --keep 0."
+        )
 
 
 def uniform_ranks(
@@ -156,8 +171,9 @@ def plan_parameters(shape: ModelShape, plan: SurgeryPlan) -> int:
             for name, (out, in_) in layer.linears.items():
                 rank = layer_plan.ranks.get(name)
                 total += out * in_ if rank is None else rank * (out + in_)
-            if layer_plan.channels is not None and layer.channels is not None:
-                total -= (layer.channels.width - layer_plan.channels) * layer.channels.price
+            for units, kept in ((layer.channels, layer_plan.channels), (layer.heads, layer_plan.heads)):
+                if units is not None and kept is not None:
+                    total -= (units.count - kept) * units.price
     return total
 
 
@@ -180,34 +196,45 @@ def check_plan(shape: ModelShape, plan: SurgeryPlan, origin: str) -> SurgeryPlan
                     f"{min(linears[name])}."
                 )
     for layer_plan in plan.smaller:
-        _check_channels(shape.layers[layer_plan.index], layer_plan, origin)
+        layer = shape.layers[layer_plan.index]
+        _check_units(layer.channels, layer_plan.channels, layer_plan, "channels", "MLP", origin)
+        _check_units(layer.heads, layer_plan.heads, layer_plan, "heads", "attention", origin)
     parameters = plan_parameters(shape, plan)
     return replace(plan, parameters=parameters, parameter_bound=parameters)
 
 
-def _check_channels(layer: LayerShape, plan: LayerPlan, origin: str) -> None:
-    if plan.channels is None:
+def _check_units(units: Units | None, kept: int | None, plan: LayerPlan, what: str, where: str, origin: str) -> None:
+    if kept is None:
         return
-    if layer.channels is None:
-        raise PlanError(f"{origin}: layer {plan.index} has channels, but its MLP is none of which channels can be cut.")
-    if plan.channels > layer.channels.width:
-        raise PlanError(
-            f"{origin}: layer {plan.index} keeps {plan.channels} channels, but its MLP has {layer.channels.width}."
-        )
-    both = [name for name in (layer.channels.output, *layer.channels.feeding) if name in plan.ranks]
+    if units is None:
+        raise PlanError(f"{origin}: layer {plan.index} has {what}, but its {where} is none of which {what} can be cut.")
+    if kept > units.count:
+        raise PlanError(f"{origin}: layer {plan.index} keeps {kept} {what}, but its {where} has {units.count}.")
+    both = [name for name in units.linears if name in plan.ranks]
     if both:
-        raise PlanError(f"{origin}: layer {plan.index} has channels and a rank for '{both[0]}'; give one of the two.")
+        raise PlanError(f"{origin}: layer {plan.index} has {what} and a rank for '{both[0]}'; give one of the two.")
 
 
-def plan_for_all_layers(shape: ModelShape, budget: BudgetConfig, method: str) -> SurgeryPlan:
-    """Return the plan of a budget for the whole model, in which every layer may lose something: what, is not said yet.
+def plan_to_search(
+    shape: ModelShape, chosen: Collection[int], budget: BudgetConfig, method: str, bounds: Mapping[str, float]
+) -> SurgeryPlan:
+    """Return the plan in which the `chosen` layers may lose something, and a search is to say what.
 
-    Its number of parameters is the budget, rounded down.
+    Its number of parameters is the bound; `bounds` are those in other resources. With a budget of 0 it is as
+    `make_plan` makes it.
     """
-    assert budget.target_parameters is not None
-    bound = _share(budget.target_parameters, shape.parameters)
-    layers = [LayerPlan(index=index, action="reduce") for index in range(len(shape.layers))]
-    return _plan(method, layers, bound, bound)
+    parameters = sum(shape.layers[index].parameters for index in chosen)
+    bound = parameter_bound(budget, shape, parameters)
+    _check_linears(shape, chosen)
+    if bound == shape.parameters - parameters and not bounds:
+        return make_plan(shape, sorted(chosen), budget, method)
+    if bound < shape.parameters - parameters:
+        raise PlanError(
+            f"the budget of {bound:,} parameters cannot be reached: the layers that stay whole, embeddings and head "
+            f"take {shape.parameters - parameters:,}; lower --target-layers, or raise the budget."
+        )
+    layers = [LayerPlan(index=i, action="reduce" if i in chosen else "keep") for i in range(len(shape.layers))]
+    return replace(_plan(method, layers, bound, bound), bounds=dict(bounds))
 
 
 def runs_behind_a_layer(plan: SurgeryPlan) -> list[tuple[int, int]]:
@@ -220,7 +247,13 @@ def runs_behind_a_layer(plan: SurgeryPlan) -> list[tuple[int, int]]:
     return plan.removed_runs
 
 
-def _parameter_bound(budget: BudgetConfig, total: int, operated: int) -> int:
+def parameter_bound(budget: BudgetConfig, shape: ModelShape, operated: int) -> int:
+    """Return how many parameters the result may have; `operated` are now in layers that change."""
+    total = shape.parameters
+    if budget.target_size is not None:
+        return min(total, total - -(-(shape.size_bytes - budget.target_size) // shape.itemsize))
+    if budget.target_parameters is None and budget.keep is None and budget.other_targets:
+        return total
     if budget.target_parameters is None:
         keep = budget.DEFAULT_KEEP if budget.keep is None else budget.keep
         return total - operated + _share(keep, operated)

@@ -1,6 +1,6 @@
 """The sizes of a checkpoint that planning needs."""
 
-from layer_surgery.calibration.channels import mlp_channels
+from layer_surgery.calibration.units import attention_heads, mlp_channels
 from layer_surgery.checkpoint.open import Checkpoint
 from layer_surgery.records import Part
 from layer_surgery.surgeon.plan import LayerShape, ModelShape
@@ -24,6 +24,15 @@ def model_shape(checkpoint: Checkpoint, part: Part = "layer") -> ModelShape:
             parameters = sum(
                 p.numel() for name in linears for p in checkpoint.layers[index].get_submodule(name).parameters()
             )
-        channels = mlp_channels(checkpoint.layers[index], checkpoint.architecture)
-        layers.append(LayerShape(linears=linears, parameters=parameters, channels=channels))
-    return ModelShape(layers=layers, parameters=checkpoint.parameters)
+        layer, names = checkpoint.layers[index], checkpoint.architecture
+        channels = mlp_channels(layer, names) if part != "attention" else None
+        heads = attention_heads(layer, names) if part != "mlp" else None
+        layers.append(LayerShape(linears=linears, parameters=parameters, channels=channels, heads=heads))
+    hidden_size = int(checkpoint.skeleton.get_input_embeddings().weight.shape[1])
+    return ModelShape(
+        layers=layers,
+        parameters=checkpoint.parameters,
+        hidden_size=hidden_size,
+        size_bytes=checkpoint.size_bytes,
+        itemsize=checkpoint.dtype.itemsize,
+    )

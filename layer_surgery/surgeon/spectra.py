@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Collection, Sequence
+from typing import Literal
 
 from layer_surgery.records import SpectrumMetric, SpectrumRecord
 
@@ -12,9 +13,14 @@ MAX_POINTS = 48
 
 
 def spectrum_record(
-    layer: int, linear: str, metric: SpectrumMetric, values: Sequence[float], kept: Kept
+    layer: int,
+    linear: str,
+    metric: SpectrumMetric,
+    values: Sequence[float],
+    kept: Kept,
+    units: Literal["", "channels", "heads"] = "",
 ) -> SpectrumRecord:
-    """Return what a report keeps of all singular values of a linear, in descending order."""
+    """Return what a report keeps of all singular values of a linear, in descending order; or of its `units`."""
     leading = isinstance(kept, int)
     chosen = set(range(kept)) if isinstance(kept, int) else set(kept)
     shown = log_spaced(len(values), MAX_POINTS)
@@ -30,6 +36,7 @@ def spectrum_record(
         components=[index + 1 for index in shown],
         values=[float(f"{values[index]:.4g}") for index in shown],
         kept=[] if leading else [index in chosen for index in shown],
+        units=units,
     )
 
 

@@ -78,13 +78,9 @@ def importance(report: SurgeryReport) -> Plot:
 
 
 def kept_ranks(report: SurgeryReport) -> Plot:
-    """Return a table of ranks and channels, shaded by the share of all (of the largest where that is not known)."""
+    """Return a table of ranks, channels and heads, shaded by the share of all (or of the largest)."""
     layers, linears = report.plan.smaller, kept_columns(report.plan)
-    full = {(record.layer, record.linear): record.total for record in report.spectra}
-    for layer in layers:  # the spectrum of an output projection that has no rank is that of the channels before it
-        totals = [total for (index, name), total in full.items() if index == layer.index and name not in layer.ranks]
-        if totals:
-            full[layer.index, "channels"] = totals[0]
+    full = {(record.layer, record.units or record.linear): record.total for record in report.spectra}
     largest = max(kept for layer in layers for kept in layer.kept.values())
     known = all((layer.index, name) in full for layer in layers for name in layer.kept)
     shades = {
@@ -116,7 +112,7 @@ def kept_ranks(report: SurgeryReport) -> Plot:
         axes.spines[:].set_visible(False)
 
     measure = "all that there are" if known else "the largest number"
-    what = "ranks and channels" if "channels" in linears else "ranks"
+    what = " and ".join(["ranks", *(name for name in ("channels", "heads") if name in linears)])
     return draw(
         "ranks",
         f"{what.capitalize()} that were kept",

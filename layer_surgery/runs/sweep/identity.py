@@ -37,7 +37,7 @@ def sweep_identity(
         "--remove": config.remove,
         "--refit-scope": config.refit_scope,
         "--refit-general": config.refit_general,
-        "--components": sorted(config.components),
+        "--components": None if config.components is None else sorted(config.components),
         "--multiple": config.multiple,
         "--uniform": config.uniform,
         "--distance": config.distance,

@@ -30,7 +30,7 @@ class Measuring:
         start, failures = time.perf_counter(), len(self.evaluator.failures)
         try:
             with self.bench.own_scratch("point") as bench:
-                planning = Planning(config, bench.session.checkpoint)
+                planning = Planning(config, bench.session.checkpoint, bench.session.device)
                 scope = planning.refit_scope
                 scores = bench.scores(
                     config.scorer,

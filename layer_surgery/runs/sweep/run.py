@@ -81,7 +81,9 @@ class _Sweep:
     ) -> Self:
         """Make every check that there is, and begin with what is known already."""
         without_texts = attrs.evolve(config, continuations=0, prompts=())
-        scopes = [Planning(compress_config(config, point), session.checkpoint).refit_scope for point in points]
+        scopes = [
+            Planning(compress_config(config, point), session.checkpoint, session.device).refit_scope for point in points
+        ]
         tokens = session.calibration_tokens(config)
         refitted = any(scope is not None for scope in scopes)
         general = general_text(session, tokens, config.refit_general) if refitted else None

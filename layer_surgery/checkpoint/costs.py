@@ -8,7 +8,7 @@ memory nor time, and no formula here has to know about any of them.
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from layer_surgery.checkpoint.open import Checkpoint, build_skeleton
 
 _LOG = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -37,12 +38,19 @@ class TokenCosts:
 def token_costs(checkpoint: Checkpoint, context: int) -> TokenCosts:
     """Count what one more token behind `context` tokens costs."""
 
-    cache_bytes = _first_that_runs(checkpoint, lambda model: _cache_bytes(model, 2) - _cache_bytes(model, 1))
-    return TokenCosts(cache_bytes, _first_that_runs(checkpoint, lambda model: _flops(model, context)))
+    cache_bytes = cache_bytes_by_layer(checkpoint)
+    flops = _first_that_runs(checkpoint, lambda model: _flops(model, context))
+    return TokenCosts(None if cache_bytes is None else sum(cache_bytes), flops)
+
+
+def cache_bytes_by_layer(checkpoint: Checkpoint) -> list[int] | None:
+    """Count what one more token adds to the KV cache of each layer; None where that cannot be counted."""
+    both = _first_that_runs(checkpoint, lambda model: (_cache_bytes(model, 1), _cache_bytes(model, 2)))
+    return None if both is None else [two - one for one, two in zip(*both, strict=True)]
 
 
 @torch.no_grad()
-def _first_that_runs(checkpoint: Checkpoint, count: Callable[[PreTrainedModel], int]) -> int | None:
+def _first_that_runs(checkpoint: Checkpoint, count: Callable[[PreTrainedModel], T]) -> T | None:
     """Count with attention spelled out as products, else as the model has it; None if it cannot run like this."""
     for attention in ("eager", None):
         try:
@@ -63,10 +71,10 @@ def _run(model: PreTrainedModel, length: int, cache: Any = None) -> Any:
     return model(input_ids=ids, use_cache=True, past_key_values=cache, logits_to_keep=1).past_key_values
 
 
-def _cache_bytes(model: PreTrainedModel, length: int) -> int:
-    """Return the bytes of all tensors of the cache behind `length` tokens."""
+def _cache_bytes(model: PreTrainedModel, length: int) -> list[int]:
+    """Return the bytes of all tensors of the cache behind `length` tokens, layer by layer."""
     layers = [tree_leaves(vars(layer)) for layer in _run(model, length).layers]
-    return sum(tensor.nbytes for layer in layers for tensor in layer if isinstance(tensor, Tensor))
+    return [sum(tensor.nbytes for tensor in layer if isinstance(tensor, Tensor)) for layer in layers]
 
 
 def _flops(model: PreTrainedModel, context: int) -> int:

@@ -14,9 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from layer_surgery.checkpoint.architectures import ARCHITECTURES
+from layer_surgery.checkpoint.costs import TokenCosts, token_costs
 from layer_surgery.checkpoint.open import open_checkpoint
 from layer_surgery.evaluation import costs
-from layer_surgery.evaluation.costs import TokenCosts, token_costs
 
 
 def model_of(model_type: str) -> PreTrainedModel:
