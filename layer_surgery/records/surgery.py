@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from layer_surgery.records.evaluation import Comparison, Continuation, EvaluationResult, StageFailure
+from layer_surgery.records.evaluation import Comparison, Continuation, EvaluationResult, Interval, StageFailure
 from layer_surgery.records.plan import SurgeryPlan
 
 #: Raised whenever what `surgery.json` holds changes; 1 had no spectra, 2 no channels and nested settings.
@@ -79,6 +79,8 @@ class SurgeryReport:
     provenance: dict[str, Any]
     spectra: list[SpectrumRecord] = field(default_factory=list)
     """Of every linear that a method cut down by a decomposition."""
+    expected: Interval | None = None
+    """Rise of the loss, nats per token, that is to be expected after the refit on text like the calibration data."""
     output: str | None = None  #: Directory of the saved checkpoint; None for a dry run. Not part of `surgery.json`.
     schema_version: int = REPORT_SCHEMA_VERSION
 

@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
-from layer_surgery.records.evaluation import Comparison, EvaluationResult, SpeedPoint, StageFailure
+from layer_surgery.records.evaluation import Comparison, EvaluationResult, Interval, SpeedPoint, StageFailure
 from layer_surgery.records.plan import SurgeryPlan
 from layer_surgery.records.surgery import LayerScores
 
@@ -46,6 +46,7 @@ class SweepPoint(SweepSettings):
     layers: list[int] = field(default_factory=list)  #: Layers that were operated on.
     parameters: int | None = None
     predicted_loss_rise: float | None = None  #: As in `SurgeryPlan`.
+    expected: Interval | None = None  #: As in `SurgeryReport`.
     perplexity_ratio: float | None = None
     """Perplexity divided by the original's: the geometric mean over the texts. It is the quality in `fronts`."""
     prefill_speed: float | None = None

@@ -19,6 +19,7 @@ from layer_surgery.records import (
 )
 from layer_surgery.records.sweep import SweepReport
 from layer_surgery.reporting.derived import changed_layers, kept_columns
+from layer_surgery.reporting.formats import with_interval
 from layer_surgery.reporting.measurements import measurement_tables
 from layer_surgery.reporting.sentences import best_sentence, failed_points
 from layer_surgery.reporting.sweep_table import LEGEND, TEXT_COLUMNS, sweep_table
@@ -135,17 +136,18 @@ def _print_measurements(
 
 def _print_prediction(console: Console, report: SurgeryReport) -> None:
     """Print the predicted rise of the loss beside the measured one."""
-    predicted = report.plan.predicted_loss_rise
-    if predicted is None or not report.before.perplexity:
+    predicted, expected = report.plan.predicted_loss_rise, report.expected
+    if (predicted is None and expected is None) or not report.before.perplexity:
         return
     measured = ", ".join(
         f"{math.log(report.after.perplexity[name].value / before.value):+.3f} on {escape(name)}"
         for name, before in report.before.perplexity.items()
     )
-    refit = ", before the refit" if report.refit else ""
-    console.print(
-        f"loss (nats per token): predicted {predicted:+.3f} on the calibration data{refit}; measured {measured}"
-    )
+    if expected is not None:
+        said = f"expected after the refit {with_interval(expected, '+.3f')} on text like the calibration data"
+    else:
+        said = f"predicted {predicted:+.3f} on the calibration data"
+    console.print(f"loss (nats per token): {said}; measured {measured}", highlight=False)
 
 
 def _print_continuations(console: Console, continuations: list[Continuation], titles: tuple[str, str]) -> None:

@@ -20,7 +20,17 @@ from layer_surgery.config import BudgetConfig, CalibrationConfig, SearchConfig
 from layer_surgery.data import load_documents, pack_evaluation
 from layer_surgery.data.tokens import PackedTokens
 from layer_surgery.errors import UserError
-from layer_surgery.records import LayerPlan, LayerScores, Part, RefitRecord, RefitScope, SpectrumRecord, SurgeryPlan
+from layer_surgery.evaluation.expected import expected_rise
+from layer_surgery.records import (
+    Interval,
+    LayerPlan,
+    LayerScores,
+    Part,
+    RefitRecord,
+    RefitScope,
+    SpectrumRecord,
+    SurgeryPlan,
+)
 from layer_surgery.runs.session import Session
 from layer_surgery.scoring import SCORERS, ScoringContext
 from layer_surgery.surgeon import METHODS, SurgeryContext
@@ -43,6 +53,7 @@ class Result:
     plan: SurgeryPlan  #: As carried out.
     checkpoint: Checkpoint
     refitted: list[RefitRecord] = field(default_factory=list)
+    expected: Interval | None = None  #: Rise of the loss that a refit leaves on text like the calibration data.
     spectra: list[SpectrumRecord] = field(default_factory=list)
 
 
@@ -140,9 +151,10 @@ class Bench:
             if self.general is not None:
                 walks.append(stack.enter_context(Walk(self.model, self.general, session.settings)))
             refitted = FactorStore(session.new_scratch("refitted"), session.checkpoint.dtype)
-            records = refit(plan, walks, session.stream(checkpoint), refitted, refit_scope, rows)
+            found = refit(plan, walks, session.stream(checkpoint), refitted, refit_scope, rows)
         checkpoint = result_checkpoint(session.checkpoint, plan, factors, refitted)
-        return Result(plan=plan, checkpoint=checkpoint, refitted=records, spectra=spectra)
+        expected = expected_rise(found.before, found.after, session.runtime.seed)
+        return Result(plan=plan, checkpoint=checkpoint, refitted=found.records, spectra=spectra, expected=expected)
 
     @contextmanager
     def own_scratch(self, name: str) -> Iterator[Bench]:

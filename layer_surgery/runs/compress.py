@@ -103,6 +103,7 @@ def run_compress(model: Model, config: CompressConfig, *, known_scores: LayerSco
             plan=result.plan,
             scores=scores,
             refit=result.refitted,
+            expected=result.expected,
             spectra=result.spectra,
             before=evaluator.result("before"),
             after=evaluator.result("after"),

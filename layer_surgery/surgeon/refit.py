@@ -27,7 +27,7 @@ from layer_surgery.walk.boundaries import Boundary
 from layer_surgery.walk.moments import rows_of
 from layer_surgery.walk.rehearsal import LayerCall, Rehearsal
 from layer_surgery.walk.streamed import StreamedModel
-from layer_surgery.walk.walk import Walk
+from layer_surgery.walk.walk import Losses, Walk
 
 #: Fewest windows that a refit makes sense with: some are held out.
 LEAST_WINDOWS = 4
@@ -53,6 +53,15 @@ class _Track:
         return torch.arange(self.first_window + rows.start, self.first_window + rows.stop) % every == every - 1
 
 
+@dataclass(frozen=True)
+class Refit:
+    """What a refit has solved, and what is left of the loss's rise on the tokens that it looked at."""
+
+    records: list[RefitRecord]
+    before: Losses  #: Of the original, on the calibration tokens (the first walk's).
+    after: Losses  #: Of the result, on the same.
+
+
 def refit(
     plan: SurgeryPlan,
     walks: Sequence[Walk],
@@ -60,12 +69,12 @@ def refit(
     refitted: FactorStore,
     scope: RefitScope,
     rows: Mapping[int, Mapping[str, Tensor]] | None = None,
-) -> list[RefitRecord]:
+) -> Refit:
     """Write re-solved tensors, by the original's layer indices, to `refitted`; return what was solved.
 
     Args:
         plan: what was done.
-        walks: over the original.
+        walks: over the original; the first is over the calibration tokens.
         result: the model that the surgery gave; its layers are changed while they pass.
         refitted: where the tensors go.
         scope: `operated` touches layers that the plan makes smaller; `all` also the layer before a removed run and
@@ -101,7 +110,10 @@ def refit(
                 with result.layer(position) as layer:
                     _step(layer, position, tracks, calls)
             advance()
-    return records
+        first = tracks[0]
+        before = first.walk.losses(first.walk.boundary(original.layer_count))
+        result_losses = first.walk.losses(first.room) if first.differs else before
+    return Refit(records, before, result_losses)
 
 
 def check_windows(windows: int) -> None:

@@ -82,7 +82,8 @@ def pricing_of(
 ) -> Pricing:
     """Return the prices of a checkpoint's parts in the resources that are `limited`.
 
-    Operations are counted behind `context` tokens. Time is measured on `device` in `dtype`, now: two runs may come to different plans. Raises `PlanError` for what
+    Operations are counted behind `context` tokens.
+    Time is measured on `device` in `dtype`, now: two runs may come to different plans. Raises `PlanError` for what
     cannot be counted for this architecture.
     """
     totals: dict[str, float] = {}

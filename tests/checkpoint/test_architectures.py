@@ -32,7 +32,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.pytorch_utils import Conv1D
 
 import layer_surgery
-from layer_surgery.calibration.channels import mlp_channels
+from layer_surgery.calibration.units import attention_heads, mlp_channels
 from layer_surgery.checkpoint.architectures import ARCHITECTURES, Architecture, base_model_type
 from layer_surgery.checkpoint.open import open_checkpoint
 from layer_surgery.checkpoint.recognition import architecture_of
@@ -41,9 +41,11 @@ from layer_surgery.records import LayerPlan, SurgeryPlan
 from layer_surgery.walk.self_check import check_survivors, check_walk
 from layer_surgery.walk.walk import Walk
 
+#: What can be cut in a layer, and the families that have nothing of it: every MLP is made of experts; queries, keys and
+#: values are one matrix, or the attention knows how many heads it has, or has something that goes by the head.
+UNITS = {"channels": mlp_channels, "heads": attention_heads}
+WITHOUT = {"channels": ("gpt_oss", "mixtral"), "heads": ()}
 #: Layer 0 and another, so that what is left is renumbered and does not follow the pattern.
-#: Families of which every MLP is made of experts, or has none that can be told.
-WITHOUT_CHANNELS = ("gpt_oss", "mixtral")
 REMOVED = [0, 3]
 TOKENS = packed_tokens(3, 12)
 #: Matrices that are kept whole: routers and gates.
@@ -320,31 +322,33 @@ def test_a_low_rank_model_has_the_architecture_of_its_base(tmp_path: Path) -> No
     assert architecture_of(checkpoint.skeleton) is ARCHITECTURES["llama"]
 
 
-# Fewer channels
+# Fewer channels, fewer heads
 
 
 @torch.no_grad()
-def test_an_mlp_with_fewer_channels_is_the_same_with_the_others_at_zero(family: Family, tmp_path: Path) -> None:
-    base = open_checkpoint(family.path)
-    index = next((i for i, layer in enumerate(base.layers) if mlp_channels(layer, base.architecture)), None)
-    if index is None:
-        assert family.model_type in WITHOUT_CHANNELS
+@pytest.mark.parametrize("kind", ["channels", "heads"])
+def test_a_layer_with_fewer_units_is_the_same_with_the_others_at_zero(
+    family: Family, kind: str, tmp_path: Path
+) -> None:
+    base, units_of = open_checkpoint(family.path), UNITS[kind]
+    found = [units_of(layer, base.architecture) for layer in base.layers]
+    index, units = next(((i, units) for i, units in enumerate(found) if units and units.count > 1), (0, None))
+    assert (units is None) == (family.model_type in WITHOUT[kind])
+    if units is None:
         return
-    assert family.model_type not in WITHOUT_CHANNELS
-    channels = mlp_channels(base.layers[index], base.architecture)
-    assert channels is not None
     layers = [LayerPlan(index=i, action="keep") for i in range(base.layer_count)]
-    layers[index] = LayerPlan(index=index, action="reduce", channels=channels.width // 2)
+    layers[index] = LayerPlan(index=index, action="reduce", **{kind: units.count // 2})
     plan = SurgeryPlan(method="mix", target_layers=base.layer_count - 1, layers=layers)
     rows: dict[int, dict[str, torch.Tensor]] = {}
     output = saved_result(plan, base, tmp_path / "output", tokens=TOKENS, dtype=base.dtype, ranks_fixed=True, rows=rows)
     narrow, info = load_stock(output, trust_remote_code=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
-    kept = rows[index][next(iter(channels.feeding))][: channels.width // 2]
+    first = next(iter(units.feeding))
+    kept = rows[index][first][: len(rows[index][first]) // units.feeding[first].parts]
     assert kept.tolist() == sorted(set(kept.tolist()))  # the order in which the output projection has its columns
-    prefix = f"{family.entry.layers}.{index}.{channels.output}"
+    prefix = f"{family.entry.layers}.{index}.{units.output}"
     small = narrow.get_submodule(prefix).weight
-    assert tuple(small.shape) == (base.layers[index].get_submodule(channels.output).weight.shape[0], len(kept))
+    assert tuple(small.shape) == (base.layers[index].get_submodule(units.output).weight.shape[0], len(kept))
     wide, _ = load_stock(family.path)
     projection = wide.get_submodule(prefix)
     transposed = projection.weight.T if isinstance(projection, Conv1D) else projection.weight
@@ -353,7 +357,8 @@ def test_an_mlp_with_fewer_channels_is_the_same_with_the_others_at_zero(family: 
     assert largest_difference(logits_of(narrow), logits_of(wide)) < family.tolerance
     assert largest_difference(logits_of(narrow), logits_of(family.model)) > 100 * family.tolerance
     assert sum(p.numel() for p in narrow.parameters()) == open_checkpoint(output).parameters
-    assert base.parameters - open_checkpoint(output).parameters == channels.price * (channels.width - len(kept))
+    gone = units.count - units.count // 2
+    assert base.parameters - open_checkpoint(output).parameters == units.price * gone
     dense = tmp_path / "dense"
     layer_surgery.export_dense(output, dense)
     plain, info = load_stock(dense)

@@ -30,7 +30,9 @@ def loss(report: SurgeryReport) -> Iterator[Plot]:
     bars = [
         _Bar(plain_label(f"measured: {name}"), rise.value, VERMILLION, interval=rise) for name, rise in rises.items()
     ]
-    predicted = report.plan.predicted_loss_rise
+    predicted, expected = report.plan.predicted_loss_rise, report.expected
+    if expected is not None:
+        bars.insert(0, _Bar("expected after the refit", expected.value, BLUE, "\\\\", interval=expected))
     if predicted is not None:
         label = "predicted, before the refit" if report.refit else "predicted"
         bars.insert(0, _Bar(label, predicted, BLUE, "////"))
@@ -39,6 +41,8 @@ def loss(report: SurgeryReport) -> Iterator[Plot]:
     values = [f"{b.value:+.4f}" if b.interval is None else with_interval(b.interval, "+.4f") for b in bars]
     note = "The prediction is for the calibration data"
     note += ", before the refit that then took a part of it back. " if report.refit else ". "
+    if expected is not None:
+        note += "What is expected after it is for text like the calibration data. "
     yield draw(
         "loss",
         "Rise of the loss" + ("" if predicted is None else ": predicted and measured"),

@@ -71,6 +71,7 @@ class Measuring:
             layers=[layer.index for layer in plan.operated],
             parameters=after.parameters,
             predicted_loss_rise=plan.predicted_loss_rise,
+            expected=result.expected,
             perplexity_ratio=perplexity_ratio(before, after),
             **speeds,
             plan=plan,
