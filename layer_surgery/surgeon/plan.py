@@ -228,11 +228,6 @@ def plan_to_search(
     _check_linears(shape, chosen)
     if bound == shape.parameters - parameters and not bounds:
         return make_plan(shape, sorted(chosen), budget, method)
-    if bound < shape.parameters - parameters:
-        raise PlanError(
-            f"the budget of {bound:,} parameters cannot be reached: the layers that stay whole, embeddings and head "
-            f"take {shape.parameters - parameters:,}; lower --target-layers, or raise the budget."
-        )
     layers = [LayerPlan(index=i, action="reduce" if i in chosen else "keep") for i in range(len(shape.layers))]
     return replace(_plan(method, layers, bound, bound), bounds=dict(bounds))
 
@@ -251,7 +246,7 @@ def parameter_bound(budget: BudgetConfig, shape: ModelShape, operated: int) -> i
     """Return how many parameters the result may have; `operated` are now in layers that change."""
     total = shape.parameters
     if budget.target_size is not None:
-        return min(total, total - -(-(shape.size_bytes - budget.target_size) // shape.itemsize))
+        return max(0, min(total, total - -(-(shape.size_bytes - budget.target_size) // shape.itemsize)))
     if budget.target_parameters is None and budget.keep is None and budget.other_targets:
         return total
     if budget.target_parameters is None:

@@ -44,7 +44,13 @@ from layer_surgery.walk.walk import Walk
 #: What can be cut in a layer, and the families that have nothing of it: every MLP is made of experts; queries, keys and
 #: values are one matrix, or the attention knows how many heads it has, or has something that goes by the head.
 UNITS = {"channels": mlp_channels, "heads": attention_heads}
-WITHOUT = {"channels": ("gpt_oss", "mixtral"), "heads": ()}
+WITHOUT = {
+    "channels": ("gpt_oss", "mixtral"),
+    "heads": (
+        *("bloom", "cohere", "deepseek_v3", "falcon", "gpt2", "gpt_neo", "gpt_neox", "gpt_oss", "gptj", "mpt", "olmo2"),
+        *("olmo3", "opt", "phi3", "qwen3_5_text", "qwen3_next", "stablelm"),
+    ),
+}
 #: Layer 0 and another, so that what is left is renumbered and does not follow the pattern.
 REMOVED = [0, 3]
 TOKENS = packed_tokens(3, 12)

@@ -1,4 +1,4 @@
-"""The method `mix`: one search over channels and singular vectors, from a directory to a directory."""
+"""The method `mix`: one search over all kinds of components, under any budgets, from a directory to a directory."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from typing import Any
 import pytest
 import torch
 from tiny_checkpoints import listing, load_stock, logits, model_with_vocabulary, saved_model, tensors_of, text_file
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 import layer_surgery
 from layer_surgery import SurgeryReport
 from layer_surgery.checkpoint.open import open_checkpoint
+from layer_surgery.config import COMPONENTS, DEFAULT_COMPONENTS
 from layer_surgery.errors import PlanError, UserError
 from layer_surgery.records import SurgeryPlan
+from layer_surgery.surgeon.components import KINDS
 
 IDS = torch.randint(3, 300, (2, 12), generator=torch.Generator().manual_seed(1))
 
@@ -167,14 +169,24 @@ def test_a_result_can_be_made_smaller_again(
     ("changes", "error", "message"),
     [
         ({"method": "svd"}, PlanError, "--method svd works on a number of layers; give --target-layers or --layers"),
-        ({"remove": "mlp"}, PlanError, "--remove mlp needs a number of layers"),
-        ({"method": "mix", "remove": "mlp", "layers": [1]}, PlanError, "--method mix works on whole layers"),
+        ({"target_parameters": 0.2}, PlanError, "cannot be reached by cutting channels, singular in multiples of 4"),
         (
-            {"target_parameters": 0.2},
+            {"target_kv_cache": 0.7, "components": "channels"},
             PlanError,
-            r"cannot be reached by cutting channels and singular in multiples of 4",
+            "budget of --target-kv-cache 0.7 cannot be reached by cutting channels in multiples of 4; the smallest is 1;",
         ),
-        ({"components": "channel"}, UserError, "--components is 'channel'; allowed: one or both of channels, singular"),
+        (
+            {"layers": [1], "target_parameters": None, "target_flops": 0.3},
+            PlanError,
+            "--target-flops 0.3 cannot be reached by cutting channels, singular in multiples of 4; the smallest is 0.",
+        ),
+        ({"layers": [1], "target_parameters": 0.1}, PlanError, "cannot be reached by cutting channels, singular in"),
+        ({"layers": [1], "method": "fisher", "target_flops": 0.9}, PlanError, "--target-flops needs a method that"),
+        ({"layers": [1], "uniform": True}, PlanError, "--uniform gives all layers one width, so all take part"),
+        ({"target_size": 10**6}, PlanError, "--target-size and --target-parameters are the same budget in two units"),
+        ({"target_kv_cache": 0}, PlanError, "--target-kv-cache is 0; allowed: a fraction above 0, up to 1"),
+        ({"target_time": 1.5}, PlanError, "--target-time is 1.5; allowed"),
+        ({"components": "channel"}, UserError, "--components is 'channel'; allowed: some of channels, singular, heads"),
         ({"components": []}, UserError, "--components is ''"),
         ({"components": "singular", "uniform": True}, UserError, "--uniform cuts channels, which --components leaves"),
         ({"multiple": 0}, UserError, "--multiple is 0; allowed: 1 or more"),
@@ -197,6 +209,91 @@ def test_the_smallest_budget_that_an_error_names_is_reached(model: Path, options
     assert report.after.parameters <= least * report.before.parameters
 
 
+# Other budgets
+
+
+def test_a_kv_cache_budget_is_met_by_heads(model: Path, options: dict[str, Any], tmp_path: Path) -> None:
+    output = tmp_path / "output"
+    report = layer_surgery.compress(
+        model, output, target_kv_cache=0.6, **options | {"components": ["heads", "singular"]}
+    )
+    assert report.plan.parameter_bound == report.before.parameters and report.plan.bounds.keys() == {"kv_cache_bytes"}
+    before, after = (result.kv_cache_bytes_per_token for result in (report.before, report.after))
+    assert before is not None and after is not None and 0.35 * before < after <= 0.6 * before
+    assert {layer.heads for layer in report.plan.smaller} == {1} and len(report.plan.smaller) == 4
+    stock, info = AutoModelForCausalLM.from_pretrained(output, trust_remote_code=True, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    assert torch.equal(logits(stock, IDS), logits(layer_surgery.load(output), IDS))
+    with_cache, without = (
+        stock.generate(IDS[:1], max_new_tokens=6, do_sample=False, use_cache=cache) for cache in (True, False)
+    )
+    assert torch.equal(with_cache, without)
+    cache = stock(IDS, use_cache=True).past_key_values
+    assert [layer.keys.shape[1] for layer in cache.layers] == [layer.heads or 2 for layer in report.plan.layers]
+    dense, _ = load_stock(layer_surgery.export_dense(output, tmp_path / "dense").output)
+    assert float((logits(dense, IDS) - logits(stock, IDS)).abs().max()) < 1e-5
+
+
+def test_by_default_a_kv_cache_budget_removes_whole_attentions_where_heads_do_not_do(
+    model: Path, options: dict[str, Any]
+) -> None:
+    report = layer_surgery.compress(model, dry_run=True, target_kv_cache=0.2, refit=False, **options)
+    gone = [layer.index for layer in report.plan.layers if layer.ranks.get("self_attn.o_proj") == 0]
+    assert gone and report.after.kv_cache_bytes_per_token <= 0.2 * report.before.kv_cache_bytes_per_token
+
+
+def test_budgets_of_operations_and_parameters_are_met_together(model: Path, options: dict[str, Any]) -> None:
+    both = {"target_flops": 0.85, "target_parameters": 0.8}
+    for budgets in (both, {"target_flops": 0.85}, {"target_flops": 0.85, "layers": [1, 2, 3]}):
+        report = layer_surgery.compress(model, dry_run=True, refit=False, **budgets, **options)
+        flops = report.after.flops_per_token / report.before.flops_per_token
+        assert 0.7 < flops <= 0.85 and report.after.parameters <= report.plan.parameter_bound
+        if "layers" in budgets:
+            assert report.plan.layers[0].action == "keep"
+        else:
+            assert (report.plan.parameter_bound < report.before.parameters) == (budgets == both)
+
+
+def test_a_budget_of_bytes_is_that_of_the_saved_tensors(model: Path, options: dict[str, Any], tmp_path: Path) -> None:
+    size = int(0.9 * open_checkpoint(model).size_bytes)
+    report = layer_surgery.compress(model, tmp_path / "output", target_size=size, refit=False, **options)
+    saved = sum(tensor.nbytes for tensor in tensors_of(tmp_path / "output").values())
+    assert size - 4 * 4 * 3 * 32 < saved <= size and report.after.size_bytes == saved
+
+
+def test_a_budget_of_time_finds_something_that_is_measured_to_be_faster(model: Path, options: dict[str, Any]) -> None:
+    report = layer_surgery.compress(model, dry_run=True, target_time=0.7, refit=False, **options)
+    # Products this small take as long as their call, so what saves time is to make fewer of them.
+    assert report.plan.bounds["milliseconds"] > 0 and report.plan.smaller
+    assert any(rank == 0 for layer in report.plan.smaller for rank in layer.ranks.values())
+
+
+def test_a_part_of_the_layers_may_be_all_that_is_cut(model: Path, options: dict[str, Any]) -> None:
+    for part, linear in (("mlp", "self_attn.o_proj"), ("attention", "mlp.down_proj")):
+        plan = layer_surgery.compress(
+            model, dry_run=True, layers=[1, 2], remove=part, keep=0.5, refit=False, **options
+        ).plan
+        assert {layer.index for layer in plan.smaller} == {1, 2} and plan.parameters <= plan.parameter_bound
+        assert not any(linear in layer.ranks for layer in plan.layers)
+        assert any(layer.channels for layer in plan.layers) == (part == "mlp")
+
+
+def test_a_kind_that_no_layer_has_is_refused(options: dict[str, Any], tmp_path: Path) -> None:
+    config = GPT2Config(vocab_size=320, n_positions=64, n_embd=32, n_layer=3, n_head=4)
+    model = saved_model(tmp_path / "gpt2", model=GPT2LMHeadModel(config))
+    with pytest.raises(PlanError, match="--components heads: none of the chosen layers has key/value heads"):
+        layer_surgery.compress(model, dry_run=True, target_parameters=0.9, **options | {"components": ["heads"]})
+
+
+def test_the_kinds_are_those_that_the_options_name() -> None:
+    assert tuple(KINDS.names) == COMPONENTS and set(DEFAULT_COMPONENTS) <= set(COMPONENTS)
+
+
+def test_what_is_expected_after_a_refit_has_an_interval(whole_model: tuple[Path, SurgeryReport]) -> None:
+    expected = whole_model[1].expected
+    assert expected is not None and expected.low <= expected.value <= expected.high and expected.pairs == 12
+
+
 Edit = Callable[[dict[str, Any]], None]
 
 
@@ -206,7 +303,12 @@ Edit = Callable[[dict[str, Any]], None]
         (lambda layer: layer.update(channels=0), "0 channels; allowed: a whole number from 1 on, with reduce only"),
         (lambda layer: layer.update(channels=True), "True channels; allowed"),
         (lambda layer: layer.update(action="keep"), "action 'keep' and 8 channels"),
-        (lambda layer: layer.update(channels=None, ranks={}), "action 'reduce', but neither ranks nor channels"),
+        (
+            lambda layer: layer.update(channels=None, ranks={}),
+            "action 'reduce', but neither ranks nor channels nor heads",
+        ),
+        (lambda layer: layer.update(heads=3), "keeps 3 heads, but its attention has 2"),
+        (lambda layer: layer.update(heads=1, ranks={"self_attn.o_proj": 3}), "heads and a rank for 'self_attn.o_proj'"),
         (lambda layer: layer.update(channels=41), "keeps 41 channels, but its MLP has 40"),
         (lambda layer: layer.update(ranks={"mlp.up_proj": 3}), "channels and a rank for 'mlp.up_proj'"),
     ],
@@ -225,5 +327,5 @@ def test_plans_with_impossible_channels_are_refused(
 def test_a_plan_with_channels_asks_for_the_method_that_makes_them(model: Path, options: dict[str, Any]) -> None:
     data = {"layers": [{"index": index, "action": "keep"} for index in range(4)]}
     data["layers"][1] = {"index": 1, "action": "reduce", "channels": 8}
-    with pytest.raises(PlanError, match="layers with fewer channels, which --method mix makes"):
+    with pytest.raises(PlanError, match="layers with fewer channels or heads, which --method mix makes"):
         layer_surgery.compress(model, dry_run=True, plan=data, method="fisher", **options)
