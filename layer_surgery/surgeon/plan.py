@@ -225,9 +225,9 @@ def plan_to_search(
     """
     parameters = sum(shape.layers[index].parameters for index in chosen)
     bound = parameter_bound(budget, shape, parameters)
-    _check_linears(shape, chosen)
     if bound == shape.parameters - parameters and not bounds:
         return make_plan(shape, sorted(chosen), budget, method)
+    _check_linears(shape, chosen)
     layers = [LayerPlan(index=i, action="reduce" if i in chosen else "keep") for i in range(len(shape.layers))]
     return replace(_plan(method, layers, bound, bound), bounds=dict(bounds))
 

@@ -70,7 +70,7 @@ def test_report_on_disk_is_strict_json_with_all_its_fields(compressed: Result) -
     assert report["schema_version"] == REPORT_SCHEMA_VERSION
     assert len(report["base_model"]["sha256"]) == 64
     assert report["plan"]["target_layers"] == 3
-    assert all(layer.keys() == {"index", "action", "ranks", "channels"} for layer in report["plan"]["layers"])
+    assert all(layer.keys() == {"index", "action", "ranks", "channels", "heads"} for layer in report["plan"]["layers"])
     assert [layer["index"] for layer in report["plan"]["layers"]] == [0, 1, 2, 3, 4]
     assert report["scores"]["scorer"] == "fisher"
     assert len(report["scores"]["values"]) == 5
@@ -287,9 +287,10 @@ def test_the_default_method_refits_and_says_what_it_gained(model: Path, tmp_path
     options = {name: value for name, value in options.items() if name != "method"}
     layer_surgery.compress(model, tmp_path / "output", **options)
     report = read_report(tmp_path / "output")
-    assert report["plan"]["method"] == "fisher" and report["plan"]["refit"] == "all"
+    assert report["plan"]["method"] == "mix" and report["plan"]["refit"] == "all"
     assert "refit" in report["timings"]
-    first = min(layer["index"] for layer in report["plan"]["layers"] if layer["action"] == "low_rank")
+    first = min(layer["index"] for layer in report["plan"]["layers"] if layer["action"] in ("low_rank", "reduce"))
+    assert report["expected"]["low"] <= report["expected"]["value"] <= report["expected"]["high"]
     assert {record["layer"] for record in report["refit"]} == set(range(first, 5))
     for record in report["refit"]:
         assert record.keys() == {"layer", "linear", "ridge", "error_before", "error_after"}
