@@ -10,7 +10,7 @@ tend to err on the same tokens, so that K_ij is positive and they cost more toge
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,8 @@ from layer_surgery.walk.walk import Walk
 
 #: Fractions of a layer's parameters kept at which costs are measured; 0 is the layer removed.
 LEVELS = (0.0, 0.1, 0.3)
+#: Fraction of an attention or MLP kept at which it is measured how errors of such parts meet.
+PART_LEVEL = 0.5
 #: Measured on one sequence in four, if there are at least this many.
 _MANY_SEQUENCES = 32
 
@@ -31,6 +33,25 @@ class Couplings:
 
     layers: list[int] = field(default_factory=list)
     matrices: list[list[list[float]]] = field(default_factory=list)
+    parts: list[str] = field(default_factory=list)  #: Attentions and MLPs, as "3 mlp".
+    part_matrix: list[list[float]] = field(default_factory=list)  #: K of these, at `PART_LEVEL`.
+
+    def correlations(self, names: Sequence[str]) -> list[list[float]] | None:
+        """Return how far the errors of parts meet at the same tokens, -1 to 1, for each pair of these parts.
+
+        None if one of them was not measured. A part whose cut changes nothing is correlated with none.
+        """
+        positions = {name: number for number, name in enumerate(self.parts)}
+        if not set(names) <= set(positions):
+            return None
+        chosen = [positions[name] for name in names]
+        norms = {k: self.part_matrix[k][k] ** 0.5 for k in chosen}
+
+        def entry(i: int, j: int) -> float:
+            both = norms[i] * norms[j]
+            return 1.0 if i == j else self.part_matrix[i][j] / both if both else 0.0
+
+        return [[entry(i, j) for j in chosen] for i in chosen]
 
     def between(self, keep: float) -> dict[tuple[int, int], float]:
         """Return K for a fraction kept, linearly between the levels; at 1 (and above: factors may be larger than what
@@ -61,10 +82,10 @@ class Couplings:
             [[factors[i] * value * factors[j] for j, value in enumerate(row)] for i, row in enumerate(matrix)]
             for matrix in self.matrices
         ]
-        return Couplings(self.layers, matrices)
+        return replace(self, matrices=matrices)
 
     def to_dict(self) -> dict[str, Any]:
-        return {"layers": self.layers, "levels": list(LEVELS), "matrices": self.matrices}
+        return {**asdict(self), "levels": list(LEVELS)}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Couplings:
@@ -73,7 +94,13 @@ class Couplings:
         square = all(len(m) == len(layers) and all(len(row) == len(layers) for row in m) for m in matrices)
         if tuple(data["levels"]) != LEVELS or len(matrices) != len(LEVELS) or not square:
             raise ValueError("the couplings are not what this release writes")
-        return cls(layers, [[[float(value) for value in row] for row in matrix] for matrix in matrices])
+        *found, part_matrix = [
+            [[float(value) for value in row] for row in matrix] for matrix in (*matrices, data["part_matrix"])
+        ]
+        parts = [str(name) for name in data["parts"]]
+        if any(len(row) != len(parts) for row in part_matrix) or len(part_matrix) != len(parts):
+            raise ValueError("the couplings of parts are not square")
+        return cls(layers, found, parts, part_matrix)
 
 
 class Responses:
@@ -84,10 +111,19 @@ class Responses:
         count = walk.tokens.sequences
         self._chosen = torch.arange(count) % (4 if count >= _MANY_SEQUENCES else 1) == 0
         self._values: dict[tuple[int, float], Tensor] = {}
+        self._parts: dict[tuple[int, str], Tensor] = {}
 
-    @torch.no_grad()
     def add(self, index: int, level: float, layer: nn.Module | None) -> None:
         """Run a changed layer `index` (None: without it) and compare with the boundary after the original's."""
+        self._values[index, level] = self._changes(index, layer)
+
+    def add_part(self, index: int, part: str, layer: nn.Module) -> None:
+        """Do the same with a layer of which only the attention or the MLP is changed."""
+        self._parts[index, part] = self._changes(index, layer)
+
+    @torch.no_grad()
+    def _changes(self, index: int, layer: nn.Module | None) -> Tensor:
+        """Return d [valid tokens] of the chosen sequences."""
         walk, changes = self._walk, []
         for rows in walk.batches():
             chosen = self._chosen[rows]
@@ -100,7 +136,7 @@ class Responses:
             delta = after.double() - walk.boundary(index + 1).read(rows)[chosen].double()
             change = (delta * self._gradient.read(rows)[chosen].double()).sum(dim=-1)
             changes.append(change[walk.tokens.valid[rows][chosen].to(change.device)].cpu())
-        self._values[index, level] = torch.cat(changes)
+        return torch.cat(changes)
 
     def couplings(self) -> Couplings:
         """Return K for all layers that were added."""
@@ -110,4 +146,8 @@ class Responses:
         for level in LEVELS:
             changes = torch.stack([self._values[index, level] for index in layers])
             matrices.append((changes @ changes.T / max(1, predicted)).tolist())
-        return Couplings(layers, matrices)
+        parts, part_matrix = sorted(self._parts), list[list[float]]()
+        if parts:
+            changes = torch.stack([self._parts[part] for part in parts])
+            part_matrix = (changes @ changes.T / max(1, predicted)).tolist()
+        return Couplings(layers, matrices, [f"{index} {part}" for index, part in parts], part_matrix)

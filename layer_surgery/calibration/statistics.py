@@ -9,17 +9,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from math import prod
 
+import torch
 from torch import Tensor, nn
 
-from layer_surgery.calibration.couplings import LEVELS, Couplings, Responses
+from layer_surgery.calibration.couplings import LEVELS, PART_LEVEL, Couplings, Responses
 from layer_surgery.calibration.units import UnitOrder, attention_heads, mlp_channels
 from layer_surgery.checkpoint.modeling_layer_surgery import IN_FACTOR, OUT_FACTOR
 from layer_surgery.checkpoint.new_tensors import FactorStore
 from layer_surgery.data.tokens import PackedTokens
 from layer_surgery.errors import DataError, NumericalError
 from layer_surgery.linalg.low_rank import Factors, knapsack, no_components, shrunk, whitened_svd
-from layer_surgery.linalg.nystrom import column_order
+from layer_surgery.linalg.nystrom import column_order, narrowed
 from layer_surgery.records import Part
 from layer_surgery.walk.boundaries import Boundary
 from layer_surgery.walk.moments import LayerMoments, MomentRecorder
@@ -212,6 +214,7 @@ class _Collector(MomentObserver):
     def reduce(self, index: int, layer: nn.Module, moments: LayerMoments) -> None:
         ranks, found = self._layers[index], self._statistics
         channels, heads = (units(layer, self._walk.model.architecture) for units in (mlp_channels, attention_heads))
+        half: dict[str, Tensor] = {}  # the output projection of the MLP on half of its channels
         found.values[index], found.sizes[index], found.ranks[index] = {}, {}, dict(ranks)
         for name, weight, inputs in weights_with_inputs(layer, ranks, moments, index):
             outputs = damped(moments.output_moment(name), moments.tokens, index, name)
@@ -222,8 +225,28 @@ class _Collector(MomentObserver):
             for units, orders in ((channels, found.channels), (heads, found.heads)):
                 if units is not None and name == units.output:
                     order = column_order(weight, inputs, outputs, None if units.size == 1 else units.size)
-                    orders[index] = UnitOrder(order.order.tolist(), order.gains.tolist())
+                    orders[index] = found_order = UnitOrder(order.order.tolist(), order.gains.tolist())
+                    if units is channels:
+                        half[name] = _on_some(weight, inputs, found_order.kept(int(PART_LEVEL * units.count)))
         self._try(index, layer)
+        self._try_parts(index, layer, half)
+
+    def _try_parts(self, index: int, layer: nn.Module, half: Mapping[str, Tensor]) -> None:
+        """Measure what comes of the layer with `PART_LEVEL` of its attention, and with that of its MLP."""
+        assert self._responses is not None
+        names, sizes = self._walk.model.architecture, self._statistics.sizes[index]
+        for part, linears in (("attention", names.attention), ("mlp", names.mlp)):
+            present = [name for name in linears if name in sizes]
+            if not present:
+                continue
+            weights = half
+            if part == "attention" or not half:
+                least, most = sum(sum(sizes[name]) for name in present), sum(prod(sizes[name]) for name in present)
+                budget = max(least, int(PART_LEVEL * most))
+                ranks = self._statistics.best_ranks({index: present}, budget)[index]
+                weights = _products(layer, self._statistics.factors(index, ranks))
+            with _composed(layer, weights):
+                self._responses.add_part(index, part, layer)
 
     def _try(self, index: int, layer: nn.Module) -> None:
         """Measure what comes of the layer, or of its part, with components at each level of `LEVELS`; 0 is without."""
@@ -235,27 +258,39 @@ class _Collector(MomentObserver):
         else:
             parameters = sum(out * in_ for out, in_ in sizes.values())
             nothing = {name: no_components(size) for name, size in sizes.items()}
-            with _composed(layer, nothing):
+            with _composed(layer, _products(layer, nothing)):
                 self._responses.add(index, 0.0, layer)
         for keep in LEVELS[1:]:
             ranks = self._statistics.layer_ranks(index, keep, parameters)
-            with _composed(layer, self._statistics.factors(index, ranks)):
+            with _composed(layer, _products(layer, self._statistics.factors(index, ranks))):
                 self._responses.add(index, keep, layer)
 
 
 @contextmanager
-def _composed(layer: nn.Module, factors: Mapping[str, Factors]) -> Iterator[None]:
-    """Put the products of factors in the place of weights for the duration of the block."""
-    weights = {name: layer.get_parameter(f"{name}.weight") for name in factors}
+def _composed(layer: nn.Module, others: Mapping[str, Tensor]) -> Iterator[None]:
+    """Put others in the place of weights for the duration of the block."""
+    weights = {name: layer.get_parameter(f"{name}.weight") for name in others}
     originals = {name: weight.data for name, weight in weights.items()}
     try:
-        for name, (left, right) in factors.items():
-            weight = weights[name]
-            weight.data = left.to(weight) @ right.to(weight)
+        for name, other in others.items():
+            weights[name].data = other.to(weights[name])
         yield
     finally:
         for name, weight in weights.items():
             weight.data = originals[name]
+
+
+def _products(layer: nn.Module, factors: Mapping[str, Factors]) -> dict[str, Tensor]:
+    """Return the weights that factors make, multiplied in the dtype of computation."""
+    like = {name: layer.get_parameter(f"{name}.weight") for name in factors}
+    return {name: left.to(like[name]) @ right.to(like[name]) for name, (left, right) in factors.items()}
+
+
+def _on_some(weight: Tensor, inputs: Tensor, kept: Tensor) -> Tensor:
+    """Return the best weight [out, in] that has the columns `kept` only; the others are 0."""
+    some = torch.zeros_like(weight)
+    some[:, kept] = narrowed(weight, inputs, kept).to(weight)
+    return some
 
 
 def weights_with_inputs(

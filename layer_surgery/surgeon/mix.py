@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import numpy as np
 from torch import nn
 
 from layer_surgery.calibration.statistics import (
@@ -28,7 +29,7 @@ from layer_surgery.records import LayerPlan, SurgeryPlan
 from layer_surgery.surgeon.components import KINDS, PartOfLayer
 from layer_surgery.surgeon.components.whole import GONE
 from layer_surgery.surgeon.context import METHODS, SurgeryContext
-from layer_surgery.surgeon.curves import Place
+from layer_surgery.surgeon.curves import Floats, Place
 from layer_surgery.surgeon.plan import ModelShape, plan_parameters
 from layer_surgery.surgeon.resources import CACHE, OPTIONS, PARAMETERS, TIME, Pricing
 from layer_surgery.surgeon.search import Choice, Found, UnreachableBudget, search
@@ -178,9 +179,22 @@ def find(
     if options.uniform:
         alike = [[place.name for place in places if place.name.endswith(part)] for part in ("attention", "mlp")]
     try:
-        return search(places, budgets, fixed={name: totals[name] - taken[name] for name in budgets}, alike=alike)
+        return search(
+            places,
+            budgets,
+            fixed={name: totals[name] - taken[name] for name in budgets},
+            couplings=_couplings(places, statistics),
+            alike=alike,
+        )
     except UnreachableBudget as error:
         raise _unreachable(error, plan, shape, totals, kinds, multiple) from error
+
+
+def _couplings(places: Collection[Place], statistics: Statistics | None) -> Floats | None:
+    """Return how far the errors of the parts meet; None where that is not known."""
+    names = [place.name for place in places]
+    found = None if statistics is None else statistics.couplings.correlations(names)
+    return None if found is None else np.array(found)
 
 
 def _there_are(kinds: tuple[str, ...], parts: Collection[PartOfLayer]) -> tuple[str, ...]:

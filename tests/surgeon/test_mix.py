@@ -173,7 +173,7 @@ def test_a_result_can_be_made_smaller_again(
         (
             {"target_kv_cache": 0.7, "components": "channels"},
             PlanError,
-            "budget of --target-kv-cache 0.7 cannot be reached by cutting channels in multiples of 4; the smallest is 1;",
+            "--target-kv-cache 0.7 cannot be reached by cutting channels in multiples of 4; the smallest is 1; raise",
         ),
         (
             {"layers": [1], "target_parameters": None, "target_flops": 0.3},
