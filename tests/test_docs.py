@@ -22,6 +22,7 @@ from tiny_checkpoints import REPOSITORY, CommandLine, saved_model, text_file
 
 import layer_surgery
 from layer_surgery.checkpoint.architectures import ARCHITECTURES
+from layer_surgery.checkpoint.costs import TokenCosts
 from layer_surgery.cli.main import cli
 from layer_surgery.config import CalibrationConfig
 from layer_surgery.scoring import SCORERS
@@ -61,7 +62,7 @@ FAST = {
 FAST_ARGUMENTS: dict[str, Any] = {"samples": 8, "sequence_length": 16, "eval_windows": 4, "continuations": 0}
 #: Nothing depends on these, they have tests of their own, and they take two thirds of the time. They run on two pages.
 SLOW: dict[str, Callable[..., Any]] = {
-    "layer_surgery.checkpoint.costs._first_that_runs": lambda *_: None,
+    "layer_surgery.runs.evaluator.token_costs": lambda *_: TokenCosts(None, None),
     "layer_surgery.reporting.page.report_page": lambda *_, **__: "<p>not drawn</p>",
 }
 DONE_WHOLE = ("evaluation.md", "loading.md")

@@ -73,7 +73,7 @@ class Planning:
         self.trial = self._trial_plan()
         """The given plan, or one for the layers that come first, so that an impossible budget stops here. It tells how
         many layers go, whether anything becomes low-rank, and about how large the result is."""
-        if self.chooses and self.trial.low_rank and checkpoint.low_rank:
+        if self.chooses and self.trial.smaller and checkpoint.low_rank:
             raise PlanError(
                 f"{checkpoint.name} has low-rank layers already, which a scorer cannot choose again; name "
                 "the layers (compress --layers), remove outright with --keep 0 --scorer block_influence, or start from "

@@ -187,7 +187,9 @@ def find(
             alike=alike,
         )
     except UnreachableBudget as error:
-        raise _unreachable(error, plan, shape, totals, kinds, multiple) from error
+        by_keep = len(plan.smaller) < len(plan.layers) and getattr(options, "target_parameters", None) is None
+        cut = f"{', '.join(kinds) or 'nothing'} in multiples of {multiple}"
+        raise _unreachable(error, plan, shape, totals, cut, by_keep=by_keep) from error
 
 
 def _couplings(places: Collection[Place], statistics: Statistics | None) -> Floats | None:
@@ -207,27 +209,33 @@ def _unreachable(
     plan: SurgeryPlan,
     shape: ModelShape,
     totals: Mapping[str, float],
-    kinds: Collection[str],
-    multiple: int,
+    cut: str,
+    *,
+    by_keep: bool,
 ) -> PlanError:
-    """Return the error that says in the user's options what can be reached."""
-    said = []
+    """Return the error that says in the options of the command line what can be reached."""
+    asked, reachable, note = [], [], ""
     for name, least in error.reachable.items():
         if name == PARAMETERS:
-            least = math.ceil(least)
-            asked = f"{plan.parameter_bound:,} parameters"
-            nearest = f"{least:,} (--target-parameters {math.ceil(1e4 * least / shape.parameters) / 1e4:g})"
+            asked.append(f"{plan.parameter_bound:,} parameters")
+            chosen = sum(shape.layers[layer.index].parameters for layer in plan.smaller)
+            share = (least - totals[PARAMETERS] + chosen) / chosen if by_keep else least / shape.parameters
+            reachable.append(f"{'--keep' if by_keep else '--target-parameters'} {_up(share)}")
+            note = f" (what stays whole, as norms, biases and experts, and the least of the rest take {least:,.0f})"
         else:
-            asked = f"{OPTIONS[name]} {plan.bounds[name] / totals[name]:.4g}"
-            nearest = f"{math.ceil(1e4 * least / totals[name]) / 1e4:g}"
-        said.append((asked, nearest))
-    together = " together" if len(said) > 1 else ""
-    budgets, nearest = (" and ".join(each[k] for each in said) for k in (0, 1))
+            asked.append(f"{OPTIONS[name]} {plan.bounds[name] / totals[name]:.4g}")
+            reachable.append(f"{OPTIONS[name]} {_up(least / totals[name])}")
+    together, note = (" together", "") if len(asked) > 1 else ("", note)
     return PlanError(
-        f"the budget of {budgets} cannot be reached{together} by cutting {', '.join(kinds) or 'nothing'} in multiples "
-        f"of {multiple}; the smallest is {nearest}; raise the budget, allow more --components, lower --multiple, or "
-        "remove layers outright with --keep 0."
+        f"the budget of {' and '.join(asked)} cannot be reached{together} by cutting {cut}{note}; "
+        f"reachable: {' with '.join(reachable)} to 1, less with more --components or a lower --multiple, or --keep 0 to "
+        "remove layers outright."
     )
+
+
+def _up(fraction: float) -> str:
+    """Return a fraction in four digits, rounded up, so that it is itself allowed."""
+    return f"{math.ceil(fraction * 1e4 - 1e-9) / 1e4:.4f}"
 
 
 def _searched(plan: SurgeryPlan, shape: ModelShape, statistics: Statistics, context: SurgeryContext) -> SurgeryPlan:

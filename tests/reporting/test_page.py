@@ -35,7 +35,7 @@ def test_compress_writes_a_page_with_every_section(result: Result) -> None:
     page = checked((result[0] / "report.html").read_text(encoding="utf-8"))
     titles = [figure["title"] for figure in page.figures]
     assert titles[:2] == ["Rise of the loss: predicted and measured", "Cost, as a share of the original's"]
-    assert "Importance of every layer" in titles and "Ranks that were kept" in titles
+    assert "Importance of every layer" in titles and "Ranks and channels that were kept" in titles
     assert "Singular values, and what was kept" in titles
     for heading in ("Before and after", "Layers", "Spectra", "Continuations", "Loading it", "How it was made"):
         assert heading in page.text
