@@ -61,9 +61,10 @@ class Desk:
         """Return the most parameters at a size, a fraction of the original's."""
         return int(size * self.checkpoint.parameters + 1e-6)
 
-    def store(self, name: str, dtype: torch.dtype | None = None) -> FactorStore:
-        """Return an empty store for new tensors, by default in the checkpoint's dtype, as ours are."""
-        return FactorStore(self.new_scratch(name), dtype or self.checkpoint.dtype)
+    def store(self, name: str, *, wide: bool = False) -> FactorStore:
+        """Return an empty store for new tensors in the checkpoint's dtype, as ours are, or in float32 or better."""
+        dtype = self.checkpoint.dtype
+        return FactorStore(self.new_scratch(name), torch.promote_types(dtype, torch.float32) if wide else dtype)
 
     def result(self, stores: Sequence[FactorStore], removed: Sequence[int] = ()) -> Checkpoint:
         """Return the original without some layers and with new tensors in others."""
@@ -161,7 +162,7 @@ class Observed(Observer):
     @contextmanager
     def watching(self, index: int, layer: nn.Module) -> Iterator[None]:
         parts, sums = self.parts, {"count": 0}
-        totals: dict[str, Any] = {name: 0.0 for name in ("h", "v", "q", "k")}
+        totals: dict[str, Any] = dict.fromkeys(("h", "v", "q", "k"), 0.0)
 
         def add(name: str, values: Tensor, square: bool) -> None:
             rows = rows_of(values.detach(), self._valid)

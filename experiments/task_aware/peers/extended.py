@@ -1,8 +1,8 @@
 """Models with linear maps of the residual stream between (or within) layers, which no stock architecture has.
 
-For evaluation only: a subclass of the stock class in which a decoder layer has further weights [D, D], that hooks apply.
-A map that stands before a layer is called `before`; `attention_shortcut` and `mlp_shortcut` multiply what the layer adds
-its attention and its MLP to. Streams are rows: `x W^T`.
+For evaluation only: a subclass of the stock class in which a decoder layer has further weights [D, D], that hooks
+apply. A map that stands before a layer is called `before`; `attention_shortcut` and `mlp_shortcut` multiply what the
+layer adds its attention and its MLP to. Streams are rows: `x W^T`.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def _attach(layer: Any, names: Sequence[str], parts: Parts, width: int) -> None:
 
 
 def _attach_shortcut(layer: Any, name: str, norm: nn.Module, part: nn.Module) -> None:
-    """Have `part` add `x (W - I)^T` to what it gives, x what the norm before it reads: the sum is then `x W^T + part`."""
+    """Have `part` add `x (W - I)^T` to what it gives, x what the norm before it reads."""
     held: dict[str, Tensor] = {}
 
     def take(_module: nn.Module, arguments: tuple[Tensor, ...]) -> None:

@@ -3,7 +3,7 @@
 Xu et al., FlattenGPT: Depth Compression for Transformer with Layer Flattening (https://arxiv.org/abs/2602.08858). The
 abstract and summaries of the paper were read, not all of it, so details are ours:
 
-* pairs: neighbours whose inputs are most alike (lowest block influence of the first), without overlap;
+* pairs: neighbours whose inputs are most alike (least sum of the block influences of the first), without overlap;
 * flattening: the heads of both layers side by side, then the channels of both MLPs; scales of norms go into linears;
 * channels: ridge leverage scores and a re-solved output projection (MoDeGPT's, which the paper builds on);
 * heads: the key-value groups of the two whose loss hurts the attention's output least, the Nystrom error of the output
@@ -17,6 +17,7 @@ those MLPs. No size is reached for which more pairs are needed than half of the 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 
 from layer_surgery.linalg.low_rank import shrunk
 from layer_surgery.linalg.nystrom import column_order, narrowed
+from layer_surgery.surgeon.layer_pair import watch_linears
 from layer_surgery.walk.moments import rows_of
 
 from .desk import Desk, Made, Parts, UnreachableSize, tensors, weights
@@ -37,23 +39,27 @@ def flattened(desk: Desk, size: float, ridge: float = RIDGE) -> Made:
     """Flatten as many pairs as are needed, first to last."""
     parts, bound = desk.parts(), desk.bound(size)
     _seen, influence = desk.observed()
-    pairs = alike_pairs(influence)
     each = desk.checkpoint.layer_parameters(0)
     count = max(0, -(-(desk.checkpoint.parameters - bound) // each))
-    if count > len(pairs):
-        raise UnreachableSize(f"{count} pairs would have to be flattened for {size}, and {len(pairs)} can be")
+    if 2 * count > desk.depth:
+        raise UnreachableSize(f"{count} pairs of layers would have to be flattened, and there are {desk.depth // 2}")
     spare = bound - (desk.checkpoint.parameters - count * each)
     more = min(parts.channels, spare // (count * 3 * parts.width)) if count else 0
-    return flatten_pairs(desk, parts, sorted(pairs[:count]), parts.channels + more, ridge)
+    return flatten_pairs(desk, parts, alike_pairs(influence, count), parts.channels + more, ridge)
 
 
-def alike_pairs(influence: Sequence[float]) -> list[int]:
-    """Return the first layers of pairs without overlap, those with the lowest block influence first."""
-    chosen: list[int] = []
-    for index in sorted(range(len(influence) - 1), key=lambda index: (influence[index], index)):
-        if not {index - 1, index, index + 1} & set(chosen):
-            chosen.append(index)
-    return chosen
+def alike_pairs(influence: Sequence[float], count: int) -> list[int]:
+    """Return the first layers of `count` pairs without overlap, those with the least sum of block influences."""
+    # best[k]: the least sum of k pairs among the layers so far, and which they are.
+    before: dict[int, tuple[float, list[int]]] = {0: (0.0, [])}
+    latest = dict(before)
+    for index, value in enumerate(influence[:-1]):
+        found = dict(latest)
+        for number, (total, pairs) in before.items():
+            if total + value < found.get(number + 1, (math.inf, []))[0]:
+                found[number + 1] = (total + value, [*pairs, index])
+        before, latest = latest, found
+    return latest[count][1]
 
 
 def flatten_pairs(desk: Desk, parts: Parts, pairs: Sequence[int], channels: int, ridge: float) -> Made:
@@ -151,26 +157,14 @@ def _rows(groups: Tensor, size: int) -> Tensor:
 
 
 @torch.no_grad()
-def _moments(
-    desk: Desk, index: int, layer: nn.Module, parts: Parts, stream: Sequence[Tensor]
-) -> tuple[Tensor, Tensor]:
+def _moments(desk: Desk, index: int, layer: nn.Module, parts: Parts, stream: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Return the second moments of what the two output projections of a layer read, on this stream."""
     sums: dict[str, Any] = {parts.attention_out: 0.0, parts.down: 0.0}
     walk = desk.walk
-
     for batch, rows in zip(stream, walk.batches(), strict=True):
-
-        def adding(name: str, valid: Tensor) -> Any:
-            def hook(_module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-                found = rows_of(arguments[0], valid)
-                sums[name] = sums[name] + (found.T @ found).double()
-
-            return hook
-
-        valid = walk.tokens.valid[rows]
-        hooks = [layer.get_submodule(name).register_forward_pre_hook(adding(name, valid)) for name in sums]
-        walk.rehearsal.call(index, walk.tokens.token_ids[rows])(layer, batch)
-        for hook in hooks:
-            hook.remove()
+        call = walk.rehearsal.call(index, walk.tokens.token_ids[rows])
+        for name, read in watch_linears(layer, list(sums), call, batch, until="inputs").inputs.items():
+            found = rows_of(read, walk.tokens.valid[rows])
+            sums[name] = sums[name] + (found.T @ found).double()
     tokens = int(walk.tokens.valid.sum())
     return sums[parts.attention_out] / tokens, sums[parts.down] / tokens

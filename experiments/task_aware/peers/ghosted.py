@@ -45,7 +45,7 @@ def with_maps(desk: Desk, parts: Parts, removed: Sequence[int]) -> Made:
     runs = _runs(removed)
     if any(after == desk.depth for _first, after in runs):
         raise UnreachableSize("the last layer is among those removed, and no layer is behind it to put a map before")
-    walk, store = desk.walk, desk.store("ghosted", torch.float32)
+    walk, store = desk.walk, desk.store("ghosted", wide=True)
     survivors = [index for index in range(desk.depth) if index not in removed]
     maps: dict[int, list[str]] = {}
     walk.forward(range(desk.depth), keep=True)

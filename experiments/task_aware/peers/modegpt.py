@@ -2,8 +2,8 @@
 
 Lin et al., MoDeGPT: Modular Decomposition for Large Language Model Compression (https://arxiv.org/abs/2408.09632).
 
-* MLP (type I, Nystrom): the channels with the largest ridge leverage scores `[C (C + lambda I)^-1]_ii` stay, C the second
-  moment of what the output projection reads, which is re-solved on them.
+* MLP (type I, Nystrom): the channels with the largest ridge leverage scores `[C (C + lambda I)^-1]_ii` stay, C the
+  second moment of what the output projection reads, which is re-solved on them.
 * queries and keys (type II, CR): dimensions of a head by `sqrt(E q_i^2 E k_i^2)`; with rotary positions the two
   dimensions that rotate together are one pair; heads that share a key share the choice (squares summed over them).
 * values and attention output (type III, SVD): per key-value head, the rank-r product that is nearest on the data:
@@ -65,9 +65,13 @@ def modegpt(desk: Desk, size: float, epsilon: float | None = EPSILON, ridge: flo
     for index, (channels, pairs, values) in enumerate(kept):
         with desk.walk.model.layer(index) as layer:
             new = {}
-            new |= _mlp(layer, parts, seen.channels[index], channels, ridge, int(desk.walk.tokens.valid.sum()))
-            new |= _query_key(layer, parts, seen.squares[index], pairs)
-            new |= _value_out(layer, parts, seen.values[index], values)
+            if channels < parts.channels:
+                tokens = int(desk.walk.tokens.valid.sum())
+                new |= narrowed_mlp(layer, parts, seen.channels[index], channels, ridge, tokens)
+            if pairs < parts.head // 2:
+                new |= narrowed_keys(layer, parts, seen.squares[index], pairs)
+            if values < parts.head:
+                new |= narrowed_values(layer, parts, seen.values[index], values)
             for name, written in new.items():
                 store.write_tensors(index, name, written)
     return Made(
@@ -92,18 +96,13 @@ def _dropped(desk: Desk, parts: Parts, channels: int, pairs: int, values: int) -
     heads, groups, width = parts.heads, parts.groups, parts.width
     pair = 2 * (heads * (width + (parts.query in biased)) + groups * (width + (parts.key in biased)))
     value = groups * (width + (parts.value in biased)) + heads * width
-    return (
-        (parts.channels - channels) * 3 * width
-        + (parts.head // 2 - pairs) * pair
-        + (parts.head - values) * value
-    )
+    return (parts.channels - channels) * 3 * width + (parts.head // 2 - pairs) * pair + (parts.head - values) * value
 
 
-def _mlp(
+def narrowed_mlp(
     layer: torch.nn.Module, parts: Parts, moment: Tensor, count: int, ridge: float, tokens: int
 ) -> dict[str, dict[str, Tensor]]:
-    if count == parts.channels:
-        return {}
+    """Return the output projection on this many channels, with zeros for the others."""
     kept = leverage_order(moment, ridge)[:count].sort().values
     inputs = shrunk(moment, tokens)
     down, down_bias = weights(layer, parts.down)
@@ -121,12 +120,11 @@ def leverage_order(moment: Tensor, ridge: float) -> Tensor:
     return scores.argsort(descending=True, stable=True)
 
 
-def _query_key(
+def narrowed_keys(
     layer: torch.nn.Module, parts: Parts, squares: dict[str, Tensor], count: int
 ) -> dict[str, dict[str, Tensor]]:
+    """Return queries and keys with this many pairs of dimensions a head, and zeros for the others."""
     half = parts.head // 2
-    if count == half:
-        return {}
     queries = squares["q"].view(parts.groups, -1, 2, half).sum((1, 2))  # [G, pairs], over heads of a group
     keys = squares["k"].view(parts.groups, 2, half).sum(1)
     order = (queries * keys).argsort(dim=1, descending=True, stable=True)
@@ -141,9 +139,8 @@ def _query_key(
     return new
 
 
-def _value_out(layer: torch.nn.Module, parts: Parts, moment: Tensor, count: int) -> dict[str, dict[str, Tensor]]:
-    if count == parts.head:
-        return {}
+def narrowed_values(layer: torch.nn.Module, parts: Parts, moment: Tensor, count: int) -> dict[str, dict[str, Tensor]]:
+    """Return values and output projection of this rank a head, with zeros behind it."""
     value, bias = weights(layer, parts.value)
     out, out_bias = weights(layer, parts.attention_out)
     new_value, new_out = torch.zeros_like(value), torch.zeros_like(out)

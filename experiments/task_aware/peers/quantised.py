@@ -28,9 +28,7 @@ from .desk import UnreachableSize
 GROUP = 32
 
 
-def quantised(
-    checkpoint: Checkpoint, bits: int, new_scratch: Callable[[str], Path]
-) -> tuple[Checkpoint, int]:
+def quantised(checkpoint: Checkpoint, bits: int, new_scratch: Callable[[str], Path]) -> tuple[Checkpoint, int]:
     """Return the checkpoint with its layers' linears quantised, and the bytes of the packed form."""
     store = FactorStore(new_scratch("quantised"), torch.float32)
     total = 2 * checkpoint.parameters

@@ -6,8 +6,8 @@ All places keep the same number of dimensions r, as in the paper. What is stored
 two shortcut matrices [r, r] a layer, the embedding and (because the first and the last rotation differ) a head of its
 own, r columns each, also where the original ties the two; no scales of norms, which go into the linears.
 
-Evaluated in the original's coordinates: the stream that is sliced to `x Q_r` is the stream `x Q_r Q_r^T`, so writing and
-shortcuts are multiplied by projections, and what is read stays as it is. Norms see the same, because the paper's
+Evaluated in the original's coordinates: the stream that is sliced to `x Q_r` is the stream `x Q_r Q_r^T`, so writing
+and shortcuts are multiplied by projections, and what is read stays as it is. Norms see the same, because the paper's
 divide by the original width too. Equal to the sliced model but for the rounding of its weights, which is left out.
 Differences: principal components are those of the original's stream, normed as the norm does it (the paper's
 equation); r is not rounded to a multiple of 8.
@@ -45,7 +45,7 @@ def sliced(desk: Desk, parts: Parts, rank: int, normed: bool = NORMED) -> Made:
     """Slice every place of the stream to `rank` dimensions."""
     places = desk.remember(f"streams {normed}", lambda: _moments(desk, parts, normed))
     projections = [projection(place, rank) for place in places]
-    store = desk.store("slicegpt", torch.float32)
+    store = desk.store("slicegpt", wide=True)
     maps: dict[int, list[str]] = {}
     for index in range(desk.depth):
         between, after = projections[2 * index + 1], projections[2 * index + 2]
