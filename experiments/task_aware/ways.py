@@ -87,7 +87,9 @@ def fewest_layers(work: Work, size: float, by_influence: bool, kept: float = KEP
     count = math.ceil((1 - size) / ((1 - kept) * each) - 1e-9)
     if count >= len(shape.layers):
         raise UnreachableSize(f"{count} of {len(shape.layers)} layers would have to be operated on")
-    return work.run.order("block_influence" if by_influence else "fisher", count, kept, refit=not by_influence)
+    scorer, known = "block_influence" if by_influence else "fisher", work.desk.remember("scores", dict)
+    found = work.run.bench.scores(scorer, count, keep=kept or 0.1, refit=not by_influence, known=known)
+    return found.removal_order[:count]
 
 
 def some_layers(method: str, *, by_influence: bool, refit: bool = False) -> Way:
