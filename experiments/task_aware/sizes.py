@@ -69,6 +69,8 @@ class Report:
             earlier = json.loads(path.read_text(encoding="utf-8"))
             self._check({key: earlier.get(key) for key in self._identity}, path)
             found += earlier["rows"]
+            if not head.get("original_tasks"):  # a later run without tasks keeps those of an earlier one
+                self._head = head | {"original_tasks": earlier.get("original_tasks", {})}
         if self._scratch.exists():
             first, *lines = self._scratch.read_text(encoding="utf-8").splitlines()
             self._check(json.loads(first), self._scratch)
