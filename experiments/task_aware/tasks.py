@@ -96,7 +96,8 @@ class Outcome:
         }
         if dense is not None:
             per_token = (self.answer - dense.answer) / dense.tokens.mean()
-            for name, rise in (("answer_loss", per_token), ("choice_loss", self.choice - dense.choice)):
+            rises = {"accuracy": self.right - dense.right, "answer_loss": per_token}
+            for name, rise in (rises | {"choice_loss": self.choice - dense.choice}).items():
                 found[f"{name}_rise"] = float(rise.mean())
                 found[f"{name}_rise_stderr"] = float(rise.std() / math.sqrt(len(rise)))
         return found
