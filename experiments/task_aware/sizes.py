@@ -153,6 +153,7 @@ class Measuring:
             "bytes": made.bytes or 2 * made.parameters,
             "kept": made.kept,
             "predicted_loss_rise": made.predicted,
+            "expected": made.expected,
             "extra_loss": {text: paired(losses[text], run.dense[text]) for text in losses},
             "cpu_seconds": {"surgery": round(seconds, 2), "evaluation": round(time.process_time() - start, 2)},
         }

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from peers.desk import Desk, Made, UnreachableSize
@@ -23,7 +23,7 @@ from points import Points
 from layer_surgery.config import BudgetConfig, SearchConfig
 from layer_surgery.records import LayerPlan, SurgeryPlan
 from layer_surgery.runs.bench import Result, general_text
-from layer_surgery.surgeon import ModelShape, make_plan, model_shape, plan_for_all_layers, plan_parameters
+from layer_surgery.surgeon import ModelShape, make_plan, model_shape, plan_parameters, plan_to_search
 
 #: The most that methods for a number of layers leave of each: they take the fewest layers that way.
 KEPT = 0.2
@@ -64,6 +64,7 @@ class Work:
             parameters=done.checkpoint.parameters,
             kept=kept,
             predicted=done.plan.predicted_loss_rise,
+            expected=asdict(done.expected) if done.expected is not None else None,
         )
 
 
@@ -128,7 +129,8 @@ def mix(*, refit: bool, uniform: bool = False) -> Way:
     """Return the way of one search over channels and singular vectors of all layers."""
 
     def way(work: Work, size: float) -> Made:
-        plan = plan_for_all_layers(work.shape, BudgetConfig(target_parameters=size), "mix")
+        shape = work.shape
+        plan = plan_to_search(shape, range(len(shape.layers)), BudgetConfig(target_parameters=size), "mix", {})
         return work.operate(plan, "mix", refit=refit, search=SearchConfig(uniform=uniform))
 
     return way
@@ -140,7 +142,8 @@ def peer(make: Callable[[Desk, float], Made]) -> Way:
 
 
 MIX = "mix + refit"
-OURS = ("fisher + refit", "mix, one width + refit", "mix", MIX)
+SOME = "mix, few layers + refit"
+OURS = ("fisher + refit", SOME, "mix, one width + refit", "mix", MIX)
 WAYS: dict[str, Way] = {
     "removed": without_layers("remove"),
     "removed + refit": without_layers("remove", refit=True),
@@ -156,6 +159,7 @@ WAYS: dict[str, Way] = {
     "FlattenGPT": peer(flattened),
     "MoDeGPT": peer(modegpt),
     "fisher + refit": some_layers("fisher", by_influence=False, refit=True),
+    SOME: some_layers("mix", by_influence=False, refit=True),
     "mix, one width + refit": mix(refit=True, uniform=True),
     "mix": mix(refit=False),
     MIX: mix(refit=True),
@@ -197,7 +201,7 @@ def in_8_bits(work: Work, made: Made) -> Made:
     checkpoint, size = quantised(made.checkpoint, 8, work.desk.new_scratch)
     if made.padded:
         size -= round((made.checkpoint.parameters - made.parameters) * bytes_of_a_parameter(work))
-    return replace(made, checkpoint=checkpoint, bytes=size, padded=True, predicted=None)
+    return replace(made, checkpoint=checkpoint, bytes=size, padded=True, predicted=None, expected=None)
 
 
 def bytes_of_a_parameter(work: Work) -> float:

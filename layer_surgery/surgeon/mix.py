@@ -227,8 +227,8 @@ def _unreachable(
             reachable.append(f"{OPTIONS[name]} {_up(least / totals[name])}")
     together, note = (" together", "") if len(asked) > 1 else ("", note)
     return PlanError(
-        f"the budget of {' and '.join(asked)} cannot be reached{together} by cutting {cut}{note}; "
-        f"reachable: {' with '.join(reachable)} to 1, less with more --components or a lower --multiple, or --keep 0 to "
+        f"the budget of {' and '.join(asked)} cannot be reached{together} by cutting {cut}{note}; reachable: "
+        f"{' with '.join(reachable)} to 1, less with more --components or a lower --multiple, or --keep 0 to "
         "remove layers outright."
     )
 

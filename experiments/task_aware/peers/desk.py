@@ -38,6 +38,7 @@ class Made:
     """Whether the evaluated form has the original's shapes, with zeros (or projections) for what was cut: it computes
     the same, but its speed and bytes are not those of the method."""
     predicted: float | None = None  #: Rise of the loss that the method predicts, nats per token.
+    expected: dict[str, Any] | None = None  #: The same after a refit, with its interval.
     bytes: int | None = None  #: If not two for each parameter.
 
 
