@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-from ways import ALL, EQUAL_BYTES, MIX, MIX_8_BIT, NOTES, QUANTISED, WAYS
+from ways import ALL, EQUAL_BYTES, MIX, MIX_8_BIT, NOTES, QUANTISED, SOME, WAYS
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -37,6 +37,7 @@ STYLES = {
     "FlattenGPT": ("#CC79A7", "v", "--"),
     "MoDeGPT": ("#CC79A7", "*", "-"),
     "fisher + refit": ("#0072B2", "^", "--"),
+    SOME: ("#0072B2", "h", "-"),
     "mix, one width + refit": ("#56B4E9", "D", "-"),
     "mix": ("#009E73", "v", "-"),
     MIX: ("#D55E00", "P", "-"),
@@ -48,9 +49,9 @@ original's, nats per token) on text that nothing was tuned on; all ways look at 
 over calibration seeds ± standard error over windows (paired with the original on the same windows), [least, most] over
 seeds. A size in brackets is what the way has where that is more than one hundredth of the original below the column's;
 "x" is a size that it cannot reach. GRASP, SVD-LLM and `fisher` operate on as few layers as leave at most a fifth of
-each (published methods those with the lowest block influence, `fisher` those that its scorer chooses); `mix` cuts
-channels and singular vectors of all layers by one search; `mix, one width` gives all MLPs one width, a plain
-checkpoint. Peers are re-implementations: each file in `experiments/task_aware/peers/` says where it differs from its
+each (published methods those with the lowest block influence, `fisher` and `mix, few layers`, which is the default for
+a number of layers, those that the scorer `fisher` chooses); `mix` cuts channels and singular vectors of all layers by
+one search; `mix, one width` gives all MLPs one width, a plain checkpoint. Peers are re-implementations: each file in `experiments/task_aware/peers/` says where it differs from its
 paper. Made by `experiments/task_aware/sizes.py` and `sizes_page.py`.
 """
 
@@ -98,6 +99,22 @@ def loss_tables(rows: Rows, texts: list[str], sizes: list[float]) -> list[str]:
         pairs = [f"{r['predicted_loss_rise']:.4f} and {r['extra_loss'][texts[0]]['rise']:.4f}" for r in predicted]
         lines += [f"Predicted and measured on {texts[0]}, `mix` before its refit: {'; '.join(pairs)}.", ""]
     return lines
+
+
+def expected_table(rows: Rows, text: str) -> list[str]:
+    """Return what was expected after refits beside what was measured, and how often they agree to a quarter."""
+    rows = [row for row in rows if row.get("expected") and "extra_loss" in row and isinstance(row["asked"], float)]
+    lines, near = [], 0
+    for row in sorted(rows, key=lambda row: (row["way"], -row["size"], row["seed"])):
+        expected, measured = row["expected"], row["extra_loss"][text]
+        near += abs(expected["value"] - measured["rise"]) <= 0.25 * abs(measured["rise"])
+        interval = f"{expected['value']:.4f} [{expected['low']:.4f}, {expected['high']:.4f}]"
+        cells = [f"{100 * row['size']:.0f} %", str(row["seed"]), interval]
+        lines.append((row["way"], [*cells, f"{measured['rise']:.4f} ± {measured['stderr']:.4f}"]))
+    if not lines:
+        return []
+    title = f"**Expected after the refit, and measured on {text}**: within a quarter in {near} of {len(lines)} points"
+    return [title, "", *table("", ["size", "seed", "expected", "measured"], lines)]
 
 
 def bytes_table(rows: Rows, texts: list[str], whole: int) -> list[str]:
@@ -231,6 +248,7 @@ def main() -> None:
         ]
         plot(rows, texts, folder / f"sizes_{name}")
         lines += [f"![Loss against parameters](sizes_{name}.png)", "", *loss_tables(rows, texts, sizes)]
+        lines += expected_table(rows, texts[0])
         lines += bytes_table(rows, texts, first["bytes"])
         originals = next((report["original_tasks"] for report in of_this if report["original_tasks"]), {})
         lines += [*task_tables(rows, originals), *speed_table(rows)]
