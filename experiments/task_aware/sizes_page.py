@@ -45,14 +45,15 @@ STYLES = {
 HEAD = """# Loss against parameters
 
 What each way of making a model smaller costs at the same number of parameters: extra loss (mean loss minus the
-original's, nats per token) on text that nothing was tuned on; all ways look at the same calibration tokens. Cells: mean
-over calibration seeds ± standard error over windows (paired with the original on the same windows), [least, most] over
-seeds. A size in brackets is what the way has where that is more than one hundredth of the original below the column's;
-"x" is a size that it cannot reach. GRASP, SVD-LLM and `fisher` operate on as few layers as leave at most a fifth of
-each (published methods those with the lowest block influence, `fisher` and `mix, few layers`, which is the default for
-a number of layers, those that the scorer `fisher` chooses); `mix` cuts channels and singular vectors of all layers by
-one search; `mix, one width` gives all MLPs one width, a plain checkpoint. Peers are re-implementations: each file in `experiments/task_aware/peers/` says where it differs from its
-paper. Made by `experiments/task_aware/sizes.py` and `sizes_page.py`.
+original's, nats per token) on text that nothing was tuned on; all ways look at the same calibration tokens. Cells:
+mean over calibration seeds ± standard error over windows (paired with the original on the same windows), [least,
+most] over seeds. A size in brackets is what the way has where that is more than one hundredth of the original below
+the column's; "x" is a size that it cannot reach. GRASP, SVD-LLM and `fisher` operate on as few layers as leave at
+most a fifth of each (published methods those with the lowest block influence, `fisher` and `mix, few layers`, which
+is the default for a number of layers, those that the scorer `fisher` chooses); `mix` cuts channels and singular
+vectors of all layers by one search; `mix, one width` gives all MLPs one width, a plain checkpoint. Peers are re-
+implementations: each file in `experiments/task_aware/peers/` says where it differs from its paper. Made by
+`experiments/task_aware/sizes.py` and `sizes_page.py`.
 """
 
 Rows = list[dict[str, Any]]
