@@ -47,8 +47,8 @@ def result_checkpoint(base: Checkpoint, plan: SurgeryPlan, *stores: FactorStore)
             if name not in replaced
         }
     fields = surviving_fields(base.config, base.config_fields, plan.surviving)
-    if narrowed and not low_rank and (common := _common_width(base, plan, narrowed)):
-        # All layers have the same width: the stock architecture says it in one field.
+    if narrowed and not low_rank and (common := _common_sizes(base, plan, narrowed)):
+        # All layers have the same sizes: the stock architecture says them in a few fields.
         fields, narrowed = fields | common, {}
     config, model_class = _config_and_class(base, fields, low_rank, narrowed)
     return Checkpoint(
@@ -87,13 +87,47 @@ def _new_sizes(base: Checkpoint, prefix: str, stores: Sequence[FactorStore], ind
     return sizes
 
 
-def _common_width(base: Checkpoint, plan: SurgeryPlan, narrowed: Mapping[str, tuple[int, int]]) -> dict[str, int]:
-    """Return the field of the configuration that says the width of all MLPs, with the new one; {} if there is none."""
-    output = base.architecture.mlp[-1] if base.architecture.mlp else ""
+def _common_sizes(base: Checkpoint, plan: SurgeryPlan, narrowed: Mapping[str, tuple[int, int]]) -> dict[str, int]:
+    """Return the fields of the configuration that say the sizes of all narrowed linears; {} if none can."""
+    prefixes = [base.layer_prefix(index) for index in range(len(plan.surviving))]
+    mlp, attention = base.architecture.mlp, base.architecture.attention
+    found: dict[str, int] = {}
+    covered: set[str] = set()
+    for names, fields_of in ((mlp, _width_field), (attention, _head_fields)):
+        if any(prefix + name in narrowed for prefix in prefixes for name in names):
+            fields = fields_of(base, prefixes, narrowed)
+            if not fields:
+                return {}
+            found |= fields
+            covered |= {prefix + name for prefix in prefixes for name in names}
+    return found if set(narrowed) <= covered else {}
+
+
+def _width_field(base: Checkpoint, prefixes: Sequence[str], narrowed: Mapping[str, tuple[int, int]]) -> dict[str, int]:
+    """Return the field that says the width of all MLPs, with the new one; {} if there is none."""
+    output = base.architecture.mlp[-1]
     old = {spec.shape[1] for name, spec in base.source.specs.items() if name.endswith(f".{output}.weight")}
-    new = {narrowed.get(f"{base.layer_prefix(index)}{output}", (0, 0))[1] for index in range(len(plan.surviving))}
+    new = {narrowed.get(f"{prefix}{output}", (0, 0))[1] for prefix in prefixes}
     fields = [name for name in WIDTH_FIELDS if {getattr(base.config, name, None)} == old]
     return dict.fromkeys(fields, new.pop()) if len(fields) == len(new) == 1 and 0 not in new else {}
+
+
+def _head_fields(base: Checkpoint, prefixes: Sequence[str], narrowed: Mapping[str, tuple[int, int]]) -> dict[str, int]:
+    """Return the fields that say how many heads all attentions have, with the new numbers; {} if they differ."""
+    attention = base.architecture.attention
+    heads, kv_heads = (getattr(base.config, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
+    sizes = {tuple(narrowed.get(prefix + name, (0, 0))[0] for name in attention[:2]) for prefix in prefixes}
+    if len(attention) != 4 or len(sizes) != 1 or not isinstance(heads, int) or not isinstance(kv_heads, int):
+        return {}
+    (queries, keys), old = sizes.pop(), base.source.specs[f"{base.layer_prefix(0)}{attention[0]}.weight"].shape[0]
+    width = int(old) // heads
+    if not queries or not keys:
+        return {}
+    return {
+        "num_attention_heads": queries // width,
+        "num_key_value_heads": keys // width,
+        "head_dim": width,
+    }
 
 
 def _config_and_class(

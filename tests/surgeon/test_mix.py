@@ -146,6 +146,32 @@ def test_uniform_widths_are_a_plain_checkpoint(model: Path, options: dict[str, A
     assert sum(parameter.numel() for parameter in plain.parameters()) == report.after.parameters
 
 
+def test_uniform_numbers_of_heads_are_a_plain_checkpoint_too(
+    model: Path, options: dict[str, Any], tmp_path: Path
+) -> None:
+    layer_surgery.compress(
+        model, tmp_path / "output", target_kv_cache=0.5, uniform=True, **options | {"components": ["channels", "heads"]}
+    )
+    plain, info = load_stock(tmp_path / "output")
+    assert type(plain) is LlamaForCausalLM and plain.config.num_key_value_heads == 1
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    assert not (tmp_path / "output" / "modeling_layer_surgery.py").exists()
+    assert torch.isfinite(logits(plain, IDS)).all()
+
+
+def test_one_width_with_different_numbers_of_heads_is_no_plain_checkpoint(
+    model: Path, options: dict[str, Any], tmp_path: Path
+) -> None:
+    layers = [{"index": index, "action": "reduce", "ranks": {}, "channels": 20} for index in range(4)]
+    layers[2] |= {"heads": 1}
+    layer_surgery.compress(model, tmp_path / "output", plan={"layers": layers}, method="mix", **options)
+    result, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "output", trust_remote_code=True, output_loading_info=True
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    assert [layer.self_attn.k_proj.out_features for layer in result.model.layers] == [16, 16, 8, 16]
+
+
 def test_components_say_what_may_be_cut(model: Path, options: dict[str, Any]) -> None:
     for components, has_channels, has_ranks in (("channels", True, False), ("singular", False, True)):
         plan = layer_surgery.compress(
