@@ -169,7 +169,7 @@ def test_one_width_with_different_numbers_of_heads_is_no_plain_checkpoint(
         tmp_path / "output", trust_remote_code=True, output_loading_info=True
     )
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
-    assert [layer.self_attn.k_proj.out_features for layer in result.model.layers] == [16, 16, 8, 16]
+    assert [layer.self_attn.k_proj.out_features for layer in result.model.layers] == [24, 24, 12, 24]
 
 
 def test_components_say_what_may_be_cut(model: Path, options: dict[str, Any]) -> None:
