@@ -209,7 +209,7 @@ class Evaluator:
             return list(config.prompts)
         count = config.continuations
         if count is None:
-            small = self._whole_bytes(session, session.checkpoint) <= session.resident_bytes
+            small = _whole_bytes(session) <= session.resident_bytes
             count = config.DEFAULT_COUNT if small else 0
         if not count or not self._texts:
             return []
@@ -238,7 +238,7 @@ class Evaluator:
         asked = [option for option, given in options.items() if given]
         if not asked:
             return
-        sizes = [self._whole_bytes(each, each.checkpoint) for each in self._sessions.values()]
+        sizes = [_whole_bytes(each) for each in self._sessions.values()]
         needed = sum(sizes) if self._config.speed else max(sizes)
         available = available_memory_bytes(session.device)
         if available is not None and needed > available:
@@ -250,10 +250,6 @@ class Evaluator:
     @property
     def _distance(self) -> bool:
         return self._config.distance and "before" in self._sessions
-
-    @staticmethod
-    def _whole_bytes(session: Session, checkpoint: Checkpoint) -> int:
-        return checkpoint.parameters * session.runtime.torch_dtype(session.device, checkpoint.dtype).itemsize
 
     def _new_boundary(self, model: StreamedModel, measured: _Measured, tokens: PackedTokens) -> Boundary:
         shape = (tokens.sequences, tokens.sequence_length, model.hidden_size)
@@ -278,6 +274,10 @@ class Evaluator:
                 _LOG.debug("%s failed", stage, exc_info=True)
                 self.failures.append(StageFailure(stage=stage, error=describe(error)))
                 self._session.ui.note(f"{stage} failed: {describe(error)}")
+
+
+def _whole_bytes(session: Session) -> int:
+    return session.checkpoint.parameters * session.dtype.itemsize
 
 
 def size_and_costs(checkpoint: Checkpoint, context: int) -> EvaluationResult:
