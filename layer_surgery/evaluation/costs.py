@@ -36,7 +36,6 @@ class TokenCosts:
 
 def token_costs(checkpoint: Checkpoint, context: int) -> TokenCosts:
     """Count what one more token behind `context` tokens costs."""
-
     cache_bytes = _first_that_runs(checkpoint, lambda model: _cache_bytes(model, 2) - _cache_bytes(model, 1))
     return TokenCosts(cache_bytes, _first_that_runs(checkpoint, lambda model: _flops(model, context)))
 

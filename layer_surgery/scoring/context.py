@@ -3,8 +3,6 @@
 from collections.abc import Callable, Iterable
 from dataclasses import KW_ONLY, dataclass
 
-import torch
-
 from layer_surgery.calibration.source import StatisticsSource
 from layer_surgery.records import LayerScores
 from layer_surgery.registry import Registry
@@ -31,10 +29,6 @@ class ScoringContext:
     @property
     def path(self) -> list[int]:
         return list(range(self.layer_count))
-
-    def generator(self) -> torch.Generator:
-        """A generator seeded with the user's seed."""
-        return torch.Generator().manual_seed(self.seed)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Second moments of what goes into a linear and of the loss gradient at what comes out of it."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,21 +49,17 @@ class MomentRecorder:
     def start_batch(self, valid: Tensor) -> None:
         """Say which tokens of the micro-batch that comes next count: [B, S] bool."""
         self._valid = valid
-        self._seen = []
+        self._seen.clear()
         self.moments.tokens += int(valid.sum())
 
     @contextmanager
     def recording(self) -> Iterator[LayerMoments]:
         """Have the hooks in for the duration of the block."""
-        handles = []
-        try:
+        with ExitStack() as hooks:
+            hooks.callback(self._seen.clear)
             for name, linear in self._linears.items():
-                handles.append(linear.register_forward_hook(self._hook(name)))
+                hooks.callback(linear.register_forward_hook(self._hook(name)).remove)
             yield self.moments
-        finally:
-            for handle in handles:
-                handle.remove()
-            self._seen = []
 
     def _hook(self, name: str) -> Any:
         def take_gradient(gradient: Tensor) -> None:
