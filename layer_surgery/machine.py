@@ -29,7 +29,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
         "processor": _from_proc("cpuinfo", "model name") or platform.processor() or platform.machine(),
         "cpu_threads": torch.get_num_threads(),
         "cpu_count": os.cpu_count(),
-        "device": device_name(device),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
     }
 
 
@@ -57,11 +57,6 @@ def version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def device_name(device: torch.device) -> str:
-    """Return `cpu`, or the name of the CUDA device."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 def peak_memory_bytes() -> int:

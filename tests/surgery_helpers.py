@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from tiny_models import (
     CALIBRATION,
+    CPU,
     decoder_layers,
     full_ranks,
     hooks_on,
@@ -25,14 +28,17 @@ from transformers import PreTrainedModel
 from layer_surgery.calibration.source import StatisticsSource
 from layer_surgery.calibration.statistics import MomentObserver
 from layer_surgery.checkpoint.open import Checkpoint, open_checkpoint
-from layer_surgery.checkpoint.result import result_checkpoint
 from layer_surgery.checkpoint.save import save_checkpoint
+from layer_surgery.config import CalibrationConfig, RuntimeConfig
 from layer_surgery.data.tokens import PackedTokens
 from layer_surgery.linalg.least_squares import RIDGES
+from layer_surgery.progress import Clock, Ui
 from layer_surgery.records import RefitRecord, RefitScope, SurgeryPlan
-from layer_surgery.surgeon import METHODS, FactorStore, SurgeryContext
-from layer_surgery.surgeon.refit import refit
+from layer_surgery.runs.bench import Bench, Result, open_bench
+from layer_surgery.runs.session import Session
+from layer_surgery.surgeon import FactorStore
 from layer_surgery.walk.moments import LayerMoments
+from layer_surgery.walk.streamed import StreamedModel
 from layer_surgery.walk.walk import Walk
 
 #: The linears of a Llama layer.
@@ -46,45 +52,74 @@ REFIT_TOKENS = packed_tokens(40, 12, padding=True, excluded=0.3)
 # A method, carried out
 
 
+@dataclass
+class RecordedSession(Session):
+    """Keeps the models that it streamed."""
+
+    streamed: list[StreamedModel] = field(default_factory=list)
+
+    def stream(self, checkpoint: Checkpoint) -> StreamedModel:
+        self.streamed.append(super().stream(checkpoint))
+        return self.streamed[-1]
+
+
+@contextmanager
+def tiny_bench(
+    checkpoint: Checkpoint,
+    scratch: Path,
+    *,
+    tokens: PackedTokens = CALIBRATION,
+    general: PackedTokens | None = None,
+    batch_size: int = 2,
+    on_disk: bool = False,
+    dtype: torch.dtype = torch.float64,
+) -> Iterator[Bench]:
+    """Yield a bench that computes in float64, over scratch files that stay."""
+    scratch.mkdir(exist_ok=True, parents=True)
+    limit = 0 if on_disk else 1 << 29
+    session = RecordedSession(
+        checkpoint=checkpoint,
+        tokenizer=None,
+        runtime=RuntimeConfig(batch_size=batch_size),
+        device=CPU,
+        dtype=dtype,
+        scratch=scratch,
+        ui=Ui(),
+        clock=Clock(),
+        resident_bytes=limit,
+        boundary_bytes=limit,
+    )
+    with open_bench(session, tokens, CalibrationConfig(), general=general) as bench:
+        yield bench
+
+
 def operate(
     plan: SurgeryPlan,
     checkpoint: Checkpoint,
     scratch: Path,
     *,
-    tokens: PackedTokens = CALIBRATION,
-    batch_size: int = 2,
-    on_disk: bool = False,
-    dtype: torch.dtype = torch.float64,
+    ranks_fixed: bool = False,
+    statistics: StatisticsSource | None = None,
     **options: Any,
-) -> FactorStore:
-    """Run the plan's method and return the new tensors that it made; `options` are those of the context."""
-    limit = 0 if on_disk else 1 << 29
-    where = settings(scratch, batch_size=batch_size, boundary_memory_bytes=limit)
-    with Walk(streamed(checkpoint, dtype=dtype, resident_bytes=limit), tokens, where) as walk:
-        return carried_out(plan, walk, scratch, **options)[1]
+) -> Result:
+    """Carry out a plan with its method, without a refit; `options` are those of `tiny_bench`."""
+    with tiny_bench(checkpoint, scratch, **options) as bench:
+        bench = replace(bench, statistics=statistics or bench.statistics)
+        return bench.operate(plan, plan.method, ranks_fixed=ranks_fixed)
 
 
-def carried_out(plan: SurgeryPlan, walk: Walk, scratch: Path, **options: Any) -> tuple[SurgeryPlan, FactorStore]:
-    """Run the plan's method over a walk and return the plan as carried out and the new tensors."""
-    scratch.mkdir(exist_ok=True, parents=True)
-    dtype = walk.model.checkpoint.dtype
-    statistics = options.pop("statistics", None) or statistics_source(scratch, dtype)
-    context = SurgeryContext(walk=walk, factors=new_factors(scratch, dtype), statistics=statistics, **options)
-    if plan.smaller or METHODS[plan.method].removes:
-        plan = METHODS[plan.method].function(plan, context)
-    return plan, context.factors
-
-
-def result_of(plan: SurgeryPlan, checkpoint: Checkpoint, scratch: Path, **options: Any) -> Checkpoint:
-    """Return the checkpoint that the plan makes; `options` as for `operate`."""
-    return result_checkpoint(checkpoint, plan, operate(plan, checkpoint, scratch, **options))
+def layer_tensors(result: Result, index: int) -> dict[str, Tensor]:
+    """Return what layer `index` of the original has in the result, by names within the layer."""
+    checkpoint, place = result.checkpoint, result.plan.surviving.index(index)
+    tensors = checkpoint.source.read(checkpoint.layer_tensors(place), CPU)
+    return {name.removeprefix(checkpoint.layer_prefix(place)): tensor for name, tensor in tensors.items()}
 
 
 def saved_result(plan: SurgeryPlan, base: Checkpoint, output: Path, **options: Any) -> Path:
     """Carry out a plan, save the result into a new directory and return it; `options` as for `operate`."""
-    result = result_of(plan, base, output.parent, **options)
+    result = operate(plan, base, output.parent, **options)
     output.mkdir()
-    save_checkpoint(result, output, base=base)
+    save_checkpoint(result.checkpoint, output, base=base)
     return output
 
 
@@ -119,7 +154,7 @@ class Refitted:
     records: list[RefitRecord]
 
     def tensors(self, checkpoint: Checkpoint) -> dict[str, Tensor]:
-        return checkpoint.source.read(checkpoint.source.specs, torch.device("cpu"))
+        return checkpoint.source.read(checkpoint.source.specs, CPU)
 
     def changed(self) -> set[str]:
         """Return the names, in the result, of the tensors that the refit changed."""
@@ -149,24 +184,16 @@ def refitted(
     scratch: Path,
     *,
     tokens: PackedTokens = REFIT_TOKENS,
-    others: tuple[PackedTokens, ...] = (),
     scope: RefitScope = "all",
     batch_size: int = 7,
-    on_disk: bool = False,
-    dtype: torch.dtype = torch.float64,
+    **options: Any,
 ) -> Refitted:
-    """Operate and refit as a run does, over the same walk of the original."""
-    checkpoint, limit = open_checkpoint(model), 0 if on_disk else 1 << 29
-    where = settings(scratch, batch_size=batch_size, boundary_memory_bytes=limit)
-    original = streamed(checkpoint, dtype=dtype, resident_bytes=limit)
-    with Walk(original, tokens, where) as walk:
-        factors = carried_out(plan, walk, scratch, ranks_fixed=True)[1]
-        before = result_checkpoint(checkpoint, plan, factors)
-        walks = [walk, *(Walk(original, other, where) for other in others)]
-        result, new = streamed(before, dtype=dtype, resident_bytes=limit), new_factors(scratch, checkpoint.dtype)
-        records = refit(plan, walks, result, new, scope)
-        assert hooks_on(result.model) == hooks_on(original.model) == []
-    return Refitted(checkpoint, plan, before, result_checkpoint(checkpoint, plan, factors, new), records)
+    """Operate without a refit and with one; `options` are those of `tiny_bench`."""
+    checkpoint = open_checkpoint(model)
+    with tiny_bench(checkpoint, scratch, tokens=tokens, batch_size=batch_size, **options) as bench:
+        before, after = (bench.operate(plan, plan.method, which, ranks_fixed=True) for which in (None, scope))
+        assert [hooks_on(model.model) for model in bench.session.streamed] == [[], []]  # original and result
+    return Refitted(checkpoint, plan, before.checkpoint, after.checkpoint, after.refitted)
 
 
 # Rows of the whole model

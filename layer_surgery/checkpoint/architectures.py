@@ -97,13 +97,9 @@ ARCHITECTURES: dict[str, Architecture] = {
         Architecture(model_type="qwen3_moe"),
         Architecture(
             model_type="deepseek_v3",
-            attention=(
-                "self_attn.q_proj",
-                "self_attn.q_a_proj",
-                "self_attn.q_b_proj",
-                "self_attn.kv_a_proj_with_mqa",
-                "self_attn.kv_b_proj",
-                "self_attn.o_proj",
+            attention=tuple(
+                f"self_attn.{name}"
+                for name in ("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
             ),
             mlp=_GATED_MLP + _SHARED_EXPERTS,
         ),

@@ -36,8 +36,7 @@ def as_in_model(source: TensorSource, model: PreTrainedModel) -> tuple[TensorSou
 
     Raises `CheckpointError` for tensors that should become one and do not go together.
     """
-    rules = get_model_conversion_mapping(model)
-    renamings, converters = _sorted_out(rules)
+    renamings, converters = _sorted_out(get_model_conversion_mapping(model))
     known = model.state_dict()
     groups: dict[str, _Group] = {}
     without_place: list[str] = []

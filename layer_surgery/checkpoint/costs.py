@@ -37,7 +37,6 @@ class TokenCosts:
 
 def token_costs(checkpoint: Checkpoint, context: int) -> TokenCosts:
     """Count what one more token behind `context` tokens costs."""
-
     cache_bytes = cache_bytes_by_layer(checkpoint)
     flops = _first_that_runs(checkpoint, lambda model: _flops(model, context))
     return TokenCosts(None if cache_bytes is None else sum(cache_bytes), flops)

@@ -7,25 +7,20 @@ from typing import Any
 import click
 from rich.console import Console
 
-from layer_surgery.cli.common import CONTEXT, WithNames, check_complete, command_line, print_json, progress_ui
-from layer_surgery.cli.options import AS_JSON, DEBUG, NO_EVAL, given, options_of
+from layer_surgery.cli.common import CONTEXT, call, check_complete, command_on_model, print_json
+from layer_surgery.cli.options import AS_JSON, DEBUG, options_of
 from layer_surgery.config import CompressConfig, EvaluateConfig, ExportConfig, ScoreConfig, SweepConfig
+from layer_surgery.errors import LayerSurgeryError, UserError
 
 
-@click.command(cls=WithNames, context_settings=CONTEXT)
-@click.argument("model")
-@options_of(CompressConfig)
-@NO_EVAL
-@AS_JSON
-@DEBUG
-def compress(model: str, as_json: bool, debug: bool, **options: Any) -> None:
+@command_on_model(CompressConfig)
+def compress(model: str, as_json: bool, **options: Any) -> None:
     """Remove the least important layers of MODEL, put low-rank components in their place, and save the result."""
     from layer_surgery import api
     from layer_surgery.reporting.console import print_report
     from layer_surgery.runs.provenance import report_dict
 
-    with progress_ui() as ui:
-        report = api.compress(model, ui=ui, command=command_line(), **given(options))
+    report = call(api.compress, model, options)
     if as_json:
         print_json(report_dict(report))
     else:
@@ -33,37 +28,26 @@ def compress(model: str, as_json: bool, debug: bool, **options: Any) -> None:
     check_complete(report.failures)
 
 
-@click.command(cls=WithNames, context_settings=CONTEXT)
-@click.argument("model")
-@options_of(ScoreConfig)
-@AS_JSON
-@DEBUG
-def score(model: str, as_json: bool, debug: bool, **options: Any) -> None:
+@command_on_model(ScoreConfig)
+def score(model: str, as_json: bool, **options: Any) -> None:
     """Rank the layers of MODEL by importance, the least important first."""
     from layer_surgery import api
     from layer_surgery.reporting.console import print_scores
 
-    with progress_ui() as ui:
-        scores = api.score(model, ui=ui, command=command_line(), **given(options))
+    scores = call(api.score, model, options)
     if as_json:
         print_json(asdict(scores))
     else:
         print_scores(_console(), scores)
 
 
-@click.command(context_settings=CONTEXT)
-@click.argument("model")
-@options_of(EvaluateConfig)
-@NO_EVAL
-@AS_JSON
-@DEBUG
-def evaluate(model: str, as_json: bool, debug: bool, **options: Any) -> None:
+@command_on_model(EvaluateConfig)
+def evaluate(model: str, as_json: bool, **options: Any) -> None:
     """Measure MODEL, alone or beside a baseline: size, perplexity, distance, tasks, speed and memory."""
     from layer_surgery import api
     from layer_surgery.reporting.console import print_evaluation
 
-    with progress_ui() as ui:
-        report = api.evaluate(model, ui=ui, command=command_line(), **given(options))
+    report = call(api.evaluate, model, options)
     if as_json:
         print_json(report.to_dict())
     else:
@@ -71,13 +55,8 @@ def evaluate(model: str, as_json: bool, debug: bool, **options: Any) -> None:
     check_complete(report.failures)
 
 
-@click.command(cls=WithNames, context_settings=CONTEXT)
-@click.argument("model")
-@options_of(SweepConfig, required=("target_layers", "output"))
-@NO_EVAL
-@AS_JSON
-@DEBUG
-def sweep(model: str, as_json: bool, debug: bool, **options: Any) -> None:
+@command_on_model(SweepConfig, required=("target_layers", "output"))
+def sweep(model: str, as_json: bool, **options: Any) -> None:
     """Compress MODEL in many ways, measure each, and find the points that no other beats. No model is written but the
     --best.
 
@@ -85,12 +64,10 @@ def sweep(model: str, as_json: bool, debug: bool, **options: Any) -> None:
     is perplexity divided by the original's, with several texts the geometric mean.
     """
     from layer_surgery import api
-    from layer_surgery.errors import LayerSurgeryError
     from layer_surgery.reporting.console import print_sweep
     from layer_surgery.reporting.sentences import best_sentence
 
-    with progress_ui() as ui:
-        report = api.sweep(model, ui=ui, command=command_line(), **given(options))
+    report = call(api.sweep, model, options)
     if as_json:
         print_json(report.to_dict())
     else:
@@ -115,15 +92,13 @@ def sweep(model: str, as_json: bool, debug: bool, **options: Any) -> None:
 @options_of(ExportConfig)
 @AS_JSON
 @DEBUG
-def export(directory: str, dense: bool, as_json: bool, debug: bool, **options: Any) -> None:
+def export(directory: str, dense: bool, as_json: bool, **options: Any) -> None:
     """Write the result in DIR in another form; so far there is --dense."""
     from layer_surgery import api
-    from layer_surgery.errors import UserError
 
     if not dense:
         raise UserError("say what to export: --dense (factors multiplied out) is the one form that there is.")
-    with progress_ui() as ui:
-        record = api.export_dense(directory, ui=ui, command=command_line(), **given(options))
+    record = call(api.export_dense, directory, options)
     if as_json:
         print_json(asdict(record))
         return
@@ -148,7 +123,7 @@ def export(directory: str, dense: bool, as_json: bool, debug: bool, **options: A
 @click.option("--base-model", metavar="OWNER/NAME", help="Name of the original on the hub, for the model card.")
 @click.option("--overwrite", is_flag=True, help="Replace FILE if it exists, or a model card that was edited.")
 @DEBUG
-def report(results: tuple[Path, ...], debug: bool, **options: Any) -> None:
+def report(results: tuple[Path, ...], **options: Any) -> None:
     """Make the page of a result or a sweep again, or one page that compares several.
 
     With one result, report.html and the model card README.md in it are made again from its surgery.json; a card that

@@ -4,16 +4,20 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from layer_surgery.config import DEFAULT_METHOD, DEFAULT_SCORER
+from layer_surgery.cli.options import AS_JSON, DEBUG, NO_EVAL, F, given, options_of
+from layer_surgery.config import DEFAULT_METHOD, DEFAULT_SCORER, PerplexityConfig
+from layer_surgery.config.declaring import Options
+from layer_surgery.errors import LayerSurgeryError
 from layer_surgery.progress import Ui
 from layer_surgery.records.provenance import portable_command
 
+T = TypeVar("T")
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
 
@@ -40,10 +44,20 @@ class WithNames(click.Command):
                 formatter.write_dl(rows)
 
 
+def command_on_model(config: type[Options], *, required: tuple[str, ...] = ()) -> Callable[[F], click.Command]:
+    """Return a decorator that makes a command of MODEL and a configuration; `required` names fields."""
+
+    def decorate(function: F) -> click.Command:
+        own = [options_of(config, required=required), *[NO_EVAL] * issubclass(config, PerplexityConfig)]
+        for option in (DEBUG, AS_JSON, *reversed(own), click.argument("model")):
+            function = option(function)
+        return click.command(cls=WithNames, context_settings=CONTEXT)(function)
+
+    return decorate
+
+
 def check_complete(failures: list[Any]) -> None:
     """Have the command fail, after all that was found has been printed, if an evaluation did."""
-    from layer_surgery.errors import LayerSurgeryError
-
     if failures:
         raise LayerSurgeryError("; ".join(f"{failure.stage} failed: {failure.error}" for failure in failures))
 
@@ -79,6 +93,8 @@ def print_json(data: Any) -> None:
     click.echo(json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False))
 
 
-def command_line() -> str:
-    """Return the command that was given, for the record."""
-    return portable_command(["layer-surgery", *sys.argv[1:]])
+def call(function: Callable[..., T], target: str, options: dict[str, Any]) -> T:
+    """Call a function of the Python interface with the options that were given, and the command for the record."""
+    command = portable_command(["layer-surgery", *sys.argv[1:]])
+    with progress_ui() as ui:
+        return function(target, ui=ui, command=command, **given(options))

@@ -11,12 +11,11 @@ import click
 from layer_surgery import __version__
 from layer_surgery.cli import commands
 from layer_surgery.cli.common import CONTEXT
+from layer_surgery.errors import LayerSurgeryError, describe
 
 
 def main() -> NoReturn:
     """Run the command line; exit code 2 for a mistake in what was asked, 1 for a failure."""
-    from layer_surgery.errors import LayerSurgeryError, describe
-
     debug = "--debug" in sys.argv
     _quiet_libraries(debug)
     # A terminated run cleans up like an interrupted one.

@@ -34,7 +34,10 @@ def options_of(config: type[Options], *, required: tuple[str, ...] = ()) -> Call
 
 NO_EVAL = click.option("--no-eval", is_flag=True, help="Do not measure perplexity and distance.")
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
-DEBUG = click.option("--debug", is_flag=True, help="Show tracebacks and the libraries' own messages.")
+#: `main` looks for it itself.
+DEBUG = click.option(
+    "--debug", is_flag=True, expose_value=False, help="Show tracebacks and the libraries' own messages."
+)
 
 
 def given(options: dict[str, Any]) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """A model in memory as lm-eval sees it: lm-eval's own class for transformers, with our batch size and progress."""
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -58,18 +59,8 @@ class HarnessModel(HFLM):  # type: ignore[misc]
         """Show progress through the hook that lm-eval calls after every answer (it is for caches)."""
         hook = self.cache_hook
         with self._progress("tasks", len(requests)) as advance:
-            self.set_cache_hook(_Ticker(advance))
+            self.set_cache_hook(SimpleNamespace(add_partial=lambda *_answer: advance()))
             try:
                 yield
             finally:
                 self.set_cache_hook(hook)
-
-
-class _Ticker:
-    """Stands in the place of lm-eval's cache."""
-
-    def __init__(self, advance: Callable[[], None]) -> None:
-        self._advance = advance
-
-    def add_partial(self, _kind: str, _request: Any, _answer: Any) -> None:
-        self._advance()

@@ -5,7 +5,8 @@ Knows torch only. Shapes: Z inputs [tokens, in], Y targets [tokens, out], W a we
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -63,7 +64,6 @@ class RidgeProblem:
 
     train: Sums
     held_out: Sums
-    _decomposition: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
 
     def solve(self, weight: Tensor, shared: RidgeProblem | None = None) -> Solution:
         """Return `W' = W + R^T Z (Z^T Z + ridge)^-1`, with R the remaining error `Y - Z W^T`.
@@ -73,7 +73,7 @@ class RidgeProblem:
         with the same inputs that has it already. Solved in float64.
         """
         source = shared or self
-        eigenvalues, vectors = source._decomposed()
+        eigenvalues, vectors = source._decomposition
         w = weight.double()
         train_inputs, train_products = source.train.inputs.double(), self.train.products.double()
         scale = float(train_inputs.diagonal().mean())
@@ -100,11 +100,10 @@ class RidgeProblem:
         change = _solve_damped(inputs, best * float(inputs.diagonal().mean()), remaining.T).T
         return Solution(w + change, best, before / norm, errors[best] / norm)
 
-    def _decomposed(self) -> tuple[Tensor, Tensor]:
-        if self._decomposition is None:
-            values, vectors = torch.linalg.eigh(self.train.inputs.double())
-            self._decomposition = values.clamp_min(0.0), vectors
-        return self._decomposition
+    @cached_property
+    def _decomposition(self) -> tuple[Tensor, Tensor]:
+        values, vectors = torch.linalg.eigh(self.train.inputs.double())
+        return values.clamp_min(0.0), vectors
 
 
 def _solve_damped(gram: Tensor, ridge: float, right: Tensor) -> Tensor:

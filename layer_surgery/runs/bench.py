@@ -236,7 +236,6 @@ def general_text(session: Session, tokens: PackedTokens, share: float) -> Packed
 
 def _check_memory(session: Session) -> None:
     """Raise `UserError` if one layer of each model and the sums of its widest linear do not fit."""
-    dtype = session.runtime.torch_dtype(session.device, session.checkpoint.dtype)
     largest = max(sum(p.numel() for p in layer.parameters()) for layer in session.checkpoint.layers)
     sums = [
         # training and held-out sums in float32, and the solution in float64
@@ -244,7 +243,7 @@ def _check_memory(session: Session) -> None:
         for layer in session.checkpoint.layers
         for out, in_ in (p.shape for p in layer.parameters() if p.dim() == 2)
     ]
-    needed, available = 2 * largest * dtype.itemsize + max(sums, default=0), session.available_bytes()
+    needed, available = 2 * largest * session.dtype.itemsize + max(sums, default=0), session.available_bytes()
     if available is not None and needed > available:
         raise UserError(
             f"--refit holds a layer of the original, one of the result and the sums of one linear, "

@@ -43,6 +43,7 @@ class _Measured:
 
     session: Session
     checkpoint: Checkpoint
+    result: EvaluationResult
     losses: dict[str, Losses] = field(default_factory=dict)
     states: dict[str, Boundary] = field(default_factory=dict)
     tasks: TaskOutcome | None = None
@@ -75,7 +76,6 @@ class Evaluator:
         if baseline is not None:
             self._sessions["before"] = baseline
         self._measured: dict[Moment, _Measured] = {}
-        self._results: dict[Moment, EvaluationResult] = {}
         self._kept = ExitStack()
         self._prompts = self._choose_prompts()
         for each in self._sessions.values():
@@ -97,18 +97,15 @@ class Evaluator:
 
     def measure(self, moment: Moment, checkpoint: Checkpoint) -> None:
         """Measure size, perplexity and tasks of one model, and let it continue the prompts."""
-        measured = _Measured(self._sessions[moment], checkpoint)
+        found = size_and_costs(checkpoint, self._config.sequence_length)
+        measured = _Measured(self._sessions[moment], checkpoint, found)
         self._kept.enter_context(measured.kept)
-        self._results[moment] = size_and_costs(checkpoint, self._config.sequence_length)
         perplexities = self._perplexities(moment, measured, required=not self._measured)
         self._measured[moment] = measured
         if self._tasks is not None or self._prompts:
             self._run_whole(moment, measured)
-        self._results[moment] = replace(
-            self._results[moment],
-            perplexity=perplexities,
-            tasks=measured.tasks.results if measured.tasks is not None else {},
-        )
+        tasks = measured.tasks.results if measured.tasks is not None else {}
+        measured.result = replace(found, perplexity=perplexities, tasks=tasks)
 
     def compare(self) -> Comparison:
         """Compare the two models that have been measured, on everything that both have."""
@@ -122,9 +119,8 @@ class Evaluator:
                     changes[name] = change
             if name in before.states and name in after.states:
                 with self._attempt(f"distance on '{name}'", "distance"):
-                    divergences[name], agreements[name] = distance(
-                        self._final(before, name), self._final(after, name), tokens, self._session.settings
-                    )
+                    old, new = (FinalStates(m.session.stream(m.checkpoint), m.states[name]) for m in (before, after))
+                    divergences[name], agreements[name] = distance(old, new, tokens, self._session.settings)
         result = Comparison(perplexity=changes, kl_divergence=divergences, top1_agreement=agreements)
         if before.tasks is not None and after.tasks is not None:
             from layer_surgery.evaluation.tasks import paired_tasks
@@ -136,21 +132,20 @@ class Evaluator:
         """Measure the speed of all measured models, which take turns."""
         if not self._config.speed:
             return
-        moments: list[Moment] = list(self._measured)
+        models = list(self._measured.values())
         with self._attempt("speed"):
-            models = [self._measured[moment] for moment in moments]
             points = measure_speed(
                 [measured.session.stream(measured.checkpoint).load_whole() for measured in models],
                 self._config,
                 self._session.ui.progress,
                 self._session.runtime.seed,
             )
-            for moment, found in zip(moments, points, strict=True):
-                self._results[moment] = replace(self._results[moment], speed=found)
+            for measured, found in zip(models, points, strict=True):
+                measured.result = replace(measured.result, speed=found)
 
     def result(self, moment: Moment) -> EvaluationResult:
         """Return all that was measured of one model so far."""
-        return self._results[moment]
+        return self._measured[moment].result
 
     def forget(self, moment: Moment) -> None:
         """Free what is kept of a model, if it was measured, so that another can be measured in its place."""
@@ -209,7 +204,7 @@ class Evaluator:
             return list(config.prompts)
         count = config.continuations
         if count is None:
-            small = self._whole_bytes(session, session.checkpoint) <= session.resident_bytes
+            small = _whole_bytes(session) <= session.resident_bytes
             count = config.DEFAULT_COUNT if small else 0
         if not count or not self._texts:
             return []
@@ -238,7 +233,7 @@ class Evaluator:
         asked = [option for option, given in options.items() if given]
         if not asked:
             return
-        sizes = [self._whole_bytes(each, each.checkpoint) for each in self._sessions.values()]
+        sizes = [_whole_bytes(each) for each in self._sessions.values()]
         needed = sum(sizes) if self._config.speed else max(sizes)
         available = available_memory_bytes(session.device)
         if available is not None and needed > available:
@@ -251,20 +246,12 @@ class Evaluator:
     def _distance(self) -> bool:
         return self._config.distance and "before" in self._sessions
 
-    @staticmethod
-    def _whole_bytes(session: Session, checkpoint: Checkpoint) -> int:
-        return checkpoint.parameters * session.runtime.torch_dtype(session.device, checkpoint.dtype).itemsize
-
     def _new_boundary(self, model: StreamedModel, measured: _Measured, tokens: PackedTokens) -> Boundary:
         shape = (tokens.sequences, tokens.sequence_length, model.hidden_size)
         memory = measured.session.boundary_bytes // _WAITING_SHARE // (2 * len(self._texts))
         # In the scratch directory of the evaluator's own session, which lives as long as it.
         store = BoundaryStore(shape, model.dtype, model.device, memory, self._session.scratch)
         return Boundary(measured.kept.enter_context(store), 0)
-
-    @staticmethod
-    def _final(measured: _Measured, name: str) -> FinalStates:
-        return FinalStates(measured.session.stream(measured.checkpoint), measured.states[name])
 
     @contextmanager
     def _attempt(self, stage: str, clock: str | None = None, *, required: bool = False) -> Iterator[None]:
@@ -278,6 +265,10 @@ class Evaluator:
                 _LOG.debug("%s failed", stage, exc_info=True)
                 self.failures.append(StageFailure(stage=stage, error=describe(error)))
                 self._session.ui.note(f"{stage} failed: {describe(error)}")
+
+
+def _whole_bytes(session: Session) -> int:
+    return session.checkpoint.parameters * session.dtype.itemsize
 
 
 def size_and_costs(checkpoint: Checkpoint, context: int) -> EvaluationResult:

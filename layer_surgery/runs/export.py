@@ -68,7 +68,8 @@ def run_export(directory: Model, config: ExportConfig) -> DenseExport:
             f"{directory} is a plain checkpoint (model_type: {low_rank.config.model_type}) without low-rank or "
             "narrowed layers, so there is nothing to export; every tool loads it as it is."
         )
-    report = _stored_report(low_rank)
+    stored = low_rank.directory / REPORT_FILE if low_rank.directory is not None else None
+    report = read_json(stored, REPORT_SCHEMA_VERSION, "repair or remove it") if stored and stored.is_file() else {}
     with staged_directory(output, overwrite=config.overwrite) as staging:
         dense = dense_checkpoint(low_rank)
         save_checkpoint(dense, staging, base=low_rank, progress=config.ui.progress)
@@ -176,9 +177,3 @@ class PaddedSource:
         for part, place in places:
             place[tuple(slice(size) for size in part.shape)] = part
         return whole
-
-
-def _stored_report(low_rank: Checkpoint) -> dict[str, Any]:
-    """Return the `surgery.json` of a low-rank checkpoint; {} if it has none. Raises `ReportError`."""
-    path = low_rank.directory / REPORT_FILE if low_rank.directory is not None else None
-    return read_json(path, REPORT_SCHEMA_VERSION, "repair or remove it") if path and path.is_file() else {}

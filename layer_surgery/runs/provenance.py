@@ -49,11 +49,10 @@ def _name(checkpoint: Checkpoint) -> str:
 
 def run_provenance(session: Session, config: RuntimeConfig, **more: Any) -> dict[str, Any]:
     """Return versions, hardware, seed, dtype, all settings (`more` among them) and the command of a run."""
-    dtype = session.runtime.torch_dtype(session.device, session.checkpoint.dtype)
     return provenance(session.device) | {
         "command": config.command,
         "seed": config.seed,
-        "compute_dtype": str(dtype).removeprefix("torch."),
+        "compute_dtype": str(session.dtype).removeprefix("torch."),
         "config": portable(more | config.described()),
     }
 

@@ -35,6 +35,7 @@ class Session:
     tokenizer: PreTrainedTokenizerBase | None
     runtime: RuntimeConfig
     device: torch.device
+    dtype: torch.dtype  #: Of computation, for the checkpoint and all that is made of it.
     scratch: Path
     ui: Ui
     clock: Clock
@@ -73,12 +74,7 @@ class Session:
 
     def stream(self, checkpoint: Checkpoint) -> StreamedModel:
         """Return a model to walk over, its outer weights loaded; the first time, prove that it can be walked over."""
-        model = StreamedModel(
-            checkpoint,
-            device=self.device,
-            dtype=self.runtime.torch_dtype(self.device, checkpoint.dtype),
-            resident_bytes=self.resident_bytes,
-        )
+        model = StreamedModel(checkpoint, device=self.device, dtype=self.dtype, resident_bytes=self.resident_bytes)
         if not any(proven is checkpoint for proven in self._proven):
             with self.clock.stage("self_check"):
                 check_walk(model)
@@ -162,9 +158,9 @@ def open_session(model: Model, runtime: RuntimeConfig, scratch_parent: Path | No
     _say_what_is_special(checkpoint, ui)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    parent = runtime.scratch or scratch_parent
-    with tempfile.TemporaryDirectory(prefix=SCRATCH_PREFIX, dir=parent) as scratch:
-        yield Session(checkpoint, tokenizer, runtime, device, Path(scratch), ui, clock, *runtime.memory(device))
+    dtype, memory = runtime.torch_dtype(device, checkpoint.dtype), runtime.memory(device)
+    with tempfile.TemporaryDirectory(prefix=SCRATCH_PREFIX, dir=runtime.scratch or scratch_parent) as scratch:
+        yield Session(checkpoint, tokenizer, runtime, device, dtype, Path(scratch), ui, clock, *memory)
 
 
 def _say_what_is_special(checkpoint: Checkpoint, ui: Ui) -> None:

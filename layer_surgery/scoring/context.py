@@ -1,9 +1,7 @@
 """The input of a scorer, and the registry of scorers."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
-
-import torch
 
 from layer_surgery.calibration.source import StatisticsSource
 from layer_surgery.records import LayerScores
@@ -31,10 +29,6 @@ class ScoringContext:
     @property
     def path(self) -> list[int]:
         return list(range(self.layer_count))
-
-    def generator(self) -> torch.Generator:
-        """A generator seeded with the user's seed."""
-        return torch.Generator().manual_seed(self.seed)
 
 
 @dataclass(frozen=True)
@@ -68,19 +62,16 @@ class ScorerEntry:
     def scores(self, context: ScoringContext) -> LayerScores:
         """Rank the layers."""
         ranking = self.rank(context)
+        values = ranking.values
+        by_value = sorted(range(len(values)), key=lambda index: (values[index], -index))  # of equals the deeper first
         return LayerScores(
             scorer=self.name,
             source=self.source,
             quantity=ranking.quantity,
-            values=ranking.values,
-            removal_order=least_first(ranking.values) if ranking.order is None else ranking.order,
+            values=values,
+            removal_order=by_value if ranking.order is None else ranking.order,
             tokens=int(context.walk.tokens.valid.sum()) if self.needs_data else 0,
         )
 
 
 SCORERS = Registry("scorer", ScorerEntry)
-
-
-def least_first(values: Iterable[float]) -> list[int]:
-    """Return indices by ascending value; equal values by descending index (the deeper layer goes first)."""
-    return [index for index, _ in sorted(enumerate(values), key=lambda item: (item[1], -item[0]))]

@@ -8,5 +8,6 @@ from layer_surgery.scoring.context import SCORERS, Ranking, ScoringContext
 @SCORERS.add("random", summary="a seeded random order", parts=True)
 def random_order(context: ScoringContext) -> Ranking:
     """Return uniform random values from the user's seed."""
-    values = torch.rand(context.layer_count, generator=context.generator(), dtype=torch.float64).tolist()
+    generator = torch.Generator().manual_seed(context.seed)
+    values = torch.rand(context.layer_count, generator=generator, dtype=torch.float64).tolist()
     return Ranking("random in [0, 1)", values)

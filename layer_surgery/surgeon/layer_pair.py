@@ -67,8 +67,8 @@ def residual_scales(
     None is for layers with a norm after the projection (Gemma 2, OLMo 2) and for those with other parts, such as
     experts. Found by running the layer, so it holds for any architecture.
     """
-    present = [name for name in (attention_out, mlp_out) if name and _has(layer, name)]
-    if len(present) < 2:
+    present = [attention_out, mlp_out]
+    if not {name for name, _ in layer.named_modules() if name}.issuperset(present):
         return None
     after, seen = run_watched(layer, present, call, hidden)
     change = (after - hidden).double().flatten()
@@ -86,10 +86,10 @@ def residual_scales(
     return ResidualScales(float(scales[0]), float(scales[1])) if off < tolerance else None
 
 
-def bias_of(layer: nn.Module, name: str) -> Tensor | None:
-    """Return the bias [out] of a linear, or None."""
+def without_bias(output: Tensor, layer: nn.Module, name: str) -> Tensor:
+    """Return the output [..., out] of a linear of the layer without its bias, if it has one."""
     bias: Tensor | None = getattr(layer.get_submodule(name), "bias", None)
-    return bias
+    return output if bias is None else output - bias
 
 
 def wide(tensor: Tensor) -> Tensor:
@@ -118,11 +118,3 @@ def _watching(layer: nn.Module, names: Sequence[str], seen: Seen, until: str) ->
             if until != "inputs":
                 hooks.callback(linear.register_forward_hook(partial(take_output, name)).remove)
         yield
-
-
-def _has(layer: nn.Module, name: str) -> bool:
-    try:
-        layer.get_submodule(name)
-    except AttributeError:
-        return False
-    return True

@@ -10,7 +10,7 @@ low-rank linears only the left factor is re-solved. Nothing is added to the mode
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
@@ -22,7 +22,14 @@ from layer_surgery.checkpoint.new_tensors import FactorStore
 from layer_surgery.errors import DataError
 from layer_surgery.linalg.least_squares import RidgeProblem, Solution, Sums
 from layer_surgery.records import RefitRecord, RefitScope, SurgeryPlan
-from layer_surgery.surgeon.layer_pair import ResidualScales, bias_of, residual_scales, run_watched, watch_linears, wide
+from layer_surgery.surgeon.layer_pair import (
+    ResidualScales,
+    residual_scales,
+    run_watched,
+    watch_linears,
+    wide,
+    without_bias,
+)
 from layer_surgery.walk.boundaries import Boundary
 from layer_surgery.walk.moments import rows_of
 from layer_surgery.walk.rehearsal import LayerCall, Rehearsal
@@ -103,8 +110,8 @@ def refit(
             if smaller or (scope == "all" and (before_a_cut or not same)):
                 with original.layer(index) as reference, result.layer(position) as layer:
                     kept = (rows or {}).get(index, {})
-                    pair = _Pair(reference, layer, index, position, after, tracks, calls, result.checkpoint.dtype, kept)
-                    records += pair.refit(refitted)
+                    pair = _Pair(reference, layer, index, position, after, tracks, calls, kept, refitted)
+                    records += pair.refit()
                     pair.step()
             elif not same:
                 with result.layer(position) as layer:
@@ -150,6 +157,10 @@ class _Batch:
     result_call: LayerCall
 
 
+_Rows = tuple[dict[str, Tensor], dict[str, Tensor]]
+"""What linears read [B, S, in] and what they should give [B, S, out], by linear."""
+
+
 @dataclass
 class _Pair:
     """A layer of the original and the same layer of the result, whose linears are re-solved in turn."""
@@ -161,16 +172,17 @@ class _Pair:
     after: int  # boundary of the original that the layer of the result is to reach
     tracks: Sequence[_Track]
     calls: Rehearsal
-    dtype: torch.dtype  # of the stored result
     rows: Mapping[str, Tensor]  # of narrowed linears of the layer, the original's rows [n] that they have
+    refitted: FactorStore  # where re-solved tensors go
     records: list[RefitRecord] = field(default_factory=list)
 
-    def refit(self, refitted: FactorStore) -> list[RefitRecord]:
+    def refit(self) -> list[RefitRecord]:
         """Re-solve queries, keys and values; attention out; gate and up; MLP down: each sees what those before give."""
-        architecture = self.tracks[0].walk.model.architecture
-        *attention, attention_out = self._present(architecture.attention) or [""]
-        *mlp, mlp_out = self._present(architecture.mlp) or [""]
-        scales = self._scales(attention_out, mlp_out)
+        architecture, modules = self.tracks[0].walk.model.architecture, dict(self.reference.named_modules())
+        *attention, attention_out = [name for name in architecture.attention if name in modules] or [""]
+        *mlp, mlp_out = [name for name in architecture.mlp if name in modules] or [""]
+        first = next(self._batches())
+        scales = residual_scales(self.reference, attention_out, mlp_out, first.reference_call, first.reference)
         self._follow_outputs(attention)
         if scales is None:
             for group in ([attention_out], mlp, [mlp_out]):
@@ -179,12 +191,6 @@ class _Pair:
             self._follow_stream_after_attention(attention_out, mlp_out, scales)
             self._follow_outputs(mlp)
             self._follow_stream_after_mlp(mlp_out, scales)
-        for record in self.records:
-            if record.ridge is not None:
-                linear = self.layer.get_submodule(record.linear)
-                names = (OUT_FACTOR, IN_FACTOR) if isinstance(linear, LowRankLinear) else ("weight",)
-                tensors = {name: linear.get_parameter(name) for name in names}
-                refitted.write_tensors(self.index, record.linear, tensors)
         return self.records
 
     def step(self) -> None:
@@ -193,33 +199,25 @@ class _Pair:
 
     # -- what is re-solved -----------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def _follow_outputs(self, names: Sequence[str]) -> None:
         """Re-solve linears to give what the original's give, on the inputs that they have in the result."""
         names = [name for name in names if name and not self._gone(name)]
-        if not names:
-            return
-        problems = _Problems(self.layer, names)
-        for batch in self._batches():
-            wanted = watch_linears(
-                self.reference, names, batch.reference_call, batch.reference, until="outputs"
-            ).outputs
-            targets = {name: _less(wanted[name], bias_of(self.reference, name)) for name in names}
-            targets |= {name: targets[name][..., rows] for name, rows in self.rows.items() if name in targets}
-            problems.add(self._inputs(names, batch), targets, batch)
-        self._solve(problems)
 
-    @torch.no_grad()
+        def look(batch: _Batch) -> _Rows:
+            seen = watch_linears(self.reference, names, batch.reference_call, batch.reference, until="outputs")
+            targets = {name: without_bias(seen.outputs[name], self.reference, name) for name in names}
+            targets |= {name: targets[name][..., rows] for name, rows in self.rows.items() if name in targets}
+            return self._inputs(names, batch), targets
+
+        self._resolve(names, look)
+
     def _follow_stream_after_attention(self, name: str, mlp_out: str, scales: ResidualScales) -> None:
         """Re-solve the attention's output projection so that the stream after it is the original's.
 
         If nothing is left of the MLP, so that the stream after the layer is.
         """
-        if self._gone(name):
-            return
-        problems = _Problems(self.layer, [name])
-        bias = bias_of(self.layer, name)
-        for batch in self._batches():
+
+        def look(batch: _Batch) -> _Rows:
             if self._gone(mlp_out):
                 aim = wide(batch.track.walk.boundary(self.after).read(batch.rows))
             else:
@@ -227,29 +225,37 @@ class _Pair:
                 aim = wide(after) - scales.mlp * wide(seen.outputs[mlp_out])
             # The stream is large and what is added to it small: the difference is taken in float32 or better.
             target = (aim - wide(batch.result)) / scales.attention
-            problems.add(self._inputs([name], batch), {name: _less(target, bias)}, batch)
-        self._solve(problems)
+            return self._inputs([name], batch), {name: without_bias(target, self.layer, name)}
 
-    @torch.no_grad()
+        self._resolve([name], look)
+
     def _follow_stream_after_mlp(self, name: str, scales: ResidualScales) -> None:
         """Re-solve the MLP's output projection so that the stream after the layer is the original's after the cut."""
-        if self._gone(name):
-            return
-        problems = _Problems(self.layer, [name])
-        bias = bias_of(self.layer, name)
-        for batch in self._batches():
+
+        def look(batch: _Batch) -> _Rows:
             after, seen = run_watched(self.layer, [name], batch.result_call, batch.result)
             aim = batch.track.walk.boundary(self.after).read(batch.rows)
             target = (wide(aim) - wide(after)) / scales.mlp + wide(seen.outputs[name])
-            problems.add(seen.inputs, {name: _less(target, bias)}, batch)
-        self._solve(problems)
+            return seen.inputs, {name: without_bias(target, self.layer, name)}
 
-    def _solve(self, problems: _Problems) -> None:
+        self._resolve([name], look)
+
+    @torch.no_grad()
+    def _resolve(self, names: Sequence[str], look: Callable[[_Batch], _Rows]) -> None:
+        """Re-solve linears on what they read and should give, as `look` finds it, unless nothing is left of them."""
+        if not names or self._gone(names[0]):
+            return
+        problems = _Problems(self.layer, names)
+        for batch in self._batches():
+            problems.add(*look(batch), batch)
         for name, solution in problems.solve():
             if solution.ridge is not None:
                 weight = _solved_weight(self.layer, name)
                 # Rounded as it will be stored, so that what follows sees what the saved model has.
-                weight.data = solution.weight.to(self.dtype).to(weight.dtype)
+                weight.data = solution.weight.to(self.refitted.dtype).to(weight.dtype)
+                linear = self.layer.get_submodule(name)
+                own = (OUT_FACTOR, IN_FACTOR) if isinstance(linear, LowRankLinear) else ("weight",)
+                self.refitted.write_tensors(self.index, name, {each: linear.get_parameter(each) for each in own})
             self.records.append(
                 RefitRecord(
                     layer=self.index,
@@ -287,23 +293,9 @@ class _Pair:
         """Return what the linears read in the result [B, S, in]."""
         return watch_linears(self.layer, names, batch.result_call, batch.result, until="inputs").inputs
 
-    def _scales(self, attention_out: str, mlp_out: str) -> ResidualScales | None:
-        batch = next(self._batches())
-        return residual_scales(self.reference, attention_out, mlp_out, batch.reference_call, batch.reference)
-
-    def _present(self, names: Sequence[str]) -> list[str]:
-        """Return the names of those linears that this layer has, in both models."""
-        modules = dict(self.reference.named_modules())
-        return [name for name in names if name in modules]
-
     def _gone(self, name: str) -> bool:
         """Return whether nothing is left of a linear."""
         return bool(getattr(self.layer.get_submodule(name), "rank", 1) == 0)
-
-
-def _less(output: Tensor, bias: Tensor | None) -> Tensor:
-    """Return the output of a linear without its bias."""
-    return output if bias is None else output - bias
 
 
 class _Problems:

@@ -47,8 +47,8 @@ def replaceme(plan: SurgeryPlan, context: SurgeryContext) -> SurgeryPlan:
 @torch.no_grad()
 def _best_map(walk: Walk, index: int, after: int) -> tuple[str, Tensor]:
     """Return the MLP's output projection, and T [D, D] float64 with `s M T ~ L - Y` over the valid tokens."""
-    gram: Tensor | float = 0.0
-    products: Tensor | float = 0.0
+    width = walk.model.hidden_size
+    gram, products = torch.zeros(2, width, width, dtype=torch.float64, device=walk.model.device)
     with walk.model.layer(index) as layer:
         name, scale = _mlp_out(walk, index, layer)
         for rows in walk.batches():
@@ -58,9 +58,8 @@ def _best_map(walk: Walk, index: int, after: int) -> tuple[str, Tensor]:
             valid = walk.tokens.valid[rows].to(hidden.device)
             mlp = scale * seen.outputs[name][valid].double()
             wanted = walk.boundary(after).read(rows)[valid].double() - (output[valid].double() - mlp)
-            gram = gram + mlp.T @ mlp
-            products = products + mlp.T @ wanted
-    assert isinstance(gram, Tensor) and isinstance(products, Tensor)
+            gram += mlp.T @ mlp
+            products += mlp.T @ wanted
     gram.diagonal().add_(1e-9 * float(gram.diagonal().mean()))
     solution: Tensor = torch.linalg.solve(gram, products)
     return name, solution

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -16,19 +17,16 @@ def accumulated_gradients(weights: Mapping[str, nn.Parameter]) -> Iterator[dict[
     """
     sums = {name: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for name, p in weights.items()}
 
-    def adding(total: Tensor):  # type: ignore[no-untyped-def]
-        def hook(parameter: Tensor) -> None:
-            if parameter.grad is not None:
-                total.add_(parameter.grad)
-                parameter.grad = None
-
-        return hook
+    def add(total: Tensor, parameter: Tensor) -> None:
+        if parameter.grad is not None:
+            total.add_(parameter.grad)
+            parameter.grad = None
 
     hooks = []
     try:
         for name, parameter in weights.items():
             parameter.requires_grad_(True)
-            hook = adding(sums[name])
+            hook = partial(add, sums[name])
             hooks.append(parameter.register_post_accumulate_grad_hook(hook))  # type: ignore[no-untyped-call]
         yield sums
     finally:

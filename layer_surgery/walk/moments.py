@@ -1,9 +1,9 @@
 """Second moments of what goes into a linear and of the loss gradient at what comes out of it."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -49,32 +49,22 @@ class MomentRecorder:
     def start_batch(self, valid: Tensor) -> None:
         """Say which tokens of the micro-batch that comes next count: [B, S] bool."""
         self._valid = valid
-        self._seen = []
+        self._seen.clear()
         self.moments.tokens += int(valid.sum())
 
     @contextmanager
     def recording(self) -> Iterator[LayerMoments]:
         """Have the hooks in for the duration of the block."""
-        handles = []
-        try:
+        with ExitStack() as hooks:
+            hooks.callback(self._seen.clear)
             for name, linear in self._linears.items():
-                handles.append(linear.register_forward_hook(self._hook(name)))
+                hooks.callback(linear.register_forward_hook(partial(self._see, name)).remove)
             yield self.moments
-        finally:
-            for handle in handles:
-                handle.remove()
-            self._seen = []
 
-    def _hook(self, name: str) -> Any:
-        def take_gradient(gradient: Tensor) -> None:
-            self._add(self.moments.outputs, name, gradient.detach())
-
-        def hook(_module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
-            self._take_input(name, arguments[0].detach())
-            if self._gradients and output.requires_grad:
-                output.register_hook(take_gradient)  # type: ignore[no-untyped-call]
-
-        return hook
+    def _see(self, name: str, _module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+        self._take_input(name, arguments[0].detach())
+        if self._gradients and output.requires_grad:
+            output.register_hook(partial(self._add, self.moments.outputs, name))  # type: ignore[no-untyped-call]
 
     def _take_input(self, name: str, x: Tensor) -> None:
         for seen, reader in self._seen:
@@ -87,7 +77,7 @@ class MomentRecorder:
 
     def _add(self, sums: dict[str, Tensor], name: str, values: Tensor) -> None:
         assert self._valid is not None, "start_batch comes first"
-        rows = rows_of(values, self._valid).to(torch.promote_types(values.dtype, torch.float32))
+        rows = rows_of(values.detach(), self._valid).to(torch.promote_types(values.dtype, torch.float32))
         if name not in sums:
             sums[name] = torch.zeros(rows.shape[1], rows.shape[1], dtype=rows.dtype, device=rows.device)
         add_gram(sums[name], rows)

@@ -7,6 +7,7 @@ them are the model's own code, and no other code here knows about them.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -54,13 +55,9 @@ def stubs(model: StreamedModel, on_call: Callable[[int, Tensor, LayerCall], Any]
     """Replace every layer by a stub for the duration of the block."""
     layers = model.layers
     originals = list(layers)
-
-    def bound(index: int) -> Callable[[Tensor, LayerCall], Any]:
-        return lambda hidden, call: on_call(index, hidden, call)
-
     try:
         for index, layer in enumerate(originals):
-            layers[index] = _Stub(layer, bound(index))
+            layers[index] = _Stub(layer, partial(on_call, index))
         yield
     finally:
         for index, layer in enumerate(originals):

@@ -115,35 +115,27 @@ class Walk:
         if self._kept is None:
             for rows in self.batches():
                 self.boundary(0).write(rows, self.rehearsal.embed(self.tokens.token_ids[rows]))
-        if not keep:
-            return self._stream(path, observers, watched)
         start = 0
-        while not observers and start < min(len(known), len(path)) and known[start] == path[start]:
+        while keep and not observers and start < min(len(known), len(path)) and known[start] == path[start]:
             start += 1
-        self._kept = list(path[:start])
+        if keep:
+            self._kept = list(path[:start])
+        latest = self.boundary(start)
         with self.settings.progress("forward", len(path) - start) as advance:
-            for position in range(start, len(path)):
-                seen_by = observers if path[position] in watched else ()
-                self.step(path[position], self.boundary(position), self.boundary(position + 1), seen_by)
-                self._kept.append(path[position])
+            for position, index in enumerate(path[start:], start):
+                source, latest = latest, self.boundary(position + 1 if keep else _STREAM)
+                self.step(index, source, latest, observers if index in watched else ())
+                if self._kept is None:
+                    self.store.drop(0)
+                elif keep:
+                    self._kept.append(index)
                 advance()
-        return self.boundary(len(path))
+        return latest
 
     def forget(self, position: int) -> None:
         """Say that the layer at this position of the kept path has changed: later boundaries are not used again."""
         if self._kept is not None:
             self._kept = self._kept[:position]
-
-    def _stream(self, path: Sequence[int], observers: Sequence[Observer], watched: set[int]) -> Boundary:
-        source, latest = self.boundary(0), self.boundary(_STREAM)
-        with self.settings.progress("forward", len(path)) as advance:
-            for index in path:
-                self.step(index, source, latest, observers if index in watched else ())
-                if source != latest and self._kept is None:
-                    self.store.drop(0)
-                source = latest
-                advance()
-        return source
 
     @torch.no_grad()
     def step(self, index: int, source: Boundary, target: Boundary, observers: Sequence[Observer] = ()) -> None:
@@ -227,36 +219,18 @@ class Walk:
         """
         path = range(self.model.layer_count)
         watched = set(path if watch is None else watch)
+        back = path[min(watched) :]
         with self.new_store() as store:
             gradient = Boundary(store, 0)
             self.losses(self.forward(path, keep=True), gradient)
-            self.backward(path, gradient, stop=min(watched), observers=observers, watch=watched)
+            for observer in observers:
+                observer.begin_backward(gradient)
+            with self.settings.progress("backward", len(back)) as advance:
+                for index in reversed(back):
+                    self._step_back(index, gradient, observers if index in watched else ())
+                    advance()
 
-    def backward(
-        self,
-        path: Sequence[int],
-        gradient: Boundary,
-        *,
-        stop: int = 0,
-        observers: Sequence[Observer] = (),
-        watch: Iterable[int] | None = None,
-    ) -> None:
-        """Walk back through `path[stop:]` from the last layer on; all its boundaries are kept.
-
-        `gradient` holds the gradient at the last boundary and is overwritten; at the end it is that before
-        `path[stop]`. Observers see the layers in `watch` (default: all). Layers before `path[stop]` are not
-        touched.
-        """
-        watched = set(path if watch is None else watch)
-        for observer in observers:
-            observer.begin_backward(gradient)
-        with self.settings.progress("backward", len(path) - stop) as advance:
-            for position in reversed(range(stop, len(path))):
-                index = path[position]
-                self._step_back(index, self.boundary(position), gradient, observers if index in watched else ())
-                advance()
-
-    def _step_back(self, index: int, start: Boundary, gradient: Boundary, observers: Sequence[Observer]) -> None:
+    def _step_back(self, index: int, gradient: Boundary, observers: Sequence[Observer]) -> None:
         """Recompute layer `index` from the boundary before it and take `gradient` from after it to before it.
 
         While observers leave the layer, the gradient after it is still there. Uses the slot behind `gradient` too.
@@ -268,7 +242,7 @@ class Walk:
             for rows in self.batches():
                 with torch.enable_grad():
                     self._announce(rows, observers)
-                    before = start.read(rows).detach().requires_grad_()
+                    before = self.boundary(index).read(rows).detach().requires_grad_()
                     after = self._call(index, rows)(layer, before)
                     after.backward(gradient.read(rows))  # type: ignore[no-untyped-call]
                 assert before.grad is not None

@@ -51,7 +51,7 @@ def stored(path: Path) -> SafetensorsSource:
 def without_first(path: Path, scratch: Path) -> Path:
     base = open_checkpoint(path)
     plan = make_test_plan(base.layer_count, removed=[0], method="remove")
-    return saved_result(plan, base, scratch / "output")
+    return saved_result(plan, base, scratch / "output", dtype=base.dtype)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from surgery_helpers import result_of
+from surgery_helpers import operate
 from tiny_families import SIX_LAYERS
 from tiny_models import FIELDS, changes, make_test_plan, snapshot, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
@@ -102,7 +102,7 @@ def test_operations_of_llama_by_arithmetic() -> None:
 def test_a_low_rank_and_a_removed_layer_cost_what_is_left_of_them(tmp_path: Path) -> None:
     original = open_checkpoint(tiny_model())
     plan = make_test_plan(4, removed=[1], low_rank={2: {"mlp.down_proj": 3}}, method="svd")
-    operated = result_of(plan, original, tmp_path)
+    operated = operate(plan, original, tmp_path).checkpoint
     before, after = token_costs(original, 8), token_costs(operated, 8)
     assert before.flops is not None and before.kv_cache_bytes is not None
     whole_layer = (before.flops - 2 * 61 * 32) // 4

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from surgery_helpers import operate, result_of, saved_result
+from surgery_helpers import layer_tensors, operate, saved_result
 from tiny_families import dtype_of
 from tiny_models import (
     decoder_layers,
@@ -30,7 +30,6 @@ import layer_surgery
 from layer_surgery.checkpoint.architectures import ARCHITECTURES, Architecture
 from layer_surgery.checkpoint.open import open_checkpoint
 from layer_surgery.checkpoint.recognition import architecture_of
-from layer_surgery.checkpoint.result import result_checkpoint
 from layer_surgery.errors import CheckpointError, PlanError
 from layer_surgery.progress import Ui
 from layer_surgery.walk.moments import MomentRecorder
@@ -103,8 +102,7 @@ def test_every_method_takes_the_transposed_matrices_of_gpt2_the_right_way_round(
     ranks = full_ranks(base, 2)
     assert ranks == {"attn.c_attn": 32, "attn.c_proj": 32, "mlp.c_fc": 32, "mlp.c_proj": 32}
     plan = make_test_plan(4, low_rank={2: ranks}, method=method)
-    factors = operate(plan, base, tmp_path / "factors", ranks_fixed=True)
-    result = result_checkpoint(base, plan, factors)
+    result = operate(plan, base, tmp_path / "factors", ranks_fixed=True).checkpoint
     assert result.source.specs["transformer.h.2.attn.c_attn.out_factor.weight"].shape == (96, 32)
     assert largest_difference(walked_logits(streamed(result), TOKENS, settings(tmp_path)), logits_of(model)) < 1e-6
 
@@ -114,7 +112,7 @@ def test_low_ranks_of_gpt2_approximate_its_matrices(tmp_path: Path, method: str)
     base = open_checkpoint(tiny_checkpoint(tmp_path, tiny_model("gpt2")))
     ranks = {"mlp.c_fc": 3, "mlp.c_proj": 3}
     plan = make_test_plan(4, low_rank={2: ranks}, method=method)
-    factors = operate(plan, base, tmp_path / "factors", ranks_fixed=True).read(2)
+    factors = layer_tensors(operate(plan, base, tmp_path / "factors", ranks_fixed=True), 2)
     weight = tiny_model("gpt2").get_parameter("transformer.h.2.mlp.c_proj.weight").detach().T  # [out, in]
     product = factors["mlp.c_proj.out_factor.weight"] @ factors["mlp.c_proj.in_factor.weight"]
     assert product.shape == weight.shape
@@ -129,7 +127,7 @@ def test_fisher_runs_on_layers_with_experts_and_without_attention(tmp_path: Path
     base = open_checkpoint(tiny_checkpoint(tmp_path, model))
     ranks = {index: full_ranks(base, index) for index in (2, 5)}
     plan = make_test_plan(6, low_rank=ranks, method="fisher")
-    operated = result_of(plan, base, tmp_path, dtype=torch.float32, ranks_fixed=True)
+    operated = operate(plan, base, tmp_path, dtype=torch.float32, ranks_fixed=True).checkpoint
     result = streamed(operated, dtype=torch.float32)
     assert largest_difference(walked_logits(result, TOKENS, settings(tmp_path)), logits_of(model)) < 1e-3
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from surgery_helpers import LINEARS, RecordedMoments, carried_out, operate, result_of, statistics_source, walked_moments
+from surgery_helpers import LINEARS, RecordedMoments, layer_tensors, operate, statistics_source, walked_moments
 from tiny_models import (
     CALIBRATION,
     decoder_layers,
@@ -27,10 +27,10 @@ from tiny_models import (
 from torch import Tensor
 
 from layer_surgery.checkpoint.open import Checkpoint, open_checkpoint
-from layer_surgery.checkpoint.result import result_checkpoint
 from layer_surgery.linalg.low_rank import knapsack, shrunk, whitened_svd
 from layer_surgery.records import SurgeryPlan
-from layer_surgery.surgeon import FactorStore, model_shape, plan_parameters
+from layer_surgery.runs.bench import Result
+from layer_surgery.surgeon import model_shape, plan_parameters
 from layer_surgery.walk.walk import Walk
 
 
@@ -211,7 +211,7 @@ def test_knapsack_refuses_a_budget_below_one_rank_each() -> None:
 def test_full_rank_reproduces_the_logits(tmp_path: Path, method: str, model_type: str) -> None:
     checkpoint = open_checkpoint(tiny_model(model_type))
     plan = make_test_plan(4, low_rank={1: full_ranks(checkpoint, 1), 2: full_ranks(checkpoint, 2)}, method=method)
-    result = result_of(plan, checkpoint, tmp_path, ranks_fixed=True)
+    result = operate(plan, checkpoint, tmp_path, ranks_fixed=True).checkpoint
     tokens = packed_tokens(2, 10)
     ours = walked_logits(streamed(result), tokens, settings(tmp_path))
     theirs = walked_logits(streamed(checkpoint), tokens, settings(tmp_path))
@@ -220,35 +220,34 @@ def test_full_rank_reproduces_the_logits(tmp_path: Path, method: str, model_type
 
 def run_fisher(
     tmp_path: Path, ranks: dict[str, int], *, slack: int = 0, **options: Any
-) -> tuple[Checkpoint, SurgeryPlan, SurgeryPlan, FactorStore]:
-    """Return the original, the plan, the plan as carried out and the factors; `options` are those of the context."""
+) -> tuple[Checkpoint, SurgeryPlan, Result]:
+    """Return the original, the plan and the result; `options` are those of `operate`."""
     checkpoint = open_checkpoint(tiny_model())
     plan = make_test_plan(4, low_rank={1: ranks, 2: ranks}, method="fisher")
     parameters = plan_parameters(model_shape(checkpoint), plan)
     plan = replace(plan, parameters=parameters, parameter_bound=parameters + slack)
-    with Walk(streamed(checkpoint), CALIBRATION, settings(tmp_path)) as walk:
-        return checkpoint, plan, *carried_out(plan, walk, tmp_path, **options)
+    return checkpoint, plan, operate(plan, checkpoint, tmp_path, **options)
 
 
 def test_fisher_moves_ranks_within_the_bound_and_reports_the_true_number_of_parameters(tmp_path: Path) -> None:
-    checkpoint, plan, done, factors = run_fisher(tmp_path, dict.fromkeys(LINEARS, 4), ranks_fixed=False, slack=9)
+    _, plan, result = run_fisher(tmp_path, dict.fromkeys(LINEARS, 4), ranks_fixed=False, slack=9)
+    done = result.plan
     assert [layer.ranks for layer in done.low_rank] != [layer.ranks for layer in plan.low_rank]
-    real = result_checkpoint(checkpoint, done, factors).parameters
-    assert done.parameters == real <= plan.parameter_bound
+    assert done.parameters == result.checkpoint.parameters <= plan.parameter_bound
     assert done.predicted_loss_rise > 0
 
 
 def test_fisher_keeps_the_ranks_that_the_user_gave(tmp_path: Path) -> None:
-    checkpoint, plan, done, factors = run_fisher(tmp_path, dict.fromkeys(LINEARS, 4), ranks_fixed=True)
-    assert done.layers == plan.layers
-    assert result_checkpoint(checkpoint, done, factors).low_rank["model.layers.2.mlp.down_proj"] == 4
+    _, plan, result = run_fisher(tmp_path, dict.fromkeys(LINEARS, 4), ranks_fixed=True)
+    assert result.plan.layers == plan.layers
+    assert result.checkpoint.low_rank["model.layers.2.mlp.down_proj"] == 4
 
 
 def test_knapsack_ranks_predict_less_loss_than_uniform_ones(tmp_path: Path) -> None:
     ranks = dict.fromkeys(LINEARS, 3)
     source = statistics_source(tmp_path)
-    fixed = run_fisher(tmp_path, ranks, ranks_fixed=True, statistics=source)[2]
-    chosen = run_fisher(tmp_path, ranks, ranks_fixed=False, statistics=source)[2]
+    fixed = run_fisher(tmp_path, ranks, ranks_fixed=True, statistics=source)[2].plan
+    chosen = run_fisher(tmp_path, ranks, ranks_fixed=False, statistics=source)[2].plan
     assert source._statistics is not None
     costs = [sum(source._statistics.cost(e.index, e.ranks) for e in plan.low_rank) for plan in (chosen, fixed)]
     assert costs[0] < costs[1]
@@ -263,7 +262,7 @@ def test_svd_llm_changes_the_outputs_on_its_calibration_data_less_than_svd(tmp_p
     errors = {}
     for method in ("svd", "svd_llm"):
         plan = make_test_plan(4, low_rank={1: {"mlp.down_proj": 5}}, method=method)
-        tensors = operate(plan, checkpoint, tmp_path / method, tokens=tokens).read(1)
+        tensors = layer_tensors(operate(plan, checkpoint, tmp_path / method, tokens=tokens), 1)
         change = tensors["mlp.down_proj.out_factor.weight"] @ tensors["mlp.down_proj.in_factor.weight"] - weight
         errors[method] = float(torch.trace(change @ moments.input_moment("mlp.down_proj") @ change.T))
     assert errors["svd_llm"] < errors["svd"]
@@ -272,11 +271,11 @@ def test_svd_llm_changes_the_outputs_on_its_calibration_data_less_than_svd(tmp_p
 def test_cost_is_the_quadratic_form_summed_over_all_replaced_linears(tmp_path: Path) -> None:
     """Nats per token that carries loss: the moments are means over all tokens, so the masks' ratio enters."""
     ranks, source = dict.fromkeys(LINEARS, 4), statistics_source(tmp_path)
-    checkpoint, _, _, factors = run_fisher(tmp_path, ranks, ranks_fixed=True, statistics=source)
+    checkpoint, _, result = run_fisher(tmp_path, ranks, ranks_fixed=True, statistics=source)
     moments = walked_moments(CALIBRATION, tmp_path)
     total = 0.0
     for index in (1, 2):
-        tensors = factors.read(index)
+        tensors = layer_tensors(result, index)
         for name in LINEARS:
             weight = checkpoint.source.read([f"model.layers.{index}.{name}.weight"], torch.device("cpu")).popitem()[1]
             product = tensors[f"{name}.out_factor.weight"] @ tensors[f"{name}.in_factor.weight"]

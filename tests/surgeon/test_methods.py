@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from surgery_helpers import ATTENTION, MLP, carried_out, operate, result_of
+from surgery_helpers import ATTENTION, MLP, layer_tensors, operate, tiny_bench
 from tiny_models import (
     CALIBRATION,
     changes,
@@ -35,15 +35,15 @@ from layer_surgery.checkpoint.open import open_checkpoint
 from layer_surgery.data.tokens import PackedTokens
 from layer_surgery.errors import NumericalError, UserError
 from layer_surgery.linalg.low_rank import Factors, singular_value_gradients
+from layer_surgery.runs.bench import Result
 from layer_surgery.surgeon import METHODS, FactorStore, grasp
-from layer_surgery.walk.walk import Walk
 
 RANKS = dict.fromkeys(ATTENTION, 6) | dict.fromkeys(MLP, 9)
 
 
-def product(factors: FactorStore, layer: int, linear: str) -> Tensor:
+def product(result: Result, layer: int, linear: str) -> Tensor:
     """Return the dense weight that the factors stand for."""
-    tensors = factors.read(layer)
+    tensors = layer_tensors(result, layer)
     return tensors[f"{linear}.out_factor.weight"] @ tensors[f"{linear}.in_factor.weight"]
 
 
@@ -78,7 +78,7 @@ def test_at_full_rank_the_logits_are_the_originals(tmp_path: Path, method: str, 
     model = tiny_model(model_type)
     checkpoint = open_checkpoint(model)
     plan = make_test_plan(4, low_rank={k: full_ranks(checkpoint, k) for k in range(4)}, method=method)
-    operated = result_of(plan, checkpoint, tmp_path)
+    operated = operate(plan, checkpoint, tmp_path).checkpoint
     expected = whole_logits(model, CALIBRATION)
     assert largest_difference(walked_logits(streamed(operated), CALIBRATION, settings(tmp_path)), expected) < 1e-9
 
@@ -86,11 +86,11 @@ def test_at_full_rank_the_logits_are_the_originals(tmp_path: Path, method: str, 
 def test_svd_is_the_nearest_matrix_of_its_rank(tmp_path: Path) -> None:
     model = tiny_model()
     plan = make_test_plan(4, low_rank={1: RANKS, 3: RANKS})
-    factors = operate(plan, open_checkpoint(model), tmp_path / "factors")
+    result = operate(plan, open_checkpoint(model), tmp_path / "factors")
     for index in (1, 3):
         for linear, rank in RANKS.items():
             weight = model.get_parameter(f"model.layers.{index}.{linear}.weight").detach()
-            error = torch.linalg.norm(weight - product(factors, index, linear))
+            error = torch.linalg.norm(weight - product(result, index, linear))
             assert float(error) == pytest.approx(float(torch.linalg.svdvals(weight)[rank:].norm()), rel=1e-9)
 
 
@@ -98,10 +98,10 @@ def test_svd_is_the_nearest_matrix_of_its_rank(tmp_path: Path) -> None:
 def test_factors_have_the_ranks_of_the_plan_and_the_dtype_of_the_checkpoint(tmp_path: Path, method: str) -> None:
     ranks = {name: 1 + k for k, name in enumerate((*ATTENTION, *MLP))}
     plan = make_test_plan(4, low_rank={0: ranks, 2: {"mlp.up_proj": 3}}, method=method)
-    factors = operate(plan, open_checkpoint(tiny_model(dtype=torch.bfloat16)), tmp_path / "factors")
+    result = operate(plan, open_checkpoint(tiny_model(dtype=torch.bfloat16)), tmp_path / "factors")
     for index, expected in ((0, ranks), (2, {"mlp.up_proj": 3})):
-        tensors = factors.read(index)
-        assert len(tensors) == 2 * len(expected)
+        tensors = layer_tensors(result, index)
+        assert sum("_factor" in name for name in tensors) == 2 * len(expected)
         assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
         for linear, rank in expected.items():
             assert tensors[f"{linear}.out_factor.weight"].shape[1] == rank
@@ -116,11 +116,11 @@ def test_grasp_selects_the_groups_with_the_largest_importance(tmp_path: Path, on
     model = tiny_model()
     path = tiny_checkpoint(tmp_path, model)
     plan = make_test_plan(4, low_rank={1: RANKS, 3: RANKS}, method="grasp")
-    factors = operate(plan, open_checkpoint(path), tmp_path / "factors", on_disk=on_disk)
+    result = operate(plan, open_checkpoint(path), tmp_path / "factors", on_disk=on_disk)
     for index in (1, 3):
         for linear, rank in RANKS.items():
             expected = most_important(*singular_value_gradients_by_autograd(model, CALIBRATION, index, linear), rank)
-            assert largest_difference(product(factors, index, linear), expected) < 1e-9, (index, linear)
+            assert largest_difference(product(result, index, linear), expected) < 1e-9, (index, linear)
 
 
 def test_grasp_does_not_select_what_plain_svd_selects(tmp_path: Path) -> None:
@@ -155,11 +155,11 @@ def test_sequential_grasp_equals_a_plain_implementation(tmp_path: Path, layers: 
     expected = grasp_in_memory(model, layers, RANKS)
     plan = make_test_plan(4, low_rank=dict.fromkeys(layers, RANKS), method="grasp_sequential")
     checkpoint = open_checkpoint(tiny_checkpoint(tmp_path, model))
-    factors = operate(plan, checkpoint, tmp_path / "factors", on_disk=on_disk)
+    result = operate(plan, checkpoint, tmp_path / "factors", on_disk=on_disk)
     for index in layers:
         for linear in RANKS:
             weight = expected.get_parameter(f"model.layers.{index}.{linear}.weight").detach()
-            assert largest_difference(product(factors, index, linear), weight) < 1e-8, (index, linear)
+            assert largest_difference(product(result, index, linear), weight) < 1e-8, (index, linear)
 
 
 def test_sequential_grasp_differs_from_grasp_at_once(tmp_path: Path) -> None:
@@ -178,9 +178,9 @@ def test_factors_do_not_depend_on_the_batch_size(tmp_path: Path, method: str) ->
         operate(plan, checkpoint, tmp_path / str(size), tokens=tokens, batch_size=size) for size in (1, 3, 8)
     )
     for index in (1, 2):
-        for name, tensor in one.read(index).items():
-            assert largest_difference(three.read(index)[name], tensor) < 1e-10
-            assert largest_difference(eight.read(index)[name], tensor) < 1e-10
+        for name, tensor in layer_tensors(one, index).items():
+            assert largest_difference(layer_tensors(three, index)[name], tensor) < 1e-10
+            assert largest_difference(layer_tensors(eight, index)[name], tensor) < 1e-10
 
 
 def test_grasp_importances_do_not_depend_on_the_batch_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,12 +222,13 @@ def test_surgery_that_fails_leaves_no_hook(tmp_path: Path, method: str, monkeypa
     def fail(*_: object) -> None:
         raise NumericalError("on purpose")
 
-    model = streamed(tiny_checkpoint(tmp_path))
-    originals = list(model.layers)
     monkeypatch.setattr(FactorStore, "write", fail)
     plan = make_test_plan(4, low_rank={1: RANKS}, method=method)
-    with Walk(model, CALIBRATION, settings(tmp_path)) as walk, pytest.raises(NumericalError):
-        carried_out(plan, walk, tmp_path)
+    with tiny_bench(open_checkpoint(tiny_checkpoint(tmp_path)), tmp_path) as bench:
+        model = bench.model
+        originals = list(model.layers)
+        with pytest.raises(NumericalError):
+            bench.operate(plan, method)
     assert hooks_on(model.model) == []
     assert list(model.layers) == originals
     assert all(p.is_meta and not p.requires_grad and p.grad is None for p in model.layers.parameters())
@@ -259,5 +260,6 @@ def test_an_unknown_method_is_answered_with_the_nearest() -> None:
 
 def test_removal_makes_no_factors(tmp_path: Path) -> None:
     plan = make_test_plan(4, removed=[1], method="remove")
-    factors = operate(plan, open_checkpoint(tiny_model()), tmp_path)
-    assert list(factors.directory.iterdir()) == []
+    operate(plan, open_checkpoint(tiny_model()), tmp_path)
+    (factors,) = tmp_path.glob("factors-*")
+    assert list(factors.iterdir()) == []

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from surgery_helpers import result_of
+from surgery_helpers import operate
 from tiny_models import tiny_model
 
 from layer_surgery.checkpoint.open import open_checkpoint
@@ -309,7 +309,7 @@ def test_predicted_parameters_are_those_of_the_operated_model(
 ) -> None:
     checkpoint = open_checkpoint(tiny_model(model_type, tied=tied))
     plan = make_plan(model_shape(checkpoint), [1, 3], BudgetConfig(**budget), "svd")
-    operated = result_of(plan, checkpoint, tmp_path)
+    operated = operate(plan, checkpoint, tmp_path).checkpoint
     assert operated.parameters == plan.parameters
     stored = sum(spec.numel for name, spec in operated.source.specs.items() if not (tied and name == "lm_head.weight"))
     assert stored == plan.parameters

@@ -251,7 +251,7 @@ def test_two_sets_of_windows_are_as_good_as_one(tmp_path: Path) -> None:
     plan = make_test_plan(4, removed=[2], method="remove")
     whole = refitted(tiny_model(), plan, tmp_path)
     parts = refitted(
-        tiny_model(), plan, tmp_path, tokens=take(TOKENS, slice(0, 27)), others=(take(TOKENS, slice(27, 40)),)
+        tiny_model(), plan, tmp_path, tokens=take(TOKENS, slice(0, 27)), general=take(TOKENS, slice(27, 40))
     )
     assert [record.ridge for record in parts.records] == [record.ridge for record in whole.records]
     expected, found = whole.tensors(whole.after), parts.tensors(parts.after)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from surgery_helpers import REFIT_TOKENS as TOKENS
-from surgery_helpers import inputs_and_outputs, last_states, low_rank_plan, operate, saved_result
+from surgery_helpers import inputs_and_outputs, last_states, layer_tensors, low_rank_plan, operate, saved_result
 from tiny_models import (
     decoder_layers,
     largest_difference,
@@ -25,21 +25,25 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from layer_surgery.checkpoint.open import open_checkpoint
-from layer_surgery.checkpoint.result import result_checkpoint
 from layer_surgery.errors import DataError, PlanError
-from layer_surgery.records import SurgeryPlan
-from layer_surgery.surgeon import FactorStore
+from layer_surgery.runs.bench import Result
 
 MLP_OUT = "mlp.down_proj"
 
 
 def folded(
     model: PreTrainedModel | Path, method: str, removed: list[int], scratch: Path, *, layers: int = 6, **options: Any
-) -> tuple[FactorStore, SurgeryPlan]:
-    """Remove layers with a method that puts something into those before; return the new tensors and the plan."""
+) -> Result:
+    """Remove layers with a method that puts something into those before."""
     plan = make_test_plan(layers, removed=removed, method=method)
     options = {"tokens": TOKENS, "batch_size": 7} | options
-    return operate(plan, open_checkpoint(model), scratch, **options), plan
+    return operate(plan, open_checkpoint(model), scratch, **options)
+
+
+def changed(model: PreTrainedModel, result: Result, index: int) -> dict[str, Tensor]:
+    """Return the tensors of a layer of the original that are not as they were, by their names within it."""
+    before = decoder_layers(model)[index].state_dict()
+    return {n: tensor for n, tensor in layer_tensors(result, index).items() if not torch.equal(tensor, before[n])}
 
 
 def best_weight(model: PreTrainedModel, first: int, after: int, scale: float = 1.0) -> Tensor:
@@ -72,30 +76,28 @@ def test_replaceme_equals_least_squares_on_all_rows(
     tmp_path: Path, removed: list[int], runs: list[tuple[int, int]]
 ) -> None:
     model = tiny_model(layers=6)
-    factors, plan = folded(model, "replaceme", removed, tmp_path)
+    result = folded(model, "replaceme", removed, tmp_path)
     for first, after in runs:
-        tensors = factors.read(first - 1)
+        tensors = changed(model, result, first - 1)
         assert tensors.keys() == {f"{MLP_OUT}.weight"}
         assert largest_difference(tensors[f"{MLP_OUT}.weight"], best_weight(model, first, after)) < 1e-5
-    operated = result_checkpoint(open_checkpoint(model), plan, factors)
+    operated = result.checkpoint
     assert operated.low_rank == {} and operated.layer_count == 6 - len(removed)
 
 
 def test_replaceme_knows_what_an_architecture_multiplies_its_mlp_with(tmp_path: Path) -> None:
     model = tiny_model("granite", layers=6)
-    factors, _ = folded(model, "replaceme", [2, 3], tmp_path)
+    tensors = changed(model, folded(model, "replaceme", [2, 3], tmp_path), 1)
     expected = best_weight(model, 2, 4, scale=0.6)
-    assert largest_difference(factors.read(1)[f"{MLP_OUT}.weight"], expected) < 1e-5
+    assert largest_difference(tensors[f"{MLP_OUT}.weight"], expected) < 1e-5
 
 
 @pytest.mark.parametrize("model_type", ["llama", "granite", "cohere", "phi3", "falcon"])
 def test_replaceme_brings_the_stream_after_the_run_nearer_than_removal(tmp_path: Path, model_type: str) -> None:
     model = tiny_model(model_type, layers=4)
-    original = open_checkpoint(model)
-    target, errors = last_states(original, tmp_path, TOKENS), {}
+    target, errors = last_states(open_checkpoint(model), tmp_path, TOKENS), {}
     for method in ("remove", "replaceme"):
-        factors, plan = folded(model, method, [3], tmp_path, layers=4)
-        states = last_states(result_checkpoint(original, plan, factors), tmp_path, TOKENS)
+        states = last_states(folded(model, method, [3], tmp_path, layers=4).checkpoint, tmp_path, TOKENS)
         errors[method] = float((states - target).norm())
     assert errors["replaceme"] < 0.9 * errors["remove"]
 
@@ -104,8 +106,8 @@ def test_replaceme_does_not_depend_on_the_batch_size(tmp_path: Path) -> None:
     model = tiny_model(layers=6)
     weights = []
     for size in (1, 40):
-        factors, _ = folded(model, "replaceme", [2], tmp_path, batch_size=size)
-        weights.append(factors.read(1)[f"{MLP_OUT}.weight"])
+        result = folded(model, "replaceme", [2], tmp_path, batch_size=size)
+        weights.append(layer_tensors(result, 1)[f"{MLP_OUT}.weight"])
     assert largest_difference(*weights) < 1e-7
 
 
@@ -124,8 +126,8 @@ def test_replaceme_refuses_experts(tmp_path: Path, model_type: str) -> None:
 
 
 def test_replaceme_folds_into_a_layer_with_a_convolution_for_attention(tmp_path: Path) -> None:
-    factors, _ = folded(tiny_model("lfm2", layers=6), "replaceme", [2, 3], tmp_path)
-    assert factors.read(1).keys() == {"feed_forward.w2.weight"}
+    model = tiny_model("lfm2", layers=6)
+    assert changed(model, folded(model, "replaceme", [2, 3], tmp_path), 1).keys() == {"feed_forward.w2.weight"}
 
 
 def test_replaceme_refuses_a_bias(tmp_path: Path) -> None:
@@ -152,8 +154,7 @@ def test_replaceme_needs_as_many_tokens_as_the_model_is_wide(tmp_path: Path) -> 
 def test_laco_equals_a_merge_by_hand(tmp_path: Path, model_type: str) -> None:
     """Every linear of the layer before a run becomes itself plus the differences of the run's layers to it."""
     model = tiny_model(model_type, layers=6)
-    factors, plan = folded(model, "laco", [1, 4, 5], tmp_path)
-    merged = result_checkpoint(open_checkpoint(model), plan, factors)
+    merged = folded(model, "laco", [1, 4, 5], tmp_path).checkpoint
     tensors = merged.source.read(merged.source.specs, torch.device("cpu"))
     layers = [layer.state_dict() for layer in decoder_layers(model)]
     linears = [name for name in layers[0] if "norm" not in name]
@@ -171,7 +172,7 @@ def test_laco_equals_a_merge_by_hand(tmp_path: Path, model_type: str) -> None:
 def test_laco_merges_weights_that_are_stored_the_other_way_round(tmp_path: Path) -> None:
     """GPT-2 stores its linears as [in, out]."""
     model = tiny_model("gpt2", layers=4)
-    factors, plan = folded(model, "laco", [2], tmp_path, layers=4)
+    result = folded(model, "laco", [2], tmp_path, layers=4)
     merged = without_layers(model, [2])
     one, two = (decoder_layers(model)[index].state_dict() for index in (1, 2))
     state = decoder_layers(merged)[1].state_dict()
@@ -180,8 +181,7 @@ def test_laco_merges_weights_that_are_stored_the_other_way_round(tmp_path: Path)
             if "ln_" not in name:
                 tensor.copy_(one[name] + (two[name] - one[name]))
         expected = merged(TOKENS.token_ids, use_cache=False).logits
-    operated = result_checkpoint(open_checkpoint(model), plan, factors)
-    assert largest_difference(walked_logits(streamed(operated), TOKENS, settings(tmp_path)), expected) < 1e-9
+    assert largest_difference(walked_logits(streamed(result.checkpoint), TOKENS, settings(tmp_path)), expected) < 1e-9
 
 
 def test_laco_looks_at_no_data(tmp_path: Path) -> None:

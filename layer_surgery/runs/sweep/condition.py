@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean
 from typing import Any, Literal
 
 from layer_surgery.config import EvaluationConfig
@@ -35,10 +36,10 @@ class Condition:
             return point.perplexity_ratio
         if self.quantity == "perplexity":
             measured = point.result.perplexity if point.result is not None else {}
-            return math.exp(_mean([math.log(each.value) for each in measured.values()])) if measured else None
+            return math.exp(fmean([math.log(each.value) for each in measured.values()])) if measured else None
         found: Mapping[str, Any] = getattr(point.comparison, self.quantity, {}) if point.comparison else {}
         values = [each.mean if self.quantity == "kl_divergence" else each.value for each in found.values()]
-        return _mean(values) if values else None
+        return fmean(values) if values else None
 
     def miss(self, value: float) -> float:
         """Return by how much a value is on the wrong side of the bound; 0 or less is good enough, but for `strict`."""
@@ -95,7 +96,3 @@ def find_best(condition: Condition, points: Sequence[SweepPoint]) -> SweepBest:
         point, value, _ = min(known, key=lambda each: (condition.miss(each[1]), each[2]))
         return replace(best, nearest=point.settings, value=value)
     return best
-
-
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values)

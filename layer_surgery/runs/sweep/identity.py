@@ -19,7 +19,6 @@ def sweep_identity(
 
     Not in it: what changes speed or memory only, as the batch size, and what names the points.
     """
-    dtype = session.runtime.torch_dtype(session.device, session.checkpoint.dtype)
     speed = {
         "batch_sizes": list(config.speed_batch_sizes),
         "prompt_lengths": list(config.speed_lengths),
@@ -44,7 +43,7 @@ def sweep_identity(
         "--tasks": _tasks(config),
         "--speed": speed if config.speed else None,
         "--device": session.device.type,
-        "--dtype": str(dtype).removeprefix("torch."),
+        "--dtype": str(session.dtype).removeprefix("torch."),
         "the release of layer-surgery": version("layer-surgery"),
         "the code of layer-surgery (sha256)": code_sha256(),
     }

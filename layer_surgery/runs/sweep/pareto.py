@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from statistics import fmean
 
 from layer_surgery.records import EvaluationResult
 from layer_surgery.records.sweep import FRONTS, Front, SweepPoint, beats
@@ -13,8 +14,7 @@ def perplexity_ratio(before: EvaluationResult, after: EvaluationResult) -> float
     texts = before.perplexity
     if not texts or texts.keys() != after.perplexity.keys():
         return None
-    logs = [math.log(after.perplexity[name].value / texts[name].value) for name in texts]
-    return math.exp(math.fsum(logs) / len(logs))
+    return math.exp(fmean(math.log(after.perplexity[name].value / texts[name].value) for name in texts))
 
 
 def with_fronts(points: Sequence[SweepPoint]) -> list[SweepPoint]:
