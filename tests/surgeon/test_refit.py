@@ -8,7 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 from surgery_helpers import REFIT_TOKENS as TOKENS
-from surgery_helpers import check_resolved, inputs_and_outputs, low_rank_plan, new_factors, refitted, saved_result
+from surgery_helpers import (
+    check_resolved,
+    inputs_and_outputs,
+    low_rank_plan,
+    new_factors,
+    refitted,
+    saved_result,
+    tiny_bench,
+)
 from tiny_families import LAYERS, VOCABULARY, dtype_of
 from tiny_models import (
     changes,
@@ -32,6 +40,7 @@ from layer_surgery.checkpoint.open import open_checkpoint
 from layer_surgery.checkpoint.result import result_checkpoint
 from layer_surgery.data.tokens import PackedTokens
 from layer_surgery.errors import DataError
+from layer_surgery.evaluation.perplexity import window_losses
 from layer_surgery.surgeon.layer_pair import ResidualScales, residual_scales
 from layer_surgery.surgeon.refit import refit
 from layer_surgery.walk.walk import Walk
@@ -374,3 +383,16 @@ def test_a_layer_of_which_some_linears_stay_dense_is_refitted(tmp_path: Path) ->
     before, after = result.stream_errors(tmp_path, TOKENS)
     assert after < 0.9 * before
     assert {type(m) for m in streamed(result.after).layers[1].self_attn.children()} >= {nn.Linear}
+
+
+def test_what_is_expected_is_the_rise_on_the_calibration_tokens(tmp_path: Path) -> None:
+    model = tiny_model()
+    plan, checkpoint = low_rank_plan(model, 1), open_checkpoint(model)
+    with tiny_bench(checkpoint, tmp_path, tokens=TOKENS, general=packed_tokens(8, 12)) as bench:
+        result = bench.operate(plan, plan.method, "all", ranks_fixed=True)
+    before, after = (
+        window_losses(streamed(each), TOKENS, settings(tmp_path)).mean for each in (checkpoint, result.checkpoint)
+    )
+    expected = result.expected
+    assert expected is not None and expected.value == pytest.approx(after - before, rel=1e-6)
+    assert abs(expected.value) > 1e-4 and expected.low < expected.value < expected.high
