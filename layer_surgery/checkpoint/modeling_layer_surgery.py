@@ -116,20 +116,23 @@ def base_fields(nested: dict[str, Any]) -> dict[str, Any]:
     return {**nested["base_config"], **{name: value for name, value in nested.items() if name not in own}}
 
 
-class NoComponents(nn.Module):
-    """A factor of a linear of rank 0: a weight [out, in] without elements.
+class SmallFactor(nn.Module):
+    """A factor of a linear of the smallest ranks, a weight [out, in]; at rank 0 it has no elements.
 
-    Not an `nn.Linear`, because tools that quantise or adapt every one of these fail on one without elements.
+    Not an `nn.Linear`, because tools quantise every one of these: they fail on one without elements, and with a side of
+    1 or 2 they fail or, as bitsandbytes with 8 bits on a CPU, give wrong numbers without a word.
     """
+
+    largest_rank = 2
 
     def __init__(
         self, in_features: int, out_features: int, device: torch.device | str | None, dtype: torch.dtype | None
     ) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
+        self.weight = nn.Parameter(0.02 * torch.randn(out_features, in_features, device=device, dtype=dtype))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map [..., in] to [..., out]; one of the two is 0."""
+        """Map [..., in] to [..., out]."""
         return nn.functional.linear(x, self.weight)
 
 
@@ -152,7 +155,7 @@ class LowRankLinear(nn.Module):
         self.in_features = in_features
         self.out_features = out_features
         self.rank = rank
-        factor: Any = partial(nn.Linear, bias=False) if rank else NoComponents
+        factor: Any = partial(nn.Linear, bias=False) if rank > SmallFactor.largest_rank else SmallFactor
         self.in_factor = factor(in_features, rank, device=device, dtype=dtype)
         self.out_factor = factor(rank, out_features, device=device, dtype=dtype)
         if bias:

@@ -259,3 +259,19 @@ def test_a_removed_attention_goes_into_a_quantised_cache(made: dict[str, Path]) 
     layers = [GroupedLayer(q_group_size=size, residual_length=2) for _ in decoder_layers(model)]
     found = model.generate(IDS[:, :8], past_key_values=Cache(layers=layers), **options)
     assert torch.equal(found, model.generate(IDS[:, :8], use_cache=False, **options))
+
+
+# Quantised weights
+
+
+def test_factors_of_the_smallest_ranks_are_left_alone_by_what_quantises_linears(made: dict[str, Path]) -> None:
+    """At rank 1 torchao fails, and bitsandbytes gives wrong numbers."""
+    torchao = pytest.importorskip("torchao.quantization")
+    expected = logits(stock(made["rank 1"]), IDS)
+    settings = transformers.TorchAoConfig(torchao.Int8WeightOnlyConfig())
+    model = stock(made["rank 1"], quantization_config=settings)
+    factors = [m for n, m in model.named_modules() if n.endswith("_factor")]
+    assert factors and not any(isinstance(factor, nn.Linear) for factor in factors)
+    assert type(decoder_layers(model)[2].mlp.up_proj.weight.data) is not Tensor
+    found = logits(model, IDS)
+    assert (found - expected).norm() < 0.1 * expected.norm()
