@@ -7,7 +7,7 @@ import tempfile
 import torch
 from llmcompressor import oneshot
 from llmcompressor.modifiers.quantization import QuantizationModifier
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 directory = sys.argv[1]
 
@@ -18,11 +18,12 @@ def load(where: str) -> torch.nn.Module:
 
 ids = torch.arange(3, 35).view(2, 16)
 model = load(directory)
+tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=True)
 with torch.no_grad():
     before = model(ids, use_cache=False).logits
 with tempfile.TemporaryDirectory() as folder:
-    recipe = QuantizationModifier(targets="Linear", scheme="W8A16", ignore=["lm_head"])
-    oneshot(model=model, recipe=recipe)
+    recipe = QuantizationModifier(targets="Linear", scheme="W8A8", ignore=["lm_head"])
+    oneshot(model=model, recipe=recipe, tokenizer=tokenizer, trust_remote_code_model=True)
     model.save_pretrained(folder, save_compressed=True)
     with open(f"{folder}/config.json") as file:
         assert "quantization_config" in json.load(file)
