@@ -10,13 +10,10 @@ import torch
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from layer_surgery.checkpoint.modeling_layer_surgery import QUANTISED_NAMES
 from layer_surgery.checkpoint.tensors import INDEX_FILE, SINGLE_FILE, TensorSpec
 from layer_surgery.errors import CheckpointError
 
-#: Ends of the names of tensors that quantisers write beside or in the place of weights.
-QUANTISED_NAMES = re.compile(
-    r"\.(qweight|qzeros|g_idx|weight_scale|weight_scale_inv|weight_packed|absmax|quant_state\..*|SCB|\w+_blocks)$"
-)
 #: Buffers that old checkpoints store and that follow from the configuration.
 CONSTANTS = re.compile(r"(rotary_emb\.inv_freq|\.attn\.bias|\.masked_bias|\.attention\.bias)$")
 #: Towers of a multimodal model.

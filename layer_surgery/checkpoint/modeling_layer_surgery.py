@@ -8,36 +8,75 @@ low-rank layers, so it imports torch and transformers only. `config.json` then h
     low_rank          {"model.layers.2.self_attn.q_proj": 18, ...}: the rank of every replaced linear
     narrowed          {"model.layers.2.mlp.up_proj": [384, 256], ...}: the size [out, in] of every smaller linear
 
-and the model is the stock class of `base_model_type` with those linears replaced before the weights are loaded.
+and the model is the stock class of `base_model_type` with those linears replaced before the weights are loaded. What
+other tools add beside these fields, as `quantization_config`, is taken for part of the base configuration.
 `num_hidden_layers` at the top level of the file is a sentence on purpose: a loader that does not run this file then
 stops on it with an error, where it would otherwise fill the replaced weights with random numbers.
 """
 
 from __future__ import annotations
 
-from functools import partial
+import re
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
+from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
+    MODEL_MAPPING,
+)
 from transformers.pytorch_utils import Conv1D
+
+try:
+    from transformers import PreTrainedConfig
+except ImportError:  # its name before transformers 5
+    from transformers import PretrainedConfig as PreTrainedConfig
 
 MODEL_TYPE = "layer_surgery"
 HOW_TO_LOAD = (
     "This is a Layer Surgery checkpoint with low-rank layers: load it with trust_remote_code=True "
     "or with layer_surgery.load(directory)."
 )
+CAUSAL_LM = "LayerSurgeryForCausalLM"
+#: By the name of an entry point at the end of this file: the auto class that asks for it, and where stock classes are.
+MODELS: dict[str, tuple[str, Any]] = {
+    "LayerSurgeryModel": ("AutoModel", MODEL_MAPPING),
+    CAUSAL_LM: ("AutoModelForCausalLM", MODEL_FOR_CAUSAL_LM_MAPPING),
+    "LayerSurgeryForSequenceClassification": (
+        "AutoModelForSequenceClassification",
+        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    ),
+    "LayerSurgeryForTokenClassification": ("AutoModelForTokenClassification", MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING),
+}
+#: Ends of the names of tensors that quantisers write beside or in the place of weights.
+QUANTISED_NAMES = re.compile(
+    r"\.(qweight|qzeros|g_idx|weight_scale|weight_scale_inv|weight_zero_point|weight_packed|weight_shape|absmax"
+    r"|quant_state\..*|SCB|\w+_blocks)$"
+)
 AUTO_MAP = {
     "AutoConfig": "modeling_layer_surgery.LayerSurgeryConfig",
-    "AutoModel": "modeling_layer_surgery.LayerSurgeryModel",
-    "AutoModelForCausalLM": "modeling_layer_surgery.LayerSurgeryForCausalLM",
+    **{auto_class: f"modeling_layer_surgery.{name}" for name, (auto_class, _) in MODELS.items()},
 }
 
 
 #: Names of the tensors of a low-rank linear, behind its own: [r, in] and [out, r].
 IN_FACTOR, OUT_FACTOR = "in_factor.weight", "out_factor.weight"
+
+
+#: Fields of `config.json` that are not among those of the base architecture.
+TOP_LEVEL = (
+    "architectures",
+    "auto_map",
+    "base_model_type",
+    "low_rank",
+    "model_type",
+    "narrowed",
+    "transformers_version",
+)
 
 
 def nested_config(
@@ -50,35 +89,50 @@ def nested_config(
         low_rank: the rank of every replaced linear.
         narrowed: the size (out, in) of every linear that is smaller than in the base architecture.
     """
-    own = ("low_rank", "narrowed", "base_model_type", "model_type", "architectures", "auto_map", "transformers_version")
+    base = {name: value for name, value in fields.items() if name not in TOP_LEVEL}
+    # Where tools look for it that read the file and not the configuration.
+    quantised = {"quantization_config": base.pop("quantization_config")} if base.get("quantization_config") else {}
     return {
-        "architectures": ["LayerSurgeryForCausalLM"],
+        "architectures": [name for name in fields.get("architectures") or [] if name in MODELS] or [CAUSAL_LM],
         "auto_map": dict(AUTO_MAP),
         "model_type": MODEL_TYPE,
         "num_hidden_layers": HOW_TO_LOAD,
         "base_model_type": fields["model_type"],
-        "base_config": {name: value for name, value in fields.items() if name not in own},
+        "base_config": base,
         "low_rank": dict(low_rank),
         "narrowed": {name: list(size) for name, size in narrowed.items()},
         "dtype": fields.get("dtype", fields.get("torch_dtype")),
         "transformers_version": fields.get("transformers_version"),
+        **quantised,
     }
 
 
-class NoComponents(nn.Module):
-    """A factor of a linear of rank 0: a weight [out, in] without elements.
+def base_fields(nested: dict[str, Any]) -> dict[str, Any]:
+    """Return the configuration of the base architecture from what `config.json` holds.
 
-    Not an `nn.Linear`, because tools that quantise or adapt every one of these fail on one without elements.
+    What tools have added at the top level, as quantisers do, counts for the base architecture.
     """
+    own = (*TOP_LEVEL, "base_config", "dtype", "num_hidden_layers")
+    return {**nested["base_config"], **{name: value for name, value in nested.items() if name not in own}}
+
+
+class SmallFactor(nn.Module):
+    """A factor of a linear of the smallest ranks, a weight [out, in]; at rank 0 it has no elements.
+
+    Not an `nn.Linear`, because tools quantise every one of these: they fail on one without elements, and with a side of
+    1 or 2 they fail or, as bitsandbytes with 8 bits on a CPU, give wrong numbers without a word.
+    """
+
+    largest_rank = 2
 
     def __init__(
         self, in_features: int, out_features: int, device: torch.device | str | None, dtype: torch.dtype | None
     ) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
+        self.weight = nn.Parameter(0.02 * torch.randn(out_features, in_features, device=device, dtype=dtype))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map [..., in] to [..., out]; one of the two is 0."""
+        """Map [..., in] to [..., out]."""
         return nn.functional.linear(x, self.weight)
 
 
@@ -101,7 +155,7 @@ class LowRankLinear(nn.Module):
         self.in_features = in_features
         self.out_features = out_features
         self.rank = rank
-        factor: Any = partial(nn.Linear, bias=False) if rank else NoComponents
+        factor: Any = partial(nn.Linear, bias=False) if rank > SmallFactor.largest_rank else SmallFactor
         self.in_factor = factor(in_features, rank, device=device, dtype=dtype)
         self.out_factor = factor(rank, out_features, device=device, dtype=dtype)
         if bias:
@@ -165,6 +219,24 @@ def narrow_linears(model: nn.Module, sizes: dict[str, tuple[int, int]]) -> None:
         setattr(model.get_submodule(parent), child, smaller)
 
 
+def give_classes_of_their_own(model: nn.Module) -> None:
+    """Give every module that holds low-rank linears a class by which of its linears they are.
+
+    vLLM looks at one module of a class and fuses the linears of all modules of that class in the same way. A decoder
+    layer itself keeps its class, as tools find the layers by it.
+    """
+    for name, module in model.named_modules():
+        low_rank = tuple(child for child, part in module.named_children() if isinstance(part, LowRankLinear))
+        if low_rank and not name.rpartition(".")[2].isdigit():
+            module.__class__ = _class_with(type(module), low_rank)  # type: ignore[arg-type]
+
+
+@cache
+def _class_with(base: Any, low_rank: tuple[str, ...]) -> type[nn.Module]:
+    """Return a subclass of `base` with its name, the same one for the same names of low-rank linears."""
+    return type(base.__name__, (base,), {"__module__": base.__module__, "__doc__": base.__doc__})
+
+
 # Attention that was removed
 
 
@@ -201,7 +273,8 @@ def _without_past(module: Any, arguments: tuple[Any, ...], keywords: dict[str, A
     if layer is not None and not hasattr(layer, "keys"):
         return None  # a state of fixed size
     states = keywords["hidden_states"] if "hidden_states" in keywords else arguments[0]
-    heads, width_of_keys, width_of_values = 1, 1, 1
+    # Quantised caches divide into groups.
+    heads, width_of_keys, width_of_values = 1, getattr(layer, "q_group_size", 1), getattr(layer, "q_group_size", 1)
     if layer is not None and layer.is_initialized and layer.keys.dim() == 4 and layer.keys.shape[-1] > 0:
         # A static cache may have been made beforehand, with the sizes of all layers.
         heads, width_of_keys, width_of_values = layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3]
@@ -253,6 +326,9 @@ def _has_cut_factors(module: Any, style: str) -> bool:
     return isinstance(module, LowRankLinear) and module.rank > 0 and ("colwise" in style or "rowwise" in style)
 
 
+# Configuration and model
+
+
 class _LayerSurgeryConfigMixin:
     """The part that configurations with low-rank layers have beside their base class."""
 
@@ -269,6 +345,10 @@ class _LayerSurgeryConfigMixin:
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         return LayerSurgeryConfig.from_dict(config_dict, **kwargs)
+
+    def __reduce__(self) -> Any:
+        """Pickle it by its base class: its own is made when it is needed, and pickle finds classes by name only."""
+        return _empty_config, (self.base_class,), self.__dict__
 
 
 _config_classes: dict[type, type] = {}
@@ -299,40 +379,103 @@ def config_class_for(base_class: type[PreTrainedConfig]) -> type:
     return _config_classes[base_class]
 
 
-def model_class_for(config_class: type, *, head: bool = True) -> type[PreTrainedModel]:
-    """Return the stock causal-LM class of the base architecture, with its linears replaced after construction.
+def _empty_config(base_class: type[PreTrainedConfig]) -> Any:
+    config_class: Any = config_class_for(base_class)
+    return config_class.__new__(config_class)
 
-    Without its `head`, the class of the decoder alone, whose last hidden states other tools take.
+
+class _LayerSurgeryModelMixin:
+    """The part that models with low-rank layers have beside their base class."""
+
+    base_class: type[PreTrainedModel]
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """Load the model, and raise `ValueError` for weights that transformers would make up or pass over."""
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)  # type: ignore[misc]
+        check_loaded(model, info)
+        return (model, info) if output_loading_info else model
+
+    def _expand_parallel_plan(self, plan: dict[str, str]) -> dict[str, str]:
+        return expanded_plan_with_factors(self, super()._expand_parallel_plan(plan))  # type: ignore[arg-type, misc]
+
+
+def model_class_for(config_class: type, name: str = CAUSAL_LM) -> type[PreTrainedModel]:
+    """Return the stock class of the base architecture, with its linears replaced after construction.
+
+    Args:
+        config_class: what `config_class_for` has returned.
+        name: what kind of model, one of `MODELS`.
     """
-    name = "LayerSurgeryForCausalLM" if head else "LayerSurgeryModel"
     if (config_class, name) not in _model_classes:
+        auto_class, stock_classes = MODELS[name]
         base_config = config_class.base_class  # type: ignore[attr-defined]
-        causal_lm: type[PreTrainedModel] = MODEL_FOR_CAUSAL_LM_MAPPING[base_config]
-        base_model: type[PreTrainedModel] = causal_lm if head else MODEL_MAPPING[base_config]
-        prefix = "" if head else f"{causal_lm.base_model_prefix}."
+        if base_config not in stock_classes:
+            raise ValueError(
+                f"transformers has no {auto_class} for {base_config.model_type}, which is the architecture of this "
+                "checkpoint; load it with AutoModelForCausalLM or AutoModel."
+            )
+        base_model: type[PreTrainedModel] = stock_classes[base_config]
+        # Names in the configuration are those of the causal language model.
+        theirs = f"{MODEL_FOR_CAUSAL_LM_MAPPING[base_config].base_model_prefix}."
+        ours = "" if name == "LayerSurgeryModel" else f"{base_model.base_model_prefix}."
 
-        def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        # Its parameters have no annotations: vLLM compares arguments with these as if they were classes.
+        def __init__(self, config, *args, **kwargs):  # type: ignore[no-untyped-def]
             base_model.__init__(self, config, *args, **kwargs)
-            replace_linears(self, {name.removeprefix(prefix): rank for name, rank in config.low_rank.items()})
-            narrow_linears(self, {name.removeprefix(prefix): size for name, size in config.narrowed.items()})
+            if isinstance(self.base_model, _LayerSurgeryModelMixin) and self.base_model is not self:
+                return  # made by `AutoModel`, see below
+            replace_linears(self, {_renamed(key, theirs, ours): rank for key, rank in config.low_rank.items()})
+            narrow_linears(self, {_renamed(key, theirs, ours): size for key, size in config.narrowed.items()})
+            give_classes_of_their_own(self)
             free_caches_of_removed_attention(self)
             self._tp_plan = plan_with_factors(self, getattr(self, "_tp_plan", None) or {})
 
-        def _expand_parallel_plan(self: Any, plan: dict[str, str]) -> dict[str, str]:
-            return expanded_plan_with_factors(self, base_model._expand_parallel_plan(self, plan))
-
         _model_classes[config_class, name] = type(
             name,
-            (base_model,),
+            (_LayerSurgeryModelMixin, base_model),
             {
                 "__init__": __init__,
                 "__module__": __name__,
-                "_expand_parallel_plan": _expand_parallel_plan,
                 "config_class": config_class,
-                "_auto_class": "AutoModelForCausalLM" if head else "AutoModel",
+                "_auto_class": auto_class,
             },
         )
+        if auto_class not in ("AutoModel", "AutoModelForCausalLM"):
+            # Classifiers of most architectures ask `AutoModel` for their decoder, which must not ask for remote code.
+            AutoModel.register(config_class, model_class_for(config_class, "LayerSurgeryModel"), exist_ok=True)
     return _model_classes[config_class, name]
+
+
+def _renamed(name: str, theirs: str, ours: str) -> str:
+    return ours + name.removeprefix(theirs) if name.startswith(theirs) else name
+
+
+def check_loaded(model: PreTrainedModel, info: dict[str, Any]) -> None:
+    """Raise `ValueError` if weights were missing, which transformers fills with random numbers, or had no place.
+
+    A head that the checkpoint does not have is new, and its own may be left out.
+    """
+    body = f"{model.base_model_prefix}."
+    kind = type(model).__name__
+    missing = [
+        name for name in info["missing_keys"] if kind in (CAUSAL_LM, "LayerSurgeryModel") or name.startswith(body)
+    ]
+    unexpected = [name for name in info["unexpected_keys"] if kind == CAUSAL_LM or name.startswith(body)]
+    if not missing and not unexpected:
+        return
+    quantised = next((name for name in unexpected if QUANTISED_NAMES.search(name)), None)
+    if quantised is not None and not getattr(model.config, "quantization_config", None):
+        raise ValueError(
+            f"the weights are quantised (there is '{quantised}'), but config.json has no quantization_config, without "
+            "which they would be read as plain numbers; add the one that the quantiser wrote."
+        )
+    faults = {"are missing": sorted(missing), "have no place in the model": sorted(unexpected)}
+    found = [f"{len(names)} {what} (the first is '{names[0]}')" for what, names in faults.items() if names]
+    raise ValueError(
+        f"the weights are not those that config.json calls for: {' and '.join(found)}; is the download complete, and "
+        "do both files belong together?"
+    )
 
 
 class LayerSurgeryConfig(PreTrainedConfig):  # type: ignore[misc]
@@ -343,7 +486,8 @@ class LayerSurgeryConfig(PreTrainedConfig):  # type: ignore[misc]
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         base_class = type(AutoConfig.for_model(config_dict["base_model_type"]))
-        fields = dict(config_dict["base_config"])
+        fields = base_fields(config_dict)
+        fields["architectures"] = config_dict.get("architectures")
         fields["low_rank"] = {name: int(rank) for name, rank in config_dict["low_rank"].items()}
         narrowed = config_dict.get("narrowed") or {}  # not in what version 0.1 wrote
         fields["narrowed"] = {name: (int(out), int(in_)) for name, (out, in_) in narrowed.items()}
@@ -358,31 +502,34 @@ class _EntryPoint(PreTrainedModel):  # type: ignore[misc]
 
     config_class = LayerSurgeryConfig
     _supports_attention_backend = True  # vLLM asks before it makes the model, which then answers for itself
-    _with_head: bool
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
         if config is None:
             config = LayerSurgeryConfig.from_pretrained(pretrained_model_name_or_path)
-        return model_class_for(type(config), head=cls._with_head).from_pretrained(
+        return model_class_for(type(config), cls.__name__).from_pretrained(
             pretrained_model_name_or_path, *args, config=config, **kwargs
         )
 
     @classmethod
     def _from_config(cls, config: Any, **kwargs: Any) -> Any:
-        return model_class_for(type(config), head=cls._with_head)._from_config(config, **kwargs)
+        return model_class_for(type(config), cls.__name__)._from_config(config, **kwargs)
+
+
+class LayerSurgeryModel(_EntryPoint):
+    """Entry point for `AutoModel`: the decoder without its head, whose last hidden states other tools take."""
 
 
 class LayerSurgeryForCausalLM(_EntryPoint):
     """Entry point for `AutoModelForCausalLM`."""
 
-    _with_head = True
+
+class LayerSurgeryForSequenceClassification(_EntryPoint):
+    """Entry point for `AutoModelForSequenceClassification`: the head is new."""
 
 
-class LayerSurgeryModel(_EntryPoint):
-    """Entry point for `AutoModel`: the decoder without its head."""
-
-    _with_head = False
+class LayerSurgeryForTokenClassification(_EntryPoint):
+    """Entry point for `AutoModelForTokenClassification`: the head is new."""
 
 
-__all__ = ["LayerSurgeryConfig", "LayerSurgeryForCausalLM", "LayerSurgeryModel", "LowRankLinear", "replace_linears"]
+__all__ = ["LayerSurgeryConfig", *MODELS, "LowRankLinear", "replace_linears"]

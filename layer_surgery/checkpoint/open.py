@@ -23,7 +23,12 @@ from layer_surgery.checkpoint.checks import (
     check_tensors,
 )
 from layer_surgery.checkpoint.conversion import as_in_model, with_conv1d_transposed
-from layer_surgery.checkpoint.modeling_layer_surgery import MODEL_TYPE, LayerSurgeryConfig, model_class_for
+from layer_surgery.checkpoint.modeling_layer_surgery import (
+    MODEL_TYPE,
+    LayerSurgeryConfig,
+    base_fields,
+    model_class_for,
+)
 from layer_surgery.checkpoint.recognition import architecture_of
 from layer_surgery.checkpoint.skeleton import make_skeleton
 from layer_surgery.checkpoint.tensors import SafetensorsSource, StateDictSource, TensorSource, checkpoint_files
@@ -228,6 +233,7 @@ def _from_directory(name: str, directory: Path, trust_remote_code: bool) -> Chec
             raise CheckpointError(f"{config_file} is damaged ({type(error).__name__}: {reason}).") from error
         model_class = model_class_for(type(config))
         low_rank, narrowed, fields = config.low_rank, config.narrowed, _base_fields(config, fields)
+        check_not_quantised(fields, directory)  # by what is nested, too
     else:
         config = _stock_config(directory, trust_remote_code)
     check_causal_lm(config, fields, str(directory))
@@ -250,7 +256,7 @@ def _from_directory(name: str, directory: Path, trust_remote_code: bool) -> Chec
 def _base_fields(config: Any, nested: dict[str, Any]) -> dict[str, Any]:
     """Return what `config.json` of the stock architecture would hold, from the nested form of a low-rank checkpoint."""
     stock_class = MODEL_FOR_CAUSAL_LM_MAPPING[config.base_class]
-    fields = {**nested["base_config"], "model_type": nested["base_model_type"]}
+    fields = {**base_fields(nested), "model_type": nested["base_model_type"]}
     return fields | {"architectures": [stock_class.__name__]}
 
 

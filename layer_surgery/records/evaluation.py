@@ -122,7 +122,7 @@ class EvaluationResult:
     kv_cache_bytes_per_token: int | None
     """In the dtype of the checkpoint, for one sequence. None where it cannot be counted without weights."""
     flops_per_token: int | None
-    """Of generating one token behind `flops_context_tokens` others (see evaluation/costs.py); None as above."""
+    """Of generating one token behind `flops_context_tokens` others (see checkpoint/costs.py); None as above."""
     flops_context_tokens: int
     perplexity: dict[str, Perplexity] = field(default_factory=dict)
     tasks: dict[str, TaskResult] = field(default_factory=dict)

@@ -25,19 +25,20 @@ _METRICS = {"acc": "accuracy", "acc_norm": "accuracy"}
 _MARK = re.compile(r"\n<!-- layer-surgery: SHA-256 of all above ([0-9a-f]{64}) -->\n\Z")
 
 
-def model_card(report: SurgeryReport, name: str, *, needs_code: bool) -> str:
+def model_card(report: SurgeryReport, name: str, *, needs_code: bool, note: str = "") -> str:
     """Return the card as Markdown with its metadata. Its last line tells whether anyone has edited it since.
 
     Args:
         name: of the result.
         needs_code: whether the result loads with `trust_remote_code=True` only.
+        note: a sentence before all others.
     """
     text = render(
         "card.md.jinja",
         metadata=metadata(report, name, needs_code=needs_code).to_yaml(line_break="\n").strip(),
         name=name,
         report=report,
-        sentences=summary(report),
+        sentences=[note, *summary(report)] if note else summary(report),
         tables=measurement_tables([report.before, report.after], report.comparison),
         refit=refit_sentence(report),
         loading=how_to_load(name, needs_code=needs_code),

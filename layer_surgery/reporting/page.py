@@ -21,11 +21,12 @@ class Tile(NamedTuple):
     detail: str
 
 
-def report_page(report: SurgeryReport, name: str, *, needs_code: bool) -> str:
+def report_page(report: SurgeryReport, name: str, *, needs_code: bool, note: str = "") -> str:
     """Return the page as HTML, for a result that is called `name`.
 
     Args:
         needs_code: whether the result loads with `trust_remote_code=True` only.
+        note: a sentence before all others.
     """
     linears = kept_columns(report.plan)
     return render(
@@ -33,7 +34,7 @@ def report_page(report: SurgeryReport, name: str, *, needs_code: bool) -> str:
         title=f"{name}: {report.base_model['name']} after layer surgery",
         name=name,
         report=report,
-        sentences=summary(report),
+        sentences=[note, *summary(report)] if note else summary(report),
         tiles=tiles(report),
         tables=measurement_tables([report.before, report.after], report.comparison),
         layers=layer_rows(report, list(linears)),

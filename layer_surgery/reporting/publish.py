@@ -20,13 +20,14 @@ PAGE_FILE, CARD_FILE = PAGE_FILES
 SWEEP_ADVICE = "make it again with sweep"
 
 
-def write_page_and_card(directory: Path, report: SurgeryReport, name: str) -> None:
+def write_page_and_card(directory: Path, report: SurgeryReport, name: str, *, note: str = "") -> None:
     """Write `report.html` and `README.md` of a new result into its directory.
 
     Args:
         name: of the result; the directory may still have another one.
+        note: what the reader must know first.
     """
-    for file, text in zip(PAGE_FILES, _page_and_card(directory, report, name), strict=True):
+    for file, text in zip(PAGE_FILES, _page_and_card(directory, report, name, note), strict=True):
         write_atomically(directory / file, text)
 
 
@@ -111,13 +112,14 @@ def _report_on_one(path: Path, output: Path | None, base_model: str | None, over
     return path / PAGE_FILE, []
 
 
-def _page_and_card(directory: Path, report: SurgeryReport, name: str) -> tuple[str, str]:
+def _page_and_card(directory: Path, report: SurgeryReport, name: str, note: str = "") -> tuple[str, str]:
     """Return the page and the card of the result in a directory."""
     from layer_surgery.reporting.card import model_card
     from layer_surgery.reporting.page import report_page
 
     needs_code = _needs_code(directory, report)
-    return report_page(report, name, needs_code=needs_code), model_card(report, name, needs_code=needs_code)
+    page = report_page(report, name, needs_code=needs_code, note=note)
+    return page, model_card(report, name, needs_code=needs_code, note=note)
 
 
 def _compared(results: Sequence[Path]) -> str:

@@ -5,6 +5,7 @@ Written shard by shard and tensor by tensor, so that memory holds one matrix, wh
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,8 +27,9 @@ from layer_surgery.checkpoint.tensors import TensorSource, TensorSpec
 from layer_surgery.config import ExportConfig
 from layer_surgery.errors import CheckpointError, NumericalError, OutputError
 from layer_surgery.machine import provenance
-from layer_surgery.records import REPORT_SCHEMA_VERSION
-from layer_surgery.records.reading import REPORT_FILE, read_json
+from layer_surgery.records import REPORT_SCHEMA_VERSION, SurgeryReport
+from layer_surgery.records.reading import REPORT_FILE, read_json, read_report
+from layer_surgery.reporting.publish import write_page_and_card
 from layer_surgery.runs.session import Model
 
 _IN, _OUT = f".{IN_FACTOR}", f".{OUT_FACTOR}"
@@ -90,7 +92,19 @@ def run_export(directory: Model, config: ExportConfig) -> DenseExport:
         )
         exported = {name: value for name, value in asdict(record).items() if name != "output"}
         write_json(staging / REPORT_FILE, {**report, "dense_export": exported})
+        if report and low_rank.directory is not None:
+            measured = read_report(low_rank.directory / REPORT_FILE)
+            write_page_and_card(staging, measured, output.name, note=_note(record, measured))
     return replace(record, output=str(output))
+
+
+def _note(record: DenseExport, report: SurgeryReport) -> str:
+    """Say on page and card of an export that they are about another directory."""
+    return (
+        f"This is a dense export with {record.parameters:,} parameters: a plain checkpoint that computes, within "
+        f"rounding, what {Path(record.source).name} does, which has {report.after.parameters:,}. Everything below is "
+        "about that one; an export is neither smaller nor faster."
+    )
 
 
 def dense_checkpoint(low_rank: Checkpoint) -> Checkpoint:

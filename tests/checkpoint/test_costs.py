@@ -13,10 +13,10 @@ from tiny_models import FIELDS, changes, make_test_plan, snapshot, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
+from layer_surgery.checkpoint import costs
 from layer_surgery.checkpoint.architectures import ARCHITECTURES
 from layer_surgery.checkpoint.costs import TokenCosts, token_costs
 from layer_surgery.checkpoint.open import open_checkpoint
-from layer_surgery.evaluation import costs
 
 
 def model_of(model_type: str) -> PreTrainedModel:

@@ -294,7 +294,7 @@ def test_modelling_file_imports_nothing_of_this_package(low_rank: Path) -> None:
     code = (low_rank / "modeling_layer_surgery.py").read_text()
     imports = [line for line in code.splitlines() if line.startswith(("import ", "from "))]
     found = {line.split()[1].partition(".")[0] for line in imports}
-    assert found == {"__future__", "functools", "typing", "torch", "transformers"}
+    assert found == {"__future__", "functools", "re", "typing", "torch", "transformers"}
 
 
 def test_its_weight_is_the_product_of_the_factors_and_lets_gradients_through() -> None:

@@ -149,6 +149,22 @@ def test_no_more_than_one_matrix_is_multiplied_out_at_a_time(tmp_path: Path, mon
     assert asked and all(len(names) == 1 for names in asked)
 
 
+@pytest.mark.parametrize("ranks", ["rank 1", "default"])
+def test_it_has_a_page_and_a_card_that_say_what_it_is(tmp_path: Path, ranks: str) -> None:
+    path, source = saved_model(tmp_path / "model", layers=4), tmp_path / "smaller"
+    if ranks == "default":
+        layer_surgery.compress(path, source, target_layers=3, samples=8, sequence_length=32, eval_data=None)
+    else:
+        ones = dict.fromkeys(full_ranks(open_checkpoint(path), 2), 1)
+        layer_surgery.compress(path, source, plan=make_test_plan(4, low_rank={2: ones}), eval_data=None)
+    record = layer_surgery.export_dense(source, tmp_path / "dense")
+    for name in ("report.html", "README.md"):
+        text = (tmp_path / "dense" / name).read_text(encoding="utf-8")
+        assert f"dense export with {record.parameters:,} parameters" in text
+        assert f"which has {record.parameters_before:,}" in text
+    assert "trust_remote_code" not in text and "plain checkpoint of its architecture" in text
+
+
 # The command, and what it refuses
 
 
