@@ -33,13 +33,13 @@ DTYPE = torch.float64
 def walks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Return a list that grows with every backward walk."""
     seen: list[str] = []
-    backward = Walk.backward
+    backpropagate = Walk.backpropagate
 
     def counted(self: Walk, *args: Any, **kwargs: Any) -> None:
         seen.append("backward")
-        backward(self, *args, **kwargs)
+        backpropagate(self, *args, **kwargs)
 
-    monkeypatch.setattr(Walk, "backward", counted)
+    monkeypatch.setattr(Walk, "backpropagate", counted)
     return seen
 
 

@@ -192,11 +192,11 @@ def test_what_is_there_is_not_computed_again_and_nothing_is_lost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     walks: list[list[int]] = []
-    backward = Walk.backward
+    backpropagate = Walk.backpropagate
     monkeypatch.setattr(
         Walk,
-        "backward",
-        lambda self, *args, **kwargs: (walks.append(sorted(kwargs["watch"])), backward(self, *args, **kwargs))[1],
+        "backpropagate",
+        lambda self, *args, **kwargs: (walks.append(sorted(kwargs["watch"])), backpropagate(self, *args, **kwargs))[1],
     )
     model = streamed(tiny_model())
     with Walk(model, CALIBRATION, settings(tmp_path)) as walk:

@@ -203,13 +203,13 @@ def test_branches_of_statistics_share_the_walk_and_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     walks: list[int] = []
-    backward = Walk.backward
+    backpropagate = Walk.backpropagate
 
     def counted(self: Walk, *args: Any, **kwargs: Any) -> None:
-        walks.append(kwargs["stop"])
-        backward(self, *args, **kwargs)
+        walks.append(min(kwargs["watch"]))
+        backpropagate(self, *args, **kwargs)
 
-    monkeypatch.setattr(Walk, "backward", counted)
+    monkeypatch.setattr(Walk, "backpropagate", counted)
     folders = [tmp_path / name for name in ("trunk", "first", "second")]
     for folder in folders:
         folder.mkdir()
