@@ -165,7 +165,7 @@ def test_nothing_reads_pickles(path: Path) -> None:
 def test_the_modelling_file_needs_torch_and_transformers_only() -> None:
     """It is copied beside checkpoints and must run where this package is not installed."""
     tops = {top for top, _ in imported(ROOT / "checkpoint" / "modeling_layer_surgery.py")}
-    assert tops == {"__future__", "functools", "typing", "torch", "transformers"}
+    assert tops == {"__future__", "functools", "re", "typing", "torch", "transformers"}
 
 
 @pytest.mark.parametrize("module", PURE)

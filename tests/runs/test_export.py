@@ -95,9 +95,9 @@ def test_what_travels_with_the_weights_comes_along(tmp_path: Path) -> None:
     (source / "LICENSE").write_text("Do as you like.\n")
     record = layer_surgery.export_dense(source, tmp_path / "dense", command="layer-surgery export ...")
     before, after = listing(source), listing(tmp_path / "dense")
-    changed = {"config.json", "model.safetensors", "surgery.json"}
-    # The code is not needed any more; page and card speak of the low-rank result.
-    left = {*changed, "modeling_layer_surgery.py", "report.html", "README.md"}
+    # Page and card say that it is an export; the code is not needed any more.
+    changed = {"config.json", "model.safetensors", "surgery.json", "report.html", "README.md"}
+    left = {*changed, "modeling_layer_surgery.py"}
     assert {name: digest for name, digest in before.items() if name not in left} == {
         name: digest for name, digest in after.items() if name not in changed
     }
