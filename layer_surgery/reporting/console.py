@@ -137,11 +137,12 @@ def _print_measurements(
 def _print_prediction(console: Console, report: SurgeryReport) -> None:
     """Print the predicted rise of the loss beside the measured one."""
     predicted, expected = report.plan.predicted_loss_rise, report.expected
-    if (predicted is None and expected is None) or not report.before.perplexity:
+    both = {name: value for name, value in report.before.perplexity.items() if name in report.after.perplexity}
+    if (predicted is None and expected is None) or not both:
         return
     measured = ", ".join(
         f"{math.log(report.after.perplexity[name].value / before.value):+.3f} on {escape(name)}"
-        for name, before in report.before.perplexity.items()
+        for name, before in both.items()
     )
     if expected is not None:
         said = f"expected after the refit {with_interval(expected, '+.3f')} on text like the calibration data"
