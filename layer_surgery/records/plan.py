@@ -60,6 +60,8 @@ class SurgeryPlan:
     predicted_loss_rise: float | None = None
     """Second-order prediction for the calibration data, before any refit, nats per token with loss, where the method
     makes one. Good for comparing plans; for changes as large as most of a layer it is above the measured rise."""
+    predicted_loss_bound: float | None = None
+    """No plan of the same kind within the same budgets is predicted to cost less than this."""
     refit: Literal["", "none", "operated", "all"] = ""
     """Which linears are re-solved afterwards: none, those of the low-rank layers, or also others. "" does not say."""
     schema_version: int = PLAN_SCHEMA_VERSION

@@ -69,22 +69,8 @@ def run_compress(model: Model, config: CompressConfig, *, known_scores: LayerSco
         with open_bench(session, tokens, config, part=config.remove, general=general, base_sha256=sha256) as bench:
             scores = known_scores
             if scores is None and planning.chooses:
-                scores = bench.scores(
-                    config.scorer,
-                    len(planning.trial.operated),
-                    keep=planning.ranked_keep,
-                    refit=scope is not None,
-                    keep_boundaries=planning.keep_boundaries,
-                )
-            plan = planning.plan(scores, sha256)
-            result = bench.operate(
-                plan,
-                planning.method.name,
-                scope,
-                ranks_fixed=config.plan is not None,
-                search=config,
-                pricing=planning.pricing,
-            )
+                scores = bench.scores(**planning.ranking)
+            result = bench.operate(planning.plan(scores, sha256), **planning.surgery)
         # Evaluate the result.
         with session.clock.stage("evaluate_after"):
             evaluator.measure("after", result.checkpoint)

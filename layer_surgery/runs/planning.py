@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import attrs
 import torch
@@ -96,7 +97,29 @@ class Planning:
         )
 
     @property
-    def ranked_keep(self) -> float:
+    def ranking(self) -> dict[str, Any]:
+        """What a bench is asked to rank the layers by."""
+        return {
+            "scorer": self.config.scorer,
+            "count": len(self.trial.operated),
+            "keep": self._ranked_keep,
+            "refit": self.refit_scope is not None,
+            "keep_boundaries": bool(self.trial.smaller) and self.method.needs_boundaries,
+        }
+
+    @property
+    def surgery(self) -> dict[str, Any]:
+        """How a bench is to carry out the plan."""
+        return {
+            "method": self.method.name,
+            "refit_scope": self.refit_scope,
+            "ranks_fixed": self.config.plan is not None,
+            "search": self.config,
+            "pricing": self.pricing,
+        }
+
+    @property
+    def _ranked_keep(self) -> float:
         """Kept fraction that layers are ranked at: that of the budget, with two exceptions.
 
         Removed outright before a refit, they are ranked as if a tenth were kept: on development text this chose better
@@ -106,11 +129,6 @@ class Planning:
         if keep == 0 and self.refit_scope is None:
             return 0.0
         return keep or BudgetConfig.DEFAULT_KEEP
-
-    @property
-    def keep_boundaries(self) -> bool:
-        """Whether the method reads the hidden states at all layer boundaries."""
-        return bool(self.trial.smaller) and self.method.needs_boundaries
 
     def plan(self, scores: LayerScores | None, base_sha256: str) -> SurgeryPlan:
         """Return the plan; `scores` choose the layers if the user does not."""

@@ -252,6 +252,7 @@ def _searched(plan: SurgeryPlan, shape: ModelShape, statistics: Statistics, cont
         layers=layers,
         target_layers=sum(layer.action == "keep" for layer in layers),
         predicted_loss_rise=None if removed else round(found.cost, 6),
+        predicted_loss_bound=None if removed else round(found.cost - found.gap, 6),
     )
     return replace(plan, parameters=plan_parameters(shape, plan))
 

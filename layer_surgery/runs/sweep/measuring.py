@@ -31,17 +31,8 @@ class Measuring:
         try:
             with self.bench.own_scratch("point") as bench:
                 planning = Planning(config, bench.session.checkpoint, bench.session.device)
-                scope = planning.refit_scope
-                scores = bench.scores(
-                    config.scorer,
-                    len(planning.trial.operated),
-                    keep=planning.ranked_keep,
-                    refit=scope is not None,
-                    keep_boundaries=planning.keep_boundaries,
-                    known=self._scores,
-                )
-                plan = planning.plan(scores, self.base_sha256)
-                result = bench.operate(plan, planning.method.name, scope, search=config)
+                scores = bench.scores(**planning.ranking, known=self._scores)
+                result = bench.operate(planning.plan(scores, self.base_sha256), **planning.surgery)
                 point = self._evaluate(settings, scores, result, failures)
         except Exception as error:
             _LOG.debug("%s failed", settings.name, exc_info=True)

@@ -32,11 +32,6 @@ class PartOfLayer:
         return f"{self.index} {self.part}"
 
     @property
-    def unit_name(self) -> Literal["channels", "heads"]:
-        """What the part's units are called."""
-        return "channels" if self.part == "mlp" else "heads"
-
-    @property
     def order(self) -> UnitOrder | None:
         """The units in the order in which to keep them."""
         if self.statistics is None:
