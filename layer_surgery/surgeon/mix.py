@@ -236,7 +236,7 @@ def _unreachable(
             chosen = sum(shape.layers[layer.index].parameters for layer in plan.smaller)
             share = (least - totals[PARAMETERS] + chosen) / chosen if by_keep else least / shape.parameters
             reachable.append(f"{'--keep' if by_keep else '--target-parameters'} {_up(share)}")
-            note = f" (what stays whole, as norms, biases and experts, and the least of the rest take {least:,.0f})"
+            note = f" (what stays whole, as norms and biases, and the least of the rest take {least:,.0f})"
         else:
             asked.append(f"{OPTIONS[name]} {plan.bounds[name] / totals[name]:.4g}")
             reachable.append(f"{OPTIONS[name]} {_up(least / totals[name])}")
