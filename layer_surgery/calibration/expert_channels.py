@@ -47,11 +47,16 @@ def kept_channels(orders: Sequence[UnitOrder], count: int) -> Tensor:
 
 
 def narrowed_outputs(experts: Experts, module: nn.Module, moments: ExpertMoments, kept: Tensor, index: int) -> Tensor:
-    """Return the output projections [E, D, k] of layer `index`, re-solved on the channels `kept` [E, k] of each."""
+    """Return the output projections [E, D, k] of layer `index`, re-solved on the channels `kept` [E, k] of each.
+
+    In float32 or better, not in the float64 that they are solved in: they are the largest matrices of the model.
+    """
+    down = experts.down(module)
+    dtype = torch.promote_types(down.dtype, torch.float32)
     return torch.stack(
         [
-            narrowed(weight, _inputs(experts, moments, expert, index), kept[expert])
-            for expert, weight in enumerate(experts.down(module))
+            narrowed(weight, _inputs(experts, moments, expert, index), kept[expert]).to(dtype)
+            for expert, weight in enumerate(down)
         ]
     )
 

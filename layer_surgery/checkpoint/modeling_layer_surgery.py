@@ -149,26 +149,6 @@ def replace_linears(model: nn.Module, ranks: dict[str, int]) -> None:
         setattr(model.get_submodule(parent), child, replacement)
 
 
-def narrow_linears(model: nn.Module, sizes: dict[str, tuple[int, int]]) -> None:
-    """Replace, in place, every linear named in `sizes` by a plain one of that size (out, in) (weights not set)."""
-    for name, (out_features, in_features) in sizes.items():
-        linear = model.get_submodule(name)
-        if isinstance(getattr(linear, "down_proj", None), nn.Parameter):
-            narrow_experts(linear, in_features)
-            continue
-        if not isinstance(linear, (nn.Linear, Conv1D)):
-            raise ValueError(f"narrowed names '{name}', which is a {type(linear).__name__} and not a linear layer")
-        parent, _, child = name.rpartition(".")
-        smaller = nn.Linear(
-            in_features,
-            out_features,
-            bias=linear.bias is not None,
-            device=linear.weight.device,
-            dtype=linear.weight.dtype,
-        )
-        setattr(model.get_submodule(parent), child, smaller)
-
-
 def narrow_experts(experts: Any, width: int) -> None:
     """Give all experts of a layer, which are one module with three-dimensional parameters, this width, in place.
 
@@ -187,6 +167,26 @@ def narrow_experts(experts: Any, width: int) -> None:
     for name in ("intermediate_dim", "intermediate_size"):
         if hasattr(experts, name):
             setattr(experts, name, width)
+
+
+def narrow_linears(model: nn.Module, sizes: dict[str, tuple[int, int]]) -> None:
+    """Replace, in place, every linear named in `sizes` by a plain one of that size (out, in) (weights not set)."""
+    for name, (out_features, in_features) in sizes.items():
+        linear = model.get_submodule(name)
+        if isinstance(getattr(linear, "down_proj", None), nn.Parameter):
+            narrow_experts(linear, in_features)
+            continue
+        if not isinstance(linear, (nn.Linear, Conv1D)):
+            raise ValueError(f"narrowed names '{name}', which is a {type(linear).__name__} and not a linear layer")
+        parent, _, child = name.rpartition(".")
+        smaller = nn.Linear(
+            in_features,
+            out_features,
+            bias=linear.bias is not None,
+            device=linear.weight.device,
+            dtype=linear.weight.dtype,
+        )
+        setattr(model.get_submodule(parent), child, smaller)
 
 
 # Attention that was removed

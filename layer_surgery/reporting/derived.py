@@ -12,9 +12,9 @@ class ChangedLayers(NamedTuple):
     removed: list[int]
     parts_removed: list[int]  #: Layers of which only linears of rank 0 are not whole.
     low_rank: list[int]  #: All others with linears of a lower rank.
-    narrowed: list[
-        int
-    ]  #: Layers with fewer channels or heads, or with smaller experts; they may have linears of a lower rank too.
+    narrowed: list[int]
+    """Layers with fewer channels or heads, or with fewer channels in their experts; they may have linears of a lower
+    rank too."""
 
 
 def changed_layers(plan: SurgeryPlan) -> ChangedLayers:
