@@ -104,6 +104,7 @@ def _write(folder: Path, identity: Mapping[str, Any], statistics: Statistics) ->
         "ranks": statistics.ranks,
         "channels": {index: asdict(order) for index, order in statistics.channels.items()},
         "heads": {index: asdict(order) for index, order in statistics.heads.items()},
+        "experts": {index: [asdict(order) for order in orders] for index, orders in statistics.experts.items()},
         "couplings": statistics.couplings.to_dict(),
         "files": files,
     }
@@ -136,9 +137,20 @@ def _read(folder: Path, identity: Mapping[str, Any], empty: Statistics) -> Stati
     channels, heads = (
         {int(index): UnitOrder(**entry) for index, entry in record[units].items()} for units in ("channels", "heads")
     )
-    if not all(sorted(each.order) == list(range(len(each.gains))) for each in (*channels.values(), *heads.values())):
+    experts = {int(index): [UnitOrder(**entry) for entry in entries] for index, entries in record["experts"].items()}
+    orders = [*channels.values(), *heads.values(), *(order for each in experts.values() for order in each)]
+    if not all(sorted(each.order) == list(range(len(each.gains))) for each in orders):
         raise ValueError(f"{RECORD_FILE} has channels or heads that are none")
-    return replace(empty, sizes=sizes, values=values, ranks=ranks, channels=channels, heads=heads, couplings=couplings)
+    return replace(
+        empty,
+        sizes=sizes,
+        values=values,
+        ranks=ranks,
+        channels=channels,
+        heads=heads,
+        experts=experts,
+        couplings=couplings,
+    )
 
 
 def _record_sha256(record: Mapping[str, Any]) -> str:

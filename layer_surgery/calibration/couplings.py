@@ -21,7 +21,7 @@ from layer_surgery.walk.walk import Walk
 
 #: Fractions of a layer's parameters kept at which costs are measured; 0 is the layer removed.
 LEVELS = (0.0, 0.1, 0.3)
-#: Fraction of an attention or MLP kept at which it is measured how errors of such parts meet.
+#: Fraction of an attention, an MLP or experts kept at which it is measured how errors of such parts meet.
 PART_LEVEL = 0.5
 #: Measured on one sequence in four, if there are at least this many.
 _MANY_SEQUENCES = 32
@@ -33,7 +33,7 @@ class Couplings:
 
     layers: list[int] = field(default_factory=list)
     matrices: list[list[list[float]]] = field(default_factory=list)
-    parts: list[str] = field(default_factory=list)  #: Attentions and MLPs, as "3 mlp".
+    parts: list[str] = field(default_factory=list)  #: Attentions, MLPs and experts, as "3 mlp".
     part_matrix: list[list[float]] = field(default_factory=list)  #: K of these, at `PART_LEVEL`.
 
     def correlations(self, names: Sequence[str]) -> list[list[float]] | None:
@@ -118,7 +118,7 @@ class Responses:
         self._values[index, level] = self._changes(index, layer)
 
     def add_part(self, index: int, part: str, layer: nn.Module) -> None:
-        """Do the same with a layer of which only the attention or the MLP is changed."""
+        """Do the same with a layer of which only the attention, the MLP or the experts are changed."""
         self._parts[index, part] = self._changes(index, layer)
 
     @torch.no_grad()

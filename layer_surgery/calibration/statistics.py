@@ -7,7 +7,7 @@ its leading components, as many as can be of use, so that another target, budget
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from math import prod
 
@@ -15,15 +15,19 @@ import torch
 from torch import Tensor, nn
 
 from layer_surgery.calibration.couplings import LEVELS, PART_LEVEL, Couplings, Responses
+from layer_surgery.calibration.damping import damped
+from layer_surgery.calibration.expert_channels import expert_orders, kept_channels, on_some_channels
 from layer_surgery.calibration.units import UnitOrder, attention_heads, mlp_channels
+from layer_surgery.checkpoint.experts import Experts, experts_of
 from layer_surgery.checkpoint.modeling_layer_surgery import IN_FACTOR, OUT_FACTOR
 from layer_surgery.checkpoint.new_tensors import FactorStore
 from layer_surgery.data.tokens import PackedTokens
-from layer_surgery.errors import DataError, NumericalError
-from layer_surgery.linalg.low_rank import Factors, knapsack, no_components, shrunk, whitened_svd
+from layer_surgery.errors import DataError
+from layer_surgery.linalg.low_rank import Factors, knapsack, no_components, whitened_svd
 from layer_surgery.linalg.nystrom import column_order, narrowed
 from layer_surgery.records import Part
 from layer_surgery.walk.boundaries import Boundary
+from layer_surgery.walk.expert_moments import ExpertMoments, ExpertRecorder
 from layer_surgery.walk.moments import LayerMoments, MomentRecorder
 from layer_surgery.walk.streamed import StreamedModel
 from layer_surgery.walk.walk import Observer, Walk
@@ -48,6 +52,8 @@ class Statistics:
     channels: dict[int, UnitOrder] = field(default_factory=dict)
     """Channels of the MLPs that can be cut, by layer; moments are means over all tokens, as for `values`."""
     heads: dict[int, UnitOrder] = field(default_factory=dict)  #: The same of attentions, each head with its queries.
+    experts: dict[int, list[UnitOrder]] = field(default_factory=dict)
+    """The same of the channels of every expert of a layer, by layer."""
     couplings: Couplings = field(default_factory=Couplings)
     fed_by: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """For each output projection, the linears whose outputs it reads."""
@@ -173,35 +179,64 @@ def collect(walk: Walk, statistics: Statistics, layers: Mapping[int, Ranks], par
 class MomentObserver(Observer):
     """Takes the second moments of some linears of each layer that it sees, and reduces them behind the layer."""
 
-    def __init__(self, layers: Mapping[int, Iterable[str]], *, gradients: bool) -> None:
-        """Look at these linears, by layer; with `gradients`, also at the loss gradients at their outputs."""
-        self._linears, self._gradients = layers, gradients
-        self._recorder: MomentRecorder | None = None
+    def __init__(
+        self,
+        layers: Mapping[int, Iterable[str]],
+        *,
+        gradients: bool,
+        experts: Mapping[int, Experts] | None = None,
+    ) -> None:
+        """Look at these linears, by layer; with `gradients`, also at the loss gradients at their outputs.
+
+        And, in layers that are named there, at the experts.
+        """
+        self._linears, self._gradients, self._experts = layers, gradients, experts or {}
+        self._recorders: list[MomentRecorder | ExpertRecorder] = []
 
     @contextmanager
     def watching(self, index: int, layer: nn.Module) -> Iterator[None]:
-        linears = {name: layer.get_submodule(name) for name in self._linears[index]}
-        self._recorder = MomentRecorder(linears, gradients=self._gradients)
-        with self._recorder.recording() as moments:
+        linears = {name: layer.get_submodule(name) for name in self._linears.get(index, ())}
+        of_linears, experts = MomentRecorder(linears, gradients=self._gradients), self._experts.get(index)
+        self._recorders, of_experts = [of_linears], None
+        with ExitStack() as recording:
+            moments = recording.enter_context(of_linears.recording())
+            if experts is not None:
+                recorder = ExpertRecorder(experts, layer.get_submodule(experts.module), gradients=self._gradients)
+                of_experts = recording.enter_context(recorder.recording())
+                self._recorders.append(recorder)
             yield
         self.reduce(index, layer, moments)
+        if experts is not None and of_experts is not None:
+            self.reduce_experts(index, layer, experts, of_experts)
+        self.finish(index, layer)
 
     def batch(self, valid: Tensor) -> None:
-        assert self._recorder is not None
-        self._recorder.start_batch(valid)
+        for recorder in self._recorders:
+            recorder.start_batch(valid)
 
     def reduce(self, index: int, layer: nn.Module, moments: LayerMoments) -> None:
         """Make of the moments what is wanted of them; the layer still has its weights."""
         raise NotImplementedError
+
+    def reduce_experts(self, index: int, layer: nn.Module, experts: Experts, moments: ExpertMoments) -> None:
+        """Do the same with those of the experts, afterwards."""
+        raise NotImplementedError
+
+    def finish(self, index: int, layer: nn.Module) -> None:
+        """Do what is left to do with a layer, which still has its weights."""
 
 
 class _Collector(MomentObserver):
     """Decomposes the linears of each layer that it sees, on the spot, and tries the layer with the components."""
 
     def __init__(self, walk: Walk, statistics: Statistics, layers: Mapping[int, Ranks], part: Part) -> None:
-        super().__init__(layers, gradients=True)
+        found = {index: experts_of(walk.model.layers[index]) for index in layers if part == "layer"}
+        known = {index: experts for index, experts in found.items() if experts is not None}
+        super().__init__(layers, gradients=True, experts=known)
         self._walk, self._statistics, self._layers, self._part = walk, statistics, layers, part
         self._responses: Responses | None = None
+        self._half: dict[str, dict[str, Tensor]] = {}
+        """By part, output projections of the layer at hand, by parameter, with half of the channels."""
 
     def begin_backward(self, gradient: Boundary) -> None:
         self._responses = Responses(self._walk, gradient)
@@ -214,7 +249,7 @@ class _Collector(MomentObserver):
     def reduce(self, index: int, layer: nn.Module, moments: LayerMoments) -> None:
         ranks, found = self._layers[index], self._statistics
         channels, heads = (units(layer, self._walk.model.architecture) for units in (mlp_channels, attention_heads))
-        half: dict[str, Tensor] = {}  # the output projection of the MLP on half of its channels
+        self._half = {}
         found.values[index], found.sizes[index], found.ranks[index] = {}, {}, dict(ranks)
         for name, weight, inputs in weights_with_inputs(layer, ranks, moments, index):
             outputs = damped(moments.output_moment(name), moments.tokens, index, name)
@@ -227,26 +262,39 @@ class _Collector(MomentObserver):
                     order = column_order(weight, inputs, outputs, None if units.size == 1 else units.size)
                     orders[index] = found_order = UnitOrder(order.order.tolist(), order.gains.tolist())
                     if units is channels:
-                        half[name] = _on_some(weight, inputs, found_order.kept(int(PART_LEVEL * units.count)))
-        self._try(index, layer)
-        self._try_parts(index, layer, half)
+                        kept = found_order.kept(int(PART_LEVEL * units.count))
+                        self._half["mlp"] = {f"{name}.weight": _on_some(weight, inputs, kept)}
 
-    def _try_parts(self, index: int, layer: nn.Module, half: Mapping[str, Tensor]) -> None:
-        """Measure what comes of the layer with `PART_LEVEL` of its attention, and with that of its MLP."""
+    def reduce_experts(self, index: int, layer: nn.Module, experts: Experts, moments: ExpertMoments) -> None:
+        module = layer.get_submodule(experts.module)
+        self._statistics.experts[index] = orders = expert_orders(experts, module, moments, index)
+        kept = kept_channels(orders, int(PART_LEVEL * experts.count))
+        self._half["experts"] = {experts.output: on_some_channels(experts, module, moments, kept, index)}
+
+    def finish(self, index: int, layer: nn.Module) -> None:
+        self._try(index, layer)
+        self._try_parts(index, layer)
+        self._half = {}
+
+    def _try_parts(self, index: int, layer: nn.Module) -> None:
+        """Measure what comes of the layer with `PART_LEVEL` of its attention, with that of its MLP, of its experts."""
         assert self._responses is not None
         names, sizes = self._walk.model.architecture, self._statistics.sizes[index]
         for part, linears in (("attention", names.attention), ("mlp", names.mlp)):
             present = [name for name in linears if name in sizes]
             if not present:
                 continue
-            weights = half
-            if part == "attention" or not half:
+            weights = self._half.get(part, {})
+            if not weights:
                 least, most = sum(sum(sizes[name]) for name in present), sum(prod(sizes[name]) for name in present)
                 budget = max(least, int(PART_LEVEL * most))
                 ranks = self._statistics.best_ranks({index: present}, budget)[index]
                 weights = _products(layer, self._statistics.factors(index, ranks))
             with _composed(layer, weights):
                 self._responses.add_part(index, part, layer)
+        if "experts" in self._half:
+            with _composed(layer, self._half["experts"]):
+                self._responses.add_part(index, "experts", layer)
 
     def _try(self, index: int, layer: nn.Module) -> None:
         """Measure what comes of the layer, or of its part, with components at each level of `LEVELS`; 0 is without."""
@@ -268,8 +316,8 @@ class _Collector(MomentObserver):
 
 @contextmanager
 def _composed(layer: nn.Module, others: Mapping[str, Tensor]) -> Iterator[None]:
-    """Put others in the place of weights for the duration of the block."""
-    weights = {name: layer.get_parameter(f"{name}.weight") for name in others}
+    """Put others in the place of parameters, by name, for the duration of the block."""
+    weights = {name: layer.get_parameter(name) for name in others}
     originals = {name: weight.data for name, weight in weights.items()}
     try:
         for name, other in others.items():
@@ -281,9 +329,9 @@ def _composed(layer: nn.Module, others: Mapping[str, Tensor]) -> Iterator[None]:
 
 
 def _products(layer: nn.Module, factors: Mapping[str, Factors]) -> dict[str, Tensor]:
-    """Return the weights that factors make, multiplied in the dtype of computation."""
+    """Return the weights that factors make, by parameter, multiplied in the dtype of computation."""
     like = {name: layer.get_parameter(f"{name}.weight") for name in factors}
-    return {name: left.to(like[name]) @ right.to(like[name]) for name, (left, right) in factors.items()}
+    return {f"{name}.weight": left.to(like[name]) @ right.to(like[name]) for name, (left, right) in factors.items()}
 
 
 def _on_some(weight: Tensor, inputs: Tensor, kept: Tensor) -> Tensor:
@@ -303,10 +351,3 @@ def weights_with_inputs(
         if reader not in inputs:
             inputs[reader] = damped(moments.input_moment(name), moments.tokens, index, name)
         yield name, layer.get_parameter(f"{name}.weight").detach(), inputs[reader]
-
-
-def damped(moment: Tensor, tokens: int, index: int, name: str) -> Tensor:
-    """Return a second moment that can be inverted, float64. Raises `NumericalError`, naming layer and linear."""
-    if not moment.isfinite().all():
-        raise NumericalError(f"a second moment of '{name}' in layer {index} is not finite; try --dtype float32.")
-    return shrunk(moment.double(), tokens)

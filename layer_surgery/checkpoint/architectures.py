@@ -90,7 +90,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             attention=("attn.Wqkv", "attn.out_proj"),
             mlp=("ffn.up_proj", "ffn.down_proj"),
         ),
-        # Mixtures of experts: the experts of a layer are one tensor and stay whole; shared experts are linears.
+        # Mixtures of experts: the experts of a layer are one tensor (`experts.py`); shared experts are linears.
         Architecture(model_type="mixtral", mlp=()),
         Architecture(model_type="gpt_oss", mlp=()),
         Architecture(model_type="qwen2_moe", mlp=_GATED_MLP + _SHARED_EXPERT),

@@ -7,6 +7,7 @@ low-rank layers, so it imports torch and transformers only. `config.json` then h
     base_config       that architecture's own configuration
     low_rank          {"model.layers.2.self_attn.q_proj": 18, ...}: the rank of every replaced linear
     narrowed          {"model.layers.2.mlp.up_proj": [384, 256], ...}: the size [out, in] of every smaller linear
+                      (of the experts of a layer: how many there are, and the width of each)
 
 and the model is the stock class of `base_model_type` with those linears replaced before the weights are loaded. What
 other tools add beside these fields, as `quantization_config`, is taken for part of the base configuration.
@@ -202,10 +203,33 @@ def replace_linears(model: nn.Module, ranks: dict[str, int]) -> None:
         setattr(model.get_submodule(parent), child, replacement)
 
 
+def narrow_experts(experts: Any, width: int) -> None:
+    """Give all experts of a layer, which are one module with three-dimensional parameters, this width, in place.
+
+    Weights are not set. The class says how its parameters lie: see `use_experts_implementation` in transformers.
+    """
+    before, parts = ("gate_up_proj", 2) if experts.has_gate else ("up_proj", 1)
+    down_dim, before_dim = (-2, -1) if experts.is_transposed else (-1, -2)
+    dims = {"down_proj": (down_dim, width), before: (before_dim, parts * width)}
+    if experts.has_bias:
+        dims[f"{before}_bias"] = (-1, parts * width)
+    for name, (dim, size) in dims.items():
+        old = getattr(experts, name)
+        shape = list(old.shape)
+        shape[dim] = size
+        setattr(experts, name, nn.Parameter(torch.empty(shape, device=old.device, dtype=old.dtype)))
+    for name in ("intermediate_dim", "intermediate_size"):
+        if hasattr(experts, name):
+            setattr(experts, name, width)
+
+
 def narrow_linears(model: nn.Module, sizes: dict[str, tuple[int, int]]) -> None:
     """Replace, in place, every linear named in `sizes` by a plain one of that size (out, in) (weights not set)."""
     for name, (out_features, in_features) in sizes.items():
         linear = model.get_submodule(name)
+        if isinstance(getattr(linear, "down_proj", None), nn.Parameter):
+            narrow_experts(linear, in_features)
+            continue
         if not isinstance(linear, (nn.Linear, Conv1D)):
             raise ValueError(f"narrowed names '{name}', which is a {type(linear).__name__} and not a linear layer")
         parent, _, child = name.rpartition(".")

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from transformers import AutoConfig
 
+from layer_surgery.checkpoint.experts import experts_of
 from layer_surgery.checkpoint.layer_config import surviving_fields
 from layer_surgery.checkpoint.modeling_layer_surgery import LayerSurgeryConfig, model_class_for, nested_config
 from layer_surgery.checkpoint.new_tensors import FactorStore
@@ -77,13 +78,19 @@ def _renamed(values: Mapping[str, T], old_prefix: str, new_prefix: str) -> dict[
 
 
 def _new_sizes(base: Checkpoint, prefix: str, stores: Sequence[FactorStore], index: int) -> dict[str, tuple[int, int]]:
-    """Return the sizes (out, in) of the linears of a layer whose new weights are not of the old size."""
-    sizes = {}
+    """Return the sizes (out, in) of the linears of a layer whose new weights are not of the old size.
+
+    And (experts, width) of its experts, if they have new weights.
+    """
+    sizes, experts = {}, experts_of(base.layers[index])
     for store in stores:
         for name, spec in store.source(index).specs.items():
             old = base.source.specs.get(prefix + name)
             if name.endswith(".weight") and old is not None and len(spec.shape) == 2 and spec.shape != old.shape:
                 sizes[name.removesuffix(".weight")] = (int(spec.shape[0]), int(spec.shape[1]))
+            elif experts is not None and name == experts.output:
+                width = int(spec.shape[1 if experts.transposed else 2])
+                sizes[experts.module] = (experts.number, width)
     return sizes
 
 
@@ -108,6 +115,8 @@ def _width_field(base: Checkpoint, prefixes: Sequence[str], narrowed: Mapping[st
     output = base.architecture.mlp[-1]
     old = {spec.shape[1] for name, spec in base.source.specs.items() if name.endswith(f".{output}.weight")}
     new = {narrowed.get(f"{prefix}{output}", (0, 0))[1] for prefix in prefixes}
+    if any(experts_of(layer) is not None for layer in base.layers):
+        return {}  # the same field may be the width of experts too, and these may be narrowed by themselves
     fields = [name for name in WIDTH_FIELDS if {getattr(base.config, name, None)} == old]
     return dict.fromkeys(fields, new.pop()) if len(fields) == len(new) == 1 and 0 not in new else {}
 

@@ -24,8 +24,8 @@ from layer_surgery.records.plan import PARTS, REFIT_SCOPES, Part, RefitScope, Su
 DEFAULT_METHOD = "mix"
 DEFAULT_SCORER = "fisher"
 #: Kinds that the search may cut, and those that it cuts unless the user names others.
-COMPONENTS = ("channels", "singular", "heads", "attention", "mlp")
-DEFAULT_COMPONENTS = ("channels", "singular")
+COMPONENTS = ("channels", "singular", "heads", "attention", "mlp", "experts")
+DEFAULT_COMPONENTS = ("channels", "singular", "experts")
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,7 @@ class SearchConfig(Options):
             "With --method mix, what may be cut (see below).",
             form="list",
             metavar="NAME,...",
-            default="channels,singular, and what else a target needs",
+            default="channels,singular,experts, and what else a target needs",
         ),
     )
     multiple: int | None = attrs.field(

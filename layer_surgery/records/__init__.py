@@ -15,7 +15,16 @@ from layer_surgery.records.evaluation import (
     TaskResult,
     Top1Agreement,
 )
-from layer_surgery.records.plan import PLAN_SCHEMA_VERSION, Action, LayerPlan, Part, RefitScope, SurgeryPlan
+from layer_surgery.records.plan import (
+    PLAN_SCHEMA_VERSION,
+    UNITS,
+    Action,
+    LayerPlan,
+    Part,
+    RefitScope,
+    SurgeryPlan,
+    UnitName,
+)
 from layer_surgery.records.surgery import (
     REPORT_SCHEMA_VERSION,
     LayerScores,

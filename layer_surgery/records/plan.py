@@ -12,6 +12,9 @@ PLAN_SCHEMA_VERSION = 2
 
 Action = Literal["keep", "remove", "low_rank", "reduce"]
 ACTIONS: tuple[Action, ...] = ("keep", "remove", "low_rank", "reduce")
+UnitName = Literal["channels", "heads", "experts"]
+"""What a layer may have fewer of: channels of its MLP, heads of its attention, channels of every expert."""
+UNITS: tuple[UnitName, ...] = ("channels", "heads", "experts")
 Part = Literal["layer", "attention", "mlp"]
 """The part of a layer that is operated on."""
 PARTS: tuple[Part, ...] = ("layer", "attention", "mlp")
@@ -32,17 +35,19 @@ class LayerPlan:
     """How many channels of the MLP stay, for `reduce` only; None: all of them."""
     heads: int | None = None
     """How many key/value heads stay, each with its queries, for `reduce` only; None: all of them."""
+    experts: int | None = None
+    """How many channels of every expert stay, for `reduce` only; None: all of them."""
 
     @property
-    def units(self) -> dict[str, int]:
-        """How many channels and heads stay, if not all, under these names."""
-        counts = {"channels": self.channels, "heads": self.heads}
+    def units(self) -> dict[UnitName, int]:
+        """How many channels, heads and channels of experts stay, if not all, under these names."""
+        counts = {name: getattr(self, name) for name in UNITS}
         return {name: count for name, count in counts.items() if count is not None}
 
     @property
     def kept(self) -> dict[str, int]:
-        """Ranks by linear, and channels and heads by these words, if not all of them stay."""
-        return {**self.ranks, **self.units}
+        """Ranks by linear, and channels, heads and channels of experts by `UNITS`, if not all of them stay."""
+        return self.ranks | {str(name): count for name, count in self.units.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +152,7 @@ class SurgeryPlan:
 def _layer_from_dict(entry: Any, position: int, origin: str) -> LayerPlan:
     if not isinstance(entry, dict) or entry.get("index") != position:
         raise PlanError(f"{origin}: entry {position} of 'layers' must have \"index\": {position}.")
-    allowed = ("index", "action", "ranks", "channels", "heads")
+    allowed = ("index", "action", "ranks", *UNITS)
     unknown = sorted(set(entry) - set(allowed))
     if unknown:
         raise PlanError(
@@ -159,7 +164,7 @@ def _layer_from_dict(entry: Any, position: int, origin: str) -> LayerPlan:
     ranks = entry.get("ranks") or {}
     if not isinstance(ranks, dict) or not all(type(rank) is int and rank >= 0 for rank in ranks.values()):
         raise PlanError(f"{origin}: the ranks of layer {position} must be whole numbers from 0 on, by linear.")
-    units = {name: entry.get(name) for name in ("channels", "heads")}
+    units = {name: entry.get(name) for name in UNITS}
     for name, count in units.items():
         if count is not None and (type(count) is not int or count < 1 or action != "reduce"):
             raise PlanError(
@@ -171,6 +176,6 @@ def _layer_from_dict(entry: Any, position: int, origin: str) -> LayerPlan:
             f"{origin}: layer {position} has action {action!r} and {len(ranks)} ranks; only low_rank has any."
         )
     if action == "reduce" and not ranks and not any(units.values()):
-        raise PlanError(f"{origin}: layer {position} has action 'reduce', but neither ranks nor channels nor heads.")
+        raise PlanError(f"{origin}: layer {position} has action 'reduce', but neither ranks nor {' nor '.join(UNITS)}.")
     ranks = {str(name): rank for name, rank in ranks.items()}
     return LayerPlan(index=position, action=action, ranks=ranks, **units)

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from layer_surgery.records.evaluation import Comparison, Continuation, EvaluationResult, Interval, StageFailure
-from layer_surgery.records.plan import SurgeryPlan
+from layer_surgery.records.plan import SurgeryPlan, UnitName
 
 #: Raised whenever what `surgery.json` holds changes; 1 had no spectra, 2 no channels and nested settings.
 REPORT_SCHEMA_VERSION = 3
@@ -54,7 +54,7 @@ class SpectrumRecord:
     values: list[float]  #: Their singular values, descending.
     kept: list[bool] = field(default_factory=list)
     """Whether each listed component was kept; empty where the kept ones are the first `rank`."""
-    units: Literal["", "channels", "heads"] = ""
+    units: UnitName | Literal[""] = ""
     """What the components are, where they are not singular vectors but units before this output projection."""
 
 

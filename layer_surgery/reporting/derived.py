@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from layer_surgery.records import EvaluationResult, SurgeryPlan
+from layer_surgery.records import UNITS, EvaluationResult, SurgeryPlan
 from layer_surgery.reporting.formats import short_names
 
 
@@ -12,7 +12,9 @@ class ChangedLayers(NamedTuple):
     removed: list[int]
     parts_removed: list[int]  #: Layers of which only linears of rank 0 are not whole.
     low_rank: list[int]  #: All others with linears of a lower rank.
-    narrowed: list[int]  #: Layers with fewer channels or heads; they may have linears of a lower rank too.
+    narrowed: list[int]
+    """Layers with fewer channels or heads, or with fewer channels in their experts; they may have linears of a lower
+    rank too."""
 
 
 def changed_layers(plan: SurgeryPlan) -> ChangedLayers:
@@ -29,7 +31,7 @@ def changed_layers(plan: SurgeryPlan) -> ChangedLayers:
 def kept_columns(plan: SurgeryPlan) -> dict[str, str]:
     """Return what is kept in part in some layer, linears and units: full names, and short names for headings."""
     names = list(dict.fromkeys(name for layer in plan.smaller for name in layer.kept))
-    names.sort(key=lambda name: name in ("channels", "heads"))
+    names.sort(key=lambda name: name in UNITS)
     return dict(zip(names, short_names(names), strict=True))
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from layer_surgery.calibration.units import mlp_channels
+from layer_surgery.checkpoint.experts import experts_of
 from layer_surgery.checkpoint.modeling_layer_surgery import IN_FACTOR, OUT_FACTOR
 from layer_surgery.checkpoint.open import Checkpoint, open_checkpoint
 from layer_surgery.checkpoint.save import (
@@ -42,7 +43,9 @@ class DenseExport:
     source: str  #: The low-rank checkpoint, as the user named it.
     linears: int  #: How many pairs of factors were multiplied out.
     removed_linears: int  #: Those of them with rank 0 (removed attentions or MLPs), whose weights are zeros now.
-    padded_linears: int  #: How many linears with fewer channels or heads were filled up with zeros.
+    padded_linears: (
+        int  #: How many linears (and experts of a layer) with fewer channels or heads were filled up with zeros.
+    )
     model_type: str
     layers: int
     dtype: str
@@ -162,12 +165,13 @@ class MultipliedSource:
 
 
 class PaddedSource:
-    """Tensors of another source, in which linears with fewer channels or heads have all of them again, of zeros."""
+    """Tensors of another source, in which linears and experts with fewer channels or heads have all again, of zeros."""
 
     def __init__(self, source: TensorSource, plain: Checkpoint, narrowed: Iterable[str]) -> None:
         """Fill up the `narrowed` linears to the sizes that they have in the skeleton of `plain`."""
         self._source, self.specs = source, dict(source.specs)
-        self._parts: dict[str, int] = {}  # by tensor: equal parts, one behind the other, that are filled up each
+        self._parts: dict[str, tuple[int, int]] = {}
+        # By tensor: a dimension, and the equal parts, one behind the other along it, that are filled up each.
         shapes = {name: tuple(parameter.shape) for name, parameter in plain.skeleton.named_parameters()}
         parts = {
             f"{plain.layer_prefix(index)}{name}": feeding.parts
@@ -175,19 +179,31 @@ class PaddedSource:
             if (channels := mlp_channels(layer, plain.architecture)) is not None
             for name, feeding in channels.feeding.items()
         }
-        for linear in narrowed:
-            for name in (f"{linear}.weight", f"{linear}.bias"):
+        experts = {
+            f"{plain.layer_prefix(index)}{found.module}": found
+            for index, layer in enumerate(plain.layers)
+            if (found := experts_of(layer)) is not None
+        }
+        for module in narrowed:
+            places = {f"{module}.{name}": (0, parts.get(module, 1)) for name in ("weight", "bias")}
+            if module in experts:
+                each = experts[module]
+                places = {
+                    f"{module}.{name}": (dim, count if each.concatenated else 1)
+                    for name, (dim, count) in each.channel_dims.items()
+                }
+            for name, place in places.items():
                 if name in shapes and self.specs[name].shape != shapes[name]:
                     self.specs[name] = TensorSpec(shapes[name], self.specs[name].dtype)
-                    self._parts[name] = parts.get(linear, 1)
+                    self._parts[name] = place
 
     def read(self, names: Iterable[str], device: torch.device) -> dict[str, Tensor]:
         tensors = self._source.read(names, device)
         return {name: self._padded(name, tensor) if name in self._parts else tensor for name, tensor in tensors.items()}
 
     def _padded(self, name: str, tensor: Tensor) -> Tensor:
-        parts, whole = self._parts[name], tensor.new_zeros(self.specs[name].shape)
-        places = zip(tensor.chunk(parts), whole.chunk(parts), strict=True)
+        (dim, parts), whole = self._parts[name], tensor.new_zeros(self.specs[name].shape)
+        places = zip(tensor.chunk(parts, dim), whole.chunk(parts, dim), strict=True)
         for part, place in places:
             place[tuple(slice(size) for size in part.shape)] = part
         return whole

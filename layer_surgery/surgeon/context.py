@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass, field
-from typing import Literal
 
 from torch import Tensor
 
@@ -11,7 +10,7 @@ from layer_surgery.checkpoint.new_tensors import FactorStore
 from layer_surgery.config import SearchConfig
 from layer_surgery.linalg.low_rank import Factors
 from layer_surgery.progress import Progress
-from layer_surgery.records import SpectrumMetric, SpectrumRecord, SurgeryPlan
+from layer_surgery.records import SpectrumMetric, SpectrumRecord, SurgeryPlan, UnitName
 from layer_surgery.registry import Registry
 from layer_surgery.surgeon.resources import Pricing
 from layer_surgery.surgeon.spectra import Kept, spectrum_record
@@ -32,6 +31,8 @@ class SurgeryContext:
     pricing: Pricing = field(default_factory=Pricing)  #: For methods that search: what it takes.
     rows: dict[int, dict[str, Tensor]] = field(default_factory=dict)
     """Where methods that narrow linears leave, by layer and linear, the rows [n] int64 that stay, for the refit."""
+    expert_channels: dict[int, Tensor] = field(default_factory=dict)
+    """Where they leave, by layer, the channels [E, k] int64 that stay in each of its experts."""
     spectra: list[SpectrumRecord] = field(default_factory=list)
     """Where methods that decompose linears leave their singular values, for the report."""
 
@@ -42,9 +43,7 @@ class SurgeryContext:
         self.factors.write(layer, {linear: factors})
         self.spectra.append(spectrum_record(layer, linear, metric, values, kept))
 
-    def record_units(
-        self, layer: int, linear: str, units: Literal["channels", "heads"], gains: Sequence[float], kept: int
-    ) -> None:
+    def record_units(self, layer: int, linear: str, units: UnitName, gains: Sequence[float], kept: int) -> None:
         """Keep, for the report, what units before an output projection are worth, in the order of choice.
 
         As singular values are: leaving out a component costs `1/2 value^2`.

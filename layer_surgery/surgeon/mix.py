@@ -12,6 +12,7 @@ from typing import Literal
 import numpy as np
 from torch import nn
 
+from layer_surgery.calibration.expert_channels import joint_gains, kept_channels, narrowed_outputs
 from layer_surgery.calibration.statistics import (
     MomentObserver,
     Statistics,
@@ -21,6 +22,7 @@ from layer_surgery.calibration.statistics import (
 )
 from layer_surgery.calibration.units import UnitOrder, Units
 from layer_surgery.checkpoint.architectures import Architecture
+from layer_surgery.checkpoint.experts import Experts
 from layer_surgery.config import DEFAULT_COMPONENTS, SearchConfig
 from layer_surgery.errors import PlanError
 from layer_surgery.linalg.low_rank import no_components
@@ -34,6 +36,7 @@ from layer_surgery.surgeon.plan import ModelShape, plan_parameters
 from layer_surgery.surgeon.resources import CACHE, OPTIONS, PARAMETERS, TIME, Pricing
 from layer_surgery.surgeon.search import Choice, Found, UnreachableBudget, search
 from layer_surgery.surgeon.shape import model_shape
+from layer_surgery.walk.expert_moments import ExpertMoments
 from layer_surgery.walk.moments import LayerMoments
 
 URL = "https://arxiv.org/abs/2408.09632"
@@ -92,7 +95,7 @@ def parts_of(
     pricing: Pricing,
     statistics: Statistics | None = None,
 ) -> Iterator[PartOfLayer]:
-    """Yield the attention and the MLP of some layers, as far as they have linears that can be replaced."""
+    """Yield attention and MLP of some layers, as far as they have linears that can be replaced, and their experts."""
     halves: tuple[tuple[Literal["attention", "mlp"], tuple[str, ...]], ...] = (
         ("attention", architecture.attention),
         ("mlp", architecture.mlp),
@@ -112,6 +115,18 @@ def parts_of(
                     multiple=multiple,
                     statistics=statistics,
                 )
+        if layer.experts is not None:
+            yield PartOfLayer(
+                index=index,
+                part="experts",
+                linears={},
+                output="",
+                units=None,
+                experts=layer.experts,
+                pricing=pricing,
+                multiple=multiple,
+                statistics=statistics,
+            )
 
 
 def places_of(parts: Collection[PartOfLayer], kinds: Collection[str], *, uniform: bool) -> list[Place]:
@@ -221,7 +236,7 @@ def _unreachable(
             chosen = sum(shape.layers[layer.index].parameters for layer in plan.smaller)
             share = (least - totals[PARAMETERS] + chosen) / chosen if by_keep else least / shape.parameters
             reachable.append(f"{'--keep' if by_keep else '--target-parameters'} {_up(share)}")
-            note = f" (what stays whole, as norms, biases and experts, and the least of the rest take {least:,.0f})"
+            note = f" (what stays whole, as norms and biases, and the least of the rest take {least:,.0f})"
         else:
             asked.append(f"{OPTIONS[name]} {plan.bounds[name] / totals[name]:.4g}")
             reachable.append(f"{OPTIONS[name]} {_up(least / totals[name])}")
@@ -274,6 +289,9 @@ def _layer_plan(
             ranks |= {name: 0 for name in names if name in linears}
         elif choice.kind in ("channels", "heads"):
             (units[choice.kind],) = choice.steps.values()
+    of_experts = choices.get(f"{layer.index} experts")
+    if of_experts is not None and of_experts.kind == "experts":
+        (units["experts"],) = of_experts.steps.values()
     if not ranks and not units:
         return LayerPlan(index=layer.index, action="keep")
     return LayerPlan(index=layer.index, action="reduce" if units else "low_rank", ranks=ranks, **units)
@@ -300,9 +318,19 @@ class _Cut:
     count: int
 
 
+@dataclass(frozen=True)
+class _ExpertCut:
+    """The experts of one layer, the channels of each in the order in which to keep them, and how many stay."""
+
+    experts: Experts
+    orders: list[UnitOrder]
+    count: int
+
+
 def _narrow(plan: SurgeryPlan, shape: ModelShape, statistics: Statistics, context: SurgeryContext) -> None:
-    """Write the linears of the channels and heads that stay."""
+    """Write the linears of the channels and heads that stay, and the experts with the channels that stay in them."""
     cuts: dict[int, list[_Cut]] = {}
+    expert_cuts: dict[int, _ExpertCut] = {}
     for layer in plan.smaller:
         sized = shape.layers[layer.index]
         each: tuple[tuple[Literal["channels", "heads"], Units | None, int | None, UnitOrder | None], ...] = (
@@ -315,19 +343,32 @@ def _narrow(plan: SurgeryPlan, shape: ModelShape, statistics: Statistics, contex
             if order is None:
                 raise PlanError(f"the plan keeps {count} {name} of layer {layer.index}, but no statistics rank them.")
             cuts.setdefault(layer.index, []).append(_Cut(name, units, order, count))
-    if cuts:
-        context.walk.forward(range(max(cuts) + 1), keep=False, observers=[_Narrowing(cuts, context)], watch=cuts)
+        if sized.experts is not None and layer.experts is not None:
+            orders = statistics.experts.get(layer.index)
+            if orders is None:
+                raise PlanError(f"the plan cuts the experts of layer {layer.index}, but no statistics rank channels.")
+            expert_cuts[layer.index] = _ExpertCut(sized.experts, orders, layer.experts)
+    watched = {*cuts, *expert_cuts}
+    if watched:
+        observers = [_Narrowing(cuts, expert_cuts, context)]
+        context.walk.forward(range(max(watched) + 1), keep=False, observers=observers, watch=watched)
 
 
 class _Narrowing(MomentObserver):
-    """Cuts the units of each layer, and re-solves its output projections on those that stay."""
+    """Cuts the units and the experts of each layer, and re-solves its output projections on what stays."""
 
-    def __init__(self, cuts: Mapping[int, list[_Cut]], context: SurgeryContext) -> None:
-        super().__init__({index: [cut.units.output for cut in each] for index, each in cuts.items()}, gradients=False)
-        self._cuts, self._context = cuts, context
+    def __init__(
+        self, cuts: Mapping[int, list[_Cut]], expert_cuts: Mapping[int, _ExpertCut], context: SurgeryContext
+    ) -> None:
+        super().__init__(
+            {index: [cut.units.output for cut in each] for index, each in cuts.items()},
+            gradients=False,
+            experts={index: cut.experts for index, cut in expert_cuts.items()},
+        )
+        self._cuts, self._expert_cuts, self._context = cuts, expert_cuts, context
 
     def reduce(self, index: int, layer: nn.Module, moments: LayerMoments) -> None:
-        cuts = {cut.units.output: cut for cut in self._cuts[index]}
+        cuts = {cut.units.output: cut for cut in self._cuts.get(index, ())}
         store, all_rows = self._context.factors, self._context.rows.setdefault(index, {})
         for name, weight, inputs in weights_with_inputs(layer, cuts, moments, index):
             cut = cuts[name]
@@ -339,3 +380,12 @@ class _Narrowing(MomentObserver):
                 tensors = {part: tensor.detach()[rows] for part, tensor in linear.named_parameters()}
                 store.write_tensors(index, feeding, tensors)
             self._context.record_units(index, name, cut.name, cut.order.gains, cut.count)
+
+    def reduce_experts(self, index: int, layer: nn.Module, experts: Experts, moments: ExpertMoments) -> None:
+        cut, module = self._expert_cuts[index], layer.get_submodule(experts.module)
+        kept = kept_channels(cut.orders, cut.count)
+        outputs = narrowed_outputs(experts, module, moments, kept, index)
+        tensors = {"down_proj": experts.as_stored(outputs), **experts.only(module, kept)}
+        self._context.factors.write_tensors(index, experts.module, tensors)
+        self._context.expert_channels[index] = kept
+        self._context.record_units(index, experts.module, "experts", joint_gains(cut.orders), cut.count)

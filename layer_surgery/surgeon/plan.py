@@ -6,9 +6,17 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from layer_surgery.calibration.units import Units
+from layer_surgery.checkpoint.experts import WIDTH_MULTIPLE, Experts
 from layer_surgery.config import BudgetConfig
 from layer_surgery.errors import PlanError
-from layer_surgery.records import LayerPlan, SurgeryPlan
+from layer_surgery.records import LayerPlan, SurgeryPlan, UnitName
+
+#: What errors call units, and what has them.
+_UNITS: dict[UnitName, tuple[str, str]] = {
+    "channels": ("channels", "MLP"),
+    "heads": ("heads", "attention"),
+    "experts": ("channels of experts", "mixture of experts"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +27,17 @@ class LayerShape:
     parameters: int  #: All of the layer's parameters, norms and biases included.
     channels: Units | None = None  #: Channels of its MLP, if they can be cut.
     heads: Units | None = None  #: Key/value heads of its attention with their queries, if they can be cut.
+    experts: Experts | None = None  #: Its experts, if their channels can be cut.
+
+    @property
+    def units(self) -> dict[UnitName, Units | Experts]:
+        """What there can be fewer of, by the names that a plan has for it."""
+        each: dict[UnitName, Units | Experts | None] = {
+            "channels": self.channels,
+            "heads": self.heads,
+            "experts": self.experts,
+        }
+        return {name: units for name, units in each.items() if units is not None}
 
     @property
     def fixed(self) -> int:
@@ -171,9 +190,9 @@ def plan_parameters(shape: ModelShape, plan: SurgeryPlan) -> int:
             for name, (out, in_) in layer.linears.items():
                 rank = layer_plan.ranks.get(name)
                 total += out * in_ if rank is None else rank * (out + in_)
-            for units, kept in ((layer.channels, layer_plan.channels), (layer.heads, layer_plan.heads)):
-                if units is not None and kept is not None:
-                    total -= (units.count - kept) * units.price
+            for unit, units in layer.units.items():
+                if unit in layer_plan.units:
+                    total -= (units.count - layer_plan.units[unit]) * units.price
     return total
 
 
@@ -196,21 +215,24 @@ def check_plan(shape: ModelShape, plan: SurgeryPlan, origin: str) -> SurgeryPlan
                     f"{min(linears[name])}."
                 )
     for layer_plan in plan.smaller:
-        layer = shape.layers[layer_plan.index]
-        _check_units(layer.channels, layer_plan.channels, layer_plan, "channels", "MLP", origin)
-        _check_units(layer.heads, layer_plan.heads, layer_plan, "heads", "attention", origin)
+        for unit in layer_plan.units:
+            _check_units(shape.layers[layer_plan.index], layer_plan, unit, origin)
     parameters = plan_parameters(shape, plan)
     return replace(plan, parameters=parameters, parameter_bound=parameters)
 
 
-def _check_units(units: Units | None, kept: int | None, plan: LayerPlan, what: str, where: str, origin: str) -> None:
-    if kept is None:
-        return
+def _check_units(layer: LayerShape, plan: LayerPlan, unit: UnitName, origin: str) -> None:
+    units, kept, (what, where) = layer.units.get(unit), plan.units[unit], _UNITS[unit]
     if units is None:
         raise PlanError(f"{origin}: layer {plan.index} has {what}, but its {where} is none of which {what} can be cut.")
     if kept > units.count:
         raise PlanError(f"{origin}: layer {plan.index} keeps {kept} {what}, but its {where} has {units.count}.")
-    both = [name for name in units.linears if name in plan.ranks]
+    if isinstance(units, Experts) and kept % WIDTH_MULTIPLE and kept != units.count:
+        raise PlanError(
+            f"{origin}: layer {plan.index} keeps {kept} {what}; allowed: multiples of {WIDTH_MULTIPLE}, because "
+            "kernels for experts take no others."
+        )
+    both = [name for name in units.linears if name in plan.ranks] if isinstance(units, Units) else []
     if both:
         raise PlanError(f"{origin}: layer {plan.index} has {what} and a rank for '{both[0]}'; give one of the two.")
 

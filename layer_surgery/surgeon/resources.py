@@ -1,7 +1,7 @@
 """What the parts of a model take of each resource that can be scarce: parameters, operations, KV cache, time.
 
 A target is a fraction of what the original takes. Prices are those of what surgery can change; the rest (embeddings,
-norms, the head, experts) is there in any case.
+norms, the head) is there in any case.
 """
 
 import time
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from layer_surgery.calibration.units import attention_heads
 from layer_surgery.checkpoint.costs import cache_bytes_by_layer, token_costs
+from layer_surgery.checkpoint.experts import Experts, experts_of
 from layer_surgery.checkpoint.open import Checkpoint
 from layer_surgery.errors import PlanError
 from layer_surgery.surgeon.curves import Floats
@@ -76,6 +77,23 @@ class Pricing:
             found[TIME] = sum((self.milliseconds(out, in_) for out, in_ in sizes), start=0.0 * weights)
         return found
 
+    def of_experts(self, experts: Experts, widths: Amount) -> dict[str, Floats]:
+        """Return the prices [n] of the experts of a layer with so many channels each.
+
+        All of them are there, and a token goes through those that it chooses.
+        """
+        width: Floats = np.asarray(widths, dtype=np.float64)
+        found: dict[str, Floats] = {PARAMETERS: experts.price * width}
+        if FLOPS in self.totals:
+            found[FLOPS] = 2.0 * experts.chosen * (experts.parts + 1) * experts.hidden * width
+        if CACHE in self.totals:
+            found[CACHE] = 0.0 * width
+        if TIME in self.totals:
+            assert self.milliseconds is not None
+            both = self.milliseconds(experts.parts * width, experts.hidden) + self.milliseconds(experts.hidden, width)
+            found[TIME] = experts.chosen * both
+        return found
+
 
 def pricing_of(
     checkpoint: Checkpoint, limited: Collection[str], context: int, device: torch.device, dtype: torch.dtype
@@ -102,6 +120,9 @@ def pricing_of(
         head = skeleton.get_output_embeddings().weight.shape
         named = [layer.get_submodule(name) for layer in checkpoint.layers for name in _linears(layer, checkpoint)]
         totals[TIME] = sum(float(table(out, in_)) for out, in_ in [head, *(linear.weight.shape for linear in named)])
+        for experts in (found for layer in checkpoint.layers if (found := experts_of(layer)) is not None):
+            up, down = table(experts.parts * experts.count, experts.hidden), table(experts.hidden, experts.count)
+            totals[TIME] += experts.chosen * float(up + down)
     return Pricing(
         totals=totals,
         context=context,

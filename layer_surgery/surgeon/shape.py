@@ -1,6 +1,7 @@
 """The sizes of a checkpoint that planning needs."""
 
 from layer_surgery.calibration.units import attention_heads, mlp_channels
+from layer_surgery.checkpoint.experts import experts_of
 from layer_surgery.checkpoint.open import Checkpoint
 from layer_surgery.records import Part
 from layer_surgery.surgeon.plan import LayerShape, ModelShape
@@ -27,7 +28,10 @@ def model_shape(checkpoint: Checkpoint, part: Part = "layer") -> ModelShape:
         layer, names = checkpoint.layers[index], checkpoint.architecture
         channels = mlp_channels(layer, names) if part != "attention" else None
         heads = attention_heads(layer, names) if part != "mlp" else None
-        layers.append(LayerShape(linears=linears, parameters=parameters, channels=channels, heads=heads))
+        experts = experts_of(layer) if part == "layer" else None  # of a part, linears are counted and nothing else
+        layers.append(
+            LayerShape(linears=linears, parameters=parameters, channels=channels, heads=heads, experts=experts)
+        )
     hidden_size = int(checkpoint.skeleton.get_input_embeddings().weight.shape[1])
     return ModelShape(
         layers=layers,

@@ -4,7 +4,7 @@ import math
 from collections.abc import Collection, Sequence
 from typing import Literal
 
-from layer_surgery.records import SpectrumMetric, SpectrumRecord
+from layer_surgery.records import SpectrumMetric, SpectrumRecord, UnitName
 
 #: How many components were kept, if the first; else the indices of those that were, from 0 on.
 Kept = int | Collection[int]
@@ -18,7 +18,7 @@ def spectrum_record(
     metric: SpectrumMetric,
     values: Sequence[float],
     kept: Kept,
-    units: Literal["", "channels", "heads"] = "",
+    units: UnitName | Literal[""] = "",
 ) -> SpectrumRecord:
     """Return what a report keeps of all singular values of a linear, in descending order; or of its `units`."""
     leading = isinstance(kept, int)

@@ -34,6 +34,7 @@ from transformers.pytorch_utils import Conv1D
 import layer_surgery
 from layer_surgery.calibration.units import attention_heads, mlp_channels
 from layer_surgery.checkpoint.architectures import ARCHITECTURES, Architecture, base_model_type
+from layer_surgery.checkpoint.experts import WIDTH_MULTIPLE, experts_of
 from layer_surgery.checkpoint.open import open_checkpoint
 from layer_surgery.checkpoint.recognition import architecture_of
 from layer_surgery.checkpoint.tensors import SafetensorsSource, checkpoint_files
@@ -378,3 +379,49 @@ def test_a_layer_with_fewer_units_is_the_same_with_the_others_at_zero(
     plain, info = load_stock(dense)
     assert type(plain) is type(wide) and not info["missing_keys"] and not info["unexpected_keys"]
     assert largest_difference(logits_of(plain), logits_of(narrow)) < family.tolerance
+
+
+#: Families whose models have experts.
+WITH_EXPERTS = ("deepseek_v3", "gpt_oss", "granitemoehybrid", "mixtral", "qwen2_moe", "qwen3_moe", "qwen3_next")
+
+
+@torch.no_grad()
+def test_experts_with_fewer_channels_are_the_same_with_the_others_at_zero(family: Family, tmp_path: Path) -> None:
+    base = open_checkpoint(family.path)
+    each = [experts_of(layer) for layer in base.layers]
+    index, experts = next(((i, found) for i, found in enumerate(each) if found is not None), (0, None))
+    assert (experts is not None) == (family.model_type in WITH_EXPERTS)
+    if experts is None:
+        return
+    width = experts.count // 2 // WIDTH_MULTIPLE * WIDTH_MULTIPLE or WIDTH_MULTIPLE
+    layers = [LayerPlan(index=i, action="keep") for i in range(base.layer_count)]
+    layers[index] = LayerPlan(index=index, action="reduce", experts=width)
+    plan = SurgeryPlan(method="mix", target_layers=base.layer_count - 1, layers=layers)
+    channels: dict[int, Tensor] = {}
+    options = {"tokens": TOKENS, "dtype": base.dtype, "ranks_fixed": True, "expert_channels": channels}
+    output = saved_result(plan, base, tmp_path / "output", **options)
+    narrow, info = load_stock(output, trust_remote_code=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    kept = channels[index]
+    assert kept.shape == (experts.number, width) and torch.equal(kept, kept.sort(dim=1).values)
+    name = f"{family.entry.layers}.{index}.{experts.module}"
+    small = experts.down(narrow.get_submodule(name))
+    assert small.shape == (experts.number, experts.hidden, width)
+    wide, _ = load_stock(family.path)
+    down = experts.down(wide.get_submodule(name))
+    down.zero_()
+    for expert in range(experts.number):
+        down[expert][:, kept[expert]] = small[expert]
+    assert largest_difference(logits_of(narrow), logits_of(wide)) < family.tolerance
+    assert largest_difference(logits_of(narrow), logits_of(family.model)) > 100 * family.tolerance
+    assert sum(p.numel() for p in narrow.parameters()) == open_checkpoint(output).parameters
+    assert base.parameters - open_checkpoint(output).parameters == experts.price * (experts.count - width)
+    streamed_logits = walked_logits(streamed(output, dtype=base.dtype), TOKENS, settings(tmp_path))
+    assert largest_difference(streamed_logits, logits_of(narrow)) < family.tolerance
+    texts = generated(narrow)
+    assert texts[0] == texts[1]
+    plain, info = load_stock(Path(str(layer_surgery.export_dense(output, tmp_path / "dense").output)))
+    assert type(plain) is type(wide) and not info["missing_keys"] and not info["unexpected_keys"]
+    assert largest_difference(logits_of(plain), logits_of(narrow)) < family.tolerance
+    narrow.save_pretrained(tmp_path / "again")
+    assert stored_names(tmp_path / "again") == stored_names(output)

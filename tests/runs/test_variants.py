@@ -151,10 +151,10 @@ def test_moments_of_a_linear_do_not_depend_on_the_form_of_its_input(form: str) -
     torch.testing.assert_close(moments.inputs["linear"], rows.T @ rows)
 
 
-def test_experts_stay_whole_and_the_message_says_so(tmp_path: Path) -> None:
+def test_experts_stay_whole_with_other_methods_and_the_message_says_so(tmp_path: Path) -> None:
     model = tiny_model("mixtral", dtype=torch.float32, vocab_size=300)
-    with pytest.raises(PlanError, match=r"what stays whole, as norms, biases and experts, .*--keep 0"):
-        layer_surgery.compress(model, tmp_path / "output", layers=[1], tokenizer=tiny_tokenizer())
+    with pytest.raises(PlanError, match=r"what stays whole in these layers \(norms, biases, experts\) .*--keep 0"):
+        layer_surgery.compress(model, tmp_path / "output", layers=[1], method="fisher", tokenizer=tiny_tokenizer())
 
 
 # Types that are not in the table

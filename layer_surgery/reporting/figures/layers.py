@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from layer_surgery.records import SpectrumRecord, SurgeryReport
+from layer_surgery.records import UNITS, SpectrumRecord, SurgeryReport
 from layer_surgery.reporting.derived import kept_columns
 from layer_surgery.reporting.figures.svg import BLUE, CARD, INK, ORANGE, SERIES, VERMILLION, Plot, draw
 from layer_surgery.reporting.formats import ACTION_NAMES, number_list, short_names
@@ -112,7 +112,7 @@ def kept_ranks(report: SurgeryReport) -> Plot:
         axes.spines[:].set_visible(False)
 
     measure = "all that there are" if known else "the largest number"
-    what = " and ".join(["ranks", *(name for name in ("channels", "heads") if name in linears)])
+    what = " and ".join(["ranks", *(name for name in UNITS if name in linears)])
     return draw(
         "ranks",
         f"{what.capitalize()} that were kept",

@@ -1,5 +1,6 @@
-"""A kind of component: what it offers the search for the attention or the MLP of a layer."""
+"""A kind of component: what it offers the search for the attention, the MLP or the experts of a layer."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -8,6 +9,7 @@ import numpy as np
 
 from layer_surgery.calibration.statistics import Statistics
 from layer_surgery.calibration.units import UnitOrder, Units
+from layer_surgery.checkpoint.experts import WIDTH_MULTIPLE, Experts
 from layer_surgery.registry import Registry
 from layer_surgery.surgeon.curves import Alternative, Curve, Floats
 from layer_surgery.surgeon.resources import Pricing
@@ -15,13 +17,17 @@ from layer_surgery.surgeon.resources import Pricing
 
 @dataclass(frozen=True, kw_only=True)
 class PartOfLayer:
-    """The attention or the MLP of one layer: what can be cut, and what is known of it."""
+    """The attention, the MLP or the experts of one layer: what can be cut, and what is known of it.
+
+    Experts are a part of their own beside the MLP, which then is what all tokens go through: shared experts.
+    """
 
     index: int
-    part: Literal["attention", "mlp"]
+    part: Literal["attention", "mlp", "experts"]
     linears: Mapping[str, tuple[int, int]]  #: (out, in) of those that can be replaced.
     output: str  #: The last of them, if it writes to the residual stream, else "".
     units: Units | None  #: Its channels or heads, if they can be cut.
+    experts: Experts | None = None  #: For the part of this name.
     pricing: Pricing
     multiple: int  #: Ranks and widths are kept to multiples of this.
     statistics: Statistics | None
@@ -47,7 +53,10 @@ class PartOfLayer:
 
     def whole(self) -> Alternative:
         """Return the alternative in which nothing is cut."""
-        prices = self.pricing.of(self.index, self.part, list(self.linears.values()))
+        if self.experts is not None:
+            prices = self.pricing.of_experts(self.experts, self.experts.count)
+        else:
+            prices = self.pricing.of(self.index, self.part, list(self.linears.values()))
         return Alternative.single("whole", 0.0, {name: float(price) for name, price in prices.items()})
 
     def unit_curve(self, multiple: int) -> Curve | None:
@@ -69,6 +78,23 @@ class PartOfLayer:
         weights = sum(out * in_ for out, in_ in (self.linears[name] for name in units.linears))
         biases = (units.count * units.price - weights) * (1 - share)  # those of the rows that go
         return Curve(steps, costs[steps], self.pricing.of(self.index, self.part, sizes, less=biases, share=share))
+
+    def expert_curve(self) -> Curve | None:
+        """Return the curve of keeping fewer channels in every expert, in multiples; None if they cannot be cut.
+
+        The multiples are also such as kernels for experts take. The costs of the experts add: that several of them err
+        at the same token is not counted.
+        """
+        if self.experts is None:
+            return None
+        multiple = math.lcm(self.multiple, WIDTH_MULTIPLE)
+        steps, costs = np.arange(multiple, self.experts.count, multiple), np.zeros(self.experts.count + 1)
+        orders = None if self.statistics is None else self.statistics.experts.get(self.index)
+        if not len(steps) or (self.statistics is not None and orders is None):
+            return None
+        if self.statistics is not None and orders is not None:
+            costs = np.sum([order.costs() for order in orders], axis=0) * self.statistics.loss_scale
+        return Curve(steps, costs[steps], self.pricing.of_experts(self.experts, steps))
 
 
 @dataclass(frozen=True)

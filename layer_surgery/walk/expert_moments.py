@@ -1,0 +1,135 @@
+"""Second moments of the experts of a layer: of what goes into each output projection, and of the gradient behind it.
+
+While they are taken, the experts are run one after another by a forward pass of our own, the one that transformers'
+own kernels stand for (`transformers/integrations/moe.py`): what each token brings to each of its experts is then in
+plain sight. Shapes: T tokens, n of them at one expert, E experts, K chosen by a token, I channels, D hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from layer_surgery.checkpoint.experts import Experts
+from layer_surgery.linalg.least_squares import add_gram
+
+
+@dataclass
+class ExpertMoments:
+    """Sums over tokens for the experts of one layer.
+
+    The gradients of all experts are in one sum: what they write goes to the same place in the stream, and one matrix
+    [D, D] for each of hundreds of experts would be several times the layer. How large the gradients of each are, which
+    differs with how often and how strongly it is chosen, is kept for each.
+    """
+
+    inputs: Tensor  # [E, I, I], `sum x x^T` over the tokens that chose each expert
+    outputs: Tensor  # [D, D], `sum g g^T` over all pairs of a token and an expert that it chose
+    squares: Tensor  # [E], `sum |g|^2` for each expert
+    chosen: Tensor  # [E] int64, tokens that chose each expert
+    tokens: int = 0  #: All tokens.
+
+    def input_moment(self, expert: int) -> Tensor:
+        """Return `1/n sum x x^T` [I, I] over the n tokens of an expert; zeros if none chose it."""
+        return self.inputs[expert] / max(1, int(self.chosen[expert]))
+
+    def output_moment(self) -> Tensor:
+        """Return `1/N sum g g^T` [D, D] over all N pairs of a token and an expert."""
+        return self.outputs / max(1, int(self.chosen.sum()))
+
+    def weight(self, expert: int) -> float:
+        """Return what turns a cost with these two moments into nats per token (all T of them) for one expert.
+
+        To second order a change of an expert costs `1/2 E[x x^T] (x) E[g g^T]` at each of its n tokens, so n/T of that
+        at each token, and its own gradients are `squares / n` large where those of all are the trace of B.
+        """
+        size = float(self.output_moment().trace())
+        return float(self.squares[expert]) / self.tokens / size if size > 0 else 0.0
+
+
+class ExpertRecorder:
+    """Takes the moments of one layer's experts, micro-batch by micro-batch.
+
+    As `MomentRecorder` does for linears: in float32 or better, and padding is left out.
+    """
+
+    def __init__(self, experts: Experts, module: nn.Module, *, gradients: bool) -> None:
+        """Watch `module`, which are these `experts`; with `gradients`, also the loss gradients behind them."""
+        self._experts, self._gradients = experts, gradients
+        self._module: Any = module
+        weight = module.get_parameter("down_proj")
+        options: dict[str, Any] = {
+            "dtype": torch.promote_types(weight.dtype, torch.float32),
+            "device": weight.device,
+        }
+        number, count, hidden = experts.number, experts.count, experts.hidden
+        behind = hidden if gradients else 0
+        self.moments = ExpertMoments(
+            inputs=torch.zeros(number, count, count, **options),
+            outputs=torch.zeros(behind, behind, **options),
+            squares=torch.zeros(number, **options),
+            chosen=torch.zeros(number, dtype=torch.int64),
+        )
+        self._valid: Tensor | None = None
+
+    def start_batch(self, valid: Tensor) -> None:
+        """Say which tokens of the micro-batch that comes next count: [B, S] bool."""
+        self._valid = valid.flatten()
+        self.moments.tokens += int(valid.sum())
+
+    @contextmanager
+    def recording(self) -> Iterator[ExpertMoments]:
+        """Have the experts run one by one, and watched, for the duration of the block."""
+        self._module.forward = self._forward
+        try:
+            yield self.moments
+        finally:
+            del self._module.forward  # that of its class is behind it
+
+    def _forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Return what experts add [T, D], of tokens [T, D], the experts of each [T, K] and their weights [T, K]."""
+        assert self._valid is not None and len(self._valid) == len(hidden_states), "start_batch comes first"
+        total = torch.zeros_like(hidden_states)
+        for expert in torch.unique(top_k_index).tolist():
+            token, place = torch.where(top_k_index == expert)
+            before = self._linear(hidden_states[token], self._experts.before, expert)
+            inner = self._module._apply_gate(before) if self._experts.gated else self._module.act_fn(before)
+            self._take(expert, inner.detach()[self._valid[token]])
+            out = self._linear(inner, "down_proj", expert)
+            if self._gradients and out.requires_grad:
+                out.register_hook(_Taker(self, expert, self._valid[token]))  # type: ignore[no-untyped-call]
+            weighted = out * top_k_weights[token, place, None]
+            total = total.index_add(0, token, weighted.to(total.dtype))
+        return total
+
+    def _linear(self, x: Tensor, name: str, expert: int) -> Tensor:
+        weight = getattr(self._module, name)[expert]
+        bias = getattr(self._module, f"{name}_bias")[expert] if self._experts.biased else None
+        return nn.functional.linear(x, weight.T if self._experts.transposed else weight, bias)
+
+    def _take(self, expert: int, rows: Tensor) -> None:
+        add_gram(self.moments.inputs[expert], rows.to(self.moments.inputs.dtype))
+        self.moments.chosen[expert] += len(rows)
+
+    def take_gradient(self, expert: int, rows: Tensor) -> None:
+        """Add gradients [n, D] at the outputs of an expert."""
+        rows = rows.to(self.moments.outputs.dtype)
+        add_gram(self.moments.outputs, rows)
+        self.moments.squares[expert] += rows.pow(2).sum()
+
+
+@dataclass(frozen=True)
+class _Taker:
+    """Takes the gradient [n, D] at the output of one expert for one micro-batch."""
+
+    recorder: ExpertRecorder
+    expert: int
+    valid: Tensor  # [n] bool
+
+    def __call__(self, gradient: Tensor) -> None:
+        self.recorder.take_gradient(self.expert, gradient.detach()[self.valid])
