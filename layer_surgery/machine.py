@@ -52,7 +52,9 @@ def code_sha256(root: Path = Path(__file__).parent) -> str:
 
 
 def version(package: str) -> str | None:
-    """Return the installed version of a package, or None."""
+    """Return the installed version of a package, or None; of this one, that of the code that runs."""
+    if package == "layer-surgery":
+        return str(sys.modules["layer_surgery"].__version__)
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -39,7 +39,7 @@ except ImportError:  # its name before transformers 5
 
 MODEL_TYPE = "layer_surgery"
 HOW_TO_LOAD = (
-    "This is a Layer Surgery checkpoint with low-rank layers: load it with trust_remote_code=True "
+    "This is a Layer Surgery checkpoint with low-rank or narrower layers: load it with trust_remote_code=True "
     "or with layer_surgery.load(directory)."
 )
 CAUSAL_LM = "LayerSurgeryForCausalLM"

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from layer_surgery.cli.options import AS_JSON, DEBUG, NO_EVAL, F, given, options_of
-from layer_surgery.config import DEFAULT_METHOD, DEFAULT_SCORER, PerplexityConfig
+from layer_surgery.config import DEFAULT_COMPONENTS, DEFAULT_METHOD, DEFAULT_SCORER, PerplexityConfig
 from layer_surgery.config.declaring import Options
 from layer_surgery.errors import LayerSurgeryError
 from layer_surgery.progress import Ui
@@ -30,17 +30,22 @@ class WithNames(click.Command):
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         from layer_surgery.scoring import SCORERS
         from layer_surgery.surgeon import METHODS
+        from layer_surgery.surgeon.components import KINDS
 
         options = {option.name for option in self.params}
-        registries: Any = (("scorer", SCORERS, DEFAULT_SCORER), ("method", METHODS, DEFAULT_METHOD))
-        for kind, registry, chosen in registries:
-            if kind not in options:
+        registries: Any = (
+            ("scorer", "Scorers", SCORERS, (DEFAULT_SCORER,)),
+            ("method", "Methods", METHODS, (DEFAULT_METHOD,)),
+            ("components", "Components", KINDS, DEFAULT_COMPONENTS),
+        )
+        for option, title, registry, chosen in registries:
+            if option not in options:
                 continue
             rows = [
-                (entry.name + (" (default)" if entry.name == chosen else ""), f"{entry.summary} {entry.source}".strip())
+                (entry.name + (" (default)" if entry.name in chosen else ""), f"{entry.summary} {entry.source}".strip())
                 for entry in registry
             ]
-            with formatter.section(f"{kind.capitalize()}s"):
+            with formatter.section(title):
                 formatter.write_dl(rows)
 
 

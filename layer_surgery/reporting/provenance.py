@@ -35,7 +35,7 @@ def provenance_section(
         "seed": run.get("seed"),
         "computed in": run.get("compute_dtype"),
         "device": run.get("device"),
-        "processor": f"{run.get('processor')}, {run.get('cpu_threads')} threads" if run.get("processor") else None,
+        "processor": _processor(run),
         "platform": run.get("platform"),
         "python": run.get("python"),
         "packages": ", ".join(f"{package} {version}" for package, version in packages.items() if version),
@@ -64,3 +64,8 @@ def calibration_sources(calibration: dict[str, Any] | None) -> list[tuple[str, s
     if calibration and not found:
         found = [(str(calibration.get("name", "")), f"{calibration.get('tokens', 0):,} tokens")]
     return found
+
+
+def _processor(run: dict[str, Any]) -> str | None:
+    threads = run.get("cpu_threads")
+    return f"{run['processor']}, {threads} thread{'s' * (threads != 1)}" if run.get("processor") else None

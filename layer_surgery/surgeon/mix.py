@@ -147,8 +147,8 @@ def places_of(parts: Collection[PartOfLayer], kinds: Collection[str], *, uniform
     missing = [kind for kind in kinds if kind not in found]
     if missing and not (uniform and found):
         raise PlanError(
-            f"--components {missing[0]}: none of the chosen layers has {KINDS[missing[0]].summary} to cut; leave it "
-            "out, or choose other layers."
+            f"--components {missing[0]}: none of the chosen layers can be cut in this way; leave it out, or choose other "
+            "layers."
         )
     return places
 
@@ -202,9 +202,15 @@ def find(
             alike=alike,
         )
     except UnreachableBudget as error:
-        by_keep = len(plan.smaller) < len(plan.layers) and getattr(options, "target_parameters", None) is None
         cut = f"{', '.join(kinds) or 'nothing'} in multiples of {multiple}"
-        raise _unreachable(error, plan, shape, totals, cut, by_keep=by_keep) from error
+        raise _unreachable(error, plan, shape, totals, cut, _option_used(options, plan)) from error
+
+
+def _option_used(options: SearchConfig, plan: SurgeryPlan) -> str:
+    """Return the option that the budget of parameters came from."""
+    given = [name for name in ("target_size", "target_parameters") if getattr(options, name, None) is not None]
+    some = len(plan.smaller) < len(plan.layers)
+    return f"--{given[0].replace('_', '-')}" if given else "--keep" if some else "--target-parameters"
 
 
 def _couplings(places: Collection[Place], statistics: Statistics | None) -> Floats | None:
@@ -225,8 +231,7 @@ def _unreachable(
     shape: ModelShape,
     totals: Mapping[str, float],
     cut: str,
-    *,
-    by_keep: bool,
+    option: str,
 ) -> PlanError:
     """Return the error that says in the options of the command line what can be reached."""
     asked, reachable, note = [], [], ""
@@ -234,17 +239,18 @@ def _unreachable(
         if name == PARAMETERS:
             asked.append(f"{plan.parameter_bound:,} parameters")
             chosen = sum(shape.layers[layer.index].parameters for layer in plan.smaller)
-            share = (least - totals[PARAMETERS] + chosen) / chosen if by_keep else least / shape.parameters
-            reachable.append(f"{'--keep' if by_keep else '--target-parameters'} {_up(share)}")
+            share = (least - totals[PARAMETERS] + chosen) / chosen if option == "--keep" else least / shape.parameters
+            size = shape.size_bytes - math.floor((shape.parameters - least) * shape.itemsize)
+            reachable.append(f"{option} {f'{size}B or more' if option == '--target-size' else f'{_up(share)} to 1'}")
             note = f" (what stays whole, as norms and biases, and the least of the rest take {least:,.0f})"
         else:
             asked.append(f"{OPTIONS[name]} {plan.bounds[name] / totals[name]:.4g}")
-            reachable.append(f"{OPTIONS[name]} {_up(least / totals[name])}")
+            reachable.append(f"{OPTIONS[name]} {_up(least / totals[name])} to 1")
     together, note = (" together", "") if len(asked) > 1 else ("", note)
     return PlanError(
         f"the budget of {' and '.join(asked)} cannot be reached{together} by cutting {cut}{note}; reachable: "
-        f"{' with '.join(reachable)} to 1, less with more --components or a lower --multiple, or --keep 0 to "
-        "remove layers outright."
+        f"{' with '.join(reachable)}, less with more --components or a lower --multiple, or --target-layers with "
+        "--keep 0 to remove layers outright."
     )
 
 

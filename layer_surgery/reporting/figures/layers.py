@@ -112,13 +112,14 @@ def kept_ranks(report: SurgeryReport) -> Plot:
         axes.spines[:].set_visible(False)
 
     measure = "all that there are" if known else "the largest number"
-    what = " and ".join(["ranks", *(name for name in UNITS if name in linears)])
+    units = [name for name in UNITS if name in linears]
+    what = " and ".join([*(["ranks"] if len(units) < len(linears) else []), *units])
     return draw(
         "ranks",
         f"{what.capitalize()} that were kept",
         f"Table of ranks: rows are layers {number_list([layer.index for layer in layers])}, columns the linears "
         f"{', '.join(linears.values())}. The same numbers are in the table of layers.",
-        f"The numbers are {what}. The brighter a field, the larger the share of {measure}.",
+        f"The numbers are {what}. The brighter a field, the larger the share of {measure}. What has no field is whole.",
         height=75 + 25 * len(layers) + 5 * max(map(len, linears.values())),
         paint=paint,
     )
@@ -130,6 +131,8 @@ _METRICS = {
     "inputs": "Singular values in the metric of what each linear reads on the calibration data",
     "weight": "Singular values of the weights",
 }
+#: Curves of fewer points say nothing.
+_LEAST_POINTS = 8
 
 
 def spectra(records: Sequence[SpectrumRecord]) -> Iterator[Plot]:
@@ -137,18 +140,21 @@ def spectra(records: Sequence[SpectrumRecord]) -> Iterator[Plot]:
 
     Many linears make two figures, which stand side by side where there is room.
     """
-    for metric in dict.fromkeys(record.metric for record in records):
-        found = [record for record in records if record.metric == metric]
+    records = [record for record in records if not record.units or record.total >= _LEAST_POINTS]
+    for metric, units in dict.fromkeys((record.metric, record.units) for record in records):
+        found = [record for record in records if (record.metric, record.units) == (metric, units)]
         names = list(dict.fromkeys(record.linear for record in found))
         titles = dict(zip(names, short_names(names), strict=True))
         half = len(names) if len(names) <= _PANELS else -(-len(names) // 2)
         for number, start in enumerate(range(0, len(names), half), start=1):
             part = {name: titles[name] for name in names[start : start + half]}
-            yield _spectra([record for record in found if record.linear in part], part, f"spectra-{metric}-{number}")
+            yield _spectra(
+                [record for record in found if record.linear in part], part, f"spectra-{units or metric}-{number}"
+            )
 
 
 def _spectra(records: Sequence[SpectrumRecord], titles: dict[str, str], key: str) -> Plot:
-    metric = records[0].metric
+    metric, units = records[0].metric, records[0].units
     layers = sorted({record.layer for record in records})
     rows = -(-len(titles) // 2)
     scattered = any(record.kept for record in records)
@@ -175,12 +181,15 @@ def _spectra(records: Sequence[SpectrumRecord], titles: dict[str, str], key: str
     )
     ramp = f" Lines go from dark (layer {layers[0]}) to bright (layer {layers[-1]})."
     kept = "Dots are components that were kept" if scattered else "Thick up to the dot: what was kept"
+    what = f"Worth of {units}" if units else "Singular values"
+    says = f"{units.capitalize()} before these linears, the first kept first: half the square is what each is worth"
     return draw(
         key,
-        "Singular values, and what was kept",
-        f"Singular values of {len(records)} linears on logarithmic axes. Components kept, and their share of the sum "
-        f"of squares: {shares}.",
-        f"{_METRICS[metric]}. {kept}. Both axes are logarithmic.{'' if len(layers) <= len(SERIES) else ramp}",
+        f"{what}, and what was kept",
+        f"{what} of {len(records)} linears on logarithmic axes. Components kept, and their share of the sum of "
+        f"squares: {shares}.",
+        f"{says if units else _METRICS[metric]}. {kept}. Both axes are logarithmic."
+        + ("" if len(layers) <= len(SERIES) else ramp),
         height=45 + 125 * rows,
         paint=paint,
     )

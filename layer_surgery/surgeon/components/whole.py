@@ -7,13 +7,15 @@ from layer_surgery.surgeon.curves import Alternative
 GONE = "gone"
 
 
-@KINDS.add("attention", "the whole attention of a layer; its KV cache goes too")
+@KINDS.add(
+    "attention", "the whole attention of a layer, with its KV cache (default with --target-kv-cache and --target-time)"
+)
 def attention(part: PartOfLayer) -> Alternative | None:
     """Offer to remove the attention."""
     return _gone(part) if part.part == "attention" else None
 
 
-@KINDS.add("mlp", "the whole MLP of a layer")
+@KINDS.add("mlp", "the whole MLP of a layer (default with --target-time)")
 def mlp(part: PartOfLayer) -> Alternative | None:
     """Offer to remove the MLP."""
     return _gone(part) if part.part == "mlp" else None
