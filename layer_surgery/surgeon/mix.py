@@ -147,8 +147,8 @@ def places_of(parts: Collection[PartOfLayer], kinds: Collection[str], *, uniform
     missing = [kind for kind in kinds if kind not in found]
     if missing and not (uniform and found):
         raise PlanError(
-            f"--components {missing[0]}: none of the chosen layers can be cut in this way; leave it out, or choose other "
-            "layers."
+            f"--components {missing[0]}: none of the chosen layers can be cut in this way; leave it out, or choose "
+            "other layers."
         )
     return places
 
