@@ -25,7 +25,6 @@ from layer_surgery.checkpoint.architectures import Architecture
 from layer_surgery.checkpoint.experts import Experts
 from layer_surgery.config import DEFAULT_COMPONENTS, SearchConfig
 from layer_surgery.errors import PlanError
-from layer_surgery.linalg.low_rank import no_components
 from layer_surgery.linalg.nystrom import narrowed
 from layer_surgery.records import LayerPlan, SurgeryPlan
 from layer_surgery.surgeon.components import KINDS, PartOfLayer
@@ -33,6 +32,7 @@ from layer_surgery.surgeon.components.whole import GONE
 from layer_surgery.surgeon.context import METHODS, SurgeryContext
 from layer_surgery.surgeon.curves import Floats, Place
 from layer_surgery.surgeon.plan import ModelShape, plan_parameters
+from layer_surgery.surgeon.remove import without_parts
 from layer_surgery.surgeon.resources import CACHE, OPTIONS, PARAMETERS, TIME, Pricing
 from layer_surgery.surgeon.search import Choice, Found, UnreachableBudget, search
 from layer_surgery.surgeon.shape import model_shape
@@ -69,12 +69,11 @@ def mix(plan: SurgeryPlan, context: SurgeryContext) -> SurgeryPlan:
         for index, linears in sizes.items()
     }
     if not planned or all(layer.action == "low_rank" and not any(layer.ranks.values()) for layer in plan.smaller):
-        _remove_parts(plan, context)
-        return plan
+        return without_parts(plan, context)
     statistics = statistics_of.get(context.walk, most)
     if not context.ranks_fixed:
         plan = _searched(plan, shape, statistics, context)
-    _remove_parts(plan, context)
+    without_parts(plan, context)
     for layer in plan.low_rank:
         ranks = {name: rank for name, rank in layer.ranks.items() if rank}
         for name, factors in statistics.factors(layer.index, ranks).items():
@@ -304,14 +303,6 @@ def _layer_plan(
 
 
 # What was chosen, carried out
-
-
-def _remove_parts(plan: SurgeryPlan, context: SurgeryContext) -> None:
-    """Write factors of rank 0 for linears of which nothing stays."""
-    for layer in plan.low_rank:
-        for name in (name for name, rank in layer.ranks.items() if not rank):
-            out, in_ = context.model.layers[layer.index].get_parameter(f"{name}.weight").shape
-            context.factors.write(layer.index, {name: no_components((out, in_))})
 
 
 @dataclass(frozen=True)

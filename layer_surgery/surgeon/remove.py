@@ -12,10 +12,10 @@ def remove(plan: SurgeryPlan, context: SurgeryContext) -> SurgeryPlan:
 
 
 def without_parts(plan: SurgeryPlan, context: SurgeryContext) -> SurgeryPlan:
-    """Write factors of rank 0, [out, 0] and [0, in], for every linear of the plan."""
+    """Write factors of rank 0, [out, 0] and [0, in], for every linear that has this rank in the plan."""
     for layer in plan.low_rank:
         module = context.model.layers[layer.index]
-        for name in layer.ranks:
+        for name in (name for name, rank in layer.ranks.items() if not rank):
             out, in_ = module.get_parameter(f"{name}.weight").shape
             context.factors.write(layer.index, {name: no_components((out, in_))})
     return plan
