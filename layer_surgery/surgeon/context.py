@@ -31,8 +31,6 @@ class SurgeryContext:
     pricing: Pricing = field(default_factory=Pricing)  #: For methods that search: what it takes.
     rows: dict[int, dict[str, Tensor]] = field(default_factory=dict)
     """Where methods that narrow linears leave, by layer and linear, the rows [n] int64 that stay, for the refit."""
-    expert_channels: dict[int, Tensor] = field(default_factory=dict)
-    """Where they leave, by layer, the channels [E, k] int64 that stay in each of its experts."""
     spectra: list[SpectrumRecord] = field(default_factory=list)
     """Where methods that decompose linears leave their singular values, for the report."""
 

@@ -384,5 +384,4 @@ class _Narrowing(MomentObserver):
         outputs = narrowed_outputs(experts, module, moments, kept, index)
         tensors = {"down_proj": experts.as_stored(outputs), **experts.only(module, kept)}
         self._context.factors.write_tensors(index, experts.module, tensors)
-        self._context.expert_channels[index] = kept
         self._context.record_units(index, experts.module, "experts", joint_gains(cut.orders), cut.count)
