@@ -97,7 +97,7 @@ def attention_heads(layer: nn.Module, architecture: Architecture) -> Units | Non
     others = [p for name, p in attention.named_parameters() if not name.startswith(tuple(_last_parts(linears)))]
     if v.weight.shape[0] != keys or o.weight.shape[1] != queries or keys % width or queries % keys:
         return None
-    if any(set(p.shape) & {queries, keys} - {width} for p in others):
+    if any(tuple(p.shape) != (width,) for p in others):  # a norm of single heads is all that there may be
         return None
     count, sizes = keys // width, (queries * width // keys, width, width)
     feeding = {name: Feeding(size) for name, size in zip(linears, sizes, strict=False)}

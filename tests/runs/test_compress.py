@@ -70,7 +70,10 @@ def test_report_on_disk_is_strict_json_with_all_its_fields(compressed: Result) -
     assert report["schema_version"] == REPORT_SCHEMA_VERSION
     assert len(report["base_model"]["sha256"]) == 64
     assert report["plan"]["target_layers"] == 3
-    assert all(layer.keys() == {"index", "action", "ranks", "channels", "heads"} for layer in report["plan"]["layers"])
+    assert all(
+        layer.keys() == {"index", "action", "ranks", "channels", "heads", "experts"}
+        for layer in report["plan"]["layers"]
+    )
     assert [layer["index"] for layer in report["plan"]["layers"]] == [0, 1, 2, 3, 4]
     assert report["scores"]["scorer"] == "fisher"
     assert len(report["scores"]["values"]) == 5
