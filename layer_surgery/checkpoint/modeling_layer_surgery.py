@@ -449,8 +449,9 @@ def model_class_for(config_class: type, name: str = CAUSAL_LM) -> type[PreTraine
             base_model.__init__(self, config, *args, **kwargs)
             if isinstance(self.base_model, _LayerSurgeryModelMixin) and self.base_model is not self:
                 return  # made by `AutoModel`, see below
-            replace_linears(self, {_renamed(key, theirs, ours): rank for key, rank in config.low_rank.items()})
+            # A linear may be both: narrower first, and then made of factors of that size.
             narrow_linears(self, {_renamed(key, theirs, ours): size for key, size in config.narrowed.items()})
+            replace_linears(self, {_renamed(key, theirs, ours): rank for key, rank in config.low_rank.items()})
             give_classes_of_their_own(self)
             free_caches_of_removed_attention(self)
             self._tp_plan = plan_with_factors(self, getattr(self, "_tp_plan", None) or {})

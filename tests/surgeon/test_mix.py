@@ -191,6 +191,23 @@ def test_a_result_can_be_made_smaller_again(
     assert torch.isfinite(logits(layer_surgery.load(tmp_path / "output"), IDS)).all()
 
 
+def test_a_narrowed_result_can_be_narrowed_and_made_low_rank_again(
+    model: Path, options: dict[str, Any], tmp_path: Path
+) -> None:
+    once, again = tmp_path / "once", tmp_path / "again"
+    layer_surgery.compress(model, once, target_parameters=0.85, target_kv_cache=0.7, **options)
+    report = layer_surgery.compress(once, again, target_parameters=0.85, **options)
+    assert any(layer.ranks for layer in report.plan.smaller) and any(layer.channels for layer in report.plan.smaller)
+    stock, info = AutoModelForCausalLM.from_pretrained(again, trust_remote_code=True, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    assert sum(parameter.numel() for parameter in stock.parameters()) == report.after.parameters
+    assert torch.equal(logits(stock, IDS), logits(layer_surgery.load(again), IDS))
+    both = set(stock.config.narrowed) & set(stock.config.low_rank)
+    assert both  # linears of cut heads, as factors of the smaller size
+    dense, _ = load_stock(Path(str(layer_surgery.export_dense(again, tmp_path / "dense").output)))
+    assert float((logits(dense, IDS) - logits(stock, IDS)).abs().max()) < 1e-4
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
