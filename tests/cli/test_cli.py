@@ -29,6 +29,7 @@ from tiny_checkpoints import (
 )
 
 import layer_surgery
+from layer_surgery.config import DEFAULT_COMPONENTS
 from layer_surgery.records import LayerScores
 from layer_surgery.reporting.console import print_scores
 from layer_surgery.scoring import SCORERS
@@ -69,7 +70,7 @@ def test_help_lists_scorers_and_methods_with_sources_defaults_and_how_to_mix_sou
     compress, score = (" ".join(run(name, "--help").out.split()) for name in ("compress", "score"))
     for entry in (*SCORERS, *METHODS):
         assert f" {entry.name} " in compress and entry.source in compress
-    assert compress.count("(default)") == 2
+    assert compress.count("(default)") == 2 + len(DEFAULT_COMPONENTS)
     assert "Calibration sequences, from all sources together. [default: 128]" in compress
     assert "[default: 0.1]" in compress
     assert all(name in score for name in SCORERS.names)

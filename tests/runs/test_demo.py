@@ -50,7 +50,7 @@ print("\\n" + json.dumps(results))
 def outputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
     """Compress the demo model to nine layers by each way."""
     directory = tmp_path_factory.mktemp("demo")
-    ways: dict[str, Any] = {"removed": {"keep": 0, "refit": False}, "svd": {"keep": 0.1}}
+    ways: dict[str, Any] = {"removed": {"keep": 0, "refit": False}, "default": {"keep": 0.1}}
     ways["grasp"] = {"keep": 0.1, "method": "grasp"}
     return {
         name: (directory / name, layer_surgery.compress(DEMO, directory / name, **OPTIONS, **way))
@@ -81,7 +81,7 @@ def plain(
     return {name: tuple(results[str(path)]) for name, path in paths.items()}
 
 
-@pytest.mark.parametrize("way", ["removed", "svd", "grasp"])
+@pytest.mark.parametrize("way", ["removed", "default", "grasp"])
 def test_the_reported_perplexity_is_what_plain_transformers_measure(
     outputs: dict[str, Result], plain: dict[str, tuple[float, int]], way: str
 ) -> None:
@@ -105,11 +105,11 @@ def test_removing_costs_perplexity_and_low_rank_components_are_better_than_nothi
         assert before.stderr is not None and before.stderr > 0
         assert after.value > before.value > 1
     values = {name: report.after.perplexity["bundled"].value for name, (_, report) in outputs.items()}
-    assert values["svd"] < values["removed"]
+    assert values["default"] < values["removed"]
     assert values["grasp"] < values["removed"]
 
 
-@pytest.mark.parametrize("way", ["svd", "grasp"])
+@pytest.mark.parametrize("way", ["default", "grasp"])
 def test_parameters_are_as_planned_and_within_the_budget(outputs: dict[str, Result], way: str) -> None:
     output, report = outputs[way]
     original: PreTrainedModel = AutoModelForCausalLM.from_pretrained(DEMO)
@@ -118,7 +118,8 @@ def test_parameters_are_as_planned_and_within_the_budget(outputs: dict[str, Resu
     parameters = layer_surgery.load(output).num_parameters()
     assert parameters == report.plan.parameters == report.after.parameters
     assert report.plan.parameter_bound == bound
-    assert 0 <= bound - parameters < 128 + 256  # the cheapest rank, of the key and value projections
+    # The cheapest step: a rank of the key and value projections, or 16 of these, or 16 channels.
+    assert 0 <= bound - parameters < (16 * min(128 + 256, 3 * 256) if way == "default" else 128 + 256)
 
 
 def test_all_ways_operate_on_the_same_layers(outputs: dict[str, Result]) -> None:

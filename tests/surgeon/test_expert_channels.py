@@ -112,7 +112,7 @@ def test_plans_with_impossible_experts_are_refused(
 
 def test_experts_of_a_model_without_any_are_refused(options: dict[str, Any], tmp_path: Path) -> None:
     model = saved_model(tmp_path / "llama", layers=3)
-    with pytest.raises(PlanError, match="--components experts: none of the chosen layers has channels of experts"):
+    with pytest.raises(PlanError, match="--components experts: none of the chosen layers can be cut in this way"):
         layer_surgery.compress(model, dry_run=True, target_parameters=0.9, **options | {"components": "experts"})
     data = {"layers": [{"index": index, "action": "keep"} for index in range(3)]}
     data["layers"][1] |= {"action": "reduce", "experts": 8}
