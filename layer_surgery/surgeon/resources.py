@@ -100,14 +100,14 @@ def pricing_of(
 ) -> Pricing:
     """Return the prices of a checkpoint's parts in the resources that are `limited`.
 
-    Operations are counted behind `context` tokens.
-    Time is measured on `device` in `dtype`, now: two runs may come to different plans. Raises `PlanError` for what
-    cannot be counted for this architecture.
+    Operations are counted behind `context` tokens. Time is measured on `device` in `dtype`, now: two runs may come to
+    different plans. Raises `PlanError` for what cannot be counted for this architecture.
     """
     totals: dict[str, float] = {}
     cache = cache_bytes_by_layer(checkpoint) if CACHE in limited else []
     if CACHE in limited:
-        totals[CACHE] = _counted(CACHE, None if cache is None else sum(cache), checkpoint)
+        countable = cache if cache is not None and len(cache) == checkpoint.layer_count else None
+        totals[CACHE] = _counted(CACHE, None if countable is None else sum(countable), checkpoint)
     widths = []
     if FLOPS in limited:
         totals[FLOPS] = _counted(FLOPS, token_costs(checkpoint, context).flops, checkpoint)

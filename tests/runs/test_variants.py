@@ -257,3 +257,17 @@ def test_a_type_that_cannot_be_walked_is_refused_by_name(tmp_path: Path) -> None
 def test_entries_say_what_is_guessed() -> None:
     assert not any(entry.guessed for entry in ARCHITECTURES.values())
     assert Architecture(model_type="x").linears[-1] == "mlp.down_proj"
+
+
+def test_a_kv_cache_budget_is_not_met_by_ranks(tmp_path: Path) -> None:
+    """Of a guessed type neither heads nor whole attentions can be cut, and ranks leave the cache as it is."""
+    options: dict[str, Any] = {
+        "tokenizer": tiny_tokenizer(),
+        "target_kv_cache": 0.8,
+        "dry_run": True,
+        "eval_data": None,
+    }
+    with pytest.raises(
+        PlanError, match=r"--target-kv-cache 0.8 cannot be reached by cutting .*--target-kv-cache 1.0000"
+    ):
+        layer_surgery.compress(unlisted("arcee"), samples=8, sequence_length=16, **options)

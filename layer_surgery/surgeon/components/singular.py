@@ -22,8 +22,8 @@ def _curve(name: str, part: PartOfLayer) -> Curve:
     ranks = np.arange(part.multiple, most + 1, part.multiple)
     low_rank = part.pricing.of(part.index, "", [(ranks, in_), (out, ranks)])
     whole = part.pricing.of(part.index, "", [(out, in_)])
-    if name == part.output:
-        # The cache does not shrink with ranks: it is on one of the curves.
+    if name == [*part.linears][-1]:
+        # Neither the cache nor the scores shrink with ranks: they are on one of the curves.
         cache = part.pricing.of(part.index, part.part, [])
         low_rank, whole = ({key: value + cache[key] for key, value in prices.items()} for prices in (low_rank, whole))
     prices = {key: np.append(low_rank[key], whole[key]) for key in whole}
