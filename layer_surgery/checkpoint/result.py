@@ -124,13 +124,13 @@ def _width_field(base: Checkpoint, prefixes: Sequence[str], narrowed: Mapping[st
 def _head_fields(base: Checkpoint, prefixes: Sequence[str], narrowed: Mapping[str, tuple[int, int]]) -> dict[str, int]:
     """Return the fields that say how many heads all attentions have, with the new numbers; {} if they differ."""
     attention = base.architecture.attention
-    heads, kv_heads = (getattr(base.config, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
     sizes = {tuple(narrowed.get(prefix + name, (0, 0))[0] for name in attention[:2]) for prefix in prefixes}
-    if len(attention) != 4 or len(sizes) != 1 or not isinstance(heads, int) or not isinstance(kv_heads, int):
+    if len(attention) != 4 or len(sizes) != 1 or not hasattr(base.config, "num_key_value_heads"):
         return {}
-    (queries, keys), old = sizes.pop(), base.source.specs[f"{base.layer_prefix(0)}{attention[0]}.weight"].shape[0]
-    width = int(old) // heads
-    if not queries or not keys:
+    queries, keys = sizes.pop()
+    # The module says how wide a head is; heads of the configuration may be more than a layer of the base still has.
+    width = getattr(base.layers[0].get_submodule(attention[0].rpartition(".")[0]), "head_dim", None)
+    if not queries or not keys or not isinstance(width, int):
         return {}
     return {
         "num_attention_heads": queries // width,

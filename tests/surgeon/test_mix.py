@@ -159,6 +159,26 @@ def test_uniform_numbers_of_heads_are_a_plain_checkpoint_too(
     assert torch.isfinite(logits(plain, IDS)).all()
 
 
+def test_heads_that_become_equal_in_a_second_cut_keep_their_width(
+    model: Path, options: dict[str, Any], tmp_path: Path
+) -> None:
+    def cut(base: Path, output: Path, cut_layers: set[int]) -> Path:
+        layers = [
+            {"index": index, "action": "reduce", "heads": 1}
+            if index in cut_layers
+            else {"index": index, "action": "keep"}
+            for index in range(4)
+        ]
+        layer_surgery.compress(base, output, plan={"layers": layers}, method="mix", **options)
+        return output
+
+    once = cut(model, tmp_path / "once", {0})
+    plain, info = load_stock(cut(once, tmp_path / "twice", {1, 2, 3}))
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    assert (plain.config.num_attention_heads, plain.config.num_key_value_heads) == (2, 1)
+    assert plain.config.head_dim == open_checkpoint(model).config.head_dim
+
+
 def test_one_width_with_different_numbers_of_heads_is_no_plain_checkpoint(
     model: Path, options: dict[str, Any], tmp_path: Path
 ) -> None:
