@@ -178,3 +178,25 @@ def test_the_greedy_order_adds_the_layer_that_makes_the_whole_cheapest(seed: int
 def test_of_equal_layers_the_deeper_goes_first() -> None:
     matrix = [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]
     assert greedy_order(Couplings([0, 1, 2], [matrix] * 3), 0.1, 3) == [2, 1, 0]
+
+
+# Of attentions and MLPs
+
+
+def test_parts_are_correlated_as_their_errors_are(tmp_path: Path) -> None:
+    model = tiny_model(layers=LAYERS)
+    with torch.no_grad():
+        decoder_layers(model)[2].self_attn.o_proj.weight.zero_()  # half of nothing is nothing
+    couplings = collected(model, tmp_path).couplings
+    names = [f"{index} {part}" for index in range(LAYERS) for part in ("attention", "mlp")]
+    assert sorted(couplings.parts) == sorted(names)
+    rho = torch.tensor(couplings.correlations(names))
+    assert torch.equal(rho, rho.T) and torch.equal(rho.diag(), torch.ones(len(names)))
+    others = rho - torch.eye(len(names))
+    assert float(others.abs().max()) < 1 and float(others.abs().max()) > 0.05
+    assert not others[names.index("2 attention")].any()
+    assert couplings.correlations(["0 attention", "0 experts"]) is None
+    first, second = (names.index(name) for name in ("0 mlp", "3 mlp"))
+    i, j = (couplings.parts.index(names[k]) for k in (first, second))
+    k = couplings.part_matrix
+    assert float(rho[first, second]) == pytest.approx(k[i][j] / (k[i][i] * k[j][j]) ** 0.5, rel=1e-5)

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 
 import layer_surgery
 from layer_surgery import SurgeryReport
+from layer_surgery.calibration.couplings import Couplings
 from layer_surgery.checkpoint.open import open_checkpoint
 from layer_surgery.config import COMPONENTS, DEFAULT_COMPONENTS
 from layer_surgery.errors import PlanError, UserError
@@ -350,6 +351,24 @@ def test_a_kind_that_no_layer_has_is_refused(options: dict[str, Any], tmp_path: 
 
 def test_the_kinds_are_those_that_the_options_name() -> None:
     assert tuple(KINDS.names) == COMPONENTS and set(DEFAULT_COMPONENTS) <= set(COMPONENTS)
+
+
+@pytest.mark.parametrize("together", [0.0, 0.9])
+def test_errors_that_meet_count_in_the_search(
+    model: Path, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch, together: float
+) -> None:
+    def same(_couplings: Couplings, names: list[str]) -> list[list[float]]:
+        return [[1.0 if one == other else together for other in names] for one in names]
+
+    dry: dict[str, Any] = {"dry_run": True, "target_parameters": 0.8, "refit": False, **options, "eval_data": None}
+    measured = layer_surgery.compress(model, **dry).plan
+    monkeypatch.setattr(Couplings, "correlations", same)
+    plan = layer_surgery.compress(model, **dry).plan
+    assert plan.predicted_loss_rise and measured.predicted_loss_rise and plan.predicted_loss_bound is not None
+    assert plan.predicted_loss_bound <= plan.predicted_loss_rise
+    assert plan.predicted_loss_rise != measured.predicted_loss_rise
+    if together:  # eight parts that err as one cost much more than each by itself
+        assert plan.predicted_loss_rise > 2 * plan.predicted_loss_bound
 
 
 def test_what_is_expected_after_a_refit_has_an_interval(whole_model: tuple[Path, SurgeryReport]) -> None:
