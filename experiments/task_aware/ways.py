@@ -151,6 +151,7 @@ WAYS: dict[str, Way] = {
     "ReplaceMe": without_layers("replaceme"),
     "Ghosted Layers": peer(ghosted),
     "GRASP": some_layers("grasp", by_influence=True),
+    "SVD": some_layers("svd", by_influence=True),
     "SVD-LLM": some_layers("svd_llm", by_influence=True),
     "SVD-LLM, all layers": all_linears("svd_llm", ranks_fixed=True),
     "OBD-LLM": all_linears("fisher", ranks_fixed=True),
@@ -164,7 +165,7 @@ WAYS: dict[str, Way] = {
     "mix": mix(refit=False),
     MIX: mix(refit=True),
 }
-#: What two of the names stand for, where no file under peers/ says it.
+#: What some of the names stand for, where no file under peers/ says it.
 NOTES = {
     "OBD-LLM": "two-sided SVD in the metric of activations and of the gradients of the loss (K-FAC, as OBD-LLM, "
     "https://arxiv.org/abs/2604.00821), every linear of every layer at one ratio; the product's `fisher` with fixed "
@@ -174,6 +175,7 @@ NOTES = {
     "estimates of the loss: here the empirical Fisher and second-order ones)",
     "SVD-LLM, all layers": "its paper's own setting, every linear at one ratio, without its LoRA",
     "SVD-LLM": "on the layers that GRASP operates on",
+    "SVD": "plain, by the weights alone, on the layers that GRASP operates on",
 }
 QUANTISED = {f"{bits}-bit": bits for bits in (8, 4)}
 #: Of every point of this way, also its 8-bit form is measured.
