@@ -6,6 +6,7 @@ low-rank layers, so it imports torch and transformers only. `config.json` then h
     base_model_type   the model_type of the original checkpoint, for example "llama"
     base_config       that architecture's own configuration
     low_rank          {"model.layers.2.self_attn.q_proj": 18, ...}: the rank of every replaced linear
+                      (of a whole MLP: the rank of the linear map that stands in its place)
     narrowed          {"model.layers.2.mlp.up_proj": [384, 256], ...}: the size [out, in] of every smaller linear
                       (of the experts of a layer: how many there are, and the width of each)
 
@@ -182,23 +183,24 @@ class LowRankLinear(nn.Module):
 
 
 def replace_linears(model: nn.Module, ranks: dict[str, int]) -> None:
-    """Replace, in place, every linear named in `ranks` by a `LowRankLinear` of that rank (weights not set)."""
+    """Replace, in place, every linear or MLP named in `ranks` by a `LowRankLinear` of that rank (weights not set)."""
     for name, rank in ranks.items():
-        linear = model.get_submodule(name)
-        if isinstance(linear, Conv1D):  # GPT-2's linear, whose weight is [in, out]
-            in_features, out_features = linear.weight.shape
-        elif isinstance(linear, nn.Linear):
-            out_features, in_features = linear.weight.shape
-        else:
-            raise ValueError(f"low_rank names '{name}', which is a {type(linear).__name__} and not a linear layer")
+        module: Any = model.get_submodule(name)
+        first, *others = _linears_in(module) or [None]
+        if first is None or (others and name.rpartition(".")[2].isdigit()):
+            raise ValueError(f"low_rank names '{name}', which is a {type(module).__name__} and not a linear layer")
+        # GPT-2's linear has a weight [in, out].
+        out_features, in_features = first.weight.shape[::-1] if isinstance(first, Conv1D) else first.weight.shape
+        if first is not module:  # a whole MLP: the map gives as much as the MLP reads
+            out_features = in_features
         parent, _, child = name.rpartition(".")
         replacement = LowRankLinear(
             in_features,
             out_features,
             rank,
-            bias=linear.bias is not None,
-            device=linear.weight.device,
-            dtype=linear.weight.dtype,
+            bias=first is not module or first.bias is not None,
+            device=first.weight.device,
+            dtype=first.weight.dtype,
         )
         setattr(model.get_submodule(parent), child, replacement)
 
@@ -276,7 +278,7 @@ def free_caches_of_removed_attention(model: nn.Module) -> None:
             module.register_forward_pre_hook(_without_past, with_kwargs=True)
 
 
-def _linears_in(module: nn.Module) -> list[nn.Module]:
+def _linears_in(module: nn.Module) -> list[Any]:
     """Return the linears in a module; of a low-rank one itself and not its factors."""
     if isinstance(module, (LowRankLinear, nn.Linear, Conv1D)):
         return [module]

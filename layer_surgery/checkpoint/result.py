@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from transformers import AutoConfig
 
+from layer_surgery.checkpoint.bypass import bypass_of
 from layer_surgery.checkpoint.experts import experts_of
 from layer_surgery.checkpoint.layer_config import surviving_fields
 from layer_surgery.checkpoint.modeling_layer_surgery import LayerSurgeryConfig, model_class_for, nested_config
@@ -29,12 +30,17 @@ def result_checkpoint(base: Checkpoint, plan: SurgeryPlan, *stores: FactorStore)
     low_rank: dict[str, int] = {}
     narrowed: dict[str, tuple[int, int]] = {}
     ranks = {layer.index: layer.ranks for layer in plan.low_rank}
+    bypasses = {layer.index: layer.bypass for layer in plan.smaller if layer.bypass is not None}
     for new_index, old_index in enumerate(plan.surviving):
         old_prefix, new_prefix = base.layer_prefix(old_index), base.layer_prefix(new_index)
-        replaced = ranks.get(old_index, {})
+        replaced = dict(ranks.get(old_index, {}))
+        gone = tuple(f"{linear}.weight" for linear in replaced)
+        if old_index in bypasses:
+            module = _bypassed(base, old_index)
+            replaced[module], gone = bypasses[old_index], (*gone, f"{module}.")
         for name in base.layer_tensors(old_index):
             local = name.removeprefix(old_prefix)
-            if not any(local == f"{linear}.weight" for linear in replaced):
+            if not any(local == each or (each.endswith(".") and local.startswith(each)) for each in gone):
                 mapping[new_prefix + local] = (base.source, name)
         for store in stores:
             source = store.source(old_index)
@@ -63,6 +69,13 @@ def result_checkpoint(base: Checkpoint, plan: SurgeryPlan, *stores: FactorStore)
         model_class=model_class,
         directory=base.directory,
     )
+
+
+def _bypassed(base: Checkpoint, index: int) -> str:
+    """Return the name of the MLP of a layer whose place a linear map takes."""
+    found = bypass_of(base.layers[index], base.architecture)
+    assert found is not None, "the plan was checked"
+    return found.module
 
 
 T = TypeVar("T")

@@ -24,7 +24,7 @@ from layer_surgery.records.plan import PARTS, REFIT_SCOPES, Part, RefitScope, Su
 DEFAULT_METHOD = "mix"
 DEFAULT_SCORER = "fisher"
 #: Kinds that the search may cut, and those that it cuts unless the user names others.
-COMPONENTS = ("channels", "singular", "heads", "attention", "mlp", "experts")
+COMPONENTS = ("channels", "singular", "heads", "attention", "mlp", "experts", "bypass")
 DEFAULT_COMPONENTS = ("channels", "singular", "experts")
 
 
@@ -215,6 +215,11 @@ class SearchConfig(Options):
             "every tool loads."
         ),
     )
+
+    @property
+    def bypasses(self) -> bool:
+        """Whether linear maps may take the place of MLPs, which needs statistics of their own."""
+        return "bypass" in (self.components or ())
 
     def _check(self) -> None:
         if self.components is None:

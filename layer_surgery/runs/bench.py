@@ -183,6 +183,7 @@ def open_bench(
     part: Part = "layer",
     general: PackedTokens | None = None,
     base_sha256: str = "",
+    maps: bool = False,
 ) -> Iterator[Bench]:
     """Yield a bench on a session's checkpoint.
 
@@ -192,6 +193,7 @@ def open_bench(
         part: part of the layers that costs are measured for.
         general: see `general_text`.
         base_sha256: hash of the checkpoint, if it is known already.
+        maps: whether linear maps may take the place of MLPs.
     """
     if tokens is None:
         one = torch.zeros(1, 1, dtype=torch.int64)
@@ -204,6 +206,7 @@ def open_bench(
         cache=config.cache,
         base_sha256=base_sha256,
         part=part,
+        maps=maps,
         note=session.ui.note,
     )
     with Walk(session.stream(session.checkpoint), tokens, session.settings) as walk:

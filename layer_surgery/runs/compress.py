@@ -66,7 +66,15 @@ def run_compress(model: Model, config: CompressConfig, *, known_scores: LayerSco
         with session.clock.stage("evaluate_before"):
             evaluator.measure("before", original)
         # Calibrate, score, plan, operate.
-        with open_bench(session, tokens, config, part=config.remove, general=general, base_sha256=sha256) as bench:
+        with open_bench(
+            session,
+            tokens,
+            config,
+            part=config.remove,
+            maps=planning.needs_maps,
+            general=general,
+            base_sha256=sha256,
+        ) as bench:
             scores = known_scores
             if scores is None and planning.chooses:
                 scores = bench.scores(**planning.ranking)

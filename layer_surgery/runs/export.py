@@ -125,7 +125,18 @@ def dense_checkpoint(low_rank: Checkpoint) -> Checkpoint:
         model_class=None,
         files=(),
     )
+    _check_no_bypass(plain, low_rank.low_rank)
     return replace(plain, source=PaddedSource(plain.source, plain, low_rank.narrowed)) if low_rank.narrowed else plain
+
+
+def _check_no_bypass(plain: Checkpoint, replaced: Iterable[str]) -> None:
+    """Raise `CheckpointError` if a linear map stands in the place of a whole MLP: no MLP computes the same."""
+    maps = [name for name in replaced if any(True for _ in plain.skeleton.get_submodule(name).children())]
+    if maps:
+        raise CheckpointError(
+            f"{len(maps)} MLPs (the first is '{maps[0]}') are bypassed by a linear map, which the plain architecture "
+            "cannot compute; compress the original again without bypass in --components."
+        )
 
 
 class MultipliedSource:

@@ -97,6 +97,12 @@ class Planning:
         )
 
     @property
+    def needs_maps(self) -> bool:
+        """Whether a linear map may take the place of an MLP."""
+        planned = any(layer.bypass is not None for layer in self.trial.layers)
+        return planned or (self.method.searches and self.config.bypasses)
+
+    @property
     def ranking(self) -> dict[str, Any]:
         """What a bench is asked to rank the layers by."""
         return {

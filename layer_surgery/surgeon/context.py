@@ -49,6 +49,10 @@ class SurgeryContext:
         values = [(2 * gain) ** 0.5 for gain in gains]
         self.spectra.append(spectrum_record(layer, linear, "fisher", values, kept, units))
 
+    def record_map(self, layer: int, module: str, values: Sequence[float], kept: int) -> None:
+        """Keep, for the report, the singular values of a linear map that takes the place of a module."""
+        self.spectra.append(spectrum_record(layer, module, "fisher", values, kept, "bypass"))
+
     @property
     def model(self) -> StreamedModel:
         """The original."""

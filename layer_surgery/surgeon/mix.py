@@ -22,6 +22,7 @@ from layer_surgery.calibration.statistics import (
 )
 from layer_surgery.calibration.units import UnitOrder, Units
 from layer_surgery.checkpoint.architectures import Architecture
+from layer_surgery.checkpoint.bypass import Bypass
 from layer_surgery.checkpoint.experts import Experts
 from layer_surgery.config import DEFAULT_COMPONENTS, SearchConfig
 from layer_surgery.errors import PlanError
@@ -110,6 +111,7 @@ def parts_of(
                     linears=linears,
                     output="" if architecture.guessed else [*linears][-1],
                     units=layer.channels if part == "mlp" else layer.heads,
+                    bypass=layer.bypass if part == "mlp" else None,
                     pricing=pricing,
                     multiple=multiple,
                     statistics=statistics,
@@ -292,7 +294,7 @@ def _layer_plan(
             ranks |= {name: rank for name, rank in choice.steps.items() if rank < math.prod(linears[name])}
         elif choice.kind == GONE:
             ranks |= {name: 0 for name in names if name in linears}
-        elif choice.kind in ("channels", "heads"):
+        elif choice.kind in ("channels", "heads", "bypass"):
             (units[choice.kind],) = choice.steps.values()
     of_experts = choices.get(f"{layer.index} experts")
     if of_experts is not None and of_experts.kind == "experts":
@@ -325,7 +327,7 @@ class _ExpertCut:
 
 
 def _narrow(plan: SurgeryPlan, shape: ModelShape, statistics: Statistics, context: SurgeryContext) -> None:
-    """Write the linears of the channels and heads that stay, and the experts with the channels that stay in them."""
+    """Write the linears of the channels and heads that stay, the experts with the channels that stay, and bypasses."""
     cuts: dict[int, list[_Cut]] = {}
     expert_cuts: dict[int, _ExpertCut] = {}
     for layer in plan.smaller:
@@ -345,10 +347,21 @@ def _narrow(plan: SurgeryPlan, shape: ModelShape, statistics: Statistics, contex
             if orders is None:
                 raise PlanError(f"the plan cuts the experts of layer {layer.index}, but no statistics rank channels.")
             expert_cuts[layer.index] = _ExpertCut(sized.experts, orders, layer.experts)
+        if sized.bypass is not None and layer.bypass is not None:
+            _write_map(layer.index, sized.bypass, layer.bypass, statistics, context)
     watched = {*cuts, *expert_cuts}
     if watched:
         observers = [_Narrowing(cuts, expert_cuts, context)]
         context.walk.forward(range(max(watched) + 1), keep=False, observers=observers, watch=watched)
+
+
+def _write_map(index: int, bypass: Bypass, rank: int, statistics: Statistics, context: SurgeryContext) -> None:
+    """Write the linear map of this rank that takes the place of an MLP."""
+    if index not in statistics.maps:
+        raise PlanError(f"the plan has a bypass in layer {index}, but no statistics hold a linear map for its MLP.")
+    tensors = statistics.map_tensors(index, bypass.module, rank)
+    context.factors.write_tensors(index, bypass.module, tensors)
+    context.record_map(index, bypass.module, statistics.maps[index].values, rank)
 
 
 class _Narrowing(MomentObserver):

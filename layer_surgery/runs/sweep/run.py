@@ -138,7 +138,13 @@ class _Sweep:
         self._write(replace(self.report, original=evaluator.result("before"), failures=failures))
         sha256 = self.report.base_model["sha256"]
         with open_bench(
-            session, self.tokens, config, part=config.remove, general=self.general, base_sha256=sha256
+            session,
+            self.tokens,
+            config,
+            part=config.remove,
+            maps=config.bypasses,
+            general=self.general,
+            base_sha256=sha256,
         ) as bench:
             measuring = Measuring(bench, evaluator, sha256)
             for number, settings in enumerate(missing, start=1):

@@ -9,6 +9,7 @@ import numpy as np
 
 from layer_surgery.calibration.statistics import Statistics
 from layer_surgery.calibration.units import UnitOrder, Units
+from layer_surgery.checkpoint.bypass import Bypass
 from layer_surgery.checkpoint.experts import WIDTH_MULTIPLE, Experts
 from layer_surgery.registry import Registry
 from layer_surgery.surgeon.curves import Alternative, Curve, Floats
@@ -28,6 +29,7 @@ class PartOfLayer:
     output: str  #: The last of them, if it writes to the residual stream, else "".
     units: Units | None  #: Its channels or heads, if they can be cut.
     experts: Experts | None = None  #: For the part of this name.
+    bypass: Bypass | None = None  #: An MLP that a linear map can take the place of.
     pricing: Pricing
     multiple: int  #: Ranks and widths are kept to multiples of this.
     statistics: Statistics | None
