@@ -8,7 +8,8 @@ low-rank layers, so it imports torch and transformers only. `config.json` then h
     low_rank          {"model.layers.2.self_attn.q_proj": 18, ...}: the rank of every replaced linear
                       (of a whole MLP: the rank of the linear map that stands in its place)
     narrowed          {"model.layers.2.mlp.up_proj": [384, 256], ...}: the size [out, in] of every smaller linear
-                      (of the experts of a layer: how many there are, and the width of each)
+                      (of the experts of a layer: how many there are, and the width of each; of a router: how many
+                      experts it chooses among, and the size of what it reads)
 
 and the model is the stock class of `base_model_type` with those linears replaced before the weights are loaded. What
 other tools add beside these fields, as `quantization_config`, is taken for part of the base configuration.
@@ -205,8 +206,8 @@ def replace_linears(model: nn.Module, ranks: dict[str, int]) -> None:
         setattr(model.get_submodule(parent), child, replacement)
 
 
-def narrow_experts(experts: Any, width: int) -> None:
-    """Give all experts of a layer, which are one module with three-dimensional parameters, this width, in place.
+def narrow_experts(experts: Any, number: int, width: int) -> None:
+    """Give a layer so many experts of this width, in place; they are one module with three-dimensional parameters.
 
     Weights are not set. The class says how its parameters lie: see `use_experts_implementation` in transformers.
     """
@@ -223,6 +224,20 @@ def narrow_experts(experts: Any, width: int) -> None:
     for name in ("intermediate_dim", "intermediate_size"):
         if hasattr(experts, name):
             setattr(experts, name, width)
+    if number != experts.num_experts:
+        keep_first(experts, number)
+
+
+def keep_first(module: Any, number: int) -> None:
+    """Leave so many experts in a module all of whose tensors have these along their first dimension: experts, router.
+
+    Weights are not set.
+    """
+    for name, parameter in list(module.named_parameters(recurse=False)):
+        setattr(module, name, nn.Parameter(parameter.detach()[:number].clone()))
+    for name, buffer in list(module.named_buffers(recurse=False)):
+        module.register_buffer(name, buffer[:number].clone(), persistent=name not in module._non_persistent_buffers_set)
+    module.num_experts = number
 
 
 def narrow_linears(model: nn.Module, sizes: dict[str, tuple[int, int]]) -> None:
@@ -230,7 +245,10 @@ def narrow_linears(model: nn.Module, sizes: dict[str, tuple[int, int]]) -> None:
     for name, (out_features, in_features) in sizes.items():
         linear = model.get_submodule(name)
         if isinstance(getattr(linear, "down_proj", None), nn.Parameter):
-            narrow_experts(linear, in_features)
+            narrow_experts(linear, out_features, in_features)
+            continue
+        if hasattr(linear, "num_experts"):  # the router
+            keep_first(linear, out_features)
             continue
         if not isinstance(linear, (nn.Linear, Conv1D)):
             raise ValueError(f"narrowed names '{name}', which is a {type(linear).__name__} and not a linear layer")

@@ -24,8 +24,10 @@ from layer_surgery.records.plan import PARTS, REFIT_SCOPES, Part, RefitScope, Su
 DEFAULT_METHOD = "mix"
 DEFAULT_SCORER = "fisher"
 #: Kinds that the search may cut, and those that it cuts unless the user names others.
-COMPONENTS = ("channels", "singular", "heads", "attention", "mlp", "experts", "bypass")
+COMPONENTS = ("channels", "singular", "heads", "attention", "mlp", "experts", "routed", "bypass")
 DEFAULT_COMPONENTS = ("channels", "singular", "experts")
+#: Those that all layers can have as many of as the configuration says.
+UNIFORM_COMPONENTS = ("channels", "heads", "experts", "routed")
 
 
 @dataclass(frozen=True)
@@ -211,8 +213,8 @@ class SearchConfig(Options):
     uniform: bool = attrs.field(
         default=False,
         metadata=about(
-            "With --method mix, give the MLPs of all layers one width and cut nothing else: a plain checkpoint that "
-            "every tool loads."
+            "With --method mix, give the MLPs of all layers one width (or all experts, or all attentions as many "
+            "heads) and cut nothing else: a plain checkpoint that every tool loads."
         ),
     )
 
@@ -226,8 +228,11 @@ class SearchConfig(Options):
             return
         if not self.components or not set(self.components) <= set(COMPONENTS):
             raise UserError(f"--components is '{','.join(self.components)}'; allowed: some of {', '.join(COMPONENTS)}.")
-        if self.uniform and "channels" not in self.components:
-            raise UserError("--uniform cuts channels, which --components leaves out; leave out one of the two.")
+        if self.uniform and not set(self.components) & set(UNIFORM_COMPONENTS):
+            raise UserError(
+                f"--uniform cuts {', '.join(UNIFORM_COMPONENTS)}, and --components names none; leave out one of "
+                "the two."
+            )
 
 
 @attrs.frozen(kw_only=True, slots=False)

@@ -3,7 +3,7 @@
 Written shard by shard and tensor by tensor, so that memory holds one matrix, whatever the size of the model.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -126,6 +126,7 @@ def dense_checkpoint(low_rank: Checkpoint) -> Checkpoint:
         files=(),
     )
     _check_no_bypass(plain, low_rank.low_rank)
+    _check_all_experts(plain, low_rank.narrowed)
     return replace(plain, source=PaddedSource(plain.source, plain, low_rank.narrowed)) if low_rank.narrowed else plain
 
 
@@ -137,6 +138,19 @@ def _check_no_bypass(plain: Checkpoint, replaced: Iterable[str]) -> None:
             f"{len(maps)} MLPs (the first is '{maps[0]}') are bypassed by a linear map, which the plain architecture "
             "cannot compute; compress the original again without bypass in --components."
         )
+
+
+def _check_all_experts(plain: Checkpoint, narrowed: Mapping[str, tuple[int, int]]) -> None:
+    """Raise `CheckpointError` if a layer has fewer experts: a router would choose those that are filled up too."""
+    for index, layer in enumerate(plain.layers):
+        experts = experts_of(layer)
+        name = f"{plain.layer_prefix(index)}{experts.module}" if experts is not None else ""
+        if experts is not None and narrowed.get(name, (experts.number, 0))[0] < experts.number:
+            raise CheckpointError(
+                f"layer {index} has fewer experts than the plain architecture, whose router would choose among all of "
+                "them; compress the original again with --uniform, which gives a plain checkpoint, or without routed "
+                "in --components."
+            )
 
 
 class MultipliedSource:

@@ -17,6 +17,7 @@ _UNITS: dict[UnitName, tuple[str, str]] = {
     "channels": ("channels", "MLP"),
     "heads": ("heads", "attention"),
     "experts": ("channels of experts", "mixture of experts"),
+    "routed": ("experts", "mixture of experts"),
     "bypass": ("ranks of a linear map for its MLP", "MLP"),
 }
 
@@ -193,6 +194,8 @@ def plan_parameters(shape: ModelShape, plan: SurgeryPlan) -> int:
             for name, (out, in_) in layer.linears.items():
                 rank = layer_plan.ranks.get(name)
                 total += out * in_ if rank is None else rank * (out + in_)
+            if layer_plan.routed is not None and layer.experts is not None:
+                total -= (layer.experts.number - layer_plan.routed) * layer.experts.price_of_one
             if layer_plan.bypass is not None and layer.bypass is not None:
                 total -= layer.bypass.parameters - layer.bypass.price(layer_plan.bypass)
             for unit, units in layer.units.items():
@@ -222,7 +225,9 @@ def check_plan(shape: ModelShape, plan: SurgeryPlan, origin: str) -> SurgeryPlan
     for layer_plan in plan.smaller:
         if layer_plan.bypass is not None:
             _check_bypass(shape.layers[layer_plan.index], layer_plan, layer_plan.bypass, origin)
-        for unit in (unit for unit in layer_plan.units if unit != "bypass"):
+        if layer_plan.routed is not None:
+            _check_routed(shape.layers[layer_plan.index], layer_plan, layer_plan.routed, origin)
+        for unit in (unit for unit in layer_plan.units if unit not in ("bypass", "routed")):
             _check_units(shape.layers[layer_plan.index], layer_plan, unit, origin)
     parameters = plan_parameters(shape, plan)
     return replace(plan, parameters=parameters, parameter_bound=parameters)
@@ -242,6 +247,21 @@ def _check_units(layer: LayerShape, plan: LayerPlan, unit: UnitName, origin: str
     both = [name for name in units.linears if name in plan.ranks] if isinstance(units, Units) else []
     if both:
         raise PlanError(f"{origin}: layer {plan.index} has {what} and a rank for '{both[0]}'; give one of the two.")
+
+
+def _check_routed(layer: LayerShape, plan: LayerPlan, count: int, origin: str) -> None:
+    experts = layer.experts
+    if experts is None or not experts.router:
+        raise PlanError(f"{origin}: layer {plan.index} keeps {count} experts, but it has none that can go.")
+    if not experts.chosen <= count <= experts.number:
+        raise PlanError(
+            f"{origin}: layer {plan.index} keeps {count} experts; allowed: {experts.chosen} (as many as a token goes "
+            f"through) to {experts.number}."
+        )
+    if plan.experts is not None:
+        raise PlanError(
+            f"{origin}: layer {plan.index} has fewer experts and fewer channels in each; give one of the two."
+        )
 
 
 def _check_bypass(layer: LayerShape, plan: LayerPlan, rank: int, origin: str) -> None:

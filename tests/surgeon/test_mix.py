@@ -252,7 +252,7 @@ def test_a_narrowed_result_can_be_narrowed_and_made_low_rank_again(
         ({"target_time": 1.5}, PlanError, "--target-time is 1.5; allowed"),
         ({"components": "channel"}, UserError, "--components is 'channel'; allowed: some of channels, singular, heads"),
         ({"components": []}, UserError, "--components is ''"),
-        ({"components": "singular", "uniform": True}, UserError, "--uniform cuts channels, which --components leaves"),
+        ({"components": "singular", "uniform": True}, UserError, "--uniform cuts channels, heads, experts, routed, and --components names"),
         ({"multiple": 0}, UserError, "--multiple is 0; allowed: 1 or more"),
     ],
 )
