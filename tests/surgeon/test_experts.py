@@ -1,4 +1,4 @@
-"""Channels of experts and whole experts in the search: from a directory to a directory, plans, and budgets in other units."""
+"""Channels of experts and whole experts in the search: from a directory to a directory, plans, budgets."""
 
 from __future__ import annotations
 

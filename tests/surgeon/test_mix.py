@@ -252,7 +252,11 @@ def test_a_narrowed_result_can_be_narrowed_and_made_low_rank_again(
         ({"target_time": 1.5}, PlanError, "--target-time is 1.5; allowed"),
         ({"components": "channel"}, UserError, "--components is 'channel'; allowed: some of channels, singular, heads"),
         ({"components": []}, UserError, "--components is ''"),
-        ({"components": "singular", "uniform": True}, UserError, "--uniform cuts channels, heads, experts, routed, and --components names"),
+        (
+            {"components": "singular", "uniform": True},
+            UserError,
+            "--uniform cuts channels, heads, experts, routed, and --components names",
+        ),
         ({"multiple": 0}, UserError, "--multiple is 0; allowed: 1 or more"),
     ],
 )
@@ -349,6 +353,23 @@ def test_by_default_a_kv_cache_budget_removes_whole_attentions_where_heads_do_no
     report = layer_surgery.compress(model, dry_run=True, target_kv_cache=0.2, refit=False, **options)
     gone = [layer.index for layer in report.plan.layers if layer.ranks.get("self_attn.o_proj") == 0]
     assert gone and report.after.kv_cache_bytes_per_token <= 0.2 * report.before.kv_cache_bytes_per_token
+
+
+def test_a_layer_of_which_both_parts_go_is_removed(options: dict[str, Any], tmp_path: Path) -> None:
+    original = model_with_vocabulary(layers=4)
+    with torch.no_grad():
+        for name in ("self_attn.o_proj", "mlp.down_proj"):
+            original.model.layers[2].get_submodule(name).weight.zero_()
+    model = saved_model(tmp_path / "model", model=original)
+    share = 1 - sum(p.numel() for p in original.model.layers[2].parameters() if p.dim() > 1) / sum(
+        p.numel() for p in original.parameters()
+    )
+    changed = options | {"components": ["attention", "mlp"]}
+    report = layer_surgery.compress(model, tmp_path / "output", target_parameters=share + 1e-6, refit=False, **changed)
+    assert [layer.action for layer in report.plan.layers] == ["keep", "keep", "remove", "keep"]
+    assert report.plan.parameters == report.after.parameters and report.plan.target_layers == 3
+    stock, _ = load_stock(tmp_path / "output")  # a plain checkpoint
+    assert float((logits(stock, IDS) - logits(original, IDS)).abs().max()) < 1e-5
 
 
 def test_budgets_of_operations_and_parameters_are_met_together(model: Path, options: dict[str, Any]) -> None:
