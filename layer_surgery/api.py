@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+import transformers
+from transformers import PreTrainedModel
 
 from layer_surgery.checkpoint.open import open_checkpoint
 from layer_surgery.config import CompressConfig, EvaluateConfig, ExportConfig, ScoreConfig, SweepConfig
@@ -116,7 +117,7 @@ def load(
     Raises `CheckpointError` if a tensor is missing or damaged, where transformers would fill in random numbers.
     """
     checkpoint = open_checkpoint(directory, trust_remote_code=trust_remote_code)
-    loader: Any = checkpoint.model_class or AutoModelForCausalLM
+    loader: Any = checkpoint.model_class or getattr(transformers, checkpoint.head.auto_class)
     if checkpoint.model_class is None:
         kwargs["trust_remote_code"] = trust_remote_code
     model: PreTrainedModel = loader.from_pretrained(

@@ -123,7 +123,7 @@ class Responses:
 
     @torch.no_grad()
     def _changes(self, index: int, layer: nn.Module | None) -> Tensor:
-        """Return d [valid tokens] of the chosen sequences."""
+        """Return d of the chosen sequences, [valid tokens] or, if there is one answer for each, [sequences]."""
         walk, changes = self._walk, []
         for rows in walk.batches():
             chosen = self._chosen[rows]
@@ -132,10 +132,14 @@ class Responses:
             before = walk.boundary(index).read(rows)[chosen]
             after = before
             if layer is not None:
-                after = walk.rehearsal.call(index, walk.tokens.token_ids[rows][chosen])(layer, before)
+                after = walk.rehearsal.call(index, walk.tokens.inputs(rows, chosen))(layer, before)
             delta = after.double() - walk.boundary(index + 1).read(rows)[chosen].double()
             change = (delta * self._gradient.read(rows)[chosen].double()).sum(dim=-1)
-            changes.append(change[walk.tokens.valid[rows][chosen].to(change.device)].cpu())
+            valid = walk.tokens.valid[rows][chosen].to(change.device)
+            # Tokens of one sequence move one loss if there is one answer for all of them.
+            changes.append(
+                (change * valid).sum(dim=1).cpu() if walk.tokens.objective.of_sequences else change[valid].cpu()
+            )
         return torch.cat(changes)
 
     def couplings(self) -> Couplings:

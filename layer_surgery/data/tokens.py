@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from layer_surgery.data.objective import NEXT_TOKEN, Objective
+
 
 @dataclass(frozen=True, kw_only=True)
 class SourceShare:
@@ -33,10 +35,17 @@ class PackedTokens:
     because nothing predicts it. The prediction of position t is read off position t - 1."""
     valid: Tensor
     """[N, S] bool. False for right padding, which no statistic may see. Causal attention keeps padding on the
-    right from touching anything to its left, so no attention mask is needed."""
+    right from touching anything to its left, so no attention mask is needed to predict the next token; other models
+    are given one."""
     tokens_available: int  #: Number of tokens that the sources have; those used are `valid.sum()`.
     sha256: str  #: Hash of token ids and masks: the identity of the data for provenance and caches.
     sources: tuple[SourceShare, ...] = ()  #: The share of each source, in the user's order; for calibration data only.
+    objective: Objective = NEXT_TOKEN  #: What is predicted.
+    labels: Tensor | None = None
+    """What is predicted, where that is not the next token: [N, S] int64, `NO_LABEL` where there is none (masked tokens,
+    tags); one a sequence, [N] int64 (a label) or [N, L] float32 (several labels as 0 and 1, or numbers). The loss mask
+    of the latter is True at the first token of each sequence, and there only."""
+    segments: Tensor | None = None  #: [N, S] int64, which of two texts a token is of, where the model wants to know.
 
     @property
     def sequences(self) -> int:
@@ -50,6 +59,15 @@ class PackedTokens:
     def predicted_tokens(self) -> int:
         """Number of tokens that carry loss."""
         return int(self.loss_mask.sum())
+
+    def inputs(self, rows: slice, chosen: Tensor | None = None) -> dict[str, Tensor]:
+        """Return what a model is called with for some sequences, or for those of them that `chosen` [B] bool names."""
+        given = {"input_ids": self.token_ids}
+        if self.objective.problem != "next_token":
+            given["attention_mask"] = self.valid.long()
+        if self.segments is not None:
+            given["token_type_ids"] = self.segments
+        return {name: tensor[rows] if chosen is None else tensor[rows][chosen] for name, tensor in given.items()}
 
     def batches(self, batch_size: int) -> Iterator[slice]:
         """Yield slices over the sequences, each of at most `batch_size`."""

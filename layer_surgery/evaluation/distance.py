@@ -11,14 +11,16 @@ import torch
 from torch import Tensor
 
 from layer_surgery.checkpoint.open import Checkpoint
+from layer_surgery.data.objective import NO_LABEL
 from layer_surgery.data.tokens import PackedTokens
 from layer_surgery.errors import CheckpointError, DataError, NumericalError
 from layer_surgery.evaluation.uncertainty import mean_per_token
 from layer_surgery.records import KlDivergence, Top1Agreement
 from layer_surgery.walk.boundaries import Boundary
+from layer_surgery.walk.losses import next_tokens
 from layer_surgery.walk.rehearsal import Rehearsal, blocks
 from layer_surgery.walk.streamed import StreamedModel
-from layer_surgery.walk.walk import NO_LABEL, WalkSettings, next_tokens
+from layer_surgery.walk.walk import WalkSettings
 
 #: Logits of one model exist for at most this many elements at a time (64 MiB in float32), and what is computed from
 #: them in float64 for at most as many as below (16 MiB; about five such tensors).

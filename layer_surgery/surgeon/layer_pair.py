@@ -102,12 +102,13 @@ def _watching(layer: nn.Module, names: Sequence[str], seen: Seen, until: str) ->
     """Have hooks in that fill `seen`, and raise `_Reached` when it holds all the inputs or outputs that are wanted."""
 
     def take_input(name: str, _module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        seen.inputs[name] = arguments[0]
+        seen.inputs.setdefault(name, arguments[0])  # the first call is with tokens; DeBERTa's next with positions
         if until == "inputs" and len(seen.inputs) == len(names):
             raise _Reached
 
     def take_output(name: str, _module: nn.Module, _arguments: tuple[Tensor, ...], output: Tensor) -> None:
-        seen.outputs[name] = output.clone()  # some layers (Falcon) go on adding in place
+        if name not in seen.outputs:
+            seen.outputs[name] = output.clone()  # some layers (Falcon) go on adding in place
         if until == "outputs" and len(seen.outputs) == len(names):
             raise _Reached
 

@@ -138,7 +138,7 @@ def _step(layer: nn.Module, position: int, tracks: Sequence[_Track], calls: Rehe
         for track in tracks:
             source = track.stream(position)
             for rows in track.walk.batches():
-                after = calls.call(position, track.walk.tokens.token_ids[rows])(layer, source.read(rows))
+                after = calls.call(position, track.walk.tokens.inputs(rows))(layer, source.read(rows))
                 track.room.write(rows, after)
             track.differs = True
 
@@ -278,7 +278,7 @@ class _Pair:
             device = track.walk.model.device
             stream = track.stream(self.position)
             for rows in track.walk.batches():
-                ids = track.walk.tokens.token_ids[rows]
+                inputs = track.walk.tokens.inputs(rows)
                 tokens = track.walk.tokens.valid[rows]
                 held_out = tokens & track.held_out(rows, every)[:, None]
                 yield _Batch(
@@ -288,8 +288,8 @@ class _Pair:
                     held_out=held_out.to(device),
                     reference=track.walk.boundary(self.index).read(rows),
                     result=stream.read(rows),
-                    reference_call=track.walk.rehearsal.call(self.index, ids),
-                    result_call=self.calls.call(self.position, ids),
+                    reference_call=track.walk.rehearsal.call(self.index, inputs),
+                    result_call=self.calls.call(self.position, inputs),
                 )
 
     def _inputs(self, names: Sequence[str], batch: _Batch) -> dict[str, Tensor]:

@@ -53,7 +53,7 @@ def _best_map(walk: Walk, index: int, after: int) -> tuple[str, Tensor]:
         name, scale = _mlp_out(walk, index, layer)
         for rows in walk.batches():
             hidden = walk.boundary(index).read(rows)
-            call = walk.rehearsal.call(index, walk.tokens.token_ids[rows])
+            call = walk.rehearsal.call(index, walk.tokens.inputs(rows))
             output, seen = run_watched(layer, [name], call, hidden)
             valid = walk.tokens.valid[rows].to(hidden.device)
             mlp = scale * seen.outputs[name][valid].double()
@@ -84,7 +84,7 @@ def _mlp_out(walk: Walk, index: int, layer: nn.Module) -> tuple[str, float]:
     if getattr(projection, "bias", None) is not None:
         raise PlanError("--method replaceme folds a map into a projection without bias; this model's have one.")
     rows = next(walk.batches())
-    hidden, call = walk.boundary(index).read(rows), walk.rehearsal.call(index, walk.tokens.token_ids[rows])
+    hidden, call = walk.boundary(index).read(rows), walk.rehearsal.call(index, walk.tokens.inputs(rows))
     scales = residual_scales(layer, attention_out, name, call, hidden)
     if scales is None:
         raise PlanError(

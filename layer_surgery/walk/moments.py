@@ -45,11 +45,13 @@ class MomentRecorder:
         self._linears, self._gradients = linears, gradients
         self._valid: Tensor | None = None
         self._seen: list[tuple[Tensor, str]] = []
+        self._called: set[str] = set()
 
     def start_batch(self, valid: Tensor) -> None:
         """Say which tokens of the micro-batch that comes next count: [B, S] bool."""
         self._valid = valid
         self._seen.clear()
+        self._called.clear()
         self.moments.tokens += int(valid.sum())
 
     @contextmanager
@@ -62,6 +64,9 @@ class MomentRecorder:
             yield self.moments
 
     def _see(self, name: str, _module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+        if name in self._called:
+            return  # DeBERTa's queries and keys go over the embeddings of positions too, after the tokens
+        self._called.add(name)
         self._take_input(name, arguments[0].detach())
         if self._gradients and output.requires_grad:
             output.register_hook(partial(self._add, self.moments.outputs, name))  # type: ignore[no-untyped-call]

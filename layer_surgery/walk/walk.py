@@ -11,20 +11,19 @@ from pathlib import Path
 from typing import Self
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
+from layer_surgery.data.objective import NO_LABEL
 from layer_surgery.data.tokens import PackedTokens
 from layer_surgery.errors import NumericalError
 from layer_surgery.progress import Progress, no_progress
 from layer_surgery.walk.boundaries import Boundary, BoundaryStore
+from layer_surgery.walk.losses import losses, targets
 from layer_surgery.walk.rehearsal import Rehearsal, blocks
 from layer_surgery.walk.streamed import StreamedModel
 
 #: Logits of at most this many elements exist at a time (128 MiB in float32).
 LOGITS_AT_A_TIME = 1 << 25
-#: Label of a position whose next token carries no loss.
-NO_LABEL = -100
 
 _STREAM = -1
 """Slot of the latest boundary of a walk that keeps no other."""
@@ -59,14 +58,14 @@ class Observer:
 
 @dataclass(frozen=True)
 class Losses:
-    """Summed next-token cross-entropy of every sequence, in nats, and the number of tokens it is over."""
+    """Summed loss of every sequence, and the number of tokens it is over (1 where there is one answer a sequence)."""
 
-    sums: Tensor  # [N] float64
+    sums: Tensor  # [N] float64, in nats but for a regression
     tokens: Tensor  # [N] int64
 
     @property
     def mean(self) -> float:
-        """Nats per predicted token."""
+        """Loss per token, or per sequence, that carries any."""
         return float(self.sums.sum() / self.tokens.sum())
 
 
@@ -114,7 +113,7 @@ class Walk:
         known = self._kept or []
         if self._kept is None:
             for rows in self.batches():
-                self.boundary(0).write(rows, self.rehearsal.embed(self.tokens.token_ids[rows]))
+                self.boundary(0).write(rows, self.rehearsal.embed(self.tokens.inputs(rows)))
         start = 0
         while keep and not observers and start < min(len(known), len(path)) and known[start] == path[start]:
             start += 1
@@ -158,7 +157,7 @@ class Walk:
         return valid
 
     def _call(self, index: int, rows: slice) -> Callable[[nn.Module, Tensor], Tensor]:
-        return self.rehearsal.call(index, self.tokens.token_ids[rows])
+        return self.rehearsal.call(index, self.tokens.inputs(rows))
 
     def losses(self, last: Boundary, gradient: Boundary | None = None) -> Losses:
         """Return the losses that follow from the last boundary.
@@ -187,29 +186,48 @@ class Walk:
 
     def _batch_losses(self, hidden: Tensor, rows: slice, grad: Tensor | None) -> Tensor:
         """Return the summed loss [B] float64 of a micro-batch; add the gradient to `grad` [B, S, D] if given."""
-        labels = next_tokens(self.tokens, rows).to(hidden.device)
-        sums = torch.zeros(len(labels), dtype=torch.float64)
-        for block in blocks(labels.shape, LOGITS_AT_A_TIME // self.model.vocabulary_size):
-            if not (labels[block] != NO_LABEL).any():
-                continue
+        sums = torch.zeros(len(hidden), dtype=torch.float64)
+        for block, labels, inputs in self._head_calls(rows, hidden.device):
             with torch.set_grad_enabled(grad is not None):
                 piece = hidden[block].detach().requires_grad_(grad is not None)
-                losses = self._token_losses(self.rehearsal.head(piece), labels[block])
+                found = losses(self.rehearsal.head(piece, inputs), labels, self.tokens.objective)
                 if grad is not None:
-                    losses.sum().backward()  # type: ignore[no-untyped-call]
+                    found.sum().backward()  # type: ignore[no-untyped-call]
                     assert piece.grad is not None
                     grad[block] = piece.grad
-            sums[block[0]] += losses.detach().double().sum(dim=1).cpu()
+            sums[block[0]] += found.detach().double().view(len(found), -1).sum(dim=1).cpu()
         return sums
 
-    @staticmethod
-    def _token_losses(logits: Tensor, labels: Tensor) -> Tensor:
-        """Return the cross-entropy [b, s], zero where there is no label, in float32 or better."""
-        if logits.dtype in (torch.float16, torch.bfloat16):
-            logits = logits.float()
-        flat = rearrange(logits, "batch sequence vocabulary -> (batch sequence) vocabulary")
-        losses = nn.functional.cross_entropy(flat, labels.flatten(), reduction="none", ignore_index=NO_LABEL)
-        return losses.view(labels.shape)
+    def _head_calls(
+        self, rows: slice, device: torch.device
+    ) -> Iterator[tuple[tuple[slice, slice], Tensor, dict[str, Tensor] | None]]:
+        """Yield the parts of a micro-batch that the head is called with one by one, each with its labels and, where
+        the head looks at them, the inputs of the model."""
+        labels, objective = targets(self.tokens, rows).to(device), self.tokens.objective
+        if objective.of_sequences:
+            yield (slice(None), slice(None)), labels, self.tokens.inputs(rows)
+            return
+        for block in blocks(labels.shape, LOGITS_AT_A_TIME // self.model.vocabulary_size):
+            if (labels[block] != NO_LABEL).any():
+                yield block, labels[block], None
+
+    @torch.no_grad()
+    def predictions(self, last: Boundary) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield what the head gives behind the last boundary, part by part: sequences, logits and labels.
+
+        The logits [n, V or L] are those of tokens with a label, or of sequences; the labels are as in `targets`, and
+        the tensor of sequences [n] says to which of the walk each belongs.
+        """
+        for rows in self.batches():
+            hidden = last.read(rows)
+            numbers = torch.arange(rows.start, rows.stop, device=hidden.device)
+            for block, labels, inputs in self._head_calls(rows, hidden.device):
+                logits = self.rehearsal.head(hidden[block], inputs)
+                if self.tokens.objective.of_sequences:
+                    yield numbers, logits, labels
+                else:
+                    known = labels != NO_LABEL
+                    yield numbers[block[0], None].expand_as(labels)[known], logits[known], labels[known]
 
     def backpropagate(self, observers: Sequence[Observer], *, watch: Iterable[int] | None = None) -> None:
         """Walk forward through all layers, to the summed loss, and back as far as the first layer in `watch`.
@@ -248,14 +266,3 @@ class Walk:
                 assert before.grad is not None
                 new.write(rows, before.grad)
         gradient.store.exchange(gradient.slot, new.slot)
-
-
-def next_tokens(tokens: PackedTokens, rows: slice) -> Tensor:
-    """Return the labels [B, S] int64 of some sequences: the next token where it carries loss, else `NO_LABEL`.
-
-    The label of position t is token t + 1: shifted here, once, and nowhere else.
-    """
-    ids, mask = tokens.token_ids[rows], tokens.loss_mask[rows]
-    labels = torch.full(ids.shape, NO_LABEL)
-    labels[:, :-1] = torch.where(mask[:, 1:], ids[:, 1:], NO_LABEL)
-    return labels
