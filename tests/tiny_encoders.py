@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from tiny_families import FIELDS, SIZES
 from tiny_models import packed_tokens
+from tiny_tokenizer import tiny_tokenizer
+from tokenizers import processors
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from layer_surgery.checkpoint.heads import HEADS, HeadKind
 from layer_surgery.data.objective import NO_LABEL, Objective, Problem
@@ -45,6 +50,8 @@ PROBLEM_TYPES: dict[Problem, str] = {
     "regression": "regression",
 }
 LABELS = 3
+#: Rows of the embedding of checkpoints with a tokenizer, which has fewer ids.
+VOCABULARY_ROWS = 320
 
 
 def tiny_encoder(
@@ -101,9 +108,7 @@ def labelled_tokens(problem: Problem, n: int = 5, s: int = 12, *, padding: bool 
         labels = torch.randint(most, (n, s), generator=generator)
         counted = tokens.valid & (torch.rand(n, s, generator=generator) < 0.5)
         counted[:, 1] = True
-        return replace(
-            tokens, objective=objective, labels=labels.masked_fill(~counted, NO_LABEL), loss_mask=counted
-        )
+        return replace(tokens, objective=objective, labels=labels.masked_fill(~counted, NO_LABEL), loss_mask=counted)
     first = torch.zeros_like(tokens.valid)
     first[:, 0] = True
     return replace(tokens, objective=objective, labels=labels, loss_mask=first)
@@ -117,3 +122,54 @@ def own_loss(model: PreTrainedModel, tokens: PackedTokens) -> Tensor:
         labels = labels.to(model.dtype)
     loss: Tensor = model(**tokens.inputs(slice(0, tokens.sequences)), labels=labels).loss
     return loss
+
+
+# Checkpoints with a tokenizer, and labelled files
+
+WORDS = {"fox": "the quick brown fox jumps", "dog": "over the lazy dog", "one": "one two three", "": "the answer is"}
+TAGS = ("O", "B-animal", "I-animal")
+
+
+def encoder_tokenizer() -> PreTrainedTokenizerFast:
+    """Return the tiny tokenizer with a token before and behind a text, one between two, and one for masks."""
+    tokenizer = tiny_tokenizer(model_max_length=64)
+    tokenizer.add_special_tokens({"mask_token": "<mask>"})
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A <eos>",
+        pair="<bos> $A <eos> $B:1 <eos>:1",
+        special_tokens=[(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<bos>", "<eos>")],
+    )
+    tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    return tokenizer
+
+
+def saved_encoder(directory: Path, problem: Problem, model_type: str = "bert", **fields: Any) -> Path:
+    """Save a tiny model with a head, and its tokenizer; labels have the names that the files here use."""
+    names: Sequence[str] = TAGS if problem == "tags" else ("fox", "dog", "one")
+    given: dict[str, Any] = {"vocab_size": VOCABULARY_ROWS, "dtype": torch.float32}
+    if problem not in ("masked_token", "next_token"):
+        given |= {"id2label": dict(enumerate(names)), "label2id": {name: k for k, name in enumerate(names)}}
+    model = tiny_encoder(model_type, problem, **given | fields)
+    model.save_pretrained(directory)
+    encoder_tokenizer().save_pretrained(directory)
+    return directory
+
+
+def labelled_file(path: Path, problem: Problem, *, rows: int = 60, seed: int = 0) -> Path:
+    """Write texts with labels (words with tags) of the kind that a problem needs, as JSON lines."""
+    generator = torch.Generator().manual_seed(seed)
+    lines = []
+    for number in torch.randint(3, (rows,), generator=generator).tolist():
+        name = ("fox", "dog", "one")[number]
+        text = f"{WORDS[name]} {WORDS['']} {number}"
+        row: dict[str, Any] = {"text": text, "label": name}
+        if problem == "tags":
+            words = text.split()
+            row = {"tokens": words, "tags": [TAGS[1] if word in ("fox", "dog") else TAGS[0] for word in words]}
+        elif problem == "multi_label":
+            row["label"] = [name, "dog"] if number else []
+        elif problem == "regression":
+            row = {"sentence1": WORDS[name], "sentence2": WORDS[""], "score": [number / 2, 0.5, -number]}
+        lines.append(json.dumps(row))
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path

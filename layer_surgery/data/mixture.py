@@ -10,8 +10,9 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from layer_surgery.data.documents import LoadedData
-from layer_surgery.data.packing import TooFewSequencesError, pack_calibration, packed_tokens
-from layer_surgery.data.tokens import PackedTokens, SourceShare
+from layer_surgery.data.objective import NEXT_TOKEN, Objective
+from layer_surgery.data.packing import TooFewSequencesError, pack_calibration
+from layer_surgery.data.tokens import PackedTokens, SourceShare, joined
 from layer_surgery.data.weights import WeightedSource, apportion
 from layer_surgery.errors import DataError
 
@@ -26,6 +27,7 @@ def pack_mixture(
     samples: int,
     sequence_length: int,
     seed: int,
+    objective: Objective = NEXT_TOKEN,
 ) -> PackedTokens:
     """Pack `samples` sequences in all, divided among the sources by weight and put in an order chosen by `seed`.
 
@@ -39,11 +41,13 @@ def pack_mixture(
         data: at least one source.
         weights: one for each source, finite and above 0.
         samples: at least as many as there are sources.
+        objective: what the model's head is for.
 
     Raises `DataError`: as `pack_calibration`; it names the source.
     """
     if len(data) == 1:
-        tokens = pack_calibration(data[0], tokenizer, samples=samples, sequence_length=sequence_length, seed=seed)
+        size = {"samples": samples, "sequence_length": sequence_length}
+        tokens = pack_calibration(data[0], tokenizer, **size, seed=seed, objective=objective)
         return replace(tokens, sources=(_share(tokens, weights[0]),))
     generator = torch.Generator().manual_seed(seed)
     seeds = torch.randint(_SEEDS, (len(data),), generator=generator).tolist()
@@ -51,20 +55,15 @@ def pack_mixture(
     for position, share in enumerate(apportion(weights, samples)):
         try:
             size = {"samples": share, "sequence_length": sequence_length}
-            parts.append(pack_calibration(data[position], tokenizer, **size, seed=seeds[position]))
+            parts.append(pack_calibration(data[position], tokenizer, **size, seed=seeds[position], objective=objective))
         except TooFewSequencesError as error:
             raise DataError(
                 f"{error.found}, fewer than its share of --samples {samples}, which is {share}; "
                 f"{_advice(weights, position, samples, error.count)}, or pass more data."
             ) from error
     order = torch.randperm(samples, generator=generator)
-    mixed = packed_tokens(
-        " + ".join(str(WeightedSource(part.name, weight)) for part, weight in zip(parts, weights, strict=True)),
-        torch.cat([part.token_ids for part in parts])[order],
-        torch.cat([part.loss_mask for part in parts])[order],
-        torch.cat([part.valid for part in parts])[order],
-        sum(part.tokens_available for part in parts),
-    )
+    name = " + ".join(str(WeightedSource(part.name, weight)) for part, weight in zip(parts, weights, strict=True))
+    mixed = joined(parts, name, order)
     return replace(mixed, sources=tuple(_share(part, weight) for part, weight in zip(parts, weights, strict=True)))
 
 

@@ -1,11 +1,14 @@
 """Packed token sequences: the one form in which text reaches a model."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from layer_surgery.data.objective import NEXT_TOKEN, Objective
+from layer_surgery.data.objective import NEXT_TOKEN, NO_LABEL, Objective
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,3 +76,63 @@ class PackedTokens:
         """Yield slices over the sequences, each of at most `batch_size`."""
         for start in range(0, self.sequences, batch_size):
             yield slice(start, min(start + batch_size, self.sequences))
+
+
+def packed_tokens(
+    name: str,
+    token_ids: Tensor,
+    loss_mask: Tensor,
+    valid: Tensor,
+    available: int,
+    *,
+    labels: Tensor | None = None,
+    segments: Tensor | None = None,
+) -> PackedTokens:
+    """Put sequences and masks, each `[N, S]`, into a record with the hash of what is in them."""
+    digest = hashlib.sha256(f"{token_ids.shape[0]}x{token_ids.shape[1]}".encode())
+    for array in (token_ids.numpy().astype("<i8"), loss_mask.numpy(), valid.numpy()):
+        digest.update(array.tobytes())
+    for kind, more in (("labels", labels), ("segments", segments)):
+        if more is not None:
+            digest.update(f"{kind} {list(more.shape)} {more.dtype}".encode() + more.contiguous().numpy().tobytes())
+    return PackedTokens(
+        name=name,
+        token_ids=token_ids,
+        loss_mask=loss_mask,
+        valid=valid,
+        tokens_available=available,
+        sha256=digest.hexdigest(),
+        labels=labels,
+        segments=segments,
+    )
+
+
+def joined(parts: Sequence[PackedTokens], name: str, order: Tensor) -> PackedTokens:
+    """Return the sequences of several records in one, in this order [N] int64, padded to the longest."""
+    length = max(part.sequence_length for part in parts)
+    objective = parts[0].objective
+    padding = objective.padding_id or 0
+
+    def stacked(tensors: Sequence[Tensor], filling: int) -> Tensor:
+        wide = [pad(tensor, (0, length - tensor.shape[1]), value=filling) for tensor in tensors]
+        return torch.cat(wide)[order]
+
+    labels, segments = [part.labels for part in parts], [part.segments for part in parts]
+    known = [each for each in labels if each is not None]
+    if known and not objective.of_sequences:
+        together: Tensor | None = stacked(known, NO_LABEL)
+    else:
+        together = torch.cat(known)[order] if known else None
+    told = [
+        torch.zeros_like(part.token_ids) if each is None else each for part, each in zip(parts, segments, strict=True)
+    ]
+    mixed = packed_tokens(
+        name,
+        stacked([part.token_ids for part in parts], padding),
+        stacked([part.loss_mask for part in parts], 0),
+        stacked([part.valid for part in parts], 0),
+        sum(part.tokens_available for part in parts),
+        labels=together,
+        segments=stacked(told, 0) if any(each is not None for each in segments) else None,
+    )
+    return replace(mixed, objective=objective)

@@ -239,18 +239,22 @@ def general_text(session: Session, tokens: PackedTokens, share: float) -> Packed
     """Return the general text that a refit looks at: windows of the bundled text's calibration part.
 
     As many as `share` of the calibration sequences, but at least `LEAST_GENERAL`, if there are as many calibration
-    sequences. None with a share of 0, and beside calibration data that have it already.
+    sequences. None with a share of 0, beside calibration data that have it already, and for classifiers, which are
+    made for one kind of text.
     Raises `DataError` for too few windows, `UserError` if a refit does not fit into memory.
     """
     check_windows(tokens.sequences)
     _check_memory(session)
-    if not share or any(source.name == GENERAL_TEXT for source in tokens.sources):
+    known = any(source.name == GENERAL_TEXT for source in tokens.sources)
+    if not share or known or tokens.objective.labelled:
         return None
     general = pack_evaluation(
         load_documents(GENERAL_TEXT, part="calibration"),
         session.need_tokenizer(),
         sequence_length=tokens.sequence_length,
         max_windows=max(round(share * tokens.sequences), min(LEAST_GENERAL, tokens.sequences)),
+        objective=tokens.objective,
+        seed=session.runtime.seed,
     )
     session.ui.note(
         f"refit: on the calibration sequences and {general.sequences} of general text ('{GENERAL_TEXT}'; "

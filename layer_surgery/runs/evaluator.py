@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 from layer_surgery.checkpoint.costs import token_costs
+from layer_surgery.checkpoint.heads import CAUSAL_LM
 from layer_surgery.checkpoint.open import Checkpoint
 from layer_surgery.config import EvaluationConfig
 from layer_surgery.data import bundled_tasks
@@ -16,11 +17,12 @@ from layer_surgery.data.tokens import PackedTokens
 from layer_surgery.errors import CheckpointError, DataError, describe
 from layer_surgery.evaluation.continuations import continuations, encode_prompt, prompts_from
 from layer_surgery.evaluation.distance import FinalStates, check_same_vocabulary, distance
+from layer_surgery.evaluation.labelled import LabelOutcome, label_changes, label_outcome
 from layer_surgery.evaluation.perplexity import summarise, window_losses
 from layer_surgery.evaluation.speed import measure_speed
 from layer_surgery.evaluation.uncertainty import perplexity_change
 from layer_surgery.machine import available_memory_bytes
-from layer_surgery.records import Comparison, Continuation, EvaluationResult, Perplexity, StageFailure
+from layer_surgery.records import Comparison, Continuation, EvaluationResult, Perplexity, StageFailure, TaskResult
 from layer_surgery.runs.session import Session
 from layer_surgery.walk.boundaries import Boundary, BoundaryStore
 from layer_surgery.walk.streamed import StreamedModel
@@ -46,6 +48,7 @@ class _Measured:
     result: EvaluationResult
     losses: dict[str, Losses] = field(default_factory=dict)
     states: dict[str, Boundary] = field(default_factory=dict)
+    labelled: dict[str, LabelOutcome] = field(default_factory=dict)
     tasks: TaskOutcome | None = None
     written: list[str] | None = None
     kept: ExitStack = field(default_factory=ExitStack)
@@ -77,6 +80,8 @@ class Evaluator:
             self._sessions["before"] = baseline
         self._measured: dict[Moment, _Measured] = {}
         self._kept = ExitStack()
+        self._causal = session.checkpoint.head is CAUSAL_LM
+        self._check_heads()
         self._prompts = self._choose_prompts()
         for each in self._sessions.values():
             self._check(each.checkpoint)
@@ -100,12 +105,16 @@ class Evaluator:
         found = size_and_costs(checkpoint, self._config.sequence_length)
         measured = _Measured(self._sessions[moment], checkpoint, found)
         self._kept.enter_context(measured.kept)
-        perplexities = self._perplexities(moment, measured, required=not self._measured)
+        required = not self._measured
+        if self._causal:
+            perplexities, labelled = self._perplexities(moment, measured, required=required), {}
+        else:
+            perplexities, labelled = {}, self._labelled(moment, measured, required=required)
         self._measured[moment] = measured
         if self._tasks is not None or self._prompts:
             self._run_whole(moment, measured)
         tasks = measured.tasks.results if measured.tasks is not None else {}
-        measured.result = replace(found, perplexity=perplexities, tasks=tasks)
+        measured.result = replace(found, perplexity=perplexities, tasks=labelled | tasks)
 
     def compare(self) -> Comparison:
         """Compare the two models that have been measured, on everything that both have."""
@@ -126,7 +135,12 @@ class Evaluator:
             from layer_surgery.evaluation.tasks import paired_tasks
 
             result = replace(result, tasks=paired_tasks(before.tasks, after.tasks, self._session.runtime.seed))
-        return result
+        changes_of_labels = {
+            name: label_changes(before.labelled[name], outcome, self._session.runtime.seed)
+            for name, outcome in after.labelled.items()
+            if name in before.labelled
+        }
+        return replace(result, tasks=changes_of_labels | result.tasks)
 
     def measure_speed(self) -> None:
         """Measure the speed of all measured models, which take turns."""
@@ -139,6 +153,7 @@ class Evaluator:
                 self._config,
                 self._session.ui.progress,
                 self._session.runtime.seed,
+                generates=self._causal,
             )
             for measured, found in zip(models, points, strict=True):
                 measured.result = replace(measured.result, speed=found)
@@ -179,6 +194,17 @@ class Evaluator:
                     measured.states[tokens.name] = keep
         return found
 
+    def _labelled(self, moment: Moment, measured: _Measured, *, required: bool) -> dict[str, TaskResult]:
+        """Measure loss, accuracy and the like on every set of labelled examples (or of masked text)."""
+        if not self._texts:
+            return {}
+        session = measured.session
+        with self._attempt(f"labels {moment}", required=required):
+            model = session.stream(measured.checkpoint)
+            for tokens in self._texts:
+                measured.labelled[tokens.name] = label_outcome(model, tokens, session.settings)
+        return {name: outcome.result(session.runtime.seed) for name, outcome in measured.labelled.items()}
+
     def _run_whole(self, moment: Moment, measured: _Measured) -> None:
         """Run tasks and continuations on the model as a whole, loaded once for both."""
         session, model = measured.session, None
@@ -196,9 +222,28 @@ class Evaluator:
                 new_tokens = self._config.NEW_TOKENS
                 measured.written = continuations(model, tokenizer, prompts, new_tokens, session.ui.progress)
 
+    def _check_heads(self) -> None:
+        """Raise `CheckpointError` for measurements that a head does not allow."""
+        config, kinds = self._config, {each.checkpoint.head.kind for each in self._sessions.values()}
+        problems = {each.checkpoint.objective for each in self._sessions.values()}
+        if len(kinds) > 1 or len({(each.problem, each.labels) for each in problems}) > 1:
+            names = " and ".join(each.checkpoint.name for each in self._sessions.values())
+            raise CheckpointError(f"{names} have not the same head and labels, so they cannot be compared.")
+        if self._causal:
+            return
+        options = {"--tasks": config.tasks, "--prompt": config.prompts, "--continuations": config.continuations}
+        asked = [option for option, given in options.items() if given]
+        if asked:
+            raise CheckpointError(
+                f"{' and '.join(asked)} need a causal language model, but {self._session.checkpoint.name} is a "
+                f"{self._session.checkpoint.head.words}; leave that out."
+            )
+
     def _choose_prompts(self) -> list[str]:
         """Return the prompts of the user's, or the beginnings of windows of the first text."""
         config, session = self._config, self._session
+        if not self._causal:
+            return []
         if config.prompts:
             session.need_tokenizer()
             return list(config.prompts)
@@ -219,10 +264,11 @@ class Evaluator:
         if self._distance and self._texts:
             check_same_vocabulary(self._session.checkpoint, checkpoint)
         config, longest = self._config, checkpoint.longest_sequence
-        needed = max(config.speed_lengths) + config.speed_new_tokens
+        needed = max(config.speed_lengths) + (config.speed_new_tokens if self._causal else 0)
         if config.speed and longest is not None and needed > longest:
             raise DataError(
-                f"--speed-lengths and --speed-new-tokens make {needed} tokens, but {checkpoint.name} takes at most "
+                f"--speed-lengths{' and --speed-new-tokens' * self._causal} make {needed} tokens, but "
+                f"{checkpoint.name} takes at most "
                 f"{longest}; choose shorter ones."
             )
 
@@ -244,7 +290,7 @@ class Evaluator:
 
     @property
     def _distance(self) -> bool:
-        return self._config.distance and "before" in self._sessions
+        return self._causal and self._config.distance and "before" in self._sessions
 
     def _new_boundary(self, model: StreamedModel, measured: _Measured, tokens: PackedTokens) -> Boundary:
         shape = (tokens.sequences, tokens.sequence_length, model.hidden_size)

@@ -4,6 +4,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from layer_surgery.checkpoint.heads import CAUSAL_LM
 from layer_surgery.checkpoint.open import Checkpoint
 from layer_surgery.checkpoint.origin import origin
 from layer_surgery.config import RuntimeConfig
@@ -36,6 +37,7 @@ def base_model_record(checkpoint: Checkpoint, sha256: str) -> dict[str, Any]:
         "parameters": checkpoint.parameters,
         "size_bytes": checkpoint.size_bytes,
         "dtype": str(checkpoint.dtype).removeprefix("torch."),
+        **({} if checkpoint.head is CAUSAL_LM else {"head": checkpoint.head.kind}),
         **origin(checkpoint.directory, str(getattr(checkpoint.config, "_name_or_path", ""))),
     }
 

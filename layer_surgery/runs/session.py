@@ -13,6 +13,8 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from layer_surgery.checkpoint.open import Checkpoint, open_checkpoint
 from layer_surgery.config import CalibrationConfig, PerplexityConfig, RuntimeConfig
 from layer_surgery.data import check_vocabulary, load_documents, pack_evaluation, pack_mixture, weighted_sources
+from layer_surgery.data.documents import Wanted
+from layer_surgery.data.labelled import count_labels
 from layer_surgery.data.tokens import PackedTokens
 from layer_surgery.errors import CheckpointError, DataError
 from layer_surgery.machine import available_memory_bytes
@@ -91,7 +93,12 @@ class Session:
         sources = weighted_sources(config.calibration)
         tokens = pack_mixture(
             [
-                load_documents(source.name, column=_column(config.text_column, source.name), part="calibration")
+                load_documents(
+                    source.name,
+                    column=_column(config.text_column, source.name),
+                    part="calibration",
+                    wanted=self._wanted,
+                )
                 for source in sources
             ],
             [source.weight for source in sources],
@@ -99,8 +106,11 @@ class Session:
             samples=config.samples,
             sequence_length=config.sequence_length,
             seed=self.runtime.seed,
+            objective=self.checkpoint.objective,
         )
         self._check(tokens)
+        if tokens.objective.labelled:
+            self._say_which_labels_are_missing(tokens)
         for line in _calibration_notes(tokens):
             self.ui.note(line)
         return tokens
@@ -109,17 +119,36 @@ class Session:
         """Load and pack every evaluation text."""
         packed = []
         for source in config.eval_data:
-            data = load_documents(source, column=_column(config.text_column, source), part="evaluation")
+            data = load_documents(
+                source, column=_column(config.text_column, source), part="evaluation", wanted=self._wanted
+            )
             tokens = pack_evaluation(
-                data, self.need_tokenizer(), sequence_length=config.sequence_length, max_windows=config.eval_windows
+                data,
+                self.need_tokenizer(),
+                sequence_length=config.sequence_length,
+                max_windows=config.eval_windows,
+                objective=self.checkpoint.objective,
+                seed=self.runtime.seed,
             )
             self._check(tokens)
-            self.ui.note(
-                f"evaluation: {int(tokens.valid.sum()):,} of the {tokens.tokens_available:,} tokens of "
-                f"'{tokens.name}', in {tokens.sequences} windows of {tokens.sequence_length}"
-            )
+            self.ui.note(_evaluation_note(tokens))
             packed.append(tokens)
         return packed
+
+    @property
+    def _wanted(self) -> Wanted:
+        """What data must have beside their text."""
+        objective = self.checkpoint.objective
+        return "text" if not objective.labelled else "tags" if objective.problem == "tags" else "labels"
+
+    def _say_which_labels_are_missing(self, tokens: PackedTokens) -> None:
+        counts = count_labels(tokens).tolist()
+        missing = [name for name, count in zip(tokens.objective.labels, counts, strict=False) if not count]
+        if missing:
+            self.ui.note(
+                f"warning: none of the calibration examples has the label {', '.join(missing)}, so nothing keeps what "
+                "the model knows of it; give examples of every label"
+            )
 
     def _check(self, tokens: PackedTokens) -> None:
         check_vocabulary(tokens, self.checkpoint.vocabulary_size)
@@ -130,11 +159,23 @@ class Session:
             )
 
 
+def _evaluation_note(tokens: PackedTokens) -> str:
+    if tokens.objective.labelled:
+        return f"evaluation: {tokens.sequences:,} examples of '{tokens.name}', {int(tokens.valid.sum()):,} tokens"
+    return (
+        f"evaluation: {int(tokens.valid.sum()):,} of the {tokens.tokens_available:,} tokens of "
+        f"'{tokens.name}', in {tokens.sequences} windows of {tokens.sequence_length}"
+    )
+
+
 def _calibration_notes(tokens: PackedTokens) -> Iterator[str]:
     """Yield a line for each source; in a mixture with its part of the loss, which its weight does not tell."""
     mixed = len(tokens.sources) > 1
     for source in tokens.sources:
         weight = f" (weight {source.weight:g})" if mixed else ""
+        if tokens.objective.labelled:
+            yield f"calibration: {source.sequences:,} examples of '{source.name}'{weight}, {source.tokens:,} tokens"
+            continue
         part = f", {100 * source.predicted_tokens / tokens.predicted_tokens:.1f} % of all that do" if mixed else ""
         yield (
             f"calibration: {source.tokens:,} of the {source.tokens_available:,} tokens of '{source.name}'{weight}, "

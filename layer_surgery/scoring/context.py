@@ -23,6 +23,11 @@ class ScoringContext:
     """Whether a later stage needs all boundaries, so that a forward walk had better keep them."""
 
     @property
+    def unit(self) -> str:
+        """Unit of the mean loss."""
+        return self.walk.tokens.objective.unit
+
+    @property
     def layer_count(self) -> int:
         return self.walk.model.layer_count
 

@@ -41,4 +41,5 @@ def taylor(context: ScoringContext) -> Ranking:
     observer = TaylorObserver()
     context.walk.backpropagate([observer])
     values = [observer.values[index] for index in context.path]
-    return Ranking("sum of |weight x gradient| (nats, first order)", values)
+    unit = context.unit.partition(" per ")[0]
+    return Ranking(f"sum of |weight x gradient| ({unit}, first order)", values)

@@ -141,7 +141,7 @@ def costs(before: EvaluationResult, after: EvaluationResult) -> Plot:
         where = f"{new_point.batch_size} x {new_point.prompt_tokens}"
         for label, attribute, colour, hatch in (
             ("peak memory", "peak_memory_bytes", ORANGE, ""),
-            ("prefill speed", "prefill_tokens_per_second", GREEN, "////"),
+            ("prefill speed" if new_point.new_tokens else "speed", "prefill_tokens_per_second", GREEN, "////"),
             ("decoding speed", "decode_tokens_per_second", PURPLE, "xxxx"),
         ):
             if old_value := getattr(old_point, attribute):
