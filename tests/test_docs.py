@@ -273,7 +273,7 @@ def test_readme_lists_every_model_type() -> None:
     readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
     listed = re.search(r"- Model types: (.*?)\. Each", readme, re.DOTALL)
     assert listed is not None
-    assert re.findall(r"`(\w+)`", listed[1]) == sorted(ARCHITECTURES)
+    assert re.findall(r"`([\w-]+)`", listed[1]) == sorted(ARCHITECTURES)
     assert f"{len(ARCHITECTURES)} model types" in readme
 
 

@@ -41,9 +41,7 @@ ENCODER_FIELDS: dict[str, dict[str, Any]] = {
     # Windows shorter than the sequences, and layers without a window at a distance.
     "modernbert": {"local_attention": 6, "global_attn_every_n_layers": 3, "cls_token_id": 1, "sep_token_id": 2},
 }
-#: Names of the layers' list that are not those of the table are a mistake, so they are written down here too.
-ENCODERS = tuple(ENCODER_FIELDS)
-#: Of every label one name, and the field that says what the labels are for.
+#: What `problem_type` in a configuration calls what a classifier of texts is for.
 PROBLEM_TYPES: dict[Problem, str] = {
     "single_label": "single_label_classification",
     "multi_label": "multi_label_classification",
