@@ -533,11 +533,12 @@ def check_loaded(model: PreTrainedModel, info: dict[str, Any]) -> None:
     """
     body = f"{model.base_model_prefix}."
     kind, head = type(model).__name__, head_of(model.config.architectures)
-    new = "pooler." if kind == HEADLESS else ""  # transformers' bare encoders have one more than most heads look at
     missing = [
         name
         for name in info["missing_keys"]
-        if (kind in (head, HEADLESS) or name.startswith(body)) and not (new and name.startswith(new))
+        if kind == head
+        # Encoders have a pooler for some heads only.
+        or ((kind == HEADLESS or name.startswith(body)) and not name.removeprefix(body).startswith("pooler."))
     ]
     unexpected = [name for name in info["unexpected_keys"] if kind == head or name.startswith(body)]
     if not missing and not unexpected:

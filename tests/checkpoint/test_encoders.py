@@ -26,6 +26,7 @@ from tiny_models import (
 )
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 import layer_surgery
 from layer_surgery.calibration.couplings import LEVELS
@@ -81,7 +82,8 @@ class Case:
     @torch.no_grad()
     def logits(self, model: PreTrainedModel) -> Tensor:
         """Return what a model gives for tokens (those of padding left out) or sequences."""
-        logits: Tensor = model(**self.tokens.inputs(slice(0, self.tokens.sequences))).logits
+        options = {} if self.model_type in ENCODERS else {"use_cache": False}  # one that is cut by hand has none
+        logits: Tensor = model(**self.tokens.inputs(slice(0, self.tokens.sequences)), **options).logits
         return logits if self.tokens.objective.of_sequences else logits[self.tokens.valid]
 
 
@@ -104,19 +106,19 @@ def test_the_walk_gives_the_models_own_loss_and_gradients(case: Case, tmp_path: 
     assert model.checkpoint.objective.problem == case.problem
     own = own_loss(case.model, case.tokens)
     # Some classes compute the cross-entropy in float32, also in a float64 model.
-    tolerance = 1e-6 if case.problem in ("tags", "masked_token") else 1e-9
+    tolerance = 1e-9 if case.problem in ("multi_label", "regression") else 1e-6
     with Walk(model, case.tokens, settings(tmp_path)) as walk:
         gradients = walked_gradients(walk)
         losses = walk.losses(walk.boundary(model.layer_count))
-    assert abs(losses.mean - float(own)) < tolerance
+    assert abs(losses.mean - own.item()) < tolerance
     parameters = {name: p for name, p in case.model.named_parameters() if name in gradients}
-    assert len(parameters) == len(gradients) >= 5 * 10
+    assert len(parameters) == len(gradients) >= 5 * 5
     theirs = torch.autograd.grad(own, list(parameters.values()), allow_unused=True)
     count = int(case.tokens.loss_mask.sum())
     largest = max(float(g.abs().max()) for g in theirs if g is not None) * count
     for name, gradient in zip(parameters, theirs, strict=True):
         expected = torch.zeros_like(parameters[name]) if gradient is None else gradient * count
-        if expected.shape != gradients[name].shape:  # GPT-2's matrices lie the other way round
+        if isinstance(case.model.get_submodule(name.rpartition(".")[0]), Conv1D) and expected.dim() == 2:
             expected = expected.T
         assert float((gradients[name] - expected).abs().max()) < 10 * tolerance * largest, name
 
@@ -203,7 +205,6 @@ def factor_of(body: nn.Module) -> Tensor:
 def test_a_refit_follows_the_original_with_norms_before_and_after_the_sum(model_type: str, tmp_path: Path) -> None:
     """After the sum (BERT) nothing is added plainly to the stream, so linears follow their own outputs."""
     tokens = labelled_tokens("single_label", 40, 12)
-    plan = make_test_plan(5, removed=[2], low_rank={1: {}})
     model = tiny_encoder(model_type, "single_label")
     ranks = {name: min(6, most) for name, most in full_ranks(open_checkpoint(model), 1).items()}
     plan = make_test_plan(5, removed=[2], low_rank={1: ranks})
@@ -238,7 +239,7 @@ def test_couplings_of_a_classifier_are_those_of_whole_sequences(tmp_path: Path) 
 def test_the_first_layer_of_modernbert_is_not_removed_for_it_has_no_norm(tmp_path: Path) -> None:
     base = open_checkpoint(tiny_checkpoint(tmp_path, tiny_encoder("modernbert", "masked_token")))
     with tiny_bench(base, tmp_path / "scratch", tokens=labelled_tokens("masked_token")) as bench:
-        with pytest.raises(PlanError, match="layer 1 of .* would not stay what it is .* another 'attn_norm'"):
+        with pytest.raises(PlanError, match=r"layer 1 of .* would not stay what it is .* another 'attn_norm'"):
             bench.operate(make_test_plan(5, removed=[0], method="remove"), "remove")
         survivors = bench.operate(make_test_plan(5, removed=[1], method="remove"), "remove").checkpoint
         check_survivors(bench.model, streamed(survivors), [0, 2, 3, 4])
@@ -247,7 +248,7 @@ def test_the_first_layer_of_modernbert_is_not_removed_for_it_has_no_norm(tmp_pat
 def test_layers_with_something_between_them_are_refused(tmp_path: Path) -> None:
     """The convolution of large DeBERTas stands behind the first layer, where no walk would see it."""
     model = tiny_encoder("deberta-v2", "masked_token", conv_kernel_size=3, conv_act="gelu")
-    with pytest.raises(CheckpointError, match="does not give what the model itself gives|cannot be run"):
+    with pytest.raises(CheckpointError, match=r"does not give what the model itself gives|cannot be run"):
         check_walk(streamed(model))
 
 
@@ -280,7 +281,7 @@ def test_positions_behind_that_of_padding_make_the_longest_sequence_shorter(mode
     assert checkpoint.longest_sequence == 18
     ids = torch.randint(3, 61, (1, 19))
     model(ids[:, :18])
-    with pytest.raises(IndexError):
+    with pytest.raises((IndexError, RuntimeError)):
         model(ids)
 
 
