@@ -39,10 +39,12 @@ class TokenCosts:
 def token_costs(checkpoint: Checkpoint, context: int) -> TokenCosts:
     """Count what one more token behind `context` tokens costs.
 
-    Of a model that generates nothing: what one of `context` tokens costs that are given at once.
+    Of a model that generates nothing: what one of `context` tokens costs that are given at once (of as many
+    as it takes, if that is less).
     """
     if checkpoint.head is not CAUSAL_LM:
-        return TokenCosts(None, _first_that_runs(checkpoint, lambda model: _flops_at_once(model, context)))
+        length = min(context, checkpoint.longest_sequence or context)
+        return TokenCosts(None, _first_that_runs(checkpoint, lambda model: _flops_at_once(model, length)))
     cache_bytes = cache_bytes_by_layer(checkpoint)
     flops = _first_that_runs(checkpoint, lambda model: _flops(model, context))
     return TokenCosts(None if cache_bytes is None else sum(cache_bytes), flops)

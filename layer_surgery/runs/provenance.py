@@ -29,6 +29,7 @@ def checkpoint_hash(session: Session) -> str:
 
 def base_model_record(checkpoint: Checkpoint, sha256: str) -> dict[str, Any]:
     """Return what a record says about the original."""
+    head = {"head": checkpoint.head.kind, "loss_unit": checkpoint.objective.unit}
     return {
         "name": _name(checkpoint),
         "model_type": checkpoint.architecture.model_type,
@@ -37,7 +38,11 @@ def base_model_record(checkpoint: Checkpoint, sha256: str) -> dict[str, Any]:
         "parameters": checkpoint.parameters,
         "size_bytes": checkpoint.size_bytes,
         "dtype": str(checkpoint.dtype).removeprefix("torch."),
-        **({} if checkpoint.head is CAUSAL_LM else {"head": checkpoint.head.kind}),
+        **(
+            {}
+            if checkpoint.head is CAUSAL_LM
+            else {"head": checkpoint.head.kind, "loss_unit": checkpoint.objective.unit}
+        ),
         **origin(checkpoint.directory, str(getattr(checkpoint.config, "_name_or_path", ""))),
     }
 
