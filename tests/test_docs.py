@@ -45,6 +45,10 @@ NOT_RUN = {
     "layer-surgery compress MODEL --target-layers 9 --calibration wikitext2 --eval-data wikitext2 --output wiki/": (
         "it needs the network"
     ),
+    (
+        "layer-surgery compress CLASSIFIER --calibration labelled.jsonl --eval-data held-out.jsonl "
+        "--target-parameters 0.6 --output half/"
+    ): "tests/runs/test_encoders.py does this; the models here have no labels",
 }
 
 #: Put before the options of a command, so that what the documentation says comes later and counts.

@@ -38,11 +38,7 @@ def base_model_record(checkpoint: Checkpoint, sha256: str) -> dict[str, Any]:
         "parameters": checkpoint.parameters,
         "size_bytes": checkpoint.size_bytes,
         "dtype": str(checkpoint.dtype).removeprefix("torch."),
-        **(
-            {}
-            if checkpoint.head is CAUSAL_LM
-            else {"head": checkpoint.head.kind, "loss_unit": checkpoint.objective.unit}
-        ),
+        **({} if checkpoint.head is CAUSAL_LM else head),
         **origin(checkpoint.directory, str(getattr(checkpoint.config, "_name_or_path", ""))),
     }
 
