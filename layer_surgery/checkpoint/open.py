@@ -22,7 +22,15 @@ from layer_surgery.checkpoint.checks import (
     find_head,
 )
 from layer_surgery.checkpoint.conversion import as_in_model, with_conv1d_transposed
-from layer_surgery.checkpoint.heads import CAUSAL_LM, Head, head_of_model, is_encoder, longest_input, objective_of
+from layer_surgery.checkpoint.heads import (
+    CAUSAL_LM,
+    Head,
+    base_class_of,
+    head_of_model,
+    is_encoder,
+    longest_input,
+    objective_of,
+)
 from layer_surgery.checkpoint.modeling_layer_surgery import (
     MODEL_TYPE,
     MODELS,
@@ -311,8 +319,9 @@ def _from_memory(model: PreTrainedModel) -> Checkpoint:
         fields = _base_fields(model.config, fields)
     # As save_pretrained does: a model made from its configuration has neither there.
     fields["architectures"] = fields.get("architectures") or [type(model).__name__]
-    if head is CAUSAL_LM:
-        find_head(model.config, fields, f"the {type(model).__name__}")
+    if head is not CAUSAL_LM:  # another one than that of the checkpoint it was loaded from, perhaps
+        fields["architectures"] = [head.stock_classes[base_class_of(model.config)].__name__]
+    find_head(model.config, fields, f"the {type(model).__name__}")
     check_layers_stand_alone(model.config, f"the {type(model).__name__}")
     fields["dtype"] = str(model.dtype).removeprefix("torch.")
     tensors = model.state_dict()

@@ -123,7 +123,9 @@ class PerplexityConfig(TextConfig):
         default=("bundled",),
         converter=names,
         metadata=about(
-            "Text to measure perplexity on; may be given several times.", form="repeat", metavar="NAME|FILE"
+            "Text to measure perplexity on, or labelled examples for a classifier; may be given several times.",
+            form="repeat",
+            metavar="NAME|FILE",
         ),
     )
     eval_windows: int | None = attrs.field(

@@ -60,6 +60,8 @@ def pack_labelled(
     if of_words:
         labels = torch.tensor([_padded(example.answer, NO_LABEL, length) for example in examples])
         mask = labels != NO_LABEL
+        if not mask.any():
+            raise DataError(f"{data.name}: this tokenizer keeps none of the tagged words; give it words that it knows.")
     else:
         single = objective.problem == "single_label"
         labels = torch.tensor([example.answer for example in examples], dtype=torch.int64 if single else torch.float32)

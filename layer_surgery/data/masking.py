@@ -77,6 +77,8 @@ def pack_masked(
     for row, count in enumerate(text.sum(dim=1).tolist()):
         valid[row, : len(before) + count + len(behind)] = True
     chosen = text & (torch.rand(ids.shape, generator=generator) < CHOSEN)
+    if not chosen.any():
+        raise DataError(f"{data.name} is so short that no token of it was chosen to be masked; pass a longer text.")
     lot = torch.rand(ids.shape, generator=generator)
     others = torch.randint(len(tokenizer), ids.shape, generator=generator)
     shown = torch.where(chosen & (lot < MASKED), mask_id, ids)

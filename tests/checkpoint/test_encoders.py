@@ -274,6 +274,26 @@ def test_an_encoder_without_a_head_is_refused() -> None:
         open_checkpoint(model)
 
 
+def test_a_model_in_memory_has_the_head_of_its_class_whatever_it_was_loaded_from(tmp_path: Path) -> None:
+    path = tiny_checkpoint(tmp_path, tiny_encoder("bert", "masked_token"))
+    classifier = transformers.BertForSequenceClassification.from_pretrained(path, num_labels=3, dtype="auto").eval()
+    assert classifier.config.architectures == ["BertForMaskedLM"]
+    case = Case("bert", "single_label", classifier, path)
+    plan = make_test_plan(5, removed=[2], method="remove")
+    output = tmp_path / "output"
+    saved_result(plan, open_checkpoint(classifier), output, tokens=case.tokens, dtype=torch.float64)
+    expected = case.logits(without_layers(classifier, [2]))
+    assert largest_difference(case.logits(case.load(output)), expected) < 1e-9
+
+
+def test_encoder_decoders_are_refused_whatever_their_head() -> None:
+    config = transformers.BartConfig(
+        vocab_size=61, d_model=16, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=16, decoder_ffn_dim=16
+    )
+    with pytest.raises(CheckpointError, match="but an encoder-decoder"):
+        open_checkpoint(transformers.BartForSequenceClassification(config))
+
+
 @pytest.mark.parametrize("model_type", ["roberta", "mpnet"])
 def test_positions_behind_that_of_padding_make_the_longest_sequence_shorter(model_type: str) -> None:
     model = tiny_encoder(model_type, "masked_token", max_position_embeddings=20, pad_token_id=1)

@@ -229,5 +229,9 @@ def test_masked_calibration_needs_text_and_a_mask_token() -> None:
         pack_calibration(data, tiny_tokenizer(), sequence_length=16, **arguments)
     with pytest.raises(DataError, match="puts 2 tokens around"):
         pack_calibration(data, TOKENIZER, sequence_length=2, **arguments)
+    with pytest.raises(DataError, match="is so short that no token"):
+        pack_evaluation(
+            LoadedData("text", [Text("a")], "text"), TOKENIZER, sequence_length=16, objective=objective("masked_token")
+        )
     with pytest.raises(DataError, match="calibrated on texts"):
         pack_calibration(labelled(("a", 0)), TOKENIZER, sequence_length=16, **arguments)
