@@ -11,8 +11,11 @@ import attrs
 import click
 
 from layer_surgery.config.declaring import About, Options, about_of, fields_of
+from layer_surgery.errors import UserError
 
 F = TypeVar("F", bound=Callable[..., Any])
+#: Between the name of a group and that of an option in it, where click names an argument.
+_IN_GROUP = "__"
 #: What click takes a value for, by its annotation; everything else is text.
 _TYPES: dict[str, Any] = {"int": int, "float": float, "Path": click.Path(path_type=Path)}
 
@@ -25,7 +28,10 @@ def options_of(config: type[Options], *, required: tuple[str, ...] = ()) -> Call
 
     def decorate(function: F) -> F:
         for field in reversed(fields_of(config)):
-            if about_of(field).terminal:
+            about = about_of(field)
+            if about.form == "group" and about.group is not None:
+                function = _group(field, about.group)(function)
+            elif about.terminal:
                 function = _option(field, required=field.name in required)(function)
         return function
 
@@ -41,19 +47,44 @@ DEBUG = click.option(
 
 
 def given(options: dict[str, Any]) -> dict[str, Any]:
-    """Return the options that were given, as keyword arguments; `--no-eval` is `eval_data` without texts."""
+    """Return the options that were given, as keyword arguments; `--no-eval` is `eval_data` without texts.
+
+    The options of a group are one argument, a dictionary. Raises `UserError` if they are given without its flag.
+    """
     without_texts = {"eval_data": ()} if options.pop("no_eval", False) else {}
-    return {name: value for name, value in options.items() if value is not None} | without_texts
+    known = {name: value for name, value in options.items() if value is not None} | without_texts
+    for name in [name for name in known if _IN_GROUP in name]:
+        group, _, option = name.partition(_IN_GROUP)
+        if group not in known:
+            flag = f"--{group.replace('_', '-')}"
+            raise UserError(f"{flag}-{option.replace('_', '-')} only counts with {flag}; add that, or leave it out.")
+        known[group] = ({} if known[group] is True else known[group]) | {option: known.pop(name)}
+    return known
 
 
-def _option(field: attrs.Attribute[Any], *, required: bool) -> Callable[[F], F]:
+def _group(field: attrs.Attribute[Any], group: type[Options]) -> Callable[[F], F]:
+    """Return a decorator that adds the flag of a group and, behind its name, all options of the group."""
+
+    def decorate(function: F) -> F:
+        about = about_of(field)
+        for inner in reversed(fields_of(group)):
+            function = _option(inner, required=False, group=field.name)(function)
+        flag = click.option(about.option(field.name), field.name, is_flag=True, default=None, help=_help(field, about))
+        return flag(function)
+
+    return decorate
+
+
+def _option(field: attrs.Attribute[Any], *, required: bool, group: str = "") -> Callable[[F], F]:
     about, kind = about_of(field), _kind(field)
-    name = about.option(field.name)
+    name, argument = about.option(field.name), field.name
+    if group:
+        name, argument = f"--{group.replace('_', '-')}-{name[2:]}", f"{group}{_IN_GROUP}{argument}"
     settings: dict[str, Any] = {"default": None, "help": _help(field, about), "metavar": about.metavar}
     if about.form == "switch":
-        return click.option(f"{name}/--no-{name[2:]}", field.name, default=None, help=settings["help"])
+        return click.option(f"{name}/--no-{name[2:]}", argument, default=None, help=settings["help"])
     if kind is bool:
-        return click.option(name, field.name, is_flag=True, default=None, help=settings["help"])
+        return click.option(name, argument, is_flag=True, default=None, help=settings["help"])
     if about.form == "size":
         settings |= {"callback": _size}
     elif about.form == "list":
@@ -64,7 +95,7 @@ def _option(field: attrs.Attribute[Any], *, required: bool) -> Callable[[F], F]:
         settings |= {"type": kind}
     if required:
         del settings["default"]  # for click a default of None is a value too
-    return click.option(name, field.name, required=required, **settings)
+    return click.option(name, argument, required=required, **settings)
 
 
 def _kind(field: attrs.Attribute[Any]) -> Any:

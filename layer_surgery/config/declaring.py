@@ -17,9 +17,10 @@ import attrs
 from layer_surgery.errors import UserError
 
 _ABOUT = "about"
-Form = Literal["value", "list", "repeat", "size", "switch"]
+Form = Literal["value", "list", "repeat", "size", "switch", "group"]
 """How the command line writes it: one value; several between commas; given several times; bytes, such as 8GB; a pair
-of flags `--x/--no-x`. A bool that is no switch is a lone flag."""
+of flags `--x/--no-x`; a flag `--x` with the options of a group behind it, `--x-y`. A bool that is no switch is a lone
+flag."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +34,7 @@ class About:
     name: str | None = None  #: Name on the command line, without the dashes, where it is not the field's.
     items: str = ""
     example: str = ""  #: Names of the items of a list, and an example of one, for errors.
+    group: type[Options] | None = None  #: For the form `group`: the options behind the flag.
     terminal: bool = True  #: Whether the command line has it too.
     recorded: bool = True  #: Whether it is among the settings in a record's provenance.
 
@@ -64,9 +66,17 @@ class Options:
                 group._check(self)  # type: ignore[attr-defined]
 
     def described(self) -> dict[str, Any]:
-        """Return the settings as plain JSON, for provenance and identities."""
-        fields = attrs.fields(type(self))
-        return {field.name: _plain(getattr(self, field.name)) for field in fields if about_of(field).recorded}
+        """Return the settings as plain JSON, for provenance and identities: flat, options of a group by `group_option`."""
+        settings: dict[str, Any] = {}
+        for field in attrs.fields(type(self)):
+            about, value = about_of(field), getattr(self, field.name)
+            if about.form == "group":
+                settings[field.name] = value is not None
+                within = value.described() if value is not None else {}
+                settings |= {f"{field.name}_{name}": setting for name, setting in within.items()}
+            elif about.recorded:
+                settings[field.name] = _plain(value)
+        return settings
 
 
 def fields_of(config: type[Options]) -> list[attrs.Attribute[Any]]:

@@ -4,10 +4,11 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from layer_surgery.records.evaluation import Comparison, Continuation, EvaluationResult, Interval, StageFailure
+from layer_surgery.records.healing import HealingRecord
 from layer_surgery.records.plan import SurgeryPlan, UnitName
 
-#: Raised whenever what `surgery.json` holds changes; 1 had no spectra, 2 no channels and nested settings.
-REPORT_SCHEMA_VERSION = 3
+#: Raised whenever what `surgery.json` holds changes; 1 had no spectra, 2 no channels and nested settings, 3 no healing.
+REPORT_SCHEMA_VERSION = 4
 
 SpectrumMetric = Literal["fisher", "inputs", "weight"]
 """In which metric: of the task loss, of what the linear reads, or none (the weight as it is)."""
@@ -81,6 +82,8 @@ class SurgeryReport:
     """Of every linear that a method cut down by a decomposition."""
     expected: Interval | None = None
     """Rise of the loss, nats per token, that is to be expected after the refit on text like the calibration data."""
+    healing: HealingRecord | None = None
+    """How the result was healed after the surgery. `after` and `comparison` are of the healed model then."""
     output: str | None = None  #: Directory of the saved checkpoint; None for a dry run. Not part of `surgery.json`.
     schema_version: int = REPORT_SCHEMA_VERSION
 
