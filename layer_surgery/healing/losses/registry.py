@@ -1,0 +1,106 @@
+"""The registry of losses: each a function over logits or states, with its source and its options."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import KW_ONLY, dataclass, field
+from typing import Any, Literal
+
+from torch import Tensor
+
+from layer_surgery.errors import UserError, nearest_name
+from layer_surgery.healing.losses.inputs import TeacherKind
+from layer_surgery.registry import Registry
+
+Needs = Literal["labels", "logits", "states", "attention", "relations", "stones"]
+"""What a loss is a function of: `TokenLogits` without a teacher; with one; a sequence of `StatePair`, of
+`AttentionPair` or of `RelationPair`; `Stones`."""
+PER_TOKEN: tuple[Needs, ...] = ("labels", "logits", "stones")
+"""Needs of the losses that return nats for each token [n]; the others return one mean."""
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Numbers that an option may be."""
+
+    low: float
+    high: float = math.inf
+    ends: Literal["[]", "[)", "(]", "()"] = "[]"  #: Whether an end belongs to it, as in mathematics.
+
+    def __contains__(self, value: float) -> bool:
+        above = value >= self.low if self.ends[0] == "[" else value > self.low
+        below = value <= self.high if self.ends[1] == "]" else value < self.high
+        return above and below and math.isfinite(value)
+
+    def __str__(self) -> str:
+        low = f"{self.low:g} or more" if self.ends[0] == "[" else f"above {self.low:g}"
+        if self.high == math.inf:
+            return low
+        return f"{low}, {'at most' if self.ends[1] == ']' else 'below'} {self.high:g}"
+
+
+POSITIVE = Interval(0, ends="()")
+NOT_NEGATIVE = Interval(0, ends="[)")
+OPEN_UNIT = Interval(0, 1, "()")
+
+
+@dataclass(frozen=True)
+class LossEntry:
+    """A loss that can be chosen by name. Its options are the keyword-only arguments of the function."""
+
+    function: Callable[..., Tensor]
+    name: str
+    _: KW_ONLY
+    summary: str  #: One line for help texts.
+    source: str = ""  #: URL of the paper, or "" where there is none.
+    needs: Needs
+    teachers: tuple[TeacherKind, ...] = ("dense",)  #: The kinds of teacher that it is defined for; () needs none.
+    allowed: Mapping[str, Interval] = field(default_factory=dict)  #: Of its options that are numbers.
+    across_tokens: bool = False
+    """Whether a token's value depends on the other tokens of the chunk, so that the sum depends on the chunks."""
+
+    def __post_init__(self) -> None:
+        if set(self.allowed) != set(self.options):
+            raise ValueError(f"the loss '{self.name}' has options without an interval, or the other way round")
+
+    @property
+    def options(self) -> dict[str, float]:
+        """The default of each option, by name."""
+        arguments = inspect.signature(self.function).parameters.values()
+        return {each.name: each.default for each in arguments if each.kind is inspect.Parameter.KEYWORD_ONLY}
+
+    def check(self, options: Mapping[str, Any], place: str) -> dict[str, float]:
+        """Return options as numbers. Raises `UserError` for one that the loss does not have, or out of range.
+
+        Args:
+            options: values by name.
+            place: what the message calls the place where they are from, as `--loss kl:1`.
+        """
+        found: dict[str, float] = {}
+        for name, value in options.items():
+            if name not in self.allowed:
+                known = ", ".join(self.allowed) or "none"
+                raise UserError(
+                    f"{place}: the loss '{self.name}' has no option '{name}'."
+                    f"{nearest_name(name, self.allowed)} It has: {known}."
+                )
+            number = as_number(value)
+            if number is None or number not in self.allowed[name]:
+                raise UserError(f"{place}: '{name}' is {value!r}; allowed: {self.allowed[name]}.")
+            found[name] = number
+        return found
+
+
+def as_number(value: Any) -> float | None:
+    """Return a number, or a text that is one, as a float; None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        return float(value)
+    except ValueError:
+        return None
+
+
+LOSSES = Registry("loss", LossEntry)
