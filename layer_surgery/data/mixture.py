@@ -68,6 +68,33 @@ def pack_mixture(
     return replace(mixed, sources=tuple(_share(part, weight) for part, weight in zip(parts, weights, strict=True)))
 
 
+def pack_at_most(
+    data: Sequence[LoadedData],
+    weights: Sequence[float],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    samples: int,
+    sequence_length: int,
+    seed: int,
+) -> PackedTokens:
+    """Pack like `pack_mixture`, but where the sources have fewer sequences than `samples`, as many as there are.
+
+    The weights hold all the same: the source that is short for its weight decides.
+    Raises `DataError`: as `pack_calibration`, and for a source without a single sequence.
+    """
+    size = {"sequence_length": sequence_length, "seed": seed}
+    most = samples
+    for each, weight in zip(data, weights, strict=True):
+        share = max(1, math.ceil(samples * weight / sum(weights)))
+        try:
+            pack_calibration(each, tokenizer, samples=share, **size)
+        except TooFewSequencesError as error:
+            if error.count == 0:
+                raise DataError(f"{error.found}; lower --sequence-length, or pass more data.") from error
+            most = min(most, math.floor(error.count * sum(weights) / weight))
+    return pack_mixture(data, weights, tokenizer, samples=max(len(data), most), **size)
+
+
 def _share(part: PackedTokens, weight: float) -> SourceShare:
     return SourceShare(
         name=part.name,

@@ -3,7 +3,6 @@
 Shapes: N sequences, S tokens each (`sequence_length`).
 """
 
-import hashlib
 from collections.abc import Iterable, Iterator
 from itertools import islice
 
@@ -13,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from layer_surgery.data.documents import LoadedData
 from layer_surgery.data.encoding import EncodedExample, encode_examples, encode_texts, leading_bos
-from layer_surgery.data.tokens import PackedTokens
+from layer_surgery.data.tokens import PackedTokens, tokens_hash
 from layer_surgery.errors import CheckpointError, DataError
 
 _LARGEST_SEED = 2**63 - 1
@@ -181,14 +180,11 @@ def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 def packed_tokens(name: str, token_ids: Tensor, loss_mask: Tensor, valid: Tensor, available: int) -> PackedTokens:
     """Put sequences and masks, each `[N, S]`, into a record with the hash of what is in them."""
-    digest = hashlib.sha256(f"{token_ids.shape[0]}x{token_ids.shape[1]}".encode())
-    for array in (token_ids.numpy().astype("<i8"), loss_mask.numpy(), valid.numpy()):
-        digest.update(array.tobytes())
     return PackedTokens(
         name=name,
         token_ids=token_ids,
         loss_mask=loss_mask,
         valid=valid,
         tokens_available=available,
-        sha256=digest.hexdigest(),
+        sha256=tokens_hash(token_ids, loss_mask, valid),
     )

@@ -1,8 +1,10 @@
 """Packed token sequences: the one form in which text reaches a model."""
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -51,7 +53,31 @@ class PackedTokens:
         """Number of tokens that carry loss."""
         return int(self.loss_mask.sum())
 
+    def select(self, rows: Tensor | slice) -> "PackedTokens":
+        """Return some of the sequences, by number, under the same name; shares of sources are not known of them."""
+        parts = {name: getattr(self, name)[rows].contiguous() for name in ("token_ids", "loss_mask", "valid")}
+        return PackedTokens(
+            name=self.name, tokens_available=self.tokens_available, sha256=tokens_hash(**parts), **parts
+        )
+
     def batches(self, batch_size: int) -> Iterator[slice]:
         """Yield slices over the sequences, each of at most `batch_size`."""
         for start in range(0, self.sequences, batch_size):
             yield slice(start, min(start + batch_size, self.sequences))
+
+
+def joined(name: str, parts: "list[PackedTokens]") -> PackedTokens:
+    """Return the sequences of all parts, which are of one length, behind one another."""
+    tensors = {
+        field: torch.cat([getattr(part, field) for part in parts]) for field in ("token_ids", "loss_mask", "valid")
+    }
+    available = sum(part.tokens_available for part in parts)
+    return PackedTokens(name=name, tokens_available=available, sha256=tokens_hash(**tensors), **tensors)
+
+
+def tokens_hash(token_ids: Tensor, loss_mask: Tensor, valid: Tensor) -> str:
+    """Return the SHA-256 (hexadecimal) of sequences and masks, each [N, S]."""
+    digest = hashlib.sha256(f"{token_ids.shape[0]}x{token_ids.shape[1]}".encode())
+    for array in (token_ids.numpy().astype("<i8"), loss_mask.numpy(), valid.numpy()):
+        digest.update(array.tobytes())
+    return digest.hexdigest()

@@ -31,7 +31,9 @@ class ProbePoint:
     """A learning rate that was tried."""
 
     learning_rate: float
-    validation: float | None  #: Nats per token after the probe's steps; None if the loss was no longer finite.
+    regret: float | None
+    """Change of the loss after the probe's steps, nats per token, on held-out text and, where it rose, on general text;
+    None if the loss was no longer finite."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,10 +65,16 @@ class HealingRecord:
     curve: list[CurvePoint]
     best_step: int | None  #: Step whose weights are in the result; None: those from before the global stage.
     helped: bool  #: Whether the result is the healed model; if not, it is the one from before.
-    unhealed: EvaluationResult  #: After the surgery, before healing.
-    unhealed_comparison: Comparison  #: The original against that.
-    gain: Comparison  #: That against the result.
     probe: list[ProbePoint] = field(default_factory=list)
     local: list[LocalRecord] = field(default_factory=list)
     stopped: str | None = None  #: Why it ended before its time.
     teacher_bytes_per_token: float | None = None  #: Of what was kept of the original's outputs.
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnhealedRecord:
+    """The model after the surgery and before healing."""
+
+    result: EvaluationResult
+    comparison: Comparison  #: The original against it.
+    gain: Comparison  #: It against the healed model.

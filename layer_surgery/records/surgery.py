@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from layer_surgery.records.evaluation import Comparison, Continuation, EvaluationResult, Interval, StageFailure
-from layer_surgery.records.healing import HealingRecord
+from layer_surgery.records.healing import HealingRecord, UnhealedRecord
 from layer_surgery.records.plan import SurgeryPlan, UnitName
 
 #: Raised whenever what `surgery.json` holds changes; 1 had no spectra, 2 no channels and nested settings, 3 no healing.
@@ -84,6 +84,7 @@ class SurgeryReport:
     """Rise of the loss, nats per token, that is to be expected after the refit on text like the calibration data."""
     healing: HealingRecord | None = None
     """How the result was healed after the surgery. `after` and `comparison` are of the healed model then."""
+    unhealed: UnhealedRecord | None = None  #: The model from before healing.
     output: str | None = None  #: Directory of the saved checkpoint; None for a dry run. Not part of `surgery.json`.
     schema_version: int = REPORT_SCHEMA_VERSION
 

@@ -1,0 +1,285 @@
+"""The student as one module that takes windows and returns their loss: the body once, then head and losses in chunks.
+
+So no matrix of tokens x vocabulary is ever made, and wrappers for several processes see one forward pass.
+Shapes: B windows of S tokens, n of them with loss, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from layer_surgery.data.tokens import PackedTokens
+from layer_surgery.errors import NumericalError
+from layer_surgery.healing.adapters import is_adapter, merged_weights, plain_name
+from layer_surgery.healing.losses.inputs import StatePair, TeacherLogits, TokenLogits
+from layer_surgery.healing.mixture import WeightedLoss
+from layer_surgery.walk.rehearsal import Rehearsal
+from layer_surgery.walk.streamed import StreamedModel
+from layer_surgery.walk.walk import LOGITS_AT_A_TIME, NO_LABEL, next_tokens
+
+#: File of the trained parameters in a checkpoint of a training; Trainer looks for this name.
+WEIGHTS_FILE = "model.safetensors"
+
+
+class TeacherOutputs(Protocol):
+    """What the teacher says of the windows that are trained on."""
+
+    def read(self, windows: Tensor) -> TeacherLogits:
+        """Return what it says of the tokens with loss of some windows [B] int64, in their order."""
+        ...
+
+
+class TeacherStates(Protocol):
+    """Hidden states of the teacher in the windows that are trained on."""
+
+    def read(self, pair: int, windows: Tensor) -> Tensor:
+        """Return the states [B, S, D] after the teacher's layer of a pair."""
+        ...
+
+
+@dataclass
+class Sums:
+    """Sums of each loss over the tokens since the last `take`."""
+
+    losses: dict[str, Tensor] = field(default_factory=dict)  # by name, scalars on the device
+    tokens: int = 0
+
+    def add(self, name: str, total: Tensor) -> None:
+        self.losses[name] = self.losses.get(name, torch.zeros_like(total)) + total.detach()
+
+    def take(self) -> dict[str, float]:
+        """Return the mean of each loss per token, and begin anew."""
+        means = {name: float(total) / max(1, self.tokens) for name, total in self.losses.items()}
+        self.losses, self.tokens = {}, 0
+        return means
+
+
+class Student(nn.Module):
+    """A whole model in memory with the losses that it is trained on.
+
+    `forward` is what transformers' Trainer calls: it returns the sum of the losses over the tokens of a micro-batch,
+    divided by the tokens of the whole step of the optimiser.
+    """
+
+    accepts_loss_kwargs = True  # Trainer then counts the labels of the whole step and hands the number on
+
+    def __init__(
+        self,
+        streamed: StreamedModel,
+        losses: Sequence[WeightedLoss],
+        outputs: TeacherOutputs | None = None,
+        states: TeacherStates | None = None,
+        pairs: Sequence[tuple[int, int]] = (),
+    ) -> None:
+        """Load the model whole.
+
+        Args:
+            streamed: the student; it keeps no layers of its own (`resident_bytes=0`).
+            losses: what is added up; those of states need `states` and `pairs`.
+            outputs: of the teacher, for losses that look at its logits.
+            states: of the teacher, by pair.
+            pairs: (layer of the student, layer of the teacher), as from `layer_pairs`.
+        """
+        super().__init__()
+        self.model = streamed.load_whole()
+        self.sums = Sums()
+        self._streamed, self._losses, self._pairs = streamed, list(losses), list(pairs)
+        self.outputs, self.states = outputs, states
+        self._rehearsal = Rehearsal(streamed)
+        self._chunk = max(1, LOGITS_AT_A_TIME // streamed.vocabulary_size)
+
+    @property
+    def _last(self) -> int:
+        return len(self.layers) - 1
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        return self._streamed.layers
+
+    @property
+    def config(self) -> Any:
+        """Configuration of the model, which Trainer looks at."""
+        return self.model.config
+
+    def unfreeze(self, names: Collection[str]) -> int:
+        """Have the named parameters of the model trained, as copies in float32; return how many numbers that are."""
+        count = 0
+        for name, parameter in self.model.named_parameters():
+            if plain_name(name) in names:
+                # A copy: the tensor may be shared with a model of the user's.
+                parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32), copy=True)
+                parameter.requires_grad_(True)
+            count += parameter.numel() if parameter.requires_grad else 0
+        return count
+
+    def save(self, directory: Path) -> Path:
+        """Write the parameters that are trained into a directory, and return the file."""
+        directory.mkdir(parents=True, exist_ok=True)
+        trained = {name: value.detach().cpu() for name, value in self.named_parameters() if value.requires_grad}
+        save_file(trained, directory / WEIGHTS_FILE)
+        return directory / WEIGHTS_FILE
+
+    @torch.no_grad()
+    def load(self, file: Path) -> None:
+        """Put what `save` wrote back."""
+        parameters = dict(self.named_parameters())
+        for name, tensor in load_file(file).items():
+            parameters[name].copy_(tensor)
+
+    @torch.no_grad()
+    def trained_tensors(self) -> dict[str, Tensor]:
+        """Return the tensors of the model that training has changed, adapters merged, by the model's own names."""
+        found = {
+            plain_name(name): value.detach()
+            for name, value in self.model.named_parameters()
+            if value.requires_grad and not is_adapter(name)
+        }
+        return found | merged_weights(self.model)
+
+    def train(self, mode: bool = True) -> Student:
+        """Go on computing as in evaluation: the teacher was asked without dropout too.
+
+        Only layers whose activations are computed twice have to know that they are trained.
+        """
+        super().train(False)
+        for module in self.model.modules():
+            if getattr(module, "gradient_checkpointing", False):
+                module.training = mode
+        return self
+
+    def activation_checkpointing_enable(self, **options: Any) -> None:
+        """Have activations computed twice instead of kept; called by Trainer."""
+        self.model.activation_checkpointing_enable(**options)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        windows: Tensor,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> dict[str, Tensor]:
+        """Return `{"loss": ...}` of windows [B, S] with labels [B, S] int64 (`NO_LABEL` where there is no loss).
+
+        Args:
+            windows: [B] int64, their numbers in the teacher's outputs.
+            num_items_in_batch: tokens with loss in the whole step of the optimiser; None: those of `labels`.
+
+        Raises `NumericalError`, which names the first layer with a state that is not finite.
+        """
+        carries = labels != NO_LABEL
+        hidden = self._hidden(input_ids)
+        chosen = labels[carries]
+        teacher = self.outputs.read(windows) if self.outputs is not None else None
+        total = self._logits_loss(hidden[self._last][carries], chosen, teacher)
+        if self.states is not None:
+            total = total + self._states_loss(hidden, carries, windows, self.states)
+        if not torch.isfinite(total):
+            raise NumericalError(self._not_finite(input_ids))
+        self.sums.tokens += len(chosen)
+        return {"loss": total / (num_items_in_batch if num_items_in_batch is not None else max(1, len(chosen)))}
+
+    @torch.no_grad()
+    def cross_entropy(self, tokens: PackedTokens, batch_size: int) -> float:
+        """Return the mean cross-entropy of the next tokens, nats per token with loss, of the student as it is."""
+        total, count = 0.0, 0
+        for rows in tokens.batches(batch_size):
+            ids, labels = tokens.token_ids[rows].to(self._streamed.device), next_tokens(tokens, rows)
+            carries = labels != NO_LABEL
+            hidden = self._hidden(ids)[self._last][carries]
+            for start in range(0, len(hidden), self._chunk):
+                logits = self._head(hidden[start : start + self._chunk])
+                chosen = labels[carries][start : start + self._chunk].to(logits.device)
+                total += float(nn.functional.cross_entropy(logits, chosen, reduction="sum").double())
+            count += int(carries.sum())
+        return total / max(1, count)
+
+    def _hidden(self, input_ids: Tensor) -> dict[int, Tensor]:
+        """Run the body and return the states [B, S, D] after the last layer and those of the pairs, by layer."""
+        wanted = {self._last} | ({position for position, _ in self._pairs} if self.states is not None else set())
+        with _outputs_of(self.layers, wanted) as seen:
+            self.model.base_model(input_ids=input_ids, use_cache=False)
+        return seen
+
+    def _head(self, hidden: Tensor) -> Tensor:
+        """Return the logits [n, V], float32 or better, that follow states [n, D] after the last layer."""
+        logits = self._rehearsal.head(hidden[None])[0]
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def _logits_loss(self, hidden: Tensor, labels: Tensor, teacher: TeacherLogits | None) -> Tensor:
+        """Return the weighted sum over tokens of the losses that look at logits, for states [n, D]."""
+        total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
+        losses = [loss for loss in self._losses if loss.entry.needs in ("labels", "logits")]
+        for start in range(0, len(hidden) if losses else 0, self._chunk):
+            rows = slice(start, start + self._chunk)
+            known = _rows(teacher, rows) if teacher is not None else None
+            sums = checkpoint(self._chunk_losses, hidden[rows], labels[rows], known, losses, use_reentrant=False)
+            for loss, value in zip(losses, sums, strict=True):
+                self.sums.add(loss.name, value)
+                total = total + loss.weight * value
+        return total
+
+    def _chunk_losses(
+        self, hidden: Tensor, labels: Tensor, teacher: TeacherLogits | None, losses: Sequence[WeightedLoss]
+    ) -> tuple[Tensor, ...]:
+        inputs = TokenLogits(student=self._head(hidden), teacher=teacher, labels=labels)
+        return tuple(loss.value(inputs).sum() for loss in losses)
+
+    def _states_loss(
+        self, hidden: Mapping[int, Tensor], carries: Tensor, windows: Tensor, states: TeacherStates
+    ) -> Tensor:
+        """Return the weighted losses of states, each a mean over tokens, times the number of tokens."""
+        pairs = []
+        for number, (position, _) in enumerate(self._pairs):
+            student = hidden[position][carries]
+            pairs.append(StatePair(student, states.read(number, windows)[carries].to(student), number))
+        total = torch.zeros((), device=carries.device)
+        for loss in self._losses:
+            if loss.entry.needs == "states":
+                value = loss.value(pairs) * int(carries.sum())
+                self.sums.add(loss.name, value)
+                total = total + loss.weight * value
+        return total
+
+    @torch.no_grad()
+    def _not_finite(self, input_ids: Tensor) -> str:
+        """Return a sentence that names the first layer whose states are not finite."""
+        with _outputs_of(self.layers, range(len(self.layers))) as seen:
+            self.model.base_model(input_ids=input_ids, use_cache=False)
+        bad = [position for position in sorted(seen) if not torch.isfinite(seen[position]).all()]
+        where = f"the first states that are not finite come out of layer {bad[0]}" if bad else "all states are finite"
+        return f"the loss is not finite ({where} of the student)"
+
+
+def _rows(teacher: TeacherLogits, rows: slice) -> TeacherLogits:
+    return TeacherLogits(
+        log_probs=teacher.log_probs[rows],
+        ids=None if teacher.ids is None else teacher.ids[rows],
+        tail=None if teacher.tail is None else teacher.tail[rows],
+        temperature=teacher.temperature,
+    )
+
+
+@contextmanager
+def _outputs_of(layers: nn.ModuleList, positions: Iterable[int]) -> Iterator[dict[int, Tensor]]:
+    """Within the block, the states that come out of some layers are put into what is yielded, by position."""
+    seen: dict[int, Tensor] = {}
+
+    def take(position: int, _layer: nn.Module, _inputs: Any, output: Any) -> None:
+        seen[position] = output[0] if isinstance(output, tuple) else output
+
+    hooks = [layers[position].register_forward_hook(partial(take, position)) for position in positions]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
