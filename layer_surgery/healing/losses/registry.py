@@ -21,6 +21,14 @@ PER_TOKEN: tuple[Needs, ...] = ("labels", "logits", "stones")
 """Needs of the losses that return nats for each token [n]; the others return one mean."""
 
 
+#: Why a loss may refuse a kind of teacher.
+_UNDEFINED: dict[TeacherKind, str] = {
+    "dense": "is for sparse teachers",
+    "top_k": "needs the teacher's whole distribution, and only its top tokens and the mass of the others are kept",
+    "sampled": "is not linear in the teacher's probabilities, and only a sample drawn from them is kept",
+}
+
+
 @dataclass(frozen=True)
 class Interval:
     """Numbers that an option may be."""
@@ -28,14 +36,16 @@ class Interval:
     low: float
     high: float = math.inf
     ends: Literal["[]", "[)", "(]", "()"] = "[]"  #: Whether an end belongs to it, as in mathematics.
+    whole: bool = False  #: Whether only whole numbers do.
 
     def __contains__(self, value: float) -> bool:
         above = value >= self.low if self.ends[0] == "[" else value > self.low
         below = value <= self.high if self.ends[1] == "]" else value < self.high
-        return above and below and math.isfinite(value)
+        return above and below and math.isfinite(value) and (value.is_integer() or not self.whole)
 
     def __str__(self) -> str:
         low = f"{self.low:g} or more" if self.ends[0] == "[" else f"above {self.low:g}"
+        low = f"a whole number, {low}" if self.whole else low
         if self.high == math.inf:
             return low
         return f"{low}, {'at most' if self.ends[1] == ']' else 'below'} {self.high:g}"
@@ -70,6 +80,14 @@ class LossEntry:
         """The default of each option, by name."""
         arguments = inspect.signature(self.function).parameters.values()
         return {each.name: each.default for each in arguments if each.kind is inspect.Parameter.KEYWORD_ONLY}
+
+    def check_teacher(self, kind: TeacherKind) -> None:
+        """Raise `UserError` if the loss is not defined for this kind of teacher."""
+        if self.teachers and kind not in self.teachers:
+            raise UserError(
+                f"the loss '{self.name}' {_UNDEFINED[kind]}; run the teacher beside the student, or take another loss "
+                f"({', '.join(other.name for other in LOSSES if kind in other.teachers)})."
+            )
 
     def check(self, options: Mapping[str, Any], place: str) -> dict[str, float]:
         """Return options as numbers. Raises `UserError` for one that the loss does not have, or out of range.
