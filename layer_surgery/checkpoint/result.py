@@ -4,6 +4,7 @@ Nothing is copied or written here, so evaluating it is evaluating exactly what w
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from transformers import AutoConfig
@@ -149,3 +150,11 @@ def _config_and_class(
     if base_class is not None:  # the last low-rank layers went
         return AutoConfig.for_model(**fields), None
     return type(base.config).from_dict(dict(fields)), base.model_class
+
+
+def with_new_tensors(base: Checkpoint, new: TensorSource, name: str) -> Checkpoint:
+    """Return `base` with other values for the tensors that `new` has, which are of the same shapes, under a name."""
+    mapping: dict[str, tuple[TensorSource, str]] = {
+        tensor: (new if tensor in new.specs else base.source, tensor) for tensor in base.source.specs
+    }
+    return replace(base, name=name, source=RenamedSource(mapping))

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from layer_surgery.cli.common import CONTEXT, call, check_complete, command_on_model, print_json
 from layer_surgery.cli.options import AS_JSON, DEBUG, options_of
-from layer_surgery.config import CompressConfig, EvaluateConfig, ExportConfig, ScoreConfig, SweepConfig
+from layer_surgery.config import CompressConfig, EvaluateConfig, ExportConfig, HealConfig, ScoreConfig, SweepConfig
 from layer_surgery.errors import LayerSurgeryError, UserError
 
 
@@ -21,6 +21,21 @@ def compress(model: str, as_json: bool, **options: Any) -> None:
     from layer_surgery.runs.provenance import report_dict
 
     report = call(api.compress, model, options)
+    if as_json:
+        print_json(report_dict(report))
+    else:
+        print_report(_console(), report)
+    check_complete(report.failures)
+
+
+@command_on_model(HealConfig, metavar="RESULT")
+def heal(model: str, as_json: bool, **options: Any) -> None:
+    """Train RESULT, a directory that compress has written, to follow the model that it was made of, and save it."""
+    from layer_surgery import api
+    from layer_surgery.reporting.console import print_report
+    from layer_surgery.runs.provenance import report_dict
+
+    report = call(api.heal, model, options)
     if as_json:
         print_json(report_dict(report))
     else:

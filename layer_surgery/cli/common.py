@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from layer_surgery.cli.options import AS_JSON, DEBUG, NO_EVAL, F, given, options_of
-from layer_surgery.config import DEFAULT_COMPONENTS, DEFAULT_METHOD, DEFAULT_SCORER, PerplexityConfig
+from layer_surgery.config import DEFAULT_COMPONENTS, DEFAULT_METHOD, DEFAULT_SCORER, HealingConfig, PerplexityConfig
 from layer_surgery.config.declaring import Options
 from layer_surgery.errors import LayerSurgeryError
 from layer_surgery.progress import Ui
@@ -28,6 +28,7 @@ class WithNames(click.Command):
     """
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        from layer_surgery.healing.losses import LOSSES
         from layer_surgery.scoring import SCORERS
         from layer_surgery.surgeon import METHODS
         from layer_surgery.surgeon.components import KINDS
@@ -37,6 +38,8 @@ class WithNames(click.Command):
             ("scorer", "Scorers", SCORERS, (DEFAULT_SCORER,)),
             ("method", "Methods", METHODS, (DEFAULT_METHOD,)),
             ("components", "Components", KINDS, DEFAULT_COMPONENTS),
+            ("loss", "Losses", LOSSES, HealingConfig().loss),
+            ("heal__loss", "Losses of --heal-loss", LOSSES, HealingConfig().loss),
         )
         for option, title, registry, chosen in registries:
             if option not in options:
@@ -49,12 +52,14 @@ class WithNames(click.Command):
                 formatter.write_dl(rows)
 
 
-def command_on_model(config: type[Options], *, required: tuple[str, ...] = ()) -> Callable[[F], click.Command]:
-    """Return a decorator that makes a command of MODEL and a configuration; `required` names fields."""
+def command_on_model(
+    config: type[Options], *, required: tuple[str, ...] = (), metavar: str = "MODEL"
+) -> Callable[[F], click.Command]:
+    """Return a decorator that makes a command of MODEL (or `metavar`) and a configuration; `required` names fields."""
 
     def decorate(function: F) -> click.Command:
         own = [options_of(config, required=required), *[NO_EVAL] * issubclass(config, PerplexityConfig)]
-        for option in (DEBUG, AS_JSON, *reversed(own), click.argument("model")):
+        for option in (DEBUG, AS_JSON, *reversed(own), click.argument("model", metavar=metavar)):
             function = option(function)
         return click.command(cls=WithNames, context_settings=CONTEXT)(function)
 

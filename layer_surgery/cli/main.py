@@ -55,7 +55,7 @@ def cli() -> None:
     """
 
 
-for _name in ("compress", "score", "evaluate", "sweep", "report", "export"):
+for _name in ("compress", "heal", "score", "evaluate", "sweep", "report", "export"):
     cli.add_command(getattr(commands, _name))
 
 

@@ -66,7 +66,7 @@ class Options:
                 group._check(self)  # type: ignore[attr-defined]
 
     def described(self) -> dict[str, Any]:
-        """Return the settings as plain JSON, for provenance and identities: flat, options of a group by `group_option`."""
+        """Return the settings as plain JSON, for provenance and identities; those of a group as `group_option`."""
         settings: dict[str, Any] = {}
         for field in attrs.fields(type(self)):
             about, value = about_of(field), getattr(self, field.name)

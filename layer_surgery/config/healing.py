@@ -69,7 +69,9 @@ class HealingConfig(Options):
             metavar="|".join(TRAINED),
         ),
     )
-    lora_rank: int = attrs.field(default=16, validator=at_least(1), metadata=about("Rank of the adapters.", metavar="N"))
+    lora_rank: int = attrs.field(
+        default=16, validator=at_least(1), metadata=about("Rank of the adapters.", metavar="N")
+    )
     learning_rate: float | None = attrs.field(
         default=None,
         metadata=about("Highest learning rate.", metavar="F", default="the best of a short probe"),

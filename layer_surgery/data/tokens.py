@@ -1,7 +1,9 @@
 """Packed token sequences: the one form in which text reaches a model."""
 
+from __future__ import annotations
+
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -53,11 +55,16 @@ class PackedTokens:
         """Number of tokens that carry loss."""
         return int(self.loss_mask.sum())
 
-    def select(self, rows: Tensor | slice) -> "PackedTokens":
+    def select(self, rows: Tensor | slice) -> PackedTokens:
         """Return some of the sequences, by number, under the same name; shares of sources are not known of them."""
-        parts = {name: getattr(self, name)[rows].contiguous() for name in ("token_ids", "loss_mask", "valid")}
+        token_ids, loss_mask, valid = (each[rows].contiguous() for each in (self.token_ids, self.loss_mask, self.valid))
         return PackedTokens(
-            name=self.name, tokens_available=self.tokens_available, sha256=tokens_hash(**parts), **parts
+            name=self.name,
+            token_ids=token_ids,
+            loss_mask=loss_mask,
+            valid=valid,
+            tokens_available=self.tokens_available,
+            sha256=tokens_hash(token_ids, loss_mask, valid),
         )
 
     def batches(self, batch_size: int) -> Iterator[slice]:
@@ -66,13 +73,18 @@ class PackedTokens:
             yield slice(start, min(start + batch_size, self.sequences))
 
 
-def joined(name: str, parts: "list[PackedTokens]") -> PackedTokens:
+def joined(name: str, parts: Sequence[PackedTokens]) -> PackedTokens:
     """Return the sequences of all parts, which are of one length, behind one another."""
-    tensors = {
-        field: torch.cat([getattr(part, field) for part in parts]) for field in ("token_ids", "loss_mask", "valid")
-    }
-    available = sum(part.tokens_available for part in parts)
-    return PackedTokens(name=name, tokens_available=available, sha256=tokens_hash(**tensors), **tensors)
+    fields = ("token_ids", "loss_mask", "valid")
+    token_ids, loss_mask, valid = (torch.cat([getattr(part, field) for part in parts]) for field in fields)
+    return PackedTokens(
+        name=name,
+        token_ids=token_ids,
+        loss_mask=loss_mask,
+        valid=valid,
+        tokens_available=sum(part.tokens_available for part in parts),
+        sha256=tokens_hash(token_ids, loss_mask, valid),
+    )
 
 
 def tokens_hash(token_ids: Tensor, loss_mask: Tensor, valid: Tensor) -> str:

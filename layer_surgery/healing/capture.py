@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from layer_surgery.data.tokens import PackedTokens
+from layer_surgery.healing.losses.inputs import TeacherLogits
 from layer_surgery.walk.boundaries import BoundaryStore
+from layer_surgery.walk.rehearsal import Rehearsal
 from layer_surgery.walk.streamed import StreamedModel
 from layer_surgery.walk.walk import LOGITS_AT_A_TIME, NO_LABEL, Observer, Walk, WalkSettings, next_tokens
 
@@ -46,8 +48,29 @@ def teacher_logits(
 def _logits(walk: Walk, hidden: Tensor) -> Tensor:
     """Return the logits [n, V], float32 or better, of states [1, n, D]; chunk by chunk, as long sequences make them."""
     step = max(1, LOGITS_AT_A_TIME // walk.model.vocabulary_size)
-    logits = torch.cat([walk.rehearsal.head(piece)[0] for piece in hidden.split(step, dim=1)])
+    logits = torch.cat([walk.rehearsal.head(piece)[0] for piece in torch.split(hidden, step, dim=1)])
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+class DenseTeacher:
+    """All that the original says of the windows: its last states in bfloat16, from which its head makes logits again.
+
+    For losses that look at the whole distribution. The original's embeddings and head stay in memory.
+    """
+
+    def __init__(self, teacher: StreamedModel, tokens: PackedTokens, states: TeacherStatesStore) -> None:
+        """Read the states after the last layer from the last slot of `states`."""
+        self._rehearsal, self._tokens, self._states = Rehearsal(teacher), tokens, states
+        self._dtype = teacher.dtype
+
+    @torch.no_grad()
+    def read(self, windows: Tensor) -> TeacherLogits:
+        """Return the log-probabilities of the tokens with loss of some windows [B] int64."""
+        carries = next_tokens(self._tokens, windows) != NO_LABEL
+        hidden = self._states.read(-1, windows)[carries].to(self._dtype)
+        logits = self._rehearsal.head(hidden[None])[0]
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        return TeacherLogits(log_probs=logits.to(wide).log_softmax(dim=-1))
 
 
 class TeacherStatesStore:
@@ -58,8 +81,9 @@ class TeacherStatesStore:
         self._store, self._slots = store, {layer: slot for slot, layer in enumerate(layers)}
 
     def read(self, pair: int, windows: Tensor) -> Tensor:
-        """Return the states [B, S, D] of some windows [B] after the layer of a pair."""
-        rows = [self._store.read(pair, slice(window, window + 1)) for window in windows.tolist()]
+        """Return the states [B, S, D] of some windows [B] after the layer of a pair; -1 is the last."""
+        slot = pair % len(self._slots)
+        rows = [self._store.read(slot, slice(window, window + 1)) for window in windows.tolist()]
         return torch.cat(rows)
 
     def observer(self, first: int) -> Observer:

@@ -16,13 +16,13 @@ from typing import Any, Protocol
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from layer_surgery.data.tokens import PackedTokens
 from layer_surgery.errors import NumericalError
 from layer_surgery.healing.adapters import is_adapter, merged_weights, plain_name
+from layer_surgery.healing.head import chunked_head_loss
 from layer_surgery.healing.losses.inputs import StatePair, TeacherLogits, TokenLogits
-from layer_surgery.healing.mixture import WeightedLoss
+from layer_surgery.healing.mixture import WeightedLoss, token_values
 from layer_surgery.walk.rehearsal import Rehearsal
 from layer_surgery.walk.streamed import StreamedModel
 from layer_surgery.walk.walk import LOGITS_AT_A_TIME, NO_LABEL, next_tokens
@@ -180,7 +180,9 @@ class Student(nn.Module):
         hidden = self._hidden(input_ids)
         chosen = labels[carries]
         teacher = self.outputs.read(windows) if self.outputs is not None else None
-        total = self._logits_loss(hidden[self._last][carries], chosen, teacher)
+        total = torch.zeros((), device=input_ids.device)
+        if any(loss.entry.needs in ("labels", "logits") for loss in self._losses):
+            total = total + self._logits_loss(hidden[self._last][carries], chosen, teacher)
         if self.states is not None:
             total = total + self._states_loss(hidden, carries, windows, self.states)
         if not torch.isfinite(total):
@@ -217,22 +219,32 @@ class Student(nn.Module):
 
     def _logits_loss(self, hidden: Tensor, labels: Tensor, teacher: TeacherLogits | None) -> Tensor:
         """Return the weighted sum over tokens of the losses that look at logits, for states [n, D]."""
-        total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
         losses = [loss for loss in self._losses if loss.entry.needs in ("labels", "logits")]
-        for start in range(0, len(hidden) if losses else 0, self._chunk):
-            rows = slice(start, start + self._chunk)
-            known = _rows(teacher, rows) if teacher is not None else None
-            sums = checkpoint(self._chunk_losses, hidden[rows], labels[rows], known, losses, use_reentrant=False)
-            for loss, value in zip(losses, sums, strict=True):
-                self.sums.add(loss.name, value)
-                total = total + loss.weight * value
-        return total
 
-    def _chunk_losses(
-        self, hidden: Tensor, labels: Tensor, teacher: TeacherLogits | None, losses: Sequence[WeightedLoss]
-    ) -> tuple[Tensor, ...]:
-        inputs = TokenLogits(student=self._head(hidden), teacher=teacher, labels=labels)
-        return tuple(loss.value(inputs).sum() for loss in losses)
+        def of_chunk(logits: Tensor, chunk: slice) -> Tensor:
+            known = _rows(teacher, chunk) if teacher is not None else None
+            return token_values(losses, TokenLogits(student=logits, teacher=known, labels=labels[chunk]))
+
+        found = chunked_head_loss(
+            hidden,
+            self._head,
+            of_chunk,
+            weights=torch.tensor([loss.weight for loss in losses], device=hidden.device),
+            token_weights=torch.ones(len(hidden), device=hidden.device),
+            parameters=self._head_parameters(),
+            tokens_at_a_time=self._chunk,
+        )
+        for loss, values in zip(losses, found.values, strict=True):
+            self.sums.add(loss.name, values.sum())
+        return found.total
+
+    def _head_parameters(self) -> list[nn.Parameter]:
+        """Return the trained parameters that logits may depend on beside the layers: not embeddings of their own."""
+        inside = {id(parameter) for parameter in self.layers.parameters()}
+        into, out = self.model.get_input_embeddings(), self.model.get_output_embeddings()
+        if out is None or into.weight is not out.weight:
+            inside |= {id(parameter) for parameter in into.parameters()}
+        return [each for each in self.model.parameters() if each.requires_grad and id(each) not in inside]
 
     def _states_loss(
         self, hidden: Mapping[int, Tensor], carries: Tensor, windows: Tensor, states: TeacherStates

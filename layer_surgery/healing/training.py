@@ -111,7 +111,7 @@ def train(
     )
 
 
-class HealingTrainer(Trainer):
+class HealingTrainer(Trainer):  # type: ignore[misc]
     """Trainer whose validation is the cross-entropy on held-out text and on general text, per token."""
 
     def __init__(
@@ -132,12 +132,12 @@ class HealingTrainer(Trainer):
             train_dataset=windows,
             eval_dataset=windows,  # Trainer asks for one; `evaluate` looks at the texts
             data_collator=windows.collate,
-            callbacks=[watch, EarlyStoppingCallback(PATIENCE)],
+            callbacks=[watch, _Patience(PATIENCE)],
         )
         self.remove_callback(PrinterCallback)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Measure the student on the texts that are not trained on, and log that with the losses since the last time."""
+        """Measure the student on the texts that are not trained on; log that with the losses since the last time."""
         found = {name: self._student.cross_entropy(text, self._batch_size) for name, text in self._data.texts.items()}
         tokens = self._student.sums.tokens
         metrics = {f"eval_{name}": value for name, value in found.items()}
@@ -145,7 +145,7 @@ class HealingTrainer(Trainer):
         metrics |= {f"{_LOSS}{name}": value for name, value in self._student.sums.take().items()}
         self.log(metrics | {_TOKENS: tokens})
         self._say(curve_of(self.state.log_history, self._data)[-1])
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -179,7 +179,14 @@ def _at_the_start(unhealed: dict[str, float]) -> CurvePoint:
     return CurvePoint(step=0, tokens=0, seconds=0.0, losses={}, validation=unhealed)
 
 
-class _Watch(TrainerCallback):
+class _Patience(EarlyStoppingCallback):  # type: ignore[misc]
+    """Ends a training that no longer gains; which weights are taken then is not Trainer's business here."""
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        """Say nothing about `load_best_model_at_end`."""
+
+
+class _Watch(TrainerCallback):  # type: ignore[misc]
     """Moves the bar, looks at the clock, and has the last step validated and saved."""
 
     def __init__(self, settings: TrainingSettings, advance: Callable[[], None]) -> None:
@@ -193,7 +200,11 @@ class _Watch(TrainerCallback):
 
     def on_step_end(self, _args: Any, state: Any, control: Any, **_: Any) -> None:
         self._advance()
-        if self._limit is not None and time.monotonic() - self._start > self._limit and not control.should_training_stop:
+        if (
+            self._limit is not None
+            and time.monotonic() - self._start > self._limit
+            and not control.should_training_stop
+        ):
             self.stopped = f"the time was up after {state.global_step} of {state.max_steps} steps"
             control.should_training_stop = True
         if control.should_training_stop:

@@ -77,7 +77,11 @@ def healing_data(tokens: PackedTokens, general: PackedTokens | None, share: floa
 
 
 def _arranged(
-    data: PackedTokens, general: PackedTokens | None, share: float, validation: PackedTokens, watched: PackedTokens | None
+    data: PackedTokens,
+    general: PackedTokens | None,
+    share: float,
+    validation: PackedTokens,
+    watched: PackedTokens | None,
 ) -> HealingData:
     count = data.sequences
     order = torch.arange(count)

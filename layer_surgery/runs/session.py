@@ -12,7 +12,15 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from layer_surgery.checkpoint.open import Checkpoint, open_checkpoint
 from layer_surgery.config import CalibrationConfig, PerplexityConfig, RuntimeConfig
-from layer_surgery.data import check_vocabulary, load_documents, pack_evaluation, pack_mixture, weighted_sources
+from layer_surgery.config.inputs import TextConfig
+from layer_surgery.data import (
+    check_vocabulary,
+    load_documents,
+    pack_at_most,
+    pack_evaluation,
+    pack_mixture,
+    weighted_sources,
+)
 from layer_surgery.data.tokens import PackedTokens
 from layer_surgery.errors import CheckpointError, DataError
 from layer_surgery.machine import available_memory_bytes
@@ -103,6 +111,23 @@ class Session:
         self._check(tokens)
         for line in _calibration_notes(tokens):
             self.ui.note(line)
+        return tokens
+
+    def healing_tokens(self, data: Sequence[str], text: TextConfig, samples: int, option: str) -> PackedTokens:
+        """Load and pack text to heal on: `samples` sequences, or as many as there are; say how much of it is used."""
+        sources = weighted_sources(data, option)
+        tokens = pack_at_most(
+            [
+                load_documents(source.name, column=_column(text.text_column, source.name), part="calibration")
+                for source in sources
+            ],
+            [source.weight for source in sources],
+            self.need_tokenizer(),
+            samples=samples,
+            sequence_length=text.sequence_length,
+            seed=self.runtime.seed,
+        )
+        self._check(tokens)
         return tokens
 
     def evaluation_tokens(self, config: PerplexityConfig) -> list[PackedTokens]:

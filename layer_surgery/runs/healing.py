@@ -1,0 +1,325 @@
+"""Healing as a stage of a run: its checks, the original's outputs, the learning rate, training, and what it gained."""
+
+from __future__ import annotations
+
+import math
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from layer_surgery.checkpoint.open import Checkpoint
+from layer_surgery.checkpoint.result import with_new_tensors
+from layer_surgery.checkpoint.tensors import SafetensorsSource
+from layer_surgery.config import HealingConfig
+from layer_surgery.config.inputs import TextConfig
+from layer_surgery.data import load_documents, pack_evaluation
+from layer_surgery.data.tokens import PackedTokens
+from layer_surgery.errors import LayerSurgeryError, UserError
+from layer_surgery.evaluation.perplexity import window_losses
+from layer_surgery.healing.adapters import add_adapters, check_peft
+from layer_surgery.healing.capture import DenseTeacher, TeacherStatesStore, teacher_logits
+from layer_surgery.healing.mixture import WeightedLoss, parse_losses
+from layer_surgery.healing.pairs import layer_pairs
+from layer_surgery.healing.probe import LEARNING_RATES, PROBE_STEPS, Probe, probe
+from layer_surgery.healing.student import Student, TeacherOutputs
+from layer_surgery.healing.trainable import adapter_targets, trained_names
+from layer_surgery.healing.training import Training, TrainingSettings, regret, train
+from layer_surgery.healing.windows import MOST_HELD_OUT, HealingData, healing_data
+from layer_surgery.records import CurvePoint, HealingRecord, LossRecord, SurgeryPlan, UnhealedRecord
+from layer_surgery.runs.bench import GENERAL_TEXT
+from layer_surgery.runs.evaluator import Evaluator
+from layer_surgery.runs.provenance import described_tokens
+from layer_surgery.runs.session import Session
+from layer_surgery.walk.boundaries import BoundaryStore
+from layer_surgery.walk.streamed import StreamedModel
+
+#: Most windows that are packed where minutes are the budget: how many will be used is known only after the probe.
+_MOST_WINDOWS = 1 << 15
+#: Share of the time left that training is planned for; the rest is for validation and what comes after it.
+_PLANNED_SHARE = 0.9
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparedHealing:
+    """A healing whose options and data have been checked. Nothing has been computed yet."""
+
+    config: HealingConfig
+    losses: tuple[WeightedLoss, ...]
+    data: HealingData
+    described: dict[str, object]  #: The data, for the record.
+
+
+@dataclass(frozen=True, kw_only=True)
+class Healed:
+    """The result of a healing; its tensors are in scratch files of the session."""
+
+    checkpoint: Checkpoint
+    record: HealingRecord
+
+
+def prepare_healing(
+    session: Session, config: HealingConfig, text: TextConfig, option: str = "--data"
+) -> PreparedHealing:
+    """Load the text and check the options, before any work is done.
+
+    Args:
+        session: of the original or the result, whose tokenizers are the same.
+        text: length of the sequences, and column.
+        option: what errors call the option that names the text.
+
+    Raises `UserError` for what cannot be done.
+    """
+    losses = parse_losses(config.loss)
+    unknown = [loss.name for loss in losses if loss.entry.needs not in ("labels", "logits", "states")]
+    if unknown:
+        raise UserError(
+            f"--loss {unknown[0]} needs the original beside the student, which is not in memory here; take losses over "
+            "logits or states."
+        )
+    if config.train == "lora":
+        check_peft()
+        adapter_targets(session.checkpoint.skeleton, session.checkpoint.architecture.layers)
+    windows = _MOST_WINDOWS
+    if config.tokens is not None:
+        windows = max(1, math.ceil(config.tokens / text.sequence_length))
+    tokens = session.healing_tokens(config.data, text, windows + MOST_HELD_OUT, option)
+    data = healing_data(tokens, _general_text(session, config, tokens), config.general, session.runtime.seed)
+    described = described_tokens(tokens) or {}
+    return PreparedHealing(config=config, losses=losses, data=data, described=described)
+
+
+def _general_text(session: Session, config: HealingConfig, tokens: PackedTokens) -> PackedTokens | None:
+    """Return the bundled text in windows; None if none is wanted, or the data have it already."""
+    if not config.general or any(source.name == GENERAL_TEXT for source in tokens.sources):
+        return None
+    text = load_documents(GENERAL_TEXT, part="calibration")
+    return pack_evaluation(text, session.need_tokenizer(), sequence_length=tokens.sequence_length)
+
+
+def unhealed_record(evaluator: Evaluator) -> UnhealedRecord:
+    """Return what has been measured of the model from before healing, which is then forgotten."""
+    record = UnhealedRecord(
+        result=evaluator.result("unhealed"),
+        comparison=evaluator.compare("before", "unhealed"),
+        gain=evaluator.compare("unhealed", "after", distance=False),
+    )
+    evaluator.forget("unhealed")
+    return record
+
+
+def heal(
+    prepared: PreparedHealing, *, session: Session, teacher: Session, student: Checkpoint, plan: SurgeryPlan
+) -> Healed:
+    """Train a student to follow its teacher; the result is never worse on the text that was held out.
+
+    Args:
+        session: whose device, dtype, scratch files and clock are used.
+        teacher: session of the original.
+        student: what the surgery gave.
+        plan: that the surgery followed.
+    """
+    return _Healing(prepared, session, teacher, student, plan).run()
+
+
+class _Healing:
+    """One healing, with what its steps share."""
+
+    def __init__(
+        self, prepared: PreparedHealing, session: Session, teacher: Session, checkpoint: Checkpoint, plan: SurgeryPlan
+    ) -> None:
+        self._config, self._losses, self._data = prepared.config, prepared.losses, prepared.data
+        self._prepared, self._session, self._checkpoint, self._plan = prepared, session, checkpoint, plan
+        self._teacher = teacher
+        self._pairs = layer_pairs(plan.surviving, len(plan.layers))
+        self._start = time.monotonic()
+        self._bytes_per_token: float | None = None
+        self._kept = ExitStack()
+
+    def run(self) -> Healed:
+        with self._session.clock.stage("heal"), self._kept:
+            streamed = StreamedModel(
+                self._checkpoint, device=self._session.device, dtype=self._session.dtype, resident_bytes=0
+            )
+            student = Student(streamed, self._losses, pairs=self._pairs)
+            names = trained_names(self._checkpoint, self._plan, self._config.train)
+            if self._config.train == "lora":
+                with torch.random.fork_rng(devices=[]):
+                    torch.manual_seed(self._session.runtime.seed)
+                    add_adapters(student.model, self._checkpoint.architecture.layers, self._config.lora_rank)
+            count = student.unfreeze(names)
+            probed = self._probe(student)
+            steps = self._steps(probed)
+            self._data = self._data.first(steps * self._config.step_sequences)
+            self._ask_teacher(student, self._data)
+            rate = probed.best if probed is not None else self._config.learning_rate or LEARNING_RATES[0]
+            training = self._train(student, steps, rate)
+            checkpoint, helped = self._result(student, training)
+        record = HealingRecord(
+            losses=[LossRecord(name=loss.name, weight=loss.weight, options=loss.settings) for loss in self._losses],
+            train=self._config.train,
+            trained_parameters=count,
+            stages=list(self._config.stages),
+            learning_rate=rate,
+            steps=training.steps,
+            step_sequences=self._config.step_sequences,
+            tokens=training.curve[-1].tokens,
+            data=self._prepared.described,
+            held_out_windows=self._data.validation.sequences,
+            general_windows=self._data.general_windows,
+            curve=training.curve,
+            best_step=training.best_step,
+            helped=helped,
+            probe=probed.points if probed is not None else [],
+            stopped=training.stopped,
+            teacher_bytes_per_token=self._bytes_per_token,
+        )
+        return Healed(checkpoint=checkpoint, record=record)
+
+    # -- the original's outputs ------------------------------------------------------------------------------------
+
+    def _ask_teacher(self, student: Student, data: HealingData) -> None:
+        """Take what the losses need of the original, once, and give it to the student."""
+        needs = {loss.entry.needs for loss in self._losses}
+        if "logits" not in needs and "states" not in needs:
+            return
+        tokens = data.train
+        layers = [layer for _, layer in self._pairs] if "states" in needs else []
+        dense = "logits" in needs
+        if dense and (not layers or layers[-1] != len(self._plan.layers) - 1):
+            layers.append(len(self._plan.layers) - 1)
+        states = self._states(tokens, layers)
+        model = self._teacher.stream(self._teacher.checkpoint)
+        with self._session.ui.progress("asking the original", tokens.sequences) as advance:
+            for _ in teacher_logits(model, tokens, self._session.settings, slice(0, tokens.sequences), states):
+                advance()
+        outputs: TeacherOutputs = DenseTeacher(model, tokens, states)
+        student.outputs = outputs if "logits" in needs else None
+        student.states = states if "states" in needs else None
+
+    def _states(self, tokens: PackedTokens, layers: list[int]) -> TeacherStatesStore:
+        """Return room for hidden states of the original after some layers. Refuses what does not fit on the disk."""
+        hidden = int(self._teacher.checkpoint.config.hidden_size)
+        shape = (tokens.sequences, tokens.sequence_length, hidden)
+        memory = self._session.boundary_bytes // 2
+        store = BoundaryStore(shape, torch.bfloat16, self._session.device, memory, self._session.scratch)
+        return TeacherStatesStore(self._kept.enter_context(store), layers)
+
+    # -- how long, and how fast ------------------------------------------------------------------------------------
+
+    def _probe(self, student: Student) -> Probe | None:
+        """Try learning rates, unless one is given; a budget of minutes needs the time of a step all the same."""
+        rate = self._config.learning_rate
+        if rate is not None and self._config.budget_minutes is None:
+            return None
+        few = self._data.first(PROBE_STEPS * self._config.step_sequences)
+        start = time.monotonic()
+        self._ask_teacher(student, few)
+        self._asking = (time.monotonic() - start) / few.train.sequences
+        rates = LEARNING_RATES if rate is None else (rate,)
+        with self._session.ui.progress("trying learning rates", len(rates) * PROBE_STEPS) as advance:
+            found = probe(student, few, self._settings("probe", steps=PROBE_STEPS, rate=rates[0]), rates, advance)
+        tried = ", ".join(
+            f"{point.learning_rate:g}: " + ("not finite" if point.regret is None else f"{point.regret:+.4f}")
+            for point in found.points
+        )
+        self._session.ui.note(
+            f"healing: learning rate {found.best:g} (change of the loss after a few steps with {tried})"
+        )
+        return found
+
+    def _steps(self, probed: Probe | None) -> int:
+        """Return how many steps the budget allows."""
+        sequences, length = self._config.step_sequences, self._data.train.sequence_length
+        if self._config.tokens is not None:
+            return max(1, math.ceil(self._config.tokens / (sequences * length)))
+        assert probed is not None and self._config.budget_minutes is not None
+        left = _PLANNED_SHARE * (60 * self._config.budget_minutes - (time.monotonic() - self._start))
+        asking, step = self._asking * sequences, probed.seconds_per_step
+        # Of more steps than there are windows, the original is asked about those windows only.
+        most = self._data.data_windows / sequences
+        steps = left / (asking + step)
+        if steps > most:
+            steps = (left - most * asking) / step
+        return max(1, int(steps))
+
+    # -- training --------------------------------------------------------------------------------------------------
+
+    def _settings(self, name: str, *, steps: int, rate: float) -> TrainingSettings:
+        config, session = self._config, self._session
+        return TrainingSettings(
+            steps=steps,
+            learning_rate=rate,
+            step_sequences=config.step_sequences,
+            batch_size=session.runtime.batch_size,
+            seed=session.runtime.seed,
+            directory=session.new_scratch(name),
+            device=session.device,
+            dtype=session.dtype,
+            gradient_checkpointing=config.gradient_checkpointing,
+        )
+
+    def _train(self, student: Student, steps: int, rate: float) -> Training:
+        config, session = self._config, self._session
+        settings = self._settings("training", steps=steps, rate=rate)
+        if config.budget_minutes is not None:
+            left = 60 * config.budget_minutes - (time.monotonic() - self._start)
+            settings = replace(settings, seconds=max(1.0, left))
+        keep = config.checkpoints
+        settings = replace(
+            settings, report_to=config.report_to, keep_state=keep is not None, directory=keep or settings.directory
+        )
+        unhealed = {
+            name: student.cross_entropy(text, session.runtime.batch_size) for name, text in self._data.texts.items()
+        }
+        with session.ui.progress("healing", steps) as advance:
+            return train(
+                student,
+                self._data,
+                settings,
+                unhealed=unhealed,
+                say=lambda point: session.ui.note(_described(point, steps, unhealed)),
+                advance=advance,
+                resume=config.resume,
+            )
+
+    # -- the result ------------------------------------------------------------------------------------------------
+
+    def _result(self, student: Student, training: Training) -> tuple[Checkpoint, bool]:
+        """Return the healed checkpoint and True; if it is not better, as it would be saved, that from before."""
+        if training.best_step is None:
+            return self._checkpoint, False
+        healed = self._as_saved(student)
+        before, after = self._validated(self._checkpoint), self._validated(healed)
+        return (healed, True) if regret(after, before) < 0 else (self._checkpoint, False)
+
+    def _as_saved(self, student: Student) -> Checkpoint:
+        """Write the trained tensors, in the checkpoint's own dtypes, to a scratch file, and return the checkpoint."""
+        specs = self._checkpoint.source.specs
+        tensors = {
+            name: tensor.to("cpu", specs[name].dtype).contiguous() for name, tensor in student.trained_tensors().items()
+        }
+        file = self._session.new_scratch("healed") / "healed.safetensors"
+        try:
+            save_file(tensors, file)
+        except (OSError, SafetensorError) as error:
+            raise LayerSurgeryError(
+                f"the healed tensors cannot be written to {file.parent} ({error}); is the disk full?"
+            ) from error
+        return with_new_tensors(self._checkpoint, SafetensorsSource([file]), f"{self._checkpoint.name} and healing")
+
+    def _validated(self, checkpoint: Checkpoint) -> dict[str, float]:
+        model = self._session.stream(checkpoint)
+        return {
+            name: window_losses(model, text, self._session.settings).mean for name, text in self._data.texts.items()
+        }
+
+
+def _described(point: CurvePoint, steps: int, unhealed: dict[str, float]) -> str:
+    """Return a point of the curve as a line."""
+    losses = [f"{name} {value:.4f}" for name, value in point.losses.items()]
+    texts = [f"{name} {value:.4f} ({value - unhealed[name]:+.4f})" for name, value in point.validation.items()]
+    return f"healing: step {point.step} of {steps}: " + ", ".join([*losses, *texts])
