@@ -72,6 +72,7 @@ class Student(nn.Module):
     """
 
     accepts_loss_kwargs = True  # Trainer then counts the labels of the whole step and hands the number on
+    _keys_to_ignore_on_save = None  # Trainer looks for it when a checkpoint lacks weights, as ours lack untrained ones
 
     def __init__(
         self,
