@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from layer_surgery.healing.student import Student
+from layer_surgery.healing.trainee import Trainee
 from layer_surgery.healing.training import TrainingSettings, regret, train
 from layer_surgery.healing.windows import HealingData
 from layer_surgery.records import ProbePoint
@@ -27,7 +27,7 @@ class Probe:
 
 
 def probe(
-    student: Student,
+    student: Trainee,
     data: HealingData,
     settings: TrainingSettings,
     rates: Sequence[float] = LEARNING_RATES,
@@ -40,7 +40,7 @@ def probe(
     validation = data.validation.select(slice(0, PROBE_WINDOWS))
     watched = data.watched.select(slice(0, PROBE_WINDOWS)) if data.watched is not None else None
     few = replace(data, validation=validation, watched=watched)
-    unhealed = {name: student.cross_entropy(text, settings.batch_size) for name, text in few.texts.items()}
+    unhealed = {name: student.measure(name, text, settings.batch_size) for name, text in few.texts.items()}
     begun = student.save(settings.directory / "probe-begin")
     points, seconds = [], 0.0
     for number, rate in enumerate(rates):

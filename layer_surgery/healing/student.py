@@ -6,15 +6,12 @@ Shapes: B windows of S tokens, n of them with loss, D hidden, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from layer_surgery.data.tokens import PackedTokens
@@ -23,12 +20,10 @@ from layer_surgery.healing.adapters import is_adapter, merged_weights, plain_nam
 from layer_surgery.healing.head import chunked_head_loss
 from layer_surgery.healing.losses.inputs import StatePair, TeacherLogits, TokenLogits
 from layer_surgery.healing.mixture import WeightedLoss, token_values
+from layer_surgery.healing.trainee import Trainee
 from layer_surgery.walk.rehearsal import Rehearsal
 from layer_surgery.walk.streamed import StreamedModel
 from layer_surgery.walk.walk import LOGITS_AT_A_TIME, NO_LABEL, next_tokens
-
-#: File of the trained parameters in a checkpoint of a training; Trainer looks for this name.
-WEIGHTS_FILE = "model.safetensors"
 
 
 class TeacherOutputs(Protocol):
@@ -47,32 +42,14 @@ class TeacherStates(Protocol):
         ...
 
 
-@dataclass
-class Sums:
-    """Sums of each loss over the tokens since the last `take`."""
-
-    losses: dict[str, Tensor] = field(default_factory=dict)  # by name, scalars on the device
-    tokens: int = 0
-
-    def add(self, name: str, total: Tensor) -> None:
-        self.losses[name] = self.losses.get(name, torch.zeros_like(total)) + total.detach()
-
-    def take(self) -> dict[str, float]:
-        """Return the mean of each loss per token, and begin anew."""
-        means = {name: float(total) / max(1, self.tokens) for name, total in self.losses.items()}
-        self.losses, self.tokens = {}, 0
-        return means
-
-
-class Student(nn.Module):
+class Student(Trainee):
     """A whole model in memory with the losses that it is trained on.
 
     `forward` is what transformers' Trainer calls: it returns the sum of the losses over the tokens of a micro-batch,
     divided by the tokens of the whole step of the optimiser.
     """
 
-    accepts_loss_kwargs = True  # Trainer then counts the labels of the whole step and hands the number on
-    _keys_to_ignore_on_save = None  # Trainer looks for it when a checkpoint lacks weights, as ours lack untrained ones
+    model: Any  # a PreTrainedModel
 
     def __init__(
         self,
@@ -93,7 +70,6 @@ class Student(nn.Module):
         """
         super().__init__()
         self.model = streamed.load_whole()
-        self.sums = Sums()
         self._streamed, self._losses, self._pairs = streamed, list(losses), list(pairs)
         self.outputs, self.states = outputs, states
         self._rehearsal = Rehearsal(streamed)
@@ -111,31 +87,6 @@ class Student(nn.Module):
     def config(self) -> Any:
         """Configuration of the model, which Trainer looks at."""
         return self.model.config
-
-    def unfreeze(self, names: Collection[str]) -> int:
-        """Have the named parameters of the model trained, as copies in float32; return how many numbers that are."""
-        count = 0
-        for name, parameter in self.model.named_parameters():
-            if plain_name(name) in names:
-                # A copy: the tensor may be shared with a model of the user's.
-                parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32), copy=True)
-                parameter.requires_grad_(True)
-            count += parameter.numel() if parameter.requires_grad else 0
-        return count
-
-    def save(self, directory: Path) -> Path:
-        """Write the parameters that are trained into a directory, and return the file."""
-        directory.mkdir(parents=True, exist_ok=True)
-        trained = {name: value.detach().cpu() for name, value in self.named_parameters() if value.requires_grad}
-        save_file(trained, directory / WEIGHTS_FILE)
-        return directory / WEIGHTS_FILE
-
-    @torch.no_grad()
-    def load(self, file: Path) -> None:
-        """Put what `save` wrote back."""
-        parameters = dict(self.named_parameters())
-        for name, tensor in load_file(file).items():
-            parameters[name].copy_(tensor)
 
     @torch.no_grad()
     def trained_tensors(self) -> dict[str, Tensor]:
@@ -192,7 +143,7 @@ class Student(nn.Module):
         return {"loss": total / (num_items_in_batch if num_items_in_batch is not None else max(1, len(chosen)))}
 
     @torch.no_grad()
-    def cross_entropy(self, tokens: PackedTokens, batch_size: int) -> float:
+    def measure(self, text: str, tokens: PackedTokens, batch_size: int) -> float:
         """Return the mean cross-entropy of the next tokens, nats per token with loss, of the student as it is."""
         total, count = 0.0, 0
         for rows in tokens.batches(batch_size):

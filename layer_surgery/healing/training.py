@@ -17,7 +17,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, Traini
 from transformers.trainer_callback import PrinterCallback
 
 from layer_surgery.errors import LayerSurgeryError, NumericalError
-from layer_surgery.healing.student import WEIGHTS_FILE, Student
+from layer_surgery.healing.trainee import WEIGHTS_FILE, Trainee
 from layer_surgery.healing.windows import HealingData, WindowDataset
 from layer_surgery.records import CurvePoint
 
@@ -65,7 +65,7 @@ class Training:
 
 
 def train(
-    student: Student,
+    student: Trainee,
     data: HealingData,
     settings: TrainingSettings,
     *,
@@ -116,7 +116,7 @@ class HealingTrainer(Trainer):  # type: ignore[misc]
 
     def __init__(
         self,
-        student: Student,
+        student: Trainee,
         data: HealingData,
         settings: TrainingSettings,
         watch: _Watch,
@@ -138,7 +138,7 @@ class HealingTrainer(Trainer):  # type: ignore[misc]
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Measure the student on the texts that are not trained on; log that with the losses since the last time."""
-        found = {name: self._student.cross_entropy(text, self._batch_size) for name, text in self._data.texts.items()}
+        found = {name: self._student.measure(name, text, self._batch_size) for name, text in self._data.texts.items()}
         tokens = self._student.sums.tokens
         metrics = {f"eval_{name}": value for name, value in found.items()}
         metrics |= {METRIC: regret(found, self._unhealed), "eval_seconds": self._watch.seconds}

@@ -106,15 +106,25 @@ def healing_sentence(report: SurgeryReport) -> str:
     healing = report.healing
     if healing is None:
         return ""
-    losses = " + ".join(loss.name if loss.weight == 1 else f"{loss.weight:g} {loss.name}" for loss in healing.losses)
-    said = f"trained on {healing.tokens:,} tokens to follow the original ({losses}; {TRAINED_NAMES[healing.train]})"
-    first, last = healing.curve[0].validation, _chosen(healing).validation
-    change = ", ".join(f"{last[name] - first[name]:+.4f} on {_TEXTS.get(name, name)}" for name in first)
-    stopped = f"; it ended early: {healing.stopped}" if healing.stopped else ""
+    did = []
+    if healing.local:
+        kept = sum(record.kept for record in healing.local)
+        did.append(f"trained {kept} of {len(healing.local)} changed layers by themselves to do what the original's do")
+    if healing.curve:
+        losses = " + ".join(
+            loss.name if loss.weight == 1 else f"{loss.weight:g} {loss.name}" for loss in healing.losses
+        )
+        what = TRAINED_NAMES[healing.train]
+        did.append(f"trained it on {healing.tokens:,} tokens to follow the original ({losses}; {what})")
+    said, stopped = " and ".join(did), f"; it ended early: {healing.stopped}" if healing.stopped else ""
     if not healing.helped:
         return _sentence(
             f"{said}, which gained nothing on held-out text, so the result is the model from before healing{stopped}"
         )
+    if healing.best_step is None:
+        return _sentence(said + stopped)
+    first, last = healing.curve[0].validation, _chosen(healing).validation
+    change = ", ".join(f"{last[name] - first[name]:+.4f} on {_TEXTS.get(name, name)}" for name in first)
     return _sentence(f"{said}, which changed the loss by {change} (nats per token){stopped}")
 
 

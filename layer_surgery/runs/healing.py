@@ -4,43 +4,51 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from torch import Tensor
 
 from layer_surgery.checkpoint.open import Checkpoint
 from layer_surgery.checkpoint.result import with_new_tensors
-from layer_surgery.checkpoint.tensors import SafetensorsSource
+from layer_surgery.checkpoint.tensors import SafetensorsSource, TensorSpec
 from layer_surgery.config import HealingConfig
 from layer_surgery.config.inputs import TextConfig
 from layer_surgery.data import load_documents, pack_evaluation
-from layer_surgery.data.tokens import PackedTokens
+from layer_surgery.data.tokens import PackedTokens, joined
 from layer_surgery.errors import LayerSurgeryError, UserError
 from layer_surgery.evaluation.perplexity import window_losses
 from layer_surgery.healing.adapters import add_adapters, check_peft
 from layer_surgery.healing.capture import DenseTeacher, TeacherStatesStore, teacher_logits
+from layer_surgery.healing.local import GradientMoments, LayerStudent, Place
 from layer_surgery.healing.mixture import WeightedLoss, parse_losses
 from layer_surgery.healing.pairs import layer_pairs
 from layer_surgery.healing.probe import LEARNING_RATES, PROBE_STEPS, Probe, probe
 from layer_surgery.healing.student import Student, TeacherOutputs
-from layer_surgery.healing.trainable import adapter_targets, trained_names
+from layer_surgery.healing.trainable import adapter_targets, changed_positions, trained_names
 from layer_surgery.healing.training import Training, TrainingSettings, regret, train
 from layer_surgery.healing.windows import MOST_HELD_OUT, HealingData, healing_data
-from layer_surgery.records import CurvePoint, HealingRecord, LossRecord, SurgeryPlan, UnhealedRecord
+from layer_surgery.records import CurvePoint, HealingRecord, LocalRecord, LossRecord, SurgeryPlan, UnhealedRecord
 from layer_surgery.runs.bench import GENERAL_TEXT
 from layer_surgery.runs.evaluator import Evaluator
 from layer_surgery.runs.provenance import described_tokens
 from layer_surgery.runs.session import Session
 from layer_surgery.walk.boundaries import BoundaryStore
+from layer_surgery.walk.rehearsal import Rehearsal
 from layer_surgery.walk.streamed import StreamedModel
+from layer_surgery.walk.walk import Walk
 
 #: Most windows that are packed where minutes are the budget: how many will be used is known only after the probe.
 _MOST_WINDOWS = 1 << 15
 #: Share of the time left that training is planned for; the rest is for validation and what comes after it.
 _PLANNED_SHARE = 0.9
+#: Windows that the local stage trains on, steps for each layer, and its share of the minutes.
+LOCAL_WINDOWS, LOCAL_STEPS, _LOCAL_SHARE = 256, 48, 0.25
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +89,8 @@ def prepare_healing(
             "logits or states."
         )
     if config.train == "lora":
+        if "local" in config.stages:
+            raise UserError("--train lora puts adapters on the whole model; leave out --stages local.")
         check_peft()
         adapter_targets(session.checkpoint.skeleton, session.checkpoint.architecture.layers)
     windows = _MOST_WINDOWS
@@ -140,44 +150,125 @@ class _Healing:
         self._kept = ExitStack()
 
     def run(self) -> Healed:
+        config = self._config
+        names = trained_names(self._checkpoint, self._plan, config.train)
+        local: list[LocalRecord] = []
+        probed, rate, count = None, None, _numbers(self._checkpoint, names)
+        training = Training(curve=[], best_step=None, steps=0)
         with self._session.clock.stage("heal"), self._kept:
-            streamed = StreamedModel(
-                self._checkpoint, device=self._session.device, dtype=self._session.dtype, resident_bytes=0
-            )
-            student = Student(streamed, self._losses, pairs=self._pairs)
-            names = trained_names(self._checkpoint, self._plan, self._config.train)
-            if self._config.train == "lora":
-                with torch.random.fork_rng(devices=[]):
-                    torch.manual_seed(self._session.runtime.seed)
-                    add_adapters(student.model, self._checkpoint.architecture.layers, self._config.lora_rank)
-            count = student.unfreeze(names)
-            probed = self._probe(student)
-            steps = self._steps(probed)
-            self._data = self._data.first(steps * self._config.step_sequences)
-            self._ask_teacher(student, self._data)
-            rate = probed.best if probed is not None else self._config.learning_rate or LEARNING_RATES[0]
-            training = self._train(student, steps, rate)
-            checkpoint, helped = self._result(student, training)
+            checkpoint = self._checkpoint
+            if "local" in config.stages:
+                checkpoint, local = self._local_stage(names)
+            if "global" in config.stages:
+                student = self._student(checkpoint)
+                count = student.unfreeze(names)
+                probed = self._probe(student)
+                steps = self._steps(probed)
+                self._data = self._data.first(steps * config.step_sequences)
+                self._ask_teacher(student, self._data)
+                rate = probed.best if probed is not None else config.learning_rate
+                training = self._train(student, steps, rate or LEARNING_RATES[0])
+                if training.best_step is not None:
+                    checkpoint = self._better(checkpoint, self._as_saved(checkpoint, student))
         record = HealingRecord(
             losses=[LossRecord(name=loss.name, weight=loss.weight, options=loss.settings) for loss in self._losses],
-            train=self._config.train,
+            train=config.train,
             trained_parameters=count,
-            stages=list(self._config.stages),
+            stages=list(config.stages),
             learning_rate=rate,
             steps=training.steps,
-            step_sequences=self._config.step_sequences,
-            tokens=training.curve[-1].tokens,
+            step_sequences=config.step_sequences,
+            tokens=training.curve[-1].tokens if training.curve else 0,
             data=self._prepared.described,
             held_out_windows=self._data.validation.sequences,
             general_windows=self._data.general_windows,
             curve=training.curve,
             best_step=training.best_step,
-            helped=helped,
+            helped=checkpoint is not self._checkpoint,
             probe=probed.points if probed is not None else [],
+            local=local,
             stopped=training.stopped,
             teacher_bytes_per_token=self._bytes_per_token,
         )
         return Healed(checkpoint=checkpoint, record=record)
+
+    def _student(self, checkpoint: Checkpoint) -> Student:
+        """Load a student whole, with adapters if these are trained."""
+        device, dtype = self._session.device, self._session.dtype
+        streamed = StreamedModel(checkpoint, device=device, dtype=dtype, resident_bytes=0)
+        student = Student(streamed, self._losses, pairs=self._pairs)
+        if self._config.train == "lora":
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(self._session.runtime.seed)
+                add_adapters(student.model, checkpoint.architecture.layers, self._config.lora_rank)
+        return student
+
+    # -- the local stage -------------------------------------------------------------------------------------------
+
+    def _local_stage(self, names: set[str]) -> tuple[Checkpoint, list[LocalRecord]]:
+        """Train the changed layers one by one; return the checkpoint, which is the given one if that gains nothing."""
+        places = [
+            Place(position, self._plan.surviving[position], self._pairs[position][1] + 1)
+            for position in changed_positions(self._plan)
+        ]
+        windows = slice(0, min(LOCAL_WINDOWS, self._data.data_windows))
+        data = replace(
+            self._data,
+            train=self._data.train.select(windows),
+            order=torch.arange(windows.stop),
+            data_windows=windows.stop,
+            watched=None,
+        )
+        tokens = joined("local", [data.train, data.validation])
+        student, folder = self._session.stream(self._checkpoint), self._session.new_scratch("local")
+        records, calls = [], Rehearsal(student)
+        teacher = self._teacher.stream(self._teacher.checkpoint)
+        with Walk(teacher, tokens, self._session.settings) as walk:
+            moments = GradientMoments(walk)
+            if self._config.local_error == "fisher":
+                walk.backpropagate([moments], watch={place.after - 1 for place in places})
+            else:
+                walk.forward(range(teacher.layer_count), keep=True)
+            with self._session.ui.progress("healing layers", len(places)) as advance:
+                for place in places:
+                    with student.layer(place.position) as layer:
+                        metric = moments.moments.get(place.after - 1)
+                        one = LayerStudent(layer, place, walk, calls, metric, data.validation.sequences)
+                        records.append(self._heal_layer(one, place, data, names, folder, len(places)))
+                    advance()
+        files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            return self._checkpoint, records
+        healed = with_new_tensors(self._checkpoint, SafetensorsSource(files), f"{self._checkpoint.name} and healing")
+        checkpoint = self._better(self._checkpoint, healed)
+        if checkpoint is self._checkpoint:
+            self._session.ui.note("healing: the local stage made the whole no better, so its layers are not used")
+        return checkpoint, records
+
+    def _heal_layer(
+        self, one: LayerStudent, place: Place, data: HealingData, names: set[str], folder: Path, layers: int
+    ) -> LocalRecord:
+        """Train a layer, and write its tensors if that has lowered its error."""
+        prefix = self._checkpoint.layer_prefix(place.position)
+        one.unfreeze({name.removeprefix(prefix) for name in names if name.startswith(prefix)})
+        before = one.measure("validation", data.validation, self._session.runtime.batch_size)
+        settings = self._settings("layer", steps=LOCAL_STEPS, rate=LEARNING_RATES[0])
+        if self._config.budget_minutes is not None:
+            settings = replace(settings, seconds=max(1.0, _LOCAL_SHARE * 60 * self._config.budget_minutes / layers))
+        rate = self._config.learning_rate or probe(one, data, settings).best
+        training = train(one, data, replace(settings, learning_rate=rate), unhealed={"validation": before})
+        after = one.measure("validation", data.validation, self._session.runtime.batch_size)
+        kept = training.best_step is not None
+        if kept:
+            specs = self._checkpoint.source.specs
+            trained = {prefix + name: value for name, value in one.model.named_parameters() if value.requires_grad}
+            _write(folder / f"{place.position:05d}.safetensors", trained, specs)
+        self._session.ui.note(
+            f"healing: layer {self._plan.surviving[place.position]}: {one.name} {before:.5f} to {after:.5f}"
+        )
+        return LocalRecord(
+            layer=self._plan.surviving[place.position], metric=one.name, before=before, after=after, kept=kept
+        )
 
     # -- the original's outputs ------------------------------------------------------------------------------------
 
@@ -273,7 +364,7 @@ class _Healing:
             settings, report_to=config.report_to, keep_state=keep is not None, directory=keep or settings.directory
         )
         unhealed = {
-            name: student.cross_entropy(text, session.runtime.batch_size) for name, text in self._data.texts.items()
+            name: student.measure(name, text, session.runtime.batch_size) for name, text in self._data.texts.items()
         }
         with session.ui.progress("healing", steps) as advance:
             return train(
@@ -288,34 +379,37 @@ class _Healing:
 
     # -- the result ------------------------------------------------------------------------------------------------
 
-    def _result(self, student: Student, training: Training) -> tuple[Checkpoint, bool]:
-        """Return the healed checkpoint and True; if it is not better, as it would be saved, that from before."""
-        if training.best_step is None:
-            return self._checkpoint, False
-        healed = self._as_saved(student)
-        before, after = self._validated(self._checkpoint), self._validated(healed)
-        return (healed, True) if regret(after, before) < 0 else (self._checkpoint, False)
+    def _better(self, old: Checkpoint, new: Checkpoint) -> Checkpoint:
+        """Return the checkpoint that is better on the texts that were held out, as it would be saved."""
+        return new if regret(self._validated(new), self._validated(old)) < 0 else old
 
-    def _as_saved(self, student: Student) -> Checkpoint:
+    def _as_saved(self, checkpoint: Checkpoint, student: Student) -> Checkpoint:
         """Write the trained tensors, in the checkpoint's own dtypes, to a scratch file, and return the checkpoint."""
-        specs = self._checkpoint.source.specs
-        tensors = {
-            name: tensor.to("cpu", specs[name].dtype).contiguous() for name, tensor in student.trained_tensors().items()
-        }
         file = self._session.new_scratch("healed") / "healed.safetensors"
-        try:
-            save_file(tensors, file)
-        except (OSError, SafetensorError) as error:
-            raise LayerSurgeryError(
-                f"the healed tensors cannot be written to {file.parent} ({error}); is the disk full?"
-            ) from error
-        return with_new_tensors(self._checkpoint, SafetensorsSource([file]), f"{self._checkpoint.name} and healing")
+        _write(file, student.trained_tensors(), checkpoint.source.specs)
+        return with_new_tensors(checkpoint, SafetensorsSource([file]), f"{self._checkpoint.name} and healing")
 
     def _validated(self, checkpoint: Checkpoint) -> dict[str, float]:
         model = self._session.stream(checkpoint)
         return {
             name: window_losses(model, text, self._session.settings).mean for name, text in self._data.texts.items()
         }
+
+
+def _numbers(checkpoint: Checkpoint, names: set[str]) -> int:
+    """Return how many numbers the named parameters have."""
+    return sum(value.numel() for name, value in checkpoint.skeleton.named_parameters() if name in names)
+
+
+def _write(file: Path, tensors: Mapping[str, Tensor], specs: Mapping[str, TensorSpec]) -> None:
+    """Write tensors in the dtypes of a checkpoint."""
+    stored = {name: tensor.detach().to("cpu", specs[name].dtype).contiguous() for name, tensor in tensors.items()}
+    try:
+        save_file(stored, file)
+    except (OSError, SafetensorError) as error:
+        raise LayerSurgeryError(
+            f"the healed tensors cannot be written to {file.parent} ({error}); is the disk full?"
+        ) from error
 
 
 def _described(point: CurvePoint, steps: int, unhealed: dict[str, float]) -> str:

@@ -60,7 +60,7 @@ def settings(directory: Path, **changes: Any) -> TrainingSettings:
 
 
 def validation(student: Student, data: HealingData) -> dict[str, float]:
-    return {name: student.cross_entropy(text, 8) for name, text in data.texts.items()}
+    return {name: student.measure(name, text, 8) for name, text in data.texts.items()}
 
 
 def trained(student: Student, data: HealingData, how: TrainingSettings, **more: Any) -> dict[str, Tensor]:
