@@ -12,6 +12,7 @@ import attrs
 from layer_surgery.checkpoint.save import check_free_space, check_saved, save_checkpoint
 from layer_surgery.config import HealConfig
 from layer_surgery.errors import CheckpointError, ReportError
+from layer_surgery.healing.trainable import trained_names
 from layer_surgery.machine import peak_device_memory_bytes, peak_memory_bytes
 from layer_surgery.progress import Ui
 from layer_surgery.records import SurgeryReport
@@ -42,6 +43,7 @@ def run_heal(result: str | Path, config: HealConfig) -> SurgeryReport:
         if staging is not None:
             check_free_space(staging, student.size_bytes)
         healing = prepare_healing(session, config, config)
+        trained_names(student, surgery.plan, config.train)
         texts = session.evaluation_tokens(config)
         evaluator = stack.enter_context(Evaluator(session, config, texts, baseline=teacher))
         teacher.stream(teacher.checkpoint)  # proves, before anything else is done, that both can be walked over

@@ -93,6 +93,10 @@ def prepare_healing(
             raise UserError("--train lora puts adapters on the whole model; leave out --stages local.")
         check_peft()
         adapter_targets(session.checkpoint.skeleton, session.checkpoint.architecture.layers)
+    if config.resume is not None and not (config.resume / "trainer_state.json").is_file():
+        raise UserError(
+            f"--resume {config.resume} is no checkpoint of a training; give --checkpoints' DIR/checkpoint-N."
+        )
     windows = _MOST_WINDOWS
     if config.tokens is not None:
         windows = max(1, math.ceil(config.tokens / text.sequence_length))
