@@ -22,8 +22,8 @@ def teacher_logits(
     settings: WalkSettings,
     windows: slice,
     states: TeacherStatesStore | None = None,
-) -> Iterator[tuple[slice, Tensor]]:
-    """Yield, for some windows of `tokens` in their order, (windows, logits [n, V]) of the tokens with loss.
+) -> Iterator[Tensor]:
+    """Yield, for each of some windows of `tokens` in their order, the logits [n, V] of its tokens with loss.
 
     The model is walked over as many windows at a time as fit into the memory for boundaries.
 
@@ -41,7 +41,7 @@ def teacher_logits(
                 carries = next_tokens(walk.tokens, rows) != NO_LABEL
                 for row in range(rows.start, rows.stop):
                     hidden = last.read(slice(row, row + 1))[:, carries[row - rows.start]]
-                    yield slice(start + row, start + row + 1), _logits(walk, hidden)
+                    yield _logits(walk, hidden)
 
 
 @torch.no_grad()

@@ -11,8 +11,8 @@ from layer_surgery.healing.training import TrainingSettings, regret, train
 from layer_surgery.healing.windows import HealingData
 from layer_surgery.records import ProbePoint
 
-#: Learning rates that are tried.
-LEARNING_RATES = (1e-4, 3e-4, 1e-3, 3e-3)
+#: Learning rates that are tried, the likeliest first.
+LEARNING_RATES = (1e-3, 3e-3, 3e-4, 1e-4)
 #: Steps with each, and the held-out windows that they are compared on.
 PROBE_STEPS, PROBE_WINDOWS = 10, 16
 
@@ -35,15 +35,18 @@ def probe(
 ) -> Probe:
     """Train a student for a few steps with each learning rate, from the same weights and on the same windows.
 
-    The student has its own weights again at the end.
+    The student has its own weights again at the end. After `settings.seconds` no further rate is begun.
     """
     validation = data.validation.select(slice(0, PROBE_WINDOWS))
     watched = data.watched.select(slice(0, PROBE_WINDOWS)) if data.watched is not None else None
     few = replace(data, validation=validation, watched=watched)
     unhealed = {name: student.measure(name, text, settings.batch_size) for name, text in few.texts.items()}
     begun = student.save(settings.directory / "probe-begin")
-    points, seconds = [], 0.0
+    points: list[ProbePoint] = []
+    seconds, began = 0.0, time.monotonic()
     for number, rate in enumerate(rates):
+        if points and settings.seconds is not None and time.monotonic() - began > settings.seconds:
+            break
         short = replace(
             settings,
             steps=PROBE_STEPS,

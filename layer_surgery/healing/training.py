@@ -6,6 +6,7 @@ random generators), which Trainer reads with torch's restricted loader: no code 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -139,6 +140,9 @@ class HealingTrainer(Trainer):  # type: ignore[misc]
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Measure the student on the texts that are not trained on; log that with the losses since the last time."""
         found = {name: self._student.measure(name, text, self._batch_size) for name, text in self._data.texts.items()}
+        bad = [name for name, value in found.items() if not math.isfinite(value)]
+        if bad:
+            raise NumericalError(f"the loss on the {bad[0]} text is not finite")
         tokens = self._student.sums.tokens
         metrics = {f"eval_{name}": value for name, value in found.items()}
         metrics |= {METRIC: regret(found, self._unhealed), "eval_seconds": self._watch.seconds}

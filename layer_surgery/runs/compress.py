@@ -75,7 +75,9 @@ def run_compress(model: Model, config: CompressConfig, *, known_scores: LayerSco
         if healing is not None:
             with session.clock.stage("evaluate_unhealed"):
                 evaluator.measure("unhealed", checkpoint)
-            healed = heal(healing, session=session, teacher=session, student=checkpoint, plan=result.plan)
+            healed = heal(
+                healing, session=session, teacher=session, teacher_sha256=sha256, student=checkpoint, plan=result.plan
+            )
             checkpoint = healed.checkpoint
         # Evaluate the result.
         with session.clock.stage("evaluate_after"):

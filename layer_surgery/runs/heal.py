@@ -48,13 +48,15 @@ def run_heal(result: str | Path, config: HealConfig) -> SurgeryReport:
         evaluator = stack.enter_context(Evaluator(session, config, texts, baseline=teacher))
         teacher.stream(teacher.checkpoint)  # proves, before anything else is done, that both can be walked over
         session.stream(student)
-        _check_made_of(teacher, surgery, result)
+        sha256 = _check_made_of(teacher, surgery, result)
         # Evaluate the original and the result.
         with session.clock.stage("evaluate_before"):
             evaluator.measure("before", teacher.checkpoint)
             evaluator.measure("unhealed", student)
         # Heal.
-        healed = heal(healing, session=session, teacher=teacher, student=student, plan=surgery.plan)
+        healed = heal(
+            healing, session=session, teacher=teacher, teacher_sha256=sha256, student=student, plan=surgery.plan
+        )
         # Evaluate what came of it.
         with session.clock.stage("evaluate_after"):
             evaluator.measure("after", healed.checkpoint)
@@ -142,11 +144,12 @@ def _check_same_vocabulary(session: Session, teacher: Session) -> None:
         )
 
 
-def _check_made_of(teacher: Session, surgery: SurgeryReport, result: str | Path) -> None:
-    """Refuse a teacher that the result was not made of."""
+def _check_made_of(teacher: Session, surgery: SurgeryReport, result: str | Path) -> str:
+    """Refuse a teacher that the result was not made of; return its hash."""
     expected, found = str(surgery.base_model.get("sha256")), checkpoint_hash(teacher)
     if found != expected:
         raise CheckpointError(
             f"{result} was not made of the teacher {teacher.checkpoint.name}: the SHA-256 of its original begins "
             f"{expected[:12]}, and that of the teacher {found[:12]}; give --teacher the model that it was made of."
         )
+    return found

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -29,7 +31,9 @@ from layer_surgery.healing.local import GradientMoments, LayerStudent, Place
 from layer_surgery.healing.mixture import WeightedLoss, parse_losses
 from layer_surgery.healing.pairs import layer_pairs
 from layer_surgery.healing.probe import LEARNING_RATES, PROBE_STEPS, Probe, probe
-from layer_surgery.healing.student import Student, TeacherOutputs
+from layer_surgery.healing.student import Student
+from layer_surgery.healing.teacher.cache import TeacherCache, TeacherIdentity
+from layer_surgery.healing.teacher.form import RecordForm
 from layer_surgery.healing.trainable import adapter_targets, changed_positions, trained_names
 from layer_surgery.healing.training import Training, TrainingSettings, regret, train
 from layer_surgery.healing.windows import MOST_HELD_OUT, HealingData, healing_data
@@ -47,6 +51,8 @@ from layer_surgery.walk.walk import Walk
 _MOST_WINDOWS = 1 << 15
 #: Share of the time left that training is planned for; the rest is for validation and what comes after it.
 _PLANNED_SHARE = 0.9
+#: Share of the minutes after which no further learning rate is tried.
+_PROBE_SHARE = 0.1
 #: Windows that the local stage trains on, steps for each layer, and its share of the minutes.
 LOCAL_WINDOWS, LOCAL_STEPS, _LOCAL_SHARE = 256, 48, 0.25
 
@@ -126,28 +132,41 @@ def unhealed_record(evaluator: Evaluator) -> UnhealedRecord:
 
 
 def heal(
-    prepared: PreparedHealing, *, session: Session, teacher: Session, student: Checkpoint, plan: SurgeryPlan
+    prepared: PreparedHealing,
+    *,
+    session: Session,
+    teacher: Session,
+    teacher_sha256: str,
+    student: Checkpoint,
+    plan: SurgeryPlan,
 ) -> Healed:
     """Train a student to follow its teacher; the result is never worse on the text that was held out.
 
     Args:
         session: whose device, dtype, scratch files and clock are used.
         teacher: session of the original.
+        teacher_sha256: hash of the original.
         student: what the surgery gave.
         plan: that the surgery followed.
     """
-    return _Healing(prepared, session, teacher, student, plan).run()
+    return _Healing(prepared, session, teacher, teacher_sha256, student, plan).run()
 
 
 class _Healing:
     """One healing, with what its steps share."""
 
     def __init__(
-        self, prepared: PreparedHealing, session: Session, teacher: Session, checkpoint: Checkpoint, plan: SurgeryPlan
+        self,
+        prepared: PreparedHealing,
+        session: Session,
+        teacher: Session,
+        teacher_sha256: str,
+        checkpoint: Checkpoint,
+        plan: SurgeryPlan,
     ) -> None:
         self._config, self._losses, self._data = prepared.config, prepared.losses, prepared.data
         self._prepared, self._session, self._checkpoint, self._plan = prepared, session, checkpoint, plan
-        self._teacher = teacher
+        self._teacher, self._teacher_sha256 = teacher, teacher_sha256
         self._pairs = layer_pairs(plan.surviving, len(plan.layers))
         self._start = time.monotonic()
         self._bytes_per_token: float | None = None
@@ -281,19 +300,66 @@ class _Healing:
         needs = {loss.entry.needs for loss in self._losses}
         if "logits" not in needs and "states" not in needs:
             return
-        tokens = data.train
+        tokens, depth = data.train, len(self._plan.layers)
+        temperature = self._kept_temperature()
         layers = [layer for _, layer in self._pairs] if "states" in needs else []
-        dense = "logits" in needs
-        if dense and (not layers or layers[-1] != len(self._plan.layers) - 1):
-            layers.append(len(self._plan.layers) - 1)
-        states = self._states(tokens, layers)
+        if "logits" in needs and temperature is None and depth - 1 not in layers:
+            layers.append(depth - 1)
+        states = self._states(tokens, layers) if layers else None
         model = self._teacher.stream(self._teacher.checkpoint)
+        cache = self._cache(model, tokens, temperature) if "logits" in needs and temperature is not None else None
+        first = cache.next_sequence if cache is not None else 0
         with self._session.ui.progress("asking the original", tokens.sequences) as advance:
-            for _ in teacher_logits(model, tokens, self._session.settings, slice(0, tokens.sequences), states):
-                advance()
-        outputs: TeacherOutputs = DenseTeacher(model, tokens, states)
-        student.outputs = outputs if "logits" in needs else None
+
+            def logits() -> Iterator[Tensor]:
+                walked = slice(0 if states is not None else first, tokens.sequences)
+                found = teacher_logits(model, tokens, self._session.settings, walked, states)
+                for window, each in enumerate(found, walked.start):
+                    if window >= first:
+                        yield each
+                    advance()
+
+            if cache is not None and not cache.complete:
+                cache.capture(logits())
+            elif states is not None:
+                for _ in logits():
+                    pass
         student.states = states if "states" in needs else None
+        if cache is not None:
+            student.outputs = cache.records()
+            self._bytes_per_token = round(cache.nbytes / max(1, tokens.predicted_tokens), 2)
+        elif states is not None and "logits" in needs:
+            student.outputs = DenseTeacher(model, tokens, states)
+
+    def _kept_temperature(self) -> float | None:
+        """Return the temperature at which the largest probabilities are kept; None if a loss needs the others too."""
+        losses = [loss for loss in self._losses if loss.entry.needs == "logits"]
+        found = {loss.settings.get("temperature", 1.0) for loss in losses}
+        return found.pop() if len(found) == 1 and all("top_k" in loss.entry.teachers for loss in losses) else None
+
+    def _cache(self, model: StreamedModel, tokens: PackedTokens, temperature: float) -> TeacherCache:
+        """Open the cache of the original's outputs: the user's, found by content, or one in a scratch folder."""
+        tokenizer = self._session.need_tokenizer()
+        template = str(tokenizer.chat_template or "")
+        identity = TeacherIdentity(
+            teacher_sha256=self._teacher_sha256,
+            tokenizer_sha256=_sha256(json.dumps(tokenizer.get_vocab(), sort_keys=True)),
+            data_sha256=tokens.sha256,
+            chat_template_sha256=_sha256(template) if template else "",
+        )
+        form = RecordForm(temperature=temperature)
+        folder = self._session.new_scratch("teacher")
+        if self._config.teacher_cache is not None:
+            described = {"identity": asdict(identity), "form": form.to_dict()}
+            folder = self._config.teacher_cache / _sha256(json.dumps(described, sort_keys=True))[:24]
+        return TeacherCache.open(
+            folder,
+            identity,
+            tokens=tokens.loss_mask.sum(dim=1).tolist(),
+            vocabulary=model.vocabulary_size,
+            form=form,
+            note=self._session.ui.note,
+        )
 
     def _states(self, tokens: PackedTokens, layers: list[int]) -> TeacherStatesStore:
         """Return room for hidden states of the original after some layers. Refuses what does not fit on the disk."""
@@ -315,8 +381,11 @@ class _Healing:
         self._ask_teacher(student, few)
         self._asking = (time.monotonic() - start) / few.train.sequences
         rates = LEARNING_RATES if rate is None else (rate,)
+        settings = self._settings("probe", steps=PROBE_STEPS, rate=rates[0])
+        if self._config.budget_minutes is not None:
+            settings = replace(settings, seconds=_PROBE_SHARE * 60 * self._config.budget_minutes)
         with self._session.ui.progress("trying learning rates", len(rates) * PROBE_STEPS) as advance:
-            found = probe(student, few, self._settings("probe", steps=PROBE_STEPS, rate=rates[0]), rates, advance)
+            found = probe(student, few, settings, rates, advance)
         tried = ", ".join(
             f"{point.learning_rate:g}: " + ("not finite" if point.regret is None else f"{point.regret:+.4f}")
             for point in found.points
@@ -398,6 +467,10 @@ class _Healing:
         return {
             name: window_losses(model, text, self._session.settings).mean for name, text in self._data.texts.items()
         }
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _numbers(checkpoint: Checkpoint, names: set[str]) -> int:
