@@ -1,8 +1,8 @@
-"""Parts that every command has: help with names, progress, JSON, and the command for the record."""
+"""Parts that every command has: its options and help, progress, JSON, and the command for the record."""
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -10,8 +10,10 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from layer_surgery.cli.completion import Completed
+from layer_surgery.cli.help import GroupedCommand
 from layer_surgery.cli.options import AS_JSON, DEBUG, NO_EVAL, F, given, options_of
-from layer_surgery.config import DEFAULT_COMPONENTS, DEFAULT_METHOD, DEFAULT_SCORER, PerplexityConfig
+from layer_surgery.config import PerplexityConfig
 from layer_surgery.config.declaring import Options
 from layer_surgery.errors import LayerSurgeryError
 from layer_surgery.progress import Ui
@@ -21,42 +23,21 @@ T = TypeVar("T")
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
 
-class WithNames(click.Command):
-    """A command whose help ends with the registered scorers and methods.
+def command_on_model(
+    config: type[Options], *, required: tuple[str, ...] = (), examples: Mapping[str, str]
+) -> Callable[[F], click.Command]:
+    """Return a decorator that makes a command of MODEL and a configuration.
 
-    They are looked up only when help is asked for, because importing torch takes seconds.
+    Args:
+        required: names of fields.
+        examples: see `GroupedCommand`.
     """
-
-    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        from layer_surgery.scoring import SCORERS
-        from layer_surgery.surgeon import METHODS
-        from layer_surgery.surgeon.components import KINDS
-
-        options = {option.name for option in self.params}
-        registries: Any = (
-            ("scorer", "Scorers", SCORERS, (DEFAULT_SCORER,)),
-            ("method", "Methods", METHODS, (DEFAULT_METHOD,)),
-            ("components", "Components", KINDS, DEFAULT_COMPONENTS),
-        )
-        for option, title, registry, chosen in registries:
-            if option not in options:
-                continue
-            rows = [
-                (entry.name + (" (default)" if entry.name in chosen else ""), f"{entry.summary} {entry.source}".strip())
-                for entry in registry
-            ]
-            with formatter.section(title):
-                formatter.write_dl(rows)
-
-
-def command_on_model(config: type[Options], *, required: tuple[str, ...] = ()) -> Callable[[F], click.Command]:
-    """Return a decorator that makes a command of MODEL and a configuration; `required` names fields."""
 
     def decorate(function: F) -> click.Command:
         own = [options_of(config, required=required), *[NO_EVAL] * issubclass(config, PerplexityConfig)]
-        for option in (DEBUG, AS_JSON, *reversed(own), click.argument("model")):
+        for option in (DEBUG, AS_JSON, *reversed(own), click.argument("model", type=Completed(paths="dir"))):
             function = option(function)
-        return click.command(cls=WithNames, context_settings=CONTEXT)(function)
+        return click.command(cls=GroupedCommand, context_settings=CONTEXT, examples=examples)(function)
 
     return decorate
 

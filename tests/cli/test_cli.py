@@ -30,10 +30,10 @@ from tiny_checkpoints import (
 
 import layer_surgery
 from layer_surgery.config import DEFAULT_COMPONENTS
+from layer_surgery.config.choices import METHOD_CHOICES, SCORER_CHOICES
 from layer_surgery.records import LayerScores
 from layer_surgery.reporting.console import print_scores
 from layer_surgery.scoring import SCORERS
-from layer_surgery.surgeon import METHODS
 
 SHORT = ("--sequence-length", 16)
 
@@ -68,8 +68,8 @@ def test_help_lists_every_command(run: CommandLine) -> None:
 
 def test_help_lists_scorers_and_methods_with_sources_defaults_and_how_to_mix_sources(run: CommandLine) -> None:
     compress, score = (" ".join(run(name, "--help").out.split()) for name in ("compress", "score"))
-    for entry in (*SCORERS, *METHODS):
-        assert f" {entry.name} " in compress and entry.source in compress
+    for name, choice in (*SCORER_CHOICES.items(), *METHOD_CHOICES.items()):
+        assert f" {name} " in compress and choice.source in compress
     assert compress.count("(default)") == 2 + len(DEFAULT_COMPONENTS)
     assert "Calibration sequences, from all sources together. [default: 128]" in compress
     assert "[default: 0.1]" in compress
