@@ -8,7 +8,7 @@ import click
 from rich.console import Console
 
 from layer_surgery.cli.common import CONTEXT, call, check_complete, command_on_model, print_json
-from layer_surgery.cli.completion import Completed
+from layer_surgery.cli.completion import Completed, completion_script
 from layer_surgery.cli.help import GroupedCommand
 from layer_surgery.cli.options import AS_JSON, DEBUG, option, options_of
 from layer_surgery.config import CompressConfig, EvaluateConfig, ExportConfig, ScoreConfig, SweepConfig
@@ -190,6 +190,24 @@ def report(results: tuple[Path, ...], **options: Any) -> None:
     for note in notes:
         click.echo(note, err=True)
     click.echo(f"page: {page}")
+
+
+@click.command(
+    cls=GroupedCommand,
+    context_settings=CONTEXT,
+    examples={
+        "For bash, with the package bash-completion": (
+            "completion bash > ~/.local/share/bash-completion/completions/layer-surgery"
+        ),
+        "For fish": "completion fish > ~/.config/fish/completions/layer-surgery.fish",
+    },
+)
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]), metavar="SHELL")
+@DEBUG
+@click.pass_context
+def completion(context: click.Context, shell: str) -> None:
+    """Print a script with which SHELL (bash, zsh or fish) completes commands, options and their values."""
+    click.echo(completion_script(context.find_root(), shell))
 
 
 def _console() -> Console:

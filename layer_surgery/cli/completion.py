@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 import click
-from click.shell_completion import CompletionItem
+from click.shell_completion import CompletionItem, get_completion_class
 from click.types import StringParamType
 
 from layer_surgery.config.choices import Choice
@@ -52,6 +52,14 @@ class CompletedPath(click.Path):
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         return [CompletionItem(incomplete, type=self._paths)]
+
+
+def completion_script(program: click.Context, shell: str) -> str:
+    """Return what a shell is to run to complete for a program; `shell` is bash, zsh or fish."""
+    name = program.info_name or ""
+    kind = get_completion_class(shell)
+    assert kind is not None
+    return kind(program.command, {}, name, f"_{name}_complete".replace("-", "_").upper()).source()
 
 
 def _paths(about: About) -> Paths | None:

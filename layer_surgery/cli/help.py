@@ -50,12 +50,24 @@ class GroupedCommand(click.Command):
                 formatter.write(_on_lines(f"layer-surgery {command}", formatter.width, formatter.current_indent + 2))
 
 
+class Program(click.Group):
+    """A program whose help lists its commands in the order in which they are used, each with its whole summary."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            summaries = [(name, (command.help or "").split("\n\n")[0]) for name, command in self.commands.items()]
+            formatter.write_dl([(name, " ".join(summary.split())) for name, summary in summaries])
+
+
 def _on_lines(command: str, width: int, indent: int) -> str:
-    """Return a command as lines that a shell takes as one, of at most `width` characters, broken before options."""
-    lines = [""]
-    for part in re.split(r" (?=--)", command):
-        if len(lines[-1]) + len(part) + indent + 4 > width:  # with a space, " \\" behind it, and a space to spare
-            lines.append("    " + part)
+    """Return a command as lines that a shell takes as one, broken before options where it is wider than `width`."""
+    lines: list[str] = []
+    for part in re.split(r" (?=--|> )", command):
+        if lines and len(lines[-1]) + len(part) + indent + 3 <= width:  # with a space, and " \\" behind it
+            lines[-1] += f" {part}"
         else:
-            lines[-1] = f"{lines[-1]} {part}".strip()
+            lines.append(f"    {part}" if lines else part)
     return " " * indent + f" \\\n{' ' * indent}".join(lines) + "\n"

@@ -63,7 +63,8 @@ def test_help_fits_on_80_columns(name: str, run: CommandLine, monkeypatch: pytes
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_has_two_examples_that_it_takes(name: str, run: CommandLine) -> None:
     text = sections(run(name, "--help").out)["Examples"].replace("\\\n", "")
-    commands = [shlex.split(line)[1:] for line in text.splitlines() if line.startswith("    layer-surgery ")]
+    lines = [line.partition(" > ")[0] for line in text.splitlines() if line.startswith("    layer-surgery ")]
+    commands = [shlex.split(line)[1:] for line in lines]
     assert len(commands) == 2
     for first, *rest in commands:
         assert first == name
