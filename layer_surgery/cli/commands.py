@@ -10,7 +10,7 @@ from rich.console import Console
 from layer_surgery.cli.common import CONTEXT, call, check_complete, command_on_model, print_json
 from layer_surgery.cli.completion import Completed, completion_script
 from layer_surgery.cli.help import GroupedCommand
-from layer_surgery.cli.options import AS_JSON, DEBUG, option, options_of
+from layer_surgery.cli.options import AS_JSON, DEBUG, QUIET, option, options_of
 from layer_surgery.config import CompressConfig, EvaluateConfig, ExportConfig, ScoreConfig, SweepConfig
 from layer_surgery.errors import LayerSurgeryError, UserError
 
@@ -136,6 +136,7 @@ def sweep(model: str, as_json: bool, **options: Any) -> None:
 )
 @options_of(ExportConfig)
 @AS_JSON
+@QUIET
 @DEBUG
 def export(directory: str, dense: bool, as_json: bool, **options: Any) -> None:
     """Write the result in DIR in another form; so far there is --dense."""

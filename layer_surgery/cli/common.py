@@ -2,21 +2,19 @@
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from layer_surgery.cli.completion import Completed
 from layer_surgery.cli.help import GroupedCommand
-from layer_surgery.cli.options import AS_JSON, DEBUG, NO_EVAL, F, given, options_of
+from layer_surgery.cli.options import AS_JSON, DEBUG, NO_EVAL, QUIET, QUIET_KEY, F, given, options_of
+from layer_surgery.cli.progress import progress_ui
 from layer_surgery.config import PerplexityConfig
 from layer_surgery.config.declaring import Options
 from layer_surgery.errors import LayerSurgeryError
-from layer_surgery.progress import Ui
 from layer_surgery.records.provenance import portable_command
 
 T = TypeVar("T")
@@ -35,7 +33,7 @@ def command_on_model(
 
     def decorate(function: F) -> click.Command:
         own = [options_of(config, required=required), *[NO_EVAL] * issubclass(config, PerplexityConfig)]
-        for option in (DEBUG, AS_JSON, *reversed(own), click.argument("model", type=Completed(paths="dir"))):
+        for option in (DEBUG, QUIET, AS_JSON, *reversed(own), click.argument("model", type=Completed(paths="dir"))):
             function = option(function)
         return click.command(cls=GroupedCommand, context_settings=CONTEXT, examples=examples)(function)
 
@@ -48,39 +46,19 @@ def check_complete(failures: list[Any]) -> None:
         raise LayerSurgeryError("; ".join(f"{failure.stage} failed: {failure.error}" for failure in failures))
 
 
-@contextmanager
-def progress_ui() -> Iterator[Ui]:
-    """Progress bars and notes on stderr; bars only where stderr is a terminal."""
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
-    bars = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
-
-    @contextmanager
-    def progress(what: str, total: int) -> Iterator[Callable[[], None]]:
-        task = bars.add_task(what, total=total)
-        try:
-            yield lambda: bars.advance(task)
-        finally:
-            bars.remove_task(task)
-
-    with bars:
-        yield Ui(progress=progress, note=lambda text: console.print(text, style="dim", markup=False))
-
-
 def print_json(data: Any) -> None:
     """Print data as JSON on stdout."""
     click.echo(json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False))
 
 
 def call(function: Callable[..., T], target: str, options: dict[str, Any]) -> T:
-    """Call a function of the Python interface with the options that were given, and the command for the record."""
+    """Call a function of the Python interface with the options that were given, and the command for the record.
+
+    Progress and notes go to stderr, unless `--quiet` is given.
+    """
     command = portable_command(["layer-surgery", *sys.argv[1:]])
-    with progress_ui() as ui:
+    if click.get_current_context().meta.get(QUIET_KEY):
+        return function(target, command=command, **given(options))
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    with progress_ui(console) as ui:
         return function(target, ui=ui, command=command, **given(options))

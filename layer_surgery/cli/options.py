@@ -49,6 +49,17 @@ def options_of(config: type[Options], *, required: tuple[str, ...] = ()) -> Call
 
 NO_EVAL = option("--no-eval", is_flag=True, group="Evaluation", help="Do not measure perplexity and distance.")
 AS_JSON = option("--json", "as_json", is_flag=True, group="Output", help="Print the result as JSON on stdout.")
+#: Whether `--quiet` is given, in the `meta` of click's context.
+QUIET_KEY = "layer_surgery.quiet"
+QUIET = option(
+    "-q",
+    "--quiet",
+    is_flag=True,
+    expose_value=False,
+    group="Runtime",
+    help="Print nothing but the result and errors: no progress, no notes.",
+    callback=lambda context, _parameter, given: context.meta.update({QUIET_KEY: given}),
+)
 #: `main` looks for it itself.
 DEBUG = option(
     "--debug",

@@ -53,6 +53,12 @@ class Session:
             progress=self.ui.progress,
         )
 
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """A stage of the run: its user is told, and its seconds are counted."""
+        with self.ui.stage(name), self.clock.stage(name):
+            yield
+
     def available_bytes(self) -> int | None:
         """Return how much memory the user allows, else what is free on the device; None where that is not known."""
         limit = self.runtime.memory_limit
