@@ -24,6 +24,8 @@ class Stage:
     kind: str = ""  #: Stages of one kind take about as long as each other; "": it is like no other.
     work: float | None = None
     """Its work, in a unit that all stages of the run have: 0 if that is little, None if it is not known."""
+    steps: tuple[str, ...] = ()
+    """The steps that do this work, as `Progress` names them, where the stage also does what is not counted in it."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -39,13 +39,14 @@ class Course:
         self.now, self._began = now, now()
         self._stages: list[Stage] = []
         self._seconds: dict[str, float] = {}
+        self._worked: dict[str, float] = {}  # those of them that went into the work that is counted
         self._entered = self._began
         self.current: Stage | None = None
         self.steps: list[Step] = []  #: Under way, the outermost first.
 
     def plan(self, stages: Sequence[Stage]) -> None:
         """Take the stages that follow, in their order; what was known of others is forgotten."""
-        self._stages, self._seconds, self.current = list(stages), {}, None
+        self._stages, self._seconds, self._worked, self.current = list(stages), {}, {}, None
 
     @contextmanager
     def stage(self, name: str) -> Iterator[bool]:
@@ -59,6 +60,8 @@ class Course:
             yield True
         finally:
             self._seconds[name] = self.now() - self._entered
+            if not found.steps:
+                self._worked[name] = self._seconds[name]
             self.current = None
 
     @contextmanager
@@ -70,6 +73,9 @@ class Course:
             yield step
         finally:
             self.steps.remove(step)
+            if self.current is not None and what in self.current.steps:
+                name = self.current.name
+                self._worked[name] = self._worked.get(name, 0.0) + self.now() - step.began
 
     @property
     def title(self) -> str:
@@ -119,7 +125,7 @@ class Course:
             return sum(alike) / len(alike)
         if not stage.work:
             return stage.work
-        worked = [(self._seconds[each.name], each.work) for each in done if each.work]
+        worked = [(self._worked[each.name], each.work) for each in done if each.work and each.name in self._worked]
         return stage.work * sum(seconds for seconds, _ in worked) / sum(work for _, work in worked) if worked else None
 
 

@@ -65,9 +65,7 @@ def run_compress(model: Model, config: CompressConfig, *, known_scores: LayerSco
         sha256 = checkpoint_hash(session)
         _check_plan_is_for(config, sha256)
         scored = planning.chooses and known_scores is None
-        session.ui.plan(
-            stages_of_compression(planning, config, texts, tokens, scored=scored, saved=staging is not None)
-        )
+        session.ui.plan(stages_of_compression(planning, texts, tokens, scored=scored, saved=staging is not None))
         # Evaluate the original.
         with session.stage("evaluate_before"):
             evaluator.measure("before", original)

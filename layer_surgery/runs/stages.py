@@ -6,7 +6,6 @@ model; numbers of passes are those of the demo checkpoint on a CPU, in round fig
 
 from collections.abc import Sequence
 
-from layer_surgery.config import EvaluationConfig
 from layer_surgery.data.tokens import PackedTokens
 from layer_surgery.progress import Stage
 from layer_surgery.runs.planning import Planning
@@ -23,7 +22,6 @@ _REFIT = 36.0
 
 def stages_of_compression(
     planning: Planning,
-    config: EvaluationConfig,
     texts: Sequence[PackedTokens],
     tokens: PackedTokens | None,
     *,
@@ -39,7 +37,7 @@ def stages_of_compression(
     """
     calibration = _tokens([tokens] if tokens is not None else [])
     scorer, method = planning.config.scorer, planning.method
-    stages = [_evaluation("evaluate_before", "evaluating the original", config, texts)]
+    stages = [_evaluation("evaluate_before", "evaluating the original", texts)]
     if scored:
         stages.append(Stage("score", f"ranking the layers ({scorer})", work=_passes(_SCORER.get(scorer), calibration)))
     if planning.trial.smaller or method.removes:
@@ -49,31 +47,30 @@ def stages_of_compression(
         stages.append(Stage("operate", f"operating ({method.name})", work=_passes(passes, calibration)))
     if planning.refit_scope is not None:
         stages.append(Stage("refit", "refitting", work=_REFIT * calibration))
-    stages.append(_evaluation("evaluate_after", "evaluating the result", config, texts))
+    stages.append(_evaluation("evaluate_after", "evaluating the result", texts))
     if saved:
         stages.append(Stage("save", "saving", work=0.0))
     return stages
 
 
-def stages_of_evaluation(config: EvaluationConfig, texts: Sequence[PackedTokens], *, baseline: bool) -> list[Stage]:
+def stages_of_evaluation(texts: Sequence[PackedTokens], *, baseline: bool) -> list[Stage]:
     """Return the stages of `evaluate`."""
-    first = [_evaluation("evaluate_before", "evaluating the baseline", config, texts)] * baseline
-    return [*first, _evaluation("evaluate_after", "evaluating the model", config, texts)]
+    first = [_evaluation("evaluate_before", "evaluating the baseline", texts)] * baseline
+    return [*first, _evaluation("evaluate_after", "evaluating the model", texts)]
 
 
-def stages_of_sweep(points: int, config: EvaluationConfig, texts: Sequence[PackedTokens]) -> list[Stage]:
+def stages_of_sweep(points: int, texts: Sequence[PackedTokens]) -> list[Stage]:
     """Return the stages of `sweep` with so many points to measure; point k, from 1 on, is `point k`."""
     numbers = range(1, points + 1)
     return [
-        _evaluation("evaluate_before", "evaluating the original", config, texts),
+        _evaluation("evaluate_before", "evaluating the original", texts),
         *(Stage(f"point {number}", f"measuring point {number} of {points}", kind="point") for number in numbers),
     ]
 
 
-def _evaluation(name: str, title: str, config: EvaluationConfig, texts: Sequence[PackedTokens]) -> Stage:
-    """Return a stage that measures one model: its work is known if it reads texts only."""
-    known = not (config.tasks or config.speed)
-    return Stage(name, title, kind="evaluation", work=_tokens(texts) if known else None)
+def _evaluation(name: str, title: str, texts: Sequence[PackedTokens]) -> Stage:
+    """Return a stage that measures one model. Its work are the texts, not tasks, continuations and speed."""
+    return Stage(name, title, kind="evaluation", work=_tokens(texts), steps=("forward", "head"))
 
 
 def _tokens(data: Sequence[PackedTokens]) -> float:

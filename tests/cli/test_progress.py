@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,17 @@ def test_unknown_work_leaves_the_rest_of_a_step(course: Course, time: FakeTime) 
         time.seconds += 20
         step.done = 1
         assert course.left is None and course.times == "0:20, about 1:00 left in this step"
+
+
+def test_work_is_done_in_some_steps_of_a_stage(course: Course, time: FakeTime) -> None:
+    before, score, *rest = STAGES
+    course.plan([replace(before, steps=("forward",)), score, *rest])
+    with course.stage("before"):
+        for what, seconds in (("forward", 4), ("continuations", 9), ("forward", 1)):
+            with course.step(what, 1):
+                time.seconds += seconds
+    with course.stage("score"):
+        assert course.left == 30 + 14  # the result is evaluated as the original was
 
 
 def test_stages_within_a_stage_are_parts_of_it(course: Course) -> None:
