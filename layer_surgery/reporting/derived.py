@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from layer_surgery.records import UNITS, EvaluationResult, SurgeryPlan
+from layer_surgery.records import UNITS, EvaluationResult, LayerScores, SurgeryPlan
 from layer_surgery.reporting.formats import short_names
 
 
@@ -45,3 +45,26 @@ def decoding_ratio(before: EvaluationResult, after: EvaluationResult) -> float |
     if not (before.speed and after.speed and before.speed[0].decode_tokens_per_second):
         return None
     return after.speed[0].decode_tokens_per_second / before.speed[0].decode_tokens_per_second
+
+
+class RankedLayer(NamedTuple):
+    """A layer in a ranking."""
+
+    goes: str  #: The place in which it would go, or "stays".
+    layer: int
+    value: float
+
+
+def ranked(scores: LayerScores) -> list[RankedLayer]:
+    """Return the layers in the order in which they would go, then the others, the least important first."""
+    ascending = sorted(range(len(scores.values)), key=lambda index: scores.values[index])
+    order = scores.removal_order
+    going = [RankedLayer(str(place), index, scores.values[index]) for place, index in enumerate(order, start=1)]
+    staying = [RankedLayer("stays", index, scores.values[index]) for index in ascending if index not in order]
+    return [*going, *staying]
+
+
+def is_joint(scores: LayerScores) -> bool:
+    """Whether the order is not that of the values, because it looks at layers together."""
+    order = [scores.values[index] for index in scores.removal_order]
+    return order != sorted(order)
