@@ -21,6 +21,13 @@ DTYPES = ("float32", "bfloat16", "float16")
 _LARGEST_SEED = (1 << 63) - 1
 
 
+def _tokenizer(value: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase | None:
+    # Not by its class, whose import takes seconds: by what is asked of it.
+    if value is not None and not (callable(value) and hasattr(value, "get_vocab")):
+        raise UserError(f"tokenizer is {value!r}; give a tokenizer of transformers (AutoTokenizer.from_pretrained).")
+    return value
+
+
 def _ui(value: Ui | None) -> Ui:
     return value or Ui()
 
@@ -41,6 +48,7 @@ class CallConfig(Options):
 
     tokenizer: PreTrainedTokenizerBase | None = attrs.field(
         default=None,
+        converter=_tokenizer,
         metadata=about(
             "Tokenizer of a model that is given in memory.", group="Model and data", terminal=False, recorded=False
         ),
@@ -124,6 +132,8 @@ class RuntimeConfig(CallConfig):
             raise UserError(f"--dtype is '{self.dtype}'; allowed: auto, {', '.join(DTYPES)}.")
         if self.seed > _LARGEST_SEED:
             raise UserError(f"--seed is {self.seed}; allowed: 0 to {_LARGEST_SEED}.")
+        if self.scratch is not None and not self.scratch.is_dir():
+            raise UserError(f"scratch is {self.scratch}, which is not a directory; make it, or leave it out.")
 
     def torch_device(self) -> torch.device:
         """Return the device; `UserError` if it is not there."""

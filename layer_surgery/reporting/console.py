@@ -1,6 +1,7 @@
 """Records as tables on the terminal."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -14,14 +15,15 @@ from layer_surgery.records import (
     EvaluationReport,
     EvaluationResult,
     LayerScores,
+    SpectrumRecord,
     SurgeryPlan,
     SurgeryReport,
 )
 from layer_surgery.records.sweep import SweepReport
-from layer_surgery.reporting.derived import changed_layers, is_joint, kept_columns, ranked
+from layer_surgery.reporting.derived import changed_layers, is_joint, kept_columns, kept_count, ranked
 from layer_surgery.reporting.formats import with_interval
 from layer_surgery.reporting.measurements import measurement_tables
-from layer_surgery.reporting.sentences import best_sentence, failed_points
+from layer_surgery.reporting.sentences import best_sentence, budgets, failed_points
 from layer_surgery.reporting.sweep_table import LEGEND, TEXT_COLUMNS, sweep_table
 
 _BLOCKS = "▏▎▍▌▋▊▉█"
@@ -37,8 +39,10 @@ def print_report(console: Console, report: SurgeryReport) -> None:
     changed = [f"{change}: {', '.join(map(str, layers))}" for change, layers in changes if layers]
     console.print("; ".join([whole, *changed]), highlight=False)
     if plan.smaller:
-        print_ranks(console, plan)
+        print_ranks(console, plan, report.spectra)
     _print_measurements(console, report.before, report.after, report.comparison, ("before", "after", "change"))
+    for sentence in budgets(report):
+        console.print(sentence, highlight=False)
     _print_prediction(console, report)
     _print_continuations(console, report.continuations, ("before", "after"))
     if report.output is None:
@@ -93,7 +97,7 @@ def print_sweep(console: Console, report: SweepReport, directory: Path | None = 
     console.print(f"kept in [bold]{escape(str(directory))}[/] ({files})")
 
 
-def print_ranks(console: Console, plan: SurgeryPlan) -> None:
+def print_ranks(console: Console, plan: SurgeryPlan, spectra: Sequence[SpectrumRecord] = ()) -> None:
     """Print what stays of the layers that are smaller: the rank of every linear, channels of the MLP and heads."""
     linears = kept_columns(plan)
     title = ", ".join(["ranks", *dict.fromkeys(name for layer in plan.smaller for name in layer.units)])
@@ -102,7 +106,7 @@ def print_ranks(console: Console, plan: SurgeryPlan) -> None:
     for title in linears.values():
         table.add_column(title, justify="right", overflow="fold")
     for layer in plan.smaller:
-        table.add_row(str(layer.index), *(str(layer.kept.get(name, "-")) for name in linears))
+        table.add_row(str(layer.index), *(kept_count(layer, name, spectra) or "-" for name in linears))
     console.print(table)
 
 

@@ -1,8 +1,9 @@
 """Lists and ratios that more than one view takes from a record."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
-from layer_surgery.records import UNITS, EvaluationResult, LayerScores, SurgeryPlan
+from layer_surgery.records import UNITS, EvaluationResult, LayerPlan, LayerScores, SpectrumRecord, SurgeryPlan
 from layer_surgery.reporting.formats import short_names
 
 
@@ -33,6 +34,14 @@ def kept_columns(plan: SurgeryPlan) -> dict[str, str]:
     names = list(dict.fromkeys(name for layer in plan.smaller for name in layer.kept))
     names.sort(key=lambda name: name in UNITS)
     return dict(zip(names, short_names(names), strict=True))
+
+
+def kept_count(layer: LayerPlan, name: str, spectra: Sequence[SpectrumRecord]) -> str:
+    """Return what a layer keeps of a linear or unit, "" if all of it; of heads also of how many, where spectra tell."""
+    if name not in layer.kept:
+        return ""
+    known = [record.total for record in spectra if record.layer == layer.index and record.units == name == "heads"]
+    return f"{layer.kept[name]} of {known[0]}" if known else str(layer.kept[name])
 
 
 def main_tasks(result: EvaluationResult) -> list[str]:

@@ -3,7 +3,7 @@
 from typing import Any, NamedTuple
 
 from layer_surgery.records import EvaluationReport, LayerScores, SurgeryReport
-from layer_surgery.reporting.derived import decoding_ratio, is_joint, kept_columns, main_tasks, ranked
+from layer_surgery.reporting.derived import decoding_ratio, is_joint, kept_columns, kept_count, main_tasks, ranked
 from layer_surgery.reporting.figures import layers as layer_plots
 from layer_surgery.reporting.figures import quality as quality_plots
 from layer_surgery.reporting.formats import ACTION_NAMES, percent_change, with_interval
@@ -112,7 +112,7 @@ def layer_rows(report: SurgeryReport, linears: list[str]) -> list[dict[str, Any]
             "place": places.get(layer.index, ""),
             "action": ACTION_NAMES[layer.action],
             "key": layer.action,
-            "ranks": [str(layer.kept.get(name, "whole" if layer.kept else "")) for name in linears],
+            "ranks": [kept_count(layer, name, report.spectra) or ("whole" if layer.kept else "") for name in linears],
         }
         for layer in report.plan.layers
     ]
