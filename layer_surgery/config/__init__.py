@@ -19,6 +19,7 @@ from layer_surgery.config.surgery import (
     DEFAULT_COMPONENTS,
     DEFAULT_METHOD,
     DEFAULT_SCORER,
+    LISTED_BELOW,
     UNIFORM_COMPONENTS,
     BudgetConfig,
     SearchConfig,

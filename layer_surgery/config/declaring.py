@@ -6,17 +6,22 @@ The converter's parameter says what users may pass, the field's annotation what 
 
 from __future__ import annotations
 
+import inspect
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import attrs
 
+from layer_surgery.config.choices import Choice
 from layer_surgery.errors import UserError
 
 _ABOUT = "about"
+Group = Literal["Model and data", "Budget", "Surgery", "Evaluation", "Output", "Runtime", "Other"]
+"""Headings under which help texts list options."""
+GROUPS: tuple[Group, ...] = ("Model and data", "Budget", "Surgery", "Evaluation", "Output", "Runtime", "Other")
 Form = Literal["value", "list", "repeat", "size", "switch"]
 """How the command line writes it: one value; several between commas; given several times; bytes, such as 8GB; a pair
 of flags `--x/--no-x`. A bool that is no switch is a lone flag."""
@@ -33,8 +38,15 @@ class About:
     name: str | None = None  #: Name on the command line, without the dashes, where it is not the field's.
     items: str = ""
     example: str = ""  #: Names of the items of a list, and an example of one, for errors.
+    choices: Mapping[str, Choice] | Collection[str] = ()  #: Values that help and completion name; there may be others.
+    group: Group | None = None  #: Its heading in help texts, where it is not that of the class.
     terminal: bool = True  #: Whether the command line has it too.
     recorded: bool = True  #: Whether it is among the settings in a record's provenance.
+
+    @property
+    def values(self) -> str:
+        """The value as help texts write it: as declared, else all choices; "" where neither is there."""
+        return self.metavar or "|".join(self.choices)
 
     def option(self, field: str) -> str:
         """Return what the command line calls the option of a field."""
@@ -56,6 +68,7 @@ def about_of(field: attrs.Attribute[Any]) -> About:
 class Options:
     """Base of the groups. After the checks of single options, `_check` of every group sees them together."""
 
+    GROUP: ClassVar[Group] = "Other"  #: Heading in help texts of the options that a class declares.
     FIRST: ClassVar[tuple[str, ...]] = ()  #: Options that help texts and signatures name first.
 
     def __attrs_post_init__(self) -> None:
@@ -74,6 +87,23 @@ def fields_of(config: type[Options]) -> list[attrs.Attribute[Any]]:
     fields = list(attrs.fields(config))
     first = [field for name in config.FIRST for field in fields if field.name == name]
     return first + [field for field in fields if field not in first]
+
+
+def grouped(config: type[Options]) -> dict[Group, list[attrs.Attribute[Any]]]:
+    """Return the fields of an options class under the headings that they have in help texts, in their order."""
+    fields = [(group_of(config, field), field) for field in fields_of(config)]
+    return {
+        group: [field for its_group, field in fields if its_group == group]
+        for group in GROUPS
+        if any(its_group == group for its_group, _ in fields)
+    }
+
+
+def group_of(config: type[Options], field: attrs.Attribute[Any]) -> Group:
+    """Return the heading of a field: its own, else that of the class which declares it."""
+    declares = (group for group in config.__mro__ if field.name in inspect.get_annotations(group))
+    group: Group = about_of(field).group or next(declares).GROUP  # type: ignore[attr-defined]
+    return group
 
 
 def _plain(value: Any) -> Any:

@@ -32,6 +32,7 @@ from layer_surgery.runs.provenance import (
     run_provenance,
 )
 from layer_surgery.runs.session import Model, check_sources, open_session
+from layer_surgery.runs.stages import stages_of_compression
 
 _LOG = logging.getLogger(__name__)
 
@@ -58,12 +59,15 @@ def run_compress(model: Model, config: CompressConfig, *, known_scores: LayerSco
         if planning.needs_data:
             tokens = session.calibration_tokens(config)
             general = general_text(session, tokens, config.refit_general) if scope is not None else None
-        evaluator = stack.enter_context(Evaluator(session, config, session.evaluation_tokens(config), baseline=session))
+        texts = session.evaluation_tokens(config)
+        evaluator = stack.enter_context(Evaluator(session, config, texts, baseline=session))
         session.stream(original)  # proves, before anything else is done, that it can be walked over
         sha256 = checkpoint_hash(session)
         _check_plan_is_for(config, sha256)
+        scored = planning.chooses and known_scores is None
+        session.ui.plan(stages_of_compression(planning, texts, tokens, scored=scored, saved=staging is not None))
         # Evaluate the original.
-        with session.clock.stage("evaluate_before"):
+        with session.stage("evaluate_before"):
             evaluator.measure("before", original)
         # Calibrate, score, plan, operate.
         with open_bench(
@@ -75,19 +79,17 @@ def run_compress(model: Model, config: CompressConfig, *, known_scores: LayerSco
             general=general,
             base_sha256=sha256,
         ) as bench:
-            scores = known_scores
-            if scores is None and planning.chooses:
-                scores = bench.scores(**planning.ranking)
+            scores = bench.scores(**planning.ranking) if scored else known_scores
             result = bench.operate(planning.plan(scores, sha256), **planning.surgery)
         # Evaluate the result.
-        with session.clock.stage("evaluate_after"):
+        with session.stage("evaluate_after"):
             evaluator.measure("after", result.checkpoint)
             comparison = evaluator.compare()
             device_peak = peak_device_memory_bytes(session.device)  # the next measurement begins to count anew
             evaluator.measure_speed()
         # Save.
         if staging is not None:
-            with session.clock.stage("save"):
+            with session.stage("save"):
                 save_checkpoint(
                     result.checkpoint, staging, base=original, tokenizer=session.tokenizer, progress=session.ui.progress
                 )

@@ -28,6 +28,7 @@ from layer_surgery.checkpoint.tensors import TensorSource, TensorSpec
 from layer_surgery.config import ExportConfig
 from layer_surgery.errors import CheckpointError, NumericalError, OutputError
 from layer_surgery.machine import provenance
+from layer_surgery.progress import Stage
 from layer_surgery.records import REPORT_SCHEMA_VERSION, SurgeryReport
 from layer_surgery.records.reading import REPORT_FILE, read_json, read_report
 from layer_surgery.reporting.publish import write_page_and_card
@@ -77,8 +78,10 @@ def run_export(directory: Model, config: ExportConfig) -> DenseExport:
     report = read_json(stored, REPORT_SCHEMA_VERSION, "repair or remove it") if stored and stored.is_file() else {}
     with staged_directory(output, overwrite=config.overwrite) as staging:
         dense = dense_checkpoint(low_rank)
-        save_checkpoint(dense, staging, base=low_rank, progress=config.ui.progress)
-        check_saved(staging, dense)
+        config.ui.plan([Stage("save", "multiplying factors out")])
+        with config.ui.stage("save"):
+            save_checkpoint(dense, staging, base=low_rank, progress=config.ui.progress)
+            check_saved(staging, dense)
         record = DenseExport(
             source=str(directory),
             linears=len(low_rank.low_rank),

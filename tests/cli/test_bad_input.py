@@ -37,7 +37,7 @@ def assert_refused(outcome: Outcome, *expected: str, code: int = 2) -> None:
     assert outcome.code == code, outcome.err
     *notes, message = outcome.error_lines
     assert message.startswith("error: "), outcome.err
-    assert all(note.startswith(("calibration: ", "refit: ", "evaluation: ")) for note in notes), outcome.err
+    assert all(note.startswith(("calibration: ", "refit: ", "evaluation: ", "stage ")) for note in notes), outcome.err
     assert "Traceback" not in outcome.err
     assert outcome.out == ""
     for part in expected:
