@@ -14,6 +14,7 @@ from layer_surgery.config.keywords import on_model, with_output
 from layer_surgery.errors import OutputError, PlanError
 from layer_surgery.records import EvaluationReport, LayerScores, SurgeryReport
 from layer_surgery.records.sweep import SweepReport
+from layer_surgery.reporting import notebook  # noqa: F401  lets notebooks show what the functions return
 from layer_surgery.reporting.publish import report_on
 from layer_surgery.runs.compress import run_compress
 from layer_surgery.runs.evaluate import run_evaluate

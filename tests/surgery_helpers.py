@@ -73,6 +73,7 @@ def tiny_bench(
     batch_size: int = 2,
     on_disk: bool = False,
     dtype: torch.dtype = torch.float64,
+    maps: bool = False,
 ) -> Iterator[Bench]:
     """Yield a bench that computes in float64, over scratch files that stay."""
     scratch.mkdir(exist_ok=True, parents=True)
@@ -89,7 +90,7 @@ def tiny_bench(
         resident_bytes=limit,
         boundary_bytes=limit,
     )
-    with open_bench(session, tokens, CalibrationConfig(), general=general) as bench:
+    with open_bench(session, tokens, CalibrationConfig(), general=general, maps=maps) as bench:
         yield bench
 
 

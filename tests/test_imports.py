@@ -37,6 +37,7 @@ LIGHT = (
     "config.__init__",
     "errors",
     "records.plan",
+    "records.shown",
     "records.surgery",
     "records.sweep",
     "registry",

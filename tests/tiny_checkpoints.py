@@ -219,9 +219,9 @@ def assert_refused(outcome: Outcome, *expected: str, code: int = 2) -> None:
     assert outcome.code == code, outcome.err
     *notes, message = outcome.error_lines
     assert message.startswith("error: "), outcome.err
-    assert all(note.startswith(("calibration: ", "refit: ", "evaluation: ", "healing: ")) for note in notes), (
-        outcome.err
-    )
+    assert all(
+        note.startswith(("calibration: ", "refit: ", "evaluation: ", "healing: ", "stage ")) for note in notes
+    ), outcome.err
     assert "Traceback" not in outcome.err
     assert outcome.out == ""
     for part in expected:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from layer_surgery.calibration.bypass import MapWorth
 from layer_surgery.calibration.couplings import Couplings
 from layer_surgery.calibration.statistics import Statistics, collect, useful_ranks
 from layer_surgery.calibration.units import UnitOrder
@@ -30,9 +31,12 @@ RECORD_FILE = "statistics.json"
 class StatisticsCache:
     """Statistics of all layers, each in a folder that is found by the content of what they were made from."""
 
-    def __init__(self, directory: Path, base_sha256: str, note: Callable[[str], None]) -> None:
-        """Keep statistics in `directory`; `base_sha256` is the checkpoint's hash ("": not known yet)."""
-        self._directory, self._base_sha256, self._note = directory, base_sha256, note
+    def __init__(self, directory: Path, base_sha256: str, note: Callable[[str], None], *, maps: bool = False) -> None:
+        """Keep statistics in `directory`; `base_sha256` is the checkpoint's hash ("": not known yet).
+
+        With `maps` they hold linear maps for MLPs too.
+        """
+        self._directory, self._base_sha256, self._note, self._maps = directory, base_sha256, note, maps
 
     def get(self, walk: Walk, scratch: Path, dtype: torch.dtype, part: Part) -> Statistics | None:
         """Return the statistics of all layers, made now if they are not there; None, with a note, if they cannot be
@@ -48,6 +52,7 @@ class StatisticsCache:
             "code_sha256": code_sha256(),
             "checkpoint_sha256": self._base_sha256 or walk.model.checkpoint.sha256(),
             "part": part,
+            "maps": self._maps,
             "data_sha256": walk.tokens.sha256,
             "compute_dtype": str(walk.model.dtype),
             "stored_dtype": str(dtype),
@@ -73,7 +78,8 @@ class StatisticsCache:
             return None
         try:
             statistics = Statistics.empty(walk, FactorStore(staging, dtype))
-            collect(walk, statistics, useful_ranks(walk.model, range(walk.model.layer_count), part), part)
+            every = useful_ranks(walk.model, range(walk.model.layer_count), part)
+            collect(walk, statistics, every, part, maps=self._maps)
             _write(staging, identity, statistics)
             try:
                 staging.rename(folder)
@@ -105,6 +111,7 @@ def _write(folder: Path, identity: Mapping[str, Any], statistics: Statistics) ->
         "channels": {index: asdict(order) for index, order in statistics.channels.items()},
         "heads": {index: asdict(order) for index, order in statistics.heads.items()},
         "experts": {index: [asdict(order) for order in orders] for index, orders in statistics.experts.items()},
+        "maps": {index: asdict(worth) for index, worth in statistics.maps.items()},
         "couplings": statistics.couplings.to_dict(),
         "files": files,
     }
@@ -138,6 +145,7 @@ def _read(folder: Path, identity: Mapping[str, Any], empty: Statistics) -> Stati
         {int(index): UnitOrder(**entry) for index, entry in record[units].items()} for units in ("channels", "heads")
     )
     experts = {int(index): [UnitOrder(**entry) for entry in entries] for index, entries in record["experts"].items()}
+    maps = {int(index): MapWorth(**entry) for index, entry in record["maps"].items()}
     orders = [*channels.values(), *heads.values(), *(order for each in experts.values() for order in each)]
     if not all(sorted(each.order) == list(range(len(each.gains))) for each in orders):
         raise ValueError(f"{RECORD_FILE} has channels or heads that are none")
@@ -149,6 +157,7 @@ def _read(folder: Path, identity: Mapping[str, Any], empty: Statistics) -> Stati
         channels=channels,
         heads=heads,
         experts=experts,
+        maps=maps,
         couplings=couplings,
     )
 

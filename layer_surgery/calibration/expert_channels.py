@@ -41,6 +41,17 @@ def joint_gains(orders: Sequence[UnitOrder]) -> list[float]:
     return [sum(gains) for gains in zip(*(order.gains for order in orders), strict=True)]
 
 
+def experts_by_worth(orders: Sequence[UnitOrder]) -> UnitOrder:
+    """Return the order in which to keep whole experts, with what each is worth in nats per token.
+
+    An expert is worth what its output costs if nothing comes in its place, so these are bounds: the router sends its
+    tokens to others. REAP (https://arxiv.org/abs/2510.13999) goes by the mean weighted norm of that output.
+    """
+    worth = [order.costs()[0] for order in orders]
+    by_worth = sorted(range(len(orders)), key=lambda expert: -worth[expert])
+    return UnitOrder(by_worth, [worth[expert] for expert in by_worth])
+
+
 def kept_channels(orders: Sequence[UnitOrder], count: int) -> Tensor:
     """Return the channels [E, count] int64 that stay in each expert, ascending."""
     return torch.stack([order.kept(count) for order in orders])

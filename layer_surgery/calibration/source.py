@@ -30,15 +30,17 @@ class StatisticsSource:
         cache: Path | None = None,
         base_sha256: str = "",
         part: Part = "layer",
+        maps: bool = False,
         note: Callable[[str], None] = lambda _text: None,
     ) -> None:
         """Compute into folders of `scratch`, or keep the statistics of all layers in a `cache`; see `StatisticsCache`.
 
-        `dtype` is that of the stored components, and `part` is what of the layers costs are measured for.
+        `dtype` is that of the stored components, `part` is what of the layers costs are measured for, and `maps` says
+        whether linear maps for MLPs are among them.
         """
-        self.part = part
+        self.part, self.maps = part, maps
         self._scratch, self._dtype = scratch, dtype
-        self._cache = None if cache is None else StatisticsCache(cache, base_sha256, note)
+        self._cache = None if cache is None else StatisticsCache(cache, base_sha256, note, maps=maps)
         self._trunk: StatisticsSource | None = None
         self._statistics: Statistics | None = None
         self._of_all_layers_failed = False
@@ -53,7 +55,7 @@ class StatisticsSource:
             wanted = layers if known is None or self._cache is not None else {**known.ranks, **layers}
             folder = Path(tempfile.mkdtemp(prefix="components-", dir=self._scratch))
             computed = Statistics.empty(walk, FactorStore(folder, self._dtype))
-            collect(walk, computed, wanted, self.part)
+            collect(walk, computed, wanted, self.part, maps=self.maps)
             self._statistics = known = computed
         return known
 
@@ -63,7 +65,7 @@ class StatisticsSource:
         Its first statistics are those of all layers, which this source computes once. What they do not cover it
         computes for itself, into its own `scratch`.
         """
-        other = StatisticsSource(scratch, self._dtype, part=self.part)
+        other = StatisticsSource(scratch, self._dtype, part=self.part, maps=self.maps)
         other._cache, other._trunk = self._cache, self
         return other
 

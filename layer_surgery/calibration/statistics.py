@@ -14,10 +14,12 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
+from layer_surgery.calibration.bypass import MapWorth, best_map, bias_of
 from layer_surgery.calibration.couplings import LEVELS, PART_LEVEL, Couplings, Responses
 from layer_surgery.calibration.damping import damped
 from layer_surgery.calibration.expert_channels import expert_orders, kept_channels, on_some_channels
 from layer_surgery.calibration.units import UnitOrder, attention_heads, mlp_channels
+from layer_surgery.checkpoint.bypass import Bypass, bypass_of
 from layer_surgery.checkpoint.experts import Experts, experts_of
 from layer_surgery.checkpoint.modeling_layer_surgery import IN_FACTOR, OUT_FACTOR
 from layer_surgery.checkpoint.new_tensors import FactorStore
@@ -28,7 +30,7 @@ from layer_surgery.linalg.nystrom import column_order, narrowed
 from layer_surgery.records import Part
 from layer_surgery.walk.boundaries import Boundary
 from layer_surgery.walk.expert_moments import ExpertMoments, ExpertRecorder
-from layer_surgery.walk.moments import LayerMoments, MomentRecorder
+from layer_surgery.walk.moments import LayerMoments, MapRecorder, MomentRecorder
 from layer_surgery.walk.streamed import StreamedModel
 from layer_surgery.walk.walk import Observer, Walk
 
@@ -36,6 +38,8 @@ Ranks = Mapping[str, int]
 Size = tuple[int, int]  # (out, in)
 #: How often ranks are chosen anew after what they leave of each other.
 _ROUNDS = 4
+#: Names, behind that of an MLP, of the means of what it reads and gives.
+_MEANS = ("mean_input", "mean_output")
 
 
 @dataclass
@@ -54,6 +58,9 @@ class Statistics:
     heads: dict[int, UnitOrder] = field(default_factory=dict)  #: The same of attentions, each head with its queries.
     experts: dict[int, list[UnitOrder]] = field(default_factory=dict)
     """The same of the channels of every expert of a layer, by layer."""
+    maps: dict[int, MapWorth] = field(default_factory=dict)
+    """The linear maps that may stand for MLPs, by layer, if they were asked for; their tensors are with the components,
+    under the name of the MLP."""
     couplings: Couplings = field(default_factory=Couplings)
     fed_by: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """For each output projection, the linears whose outputs it reads."""
@@ -80,6 +87,13 @@ class Statistics:
             name: Factors(tensors[f"{name}.{OUT_FACTOR}"][:, :rank], tensors[f"{name}.{IN_FACTOR}"][:rank])
             for name, rank in ranks.items()
         }
+
+    def map_tensors(self, index: int, module: str, rank: int) -> dict[str, Tensor]:
+        """Return the tensors of the best linear map of this rank in the place of an MLP: its factors and its bias."""
+        tensors = self.components.read(index)
+        left, right = tensors[f"{module}.{OUT_FACTOR}"][:, :rank], tensors[f"{module}.{IN_FACTOR}"][:rank]
+        means = (tensors[f"{module}.{name}"] for name in _MEANS)
+        return {OUT_FACTOR: left, IN_FACTOR: right, "bias": bias_of((left, right), *means)}
 
     def cost(self, index: int, ranks: Ranks) -> float:
         """Return the predicted rise of the loss if linears of a layer are cut to these ranks, in nats per token.
@@ -163,15 +177,17 @@ def check_tokens(tokens: PackedTokens, hidden_size: int, what: str) -> None:
         )
 
 
-def collect(walk: Walk, statistics: Statistics, layers: Mapping[int, Ranks], part: Part = "layer") -> None:
+def collect(
+    walk: Walk, statistics: Statistics, layers: Mapping[int, Ranks], part: Part = "layer", *, maps: bool = False
+) -> None:
     """Fill `statistics` with the components of these linears, up to these ranks, by one forward and backward walk.
 
-    Also with the couplings of the layers, or of a part of each.
+    Also with the couplings of the layers, or of a part of each, and with `maps` with the linear maps for MLPs.
     """
     if not layers:
         return
     check_tokens(walk.tokens, walk.model.hidden_size, "the fisher metric")
-    observer = _Collector(walk, statistics, layers, part)
+    observer = _Collector(walk, statistics, layers, part, maps)
     walk.backpropagate([observer], watch=layers)
     statistics.couplings = observer.couplings()
 
@@ -191,7 +207,7 @@ class MomentObserver(Observer):
         And, in layers that are named there, at the experts.
         """
         self._linears, self._gradients, self._experts = layers, gradients, experts or {}
-        self._recorders: list[MomentRecorder | ExpertRecorder] = []
+        self._recorders: list[MomentRecorder | ExpertRecorder | MapRecorder] = []
 
     @contextmanager
     def watching(self, index: int, layer: nn.Module) -> Iterator[None]:
@@ -229,14 +245,28 @@ class MomentObserver(Observer):
 class _Collector(MomentObserver):
     """Decomposes the linears of each layer that it sees, on the spot, and tries the layer with the components."""
 
-    def __init__(self, walk: Walk, statistics: Statistics, layers: Mapping[int, Ranks], part: Part) -> None:
+    def __init__(self, walk: Walk, statistics: Statistics, layers: Mapping[int, Ranks], part: Part, maps: bool) -> None:
         found = {index: experts_of(walk.model.layers[index]) for index in layers if part == "layer"}
         known = {index: experts for index, experts in found.items() if experts is not None}
         super().__init__(layers, gradients=True, experts=known)
         self._walk, self._statistics, self._layers, self._part = walk, statistics, layers, part
+        self._maps = maps and part == "layer"
         self._responses: Responses | None = None
+        self._map: tuple[Bypass, MapRecorder] | None = None  # the MLP of the layer at hand
         self._half: dict[str, dict[str, Tensor]] = {}
         """By part, output projections of the layer at hand, by parameter, with half of the channels."""
+
+    @contextmanager
+    def watching(self, index: int, layer: nn.Module) -> Iterator[None]:
+        bypass = bypass_of(layer, self._walk.model.architecture) if self._maps else None
+        self._map = None
+        with super().watching(index, layer), ExitStack() as recording:
+            if bypass is not None and bypass.output in self._layers[index]:
+                recorder = MapRecorder(layer.get_submodule(bypass.module))
+                recording.enter_context(recorder.recording())
+                self._recorders.append(recorder)
+                self._map = (bypass, recorder)
+            yield
 
     def begin_backward(self, gradient: Boundary) -> None:
         self._responses = Responses(self._walk, gradient)
@@ -264,6 +294,19 @@ class _Collector(MomentObserver):
                     if units is channels:
                         kept = found_order.kept(int(PART_LEVEL * units.count))
                         self._half["mlp"] = {f"{name}.weight": _on_some(weight, inputs, kept)}
+
+        if self._map is not None:
+            self._reduce_map(index, *self._map, moments)
+
+    def _reduce_map(self, index: int, bypass: Bypass, recorder: MapRecorder, moments: LayerMoments) -> None:
+        assert recorder.sums is not None
+        gradients = damped(moments.output_moment(bypass.output), moments.tokens, index, bypass.output)
+        found = best_map(recorder.sums, gradients, index, bypass.module)
+        left, right = found.factors
+        means = dict(zip(_MEANS, (found.mean_input, found.mean_output), strict=True))
+        tensors = {OUT_FACTOR: left, IN_FACTOR: right, **means}
+        self._statistics.components.write_tensors(index, bypass.module, tensors)
+        self._statistics.maps[index] = found.worth
 
     def reduce_experts(self, index: int, layer: nn.Module, experts: Experts, moments: ExpertMoments) -> None:
         module = layer.get_submodule(experts.module)

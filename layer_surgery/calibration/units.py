@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from layer_surgery.checkpoint.architectures import Architecture
+from layer_surgery.checkpoint.linears import plain_linears
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def mlp_channels(layer: nn.Module, architecture: Architecture) -> Units | None:
     That is so with experts, with linears that are low-rank already, where the sizes do not say what feeds what, and
     for an architecture that is a guess: between the linears there might be a norm over all channels.
     """
-    linears = _plain_linears(layer, architecture.mlp)
+    linears = plain_linears(layer, architecture.mlp)
     if linears is None or len(linears) < 2 or architecture.guessed:
         return None
     *before, name_of_output = linears
@@ -83,7 +84,7 @@ def attention_heads(layer: nn.Module, architecture: Architecture) -> Units | Non
     names `num_heads` and the like) and not only how wide one is, and where something else in it goes by the head: a
     norm over all queries, sinks, a gate.
     """
-    linears = _plain_linears(layer, architecture.attention)
+    linears = plain_linears(layer, architecture.attention)
     if linears is None or len(linears) != 4 or architecture.guessed:
         return None
     parents = {name.rpartition(".")[0] for name in linears}
@@ -105,13 +106,6 @@ def attention_heads(layer: nn.Module, architecture: Architecture) -> Units | Non
     for linear, size in zip((q, k, v), sizes, strict=True):
         price += size * (int(linear.weight.shape[1]) + (linear.bias is not None))
     return Units([*linears][-1], feeding, int(count), int(sizes[0]), price)
-
-
-def _plain_linears(layer: nn.Module, names: tuple[str, ...]) -> dict[str, nn.Linear] | None:
-    """Return those of the named modules that a layer has; None unless all are linears."""
-    modules = dict(layer.named_modules())
-    found = {name: module for name in names if isinstance(module := modules.get(name), nn.Linear)}
-    return found if len(found) == sum(name in modules for name in names) else None
 
 
 def _last_parts(names: Mapping[str, nn.Module]) -> list[str]:

@@ -14,7 +14,7 @@ with the rows of gate and up that make it; all experts of a layer have the same 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -40,6 +40,10 @@ class Experts:
     biased: bool
     transposed: bool
     concatenated: bool  #: Whether all rows of the gate come before those of up; else they take turns.
+    router: str = (
+        ""  #: Name of the module that chooses; "" where experts cannot go because it is not known how it does.
+    )
+    router_parameters: int = 0  #: Of each expert.
 
     @property
     def before(self) -> str:
@@ -60,6 +64,11 @@ class Experts:
     def price(self) -> int:
         """Parameters of one channel in every expert."""
         return self.number * (self.hidden + self.parts * (self.hidden + self.biased))
+
+    @property
+    def price_of_one(self) -> int:
+        """Parameters that go with one whole expert, those in the router among them."""
+        return self.price // self.number * self.count + (self.hidden if self.biased else 0) + self.router_parameters
 
     @property
     def channel_dims(self) -> dict[str, tuple[int, int]]:
@@ -98,7 +107,33 @@ class Experts:
 def experts_of(layer: nn.Module) -> Experts | None:
     """Return the experts of a layer; None if it has none, or in a form that is not known."""
     found = [each for name, module in layer.named_modules() if (each := _layout(name, module)) is not None]
-    return found[0] if len(found) == 1 else None
+    if len(found) != 1:
+        return None
+    (experts,) = found
+    block = experts.module.rpartition(".")[0]
+    routers = [name for name, module in layer.get_submodule(block).named_children() if _is_router(module, experts)]
+    if len(routers) != 1:
+        return experts
+    name = f"{block}.{routers[0]}".lstrip(".")
+    parameters = sum(p.numel() for p in layer.get_submodule(name).parameters())
+    return replace(experts, router=name, router_parameters=parameters // experts.number)
+
+
+def _is_router(module: nn.Module, experts: Experts) -> bool:
+    """Return whether a module chooses among these experts, one by one, and all its tensors go by the expert."""
+    said: Any = module
+    tensors = [*module.parameters(), *module.buffers()]
+    sizes = {len(tensor) if tensor.dim() else 0 for tensor in tensors}
+    alike = (
+        getattr(said, "num_experts", None) == experts.number and hasattr(said, "top_k") and sizes == {experts.number}
+    )
+    return alike and getattr(said, "num_group", 1) in (None, 1)
+
+
+def of_some(module: nn.Module, kept: Tensor) -> dict[str, Tensor]:
+    """Return the tensors of a module, buffers among them, of the experts `kept` [k] only; the first dimension is E."""
+    named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    return {name: tensor.detach()[kept.to(tensor.device)] for name, tensor in named.items()}
 
 
 def _layout(name: str, module: nn.Module) -> Experts | None:

@@ -6,8 +6,10 @@ low-rank layers, so it imports torch and transformers only. `config.json` then h
     base_model_type   the model_type of the original checkpoint, for example "llama"
     base_config       that architecture's own configuration
     low_rank          {"model.layers.2.self_attn.q_proj": 18, ...}: the rank of every replaced linear
+                      (of a whole MLP: the rank of the linear map that stands in its place)
     narrowed          {"model.layers.2.mlp.up_proj": [384, 256], ...}: the size [out, in] of every smaller linear
-                      (of the experts of a layer: how many there are, and the width of each)
+                      (of the experts of a layer: how many there are, and the width of each; of a router: how many
+                      experts it chooses among, and the size of what it reads)
 
 and the model is the stock class of `base_model_type` with those linears replaced before the weights are loaded. What
 other tools add beside these fields, as `quantization_config`, is taken for part of the base configuration.
@@ -182,29 +184,30 @@ class LowRankLinear(nn.Module):
 
 
 def replace_linears(model: nn.Module, ranks: dict[str, int]) -> None:
-    """Replace, in place, every linear named in `ranks` by a `LowRankLinear` of that rank (weights not set)."""
+    """Replace, in place, every linear or MLP named in `ranks` by a `LowRankLinear` of that rank (weights not set)."""
     for name, rank in ranks.items():
-        linear = model.get_submodule(name)
-        if isinstance(linear, Conv1D):  # GPT-2's linear, whose weight is [in, out]
-            in_features, out_features = linear.weight.shape
-        elif isinstance(linear, nn.Linear):
-            out_features, in_features = linear.weight.shape
-        else:
-            raise ValueError(f"low_rank names '{name}', which is a {type(linear).__name__} and not a linear layer")
+        module: Any = model.get_submodule(name)
+        first, *others = _linears_in(module) or [None]
+        if first is None or (others and name.rpartition(".")[2].isdigit()):
+            raise ValueError(f"low_rank names '{name}', which is a {type(module).__name__} and not a linear layer")
+        # GPT-2's linear has a weight [in, out].
+        out_features, in_features = first.weight.shape[::-1] if isinstance(first, Conv1D) else first.weight.shape
+        if first is not module:  # a whole MLP: the map gives as much as the MLP reads
+            out_features = in_features
         parent, _, child = name.rpartition(".")
         replacement = LowRankLinear(
             in_features,
             out_features,
             rank,
-            bias=linear.bias is not None,
-            device=linear.weight.device,
-            dtype=linear.weight.dtype,
+            bias=first is not module or first.bias is not None,
+            device=first.weight.device,
+            dtype=first.weight.dtype,
         )
         setattr(model.get_submodule(parent), child, replacement)
 
 
-def narrow_experts(experts: Any, width: int) -> None:
-    """Give all experts of a layer, which are one module with three-dimensional parameters, this width, in place.
+def narrow_experts(experts: Any, number: int, width: int) -> None:
+    """Give a layer so many experts of this width, in place; they are one module with three-dimensional parameters.
 
     Weights are not set. The class says how its parameters lie: see `use_experts_implementation` in transformers.
     """
@@ -221,6 +224,20 @@ def narrow_experts(experts: Any, width: int) -> None:
     for name in ("intermediate_dim", "intermediate_size"):
         if hasattr(experts, name):
             setattr(experts, name, width)
+    if number != experts.num_experts:
+        keep_first(experts, number)
+
+
+def keep_first(module: Any, number: int) -> None:
+    """Leave so many experts in a module all of whose tensors have these along their first dimension: experts, router.
+
+    Weights are not set.
+    """
+    for name, parameter in list(module.named_parameters(recurse=False)):
+        setattr(module, name, nn.Parameter(parameter.detach()[:number].clone()))
+    for name, buffer in list(module.named_buffers(recurse=False)):
+        module.register_buffer(name, buffer[:number].clone(), persistent=name not in module._non_persistent_buffers_set)
+    module.num_experts = number
 
 
 def narrow_linears(model: nn.Module, sizes: dict[str, tuple[int, int]]) -> None:
@@ -228,7 +245,10 @@ def narrow_linears(model: nn.Module, sizes: dict[str, tuple[int, int]]) -> None:
     for name, (out_features, in_features) in sizes.items():
         linear = model.get_submodule(name)
         if isinstance(getattr(linear, "down_proj", None), nn.Parameter):
-            narrow_experts(linear, in_features)
+            narrow_experts(linear, out_features, in_features)
+            continue
+        if hasattr(linear, "num_experts"):  # the router
+            keep_first(linear, out_features)
             continue
         if not isinstance(linear, (nn.Linear, Conv1D)):
             raise ValueError(f"narrowed names '{name}', which is a {type(linear).__name__} and not a linear layer")
@@ -276,7 +296,7 @@ def free_caches_of_removed_attention(model: nn.Module) -> None:
             module.register_forward_pre_hook(_without_past, with_kwargs=True)
 
 
-def _linears_in(module: nn.Module) -> list[nn.Module]:
+def _linears_in(module: nn.Module) -> list[Any]:
     """Return the linears in a module; of a low-rank one itself and not its factors."""
     if isinstance(module, (LowRankLinear, nn.Linear, Conv1D)):
         return [module]

@@ -11,6 +11,7 @@ import click
 from layer_surgery import __version__
 from layer_surgery.cli import commands
 from layer_surgery.cli.common import CONTEXT
+from layer_surgery.cli.help import Program
 from layer_surgery.errors import LayerSurgeryError, describe
 
 
@@ -46,7 +47,7 @@ def main() -> NoReturn:
         sys.exit(1)
 
 
-@click.group(context_settings=CONTEXT)
+@click.group(cls=Program, context_settings=CONTEXT)
 @click.version_option(__version__, prog_name="layer-surgery")
 def cli() -> None:
     """Make a causal language model smaller by removing its least important layers, and show what that costs.
@@ -55,7 +56,7 @@ def cli() -> None:
     """
 
 
-for _name in ("compress", "heal", "score", "evaluate", "sweep", "report", "export"):
+for _name in ("compress", "heal", "score", "evaluate", "sweep", "report", "export", "completion"):
     cli.add_command(getattr(commands, _name))
 
 

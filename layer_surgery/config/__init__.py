@@ -27,6 +27,8 @@ from layer_surgery.config.surgery import (
     DEFAULT_COMPONENTS,
     DEFAULT_METHOD,
     DEFAULT_SCORER,
+    LISTED_BELOW,
+    UNIFORM_COMPONENTS,
     BudgetConfig,
     SearchConfig,
 )

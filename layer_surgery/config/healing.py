@@ -9,7 +9,8 @@ from typing import Any, ClassVar, Literal, TypeAlias
 
 import attrs
 
-from layer_surgery.config.declaring import Options, about, at_least, names, one_of, path
+from layer_surgery.config.choices import DATA_CHOICES, DEFAULT_LOSSES, LOSS_CHOICES
+from layer_surgery.config.declaring import Group, Options, about, at_least, names, one_of, path
 from layer_surgery.config.keywords import check_type
 from layer_surgery.errors import UserError, nearest_name
 
@@ -24,6 +25,7 @@ LOCAL_ERRORS = ("fisher", "mse")
 class HealingConfig(Options):
     """How a result is healed. `compress` has the same options behind the prefix `--heal-`."""
 
+    GROUP: ClassVar[Group] = "Healing"
     DEFAULT_MINUTES: ClassVar[float] = 10.0
 
     data: tuple[str, ...] = attrs.field(
@@ -34,6 +36,7 @@ class HealingConfig(Options):
             "(at most 64) is held out. Of examples and chats only the answers carry loss.",
             form="repeat",
             metavar="NAME|FILE[:WEIGHT]",
+            choices=DATA_CHOICES,
         ),
     )
     minutes: float | None = attrs.field(
@@ -50,13 +53,14 @@ class HealingConfig(Options):
         metadata=about("Train on this many tokens instead; the same result on every run.", metavar="N"),
     )
     loss: tuple[str, ...] = attrs.field(
-        default=("kl",),
+        default=DEFAULT_LOSSES,
         converter=names,
         metadata=about(
             "What is made small (see below), with its weight; several add up. Or a YAML or JSON file with their "
             "options.",
             form="repeat",
             metavar="NAME[:WEIGHT]|FILE",
+            choices=LOSS_CHOICES,
         ),
     )
     train: Trained = attrs.field(
@@ -176,14 +180,14 @@ def healing(value: HealingConfig | Mapping[str, Any] | bool | None) -> HealingCo
 class HealAfterwardsConfig(Options):
     """Whether healing follows a compression, and how."""
 
+    GROUP: ClassVar[Group] = "Healing"
+
     heal: HealingConfig | None = attrs.field(
         default=None,
         converter=healing,
         metadata=about(
             "Heal the result: train it a little to follow the original. In Python, True or a dictionary of the options "
             "that follow, without their prefix.",
-            form="group",
-            group=HealingConfig,
-            default="",
+            inner=HealingConfig,
         ),
     )

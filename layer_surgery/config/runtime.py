@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import attrs
 
-from layer_surgery.config.declaring import Options, about, at_least, path
+from layer_surgery.config.declaring import Group, Options, about, at_least, path
 from layer_surgery.errors import UserError
 from layer_surgery.progress import Ui
 
@@ -19,6 +19,13 @@ if TYPE_CHECKING:
 CPU_MEMORY_BYTES = 1 << 29
 DTYPES = ("float32", "bfloat16", "float16")
 _LARGEST_SEED = (1 << 63) - 1
+
+
+def _tokenizer(value: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase | None:
+    # Not by its class, whose import takes seconds: by what is asked of it.
+    if value is not None and not (callable(value) and hasattr(value, "get_vocab")):
+        raise UserError(f"tokenizer is {value!r}; give a tokenizer of transformers (AutoTokenizer.from_pretrained).")
+    return value
 
 
 def _ui(value: Ui | None) -> Ui:
@@ -37,8 +44,14 @@ def _dtype_name(value: str | torch.dtype) -> str:
 class CallConfig(Options):
     """Keyword arguments of the Python interface that are objects, and no settings."""
 
+    GROUP: ClassVar[Group] = "Runtime"
+
     tokenizer: PreTrainedTokenizerBase | None = attrs.field(
-        default=None, metadata=about("Tokenizer of a model that is given in memory.", terminal=False, recorded=False)
+        default=None,
+        converter=_tokenizer,
+        metadata=about(
+            "Tokenizer of a model that is given in memory.", group="Model and data", terminal=False, recorded=False
+        ),
     )
     ui: Ui = attrs.field(
         default=None,
@@ -55,7 +68,9 @@ class RuntimeConfig(CallConfig):
     """Where and how computations run."""
 
     device: str = attrs.field(
-        default="auto", converter=_device_name, metadata=about("Where to compute.", metavar="auto|cpu|cuda[:N]")
+        default="auto",
+        converter=_device_name,
+        metadata=about("Where to compute.", metavar="auto|cpu|cuda[:N]", choices=("auto", "cpu", "cuda")),
     )
     dtype: str = attrs.field(
         default="auto",
@@ -63,7 +78,7 @@ class RuntimeConfig(CallConfig):
         metadata=about(
             "dtype of computation; auto is float32 on a CPU and the checkpoint's own on CUDA. The saved checkpoint "
             "always has the original's dtype.",
-            metavar="auto|float32|bfloat16|float16",
+            choices=("auto", *DTYPES),
         ),
     )
     batch_size: int = attrs.field(
@@ -82,7 +97,8 @@ class RuntimeConfig(CallConfig):
     )
     seed: int = attrs.field(default=0, validator=at_least(0), metadata=about("Seed of every random choice."))
     trust_remote_code: bool = attrs.field(
-        default=False, metadata=about("Run Python code that comes with the checkpoint.")
+        default=False,
+        metadata=about("Run Python code that comes with the checkpoint.", group="Model and data"),
     )
     resident_bytes: int | None = attrs.field(
         default=None,
@@ -116,6 +132,8 @@ class RuntimeConfig(CallConfig):
             raise UserError(f"--dtype is '{self.dtype}'; allowed: auto, {', '.join(DTYPES)}.")
         if self.seed > _LARGEST_SEED:
             raise UserError(f"--seed is {self.seed}; allowed: 0 to {_LARGEST_SEED}.")
+        if self.scratch is not None and not self.scratch.is_dir():
+            raise UserError(f"scratch is {self.scratch}, which is not a directory; make it, or leave it out.")
 
     def torch_device(self) -> torch.device:
         """Return the device; `UserError` if it is not there."""

@@ -12,9 +12,10 @@ PLAN_SCHEMA_VERSION = 2
 
 Action = Literal["keep", "remove", "low_rank", "reduce"]
 ACTIONS: tuple[Action, ...] = ("keep", "remove", "low_rank", "reduce")
-UnitName = Literal["channels", "heads", "experts"]
-"""What a layer may have fewer of: channels of its MLP, heads of its attention, channels of every expert."""
-UNITS: tuple[UnitName, ...] = ("channels", "heads", "experts")
+UnitName = Literal["channels", "heads", "experts", "routed", "bypass"]
+"""What a layer may have fewer of: channels of its MLP, heads of its attention, channels of every expert, whole experts,
+ranks of a linear map in the place of its MLP."""
+UNITS: tuple[UnitName, ...] = ("channels", "heads", "experts", "routed", "bypass")
 Part = Literal["layer", "attention", "mlp"]
 """The part of a layer that is operated on."""
 PARTS: tuple[Part, ...] = ("layer", "attention", "mlp")
@@ -37,16 +38,20 @@ class LayerPlan:
     """How many key/value heads stay, each with its queries, for `reduce` only; None: all of them."""
     experts: int | None = None
     """How many channels of every expert stay, for `reduce` only; None: all of them."""
+    routed: int | None = None
+    """How many experts stay, for `reduce` only; None: all of them."""
+    bypass: int | None = None
+    """Rank of the linear map that stands in the place of the MLP, for `reduce` only; None: the MLP is there."""
 
     @property
     def units(self) -> dict[UnitName, int]:
-        """How many channels, heads and channels of experts stay, if not all, under these names."""
+        """How many channels, heads, experts and so on there are, if not all, under these names."""
         counts = {name: getattr(self, name) for name in UNITS}
         return {name: count for name, count in counts.items() if count is not None}
 
     @property
     def kept(self) -> dict[str, int]:
-        """Ranks by linear, and channels, heads and channels of experts by `UNITS`, if not all of them stay."""
+        """Ranks by linear, and by `UNITS` what else there is less of."""
         return self.ranks | {str(name): count for name, count in self.units.items()}
 
 

@@ -6,6 +6,7 @@ from typing import Any, Literal
 from layer_surgery.records.evaluation import Comparison, Continuation, EvaluationResult, Interval, StageFailure
 from layer_surgery.records.healing import HealingRecord, UnhealedRecord
 from layer_surgery.records.plan import SurgeryPlan, UnitName
+from layer_surgery.records.shown import Shown
 
 #: Raised whenever what `surgery.json` holds changes; 1 had no spectra, 2 no channels and nested settings, 3 no healing.
 REPORT_SCHEMA_VERSION = 4
@@ -15,7 +16,7 @@ SpectrumMetric = Literal["fisher", "inputs", "weight"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class LayerScores:
+class LayerScores(Shown):
     """Importance of each decoder layer, by one scorer."""
 
     scorer: str
@@ -60,7 +61,7 @@ class SpectrumRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SurgeryReport:
+class SurgeryReport(Shown):
     """All that happened in one compression: the content of `surgery.json`."""
 
     base_model: dict[str, Any]

@@ -52,7 +52,7 @@ def _size(results: list[EvaluationResult]) -> Iterator[Row]:
     for label, attribute in (
         ("layers", "layers"),
         ("parameters", "parameters"),
-        ("bytes", "size_bytes"),
+        ("bytes of the tensors", "size_bytes"),
         ("KV cache bytes/token", "kv_cache_bytes_per_token"),
         ("FLOPs/token", "flops_per_token"),
     ):

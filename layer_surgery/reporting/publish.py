@@ -117,9 +117,9 @@ def _page_and_card(directory: Path, report: SurgeryReport, name: str, note: str 
     from layer_surgery.reporting.card import model_card
     from layer_surgery.reporting.page import report_page
 
-    needs_code = _needs_code(directory, report)
-    page = report_page(report, name, needs_code=needs_code, note=note)
-    return page, model_card(report, name, needs_code=needs_code, note=note)
+    code = needs_code(directory, report)
+    page = report_page(report, name, needs_code=code, note=note)
+    return page, model_card(report, name, needs_code=code, note=note)
 
 
 def _compared(results: Sequence[Path]) -> str:
@@ -141,7 +141,7 @@ def _name(path: Path) -> str:
     return (resolved if resolved.is_dir() else resolved.parent).name or str(path)
 
 
-def _needs_code(directory: Path, report: SurgeryReport) -> bool:
+def needs_code(directory: Path, report: SurgeryReport) -> bool:
     """Whether the result loads with remote code only; where its configuration is gone, as far as the plan tells."""
     try:
         config = json.loads((directory / "config.json").read_text(encoding="utf-8"))

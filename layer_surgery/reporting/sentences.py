@@ -31,7 +31,7 @@ _TEXTS = {"validation": "held-out text", "general": "general text"}
 def summary(report: SurgeryReport) -> list[str]:
     """Return what a compression did, what it saved and what it cost, a sentence for each."""
     healing = healing_sentence(report)
-    return [_done(report), *([healing] if healing else []), *_saved(report), *_lost(report)]
+    return [_done(report), *([healing] if healing else []), *_saved(report), *budgets(report), *_lost(report)]
 
 
 def _done(report: SurgeryReport) -> str:
@@ -60,6 +60,22 @@ def _saved(report: SurgeryReport) -> Iterator[str]:
             f"Decoding at x {decoding:.2f} of the speed ({old.decode_tokens_per_second:,.1f} and "
             f"{new.decode_tokens_per_second:,.1f} tokens per second, batch {old.batch_size})."
         )
+
+
+def budgets(report: SurgeryReport) -> Iterator[str]:
+    """Yield a sentence for each budget that was set: what it allowed, and what was reached."""
+    plan, before, after = report.plan, report.before, report.after
+    allowed = {"parameters": float(plan.parameter_bound), **plan.bounds}
+    units = {
+        "parameters": ("parameters", "parameters"),
+        "flops": ("FLOPs per token", "flops_per_token"),
+        "kv_cache_bytes": ("bytes per token in the KV cache", "kv_cache_bytes_per_token"),
+    }
+    for resource, (unit, attribute) in units.items():
+        bound, original, reached = allowed.get(resource), getattr(before, attribute), getattr(after, attribute)
+        if bound and original and reached is not None and bound < original:
+            asked, found = (f"{100 * value / original:.1f} %" for value in (bound, reached))
+            yield f"Budget: at most {bound:,.0f} {unit} ({asked} of the original's); reached: {reached:,} ({found})."
 
 
 def _lost(report: SurgeryReport) -> Iterator[str]:

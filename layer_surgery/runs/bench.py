@@ -19,7 +19,7 @@ from layer_surgery.checkpoint.result import result_checkpoint
 from layer_surgery.config import BudgetConfig, CalibrationConfig, SearchConfig
 from layer_surgery.data import load_documents, pack_evaluation
 from layer_surgery.data.tokens import PackedTokens
-from layer_surgery.errors import UserError
+from layer_surgery.errors import LayerSurgeryError, UserError
 from layer_surgery.evaluation.expected import expected_rise
 from layer_surgery.records import (
     Interval,
@@ -33,7 +33,8 @@ from layer_surgery.records import (
 )
 from layer_surgery.runs.session import Session
 from layer_surgery.scoring import SCORERS, ScoringContext
-from layer_surgery.surgeon import METHODS, SurgeryContext
+from layer_surgery.surgeon import METHODS, SurgeryContext, model_shape, plan_parameters
+from layer_surgery.surgeon.components.whole import is_empty
 from layer_surgery.surgeon.refit import check_windows, refit
 from layer_surgery.surgeon.resources import Pricing
 from layer_surgery.walk.self_check import check_survivors
@@ -102,7 +103,7 @@ class Bench:
         )
         key = (entry.name, *(getattr(context, name) for name in entry.depends_on))
         if known is None or key not in known:
-            with self.session.clock.stage("score"):
+            with self.session.stage("score"):
                 found = entry.scores(context)
             if known is None:
                 return found
@@ -130,7 +131,7 @@ class Bench:
         spectra: list[SpectrumRecord] = []
         rows: dict[int, dict[str, Tensor]] = {}
         if plan.smaller or entry.removes:
-            with session.clock.stage("operate"):
+            with session.stage("operate"):
                 context = SurgeryContext(
                     walk=self.walk,
                     factors=factors,
@@ -142,11 +143,13 @@ class Bench:
                     spectra=spectra,
                 )
                 plan = entry.function(plan, context)
+                if not ranks_fixed:
+                    plan = self._without_empty_layers(plan)
         plan = replace(plan, refit=refit_scope or "none")
         checkpoint = result_checkpoint(session.checkpoint, plan, factors)
         if refit_scope is None:
             return Result(plan=plan, checkpoint=checkpoint, spectra=spectra)
-        with session.clock.stage("refit"), ExitStack() as stack:
+        with session.stage("refit"), ExitStack() as stack:
             walks = [self.walk]
             if self.general is not None:
                 walks.append(stack.enter_context(Walk(self.model, self.general, session.settings)))
@@ -162,6 +165,25 @@ class Bench:
         with self.session.own_scratch(name) as session:
             statistics = self.statistics.branch(session.new_scratch("statistics"))
             yield replace(self, session=session, statistics=statistics)
+
+    def _without_empty_layers(self, plan: SurgeryPlan) -> SurgeryPlan:
+        """Return the plan with the layers removed that have neither attention nor MLP left, which do nothing.
+
+        As it is, if the layers that stay would be others by that, or nothing else would.
+        """
+        layers = self.session.checkpoint.layers
+        empty = [layer.index for layer in plan.smaller if is_empty(layers[layer.index], layer, self.model.architecture)]
+        if not empty or len(empty) == len(plan.surviving):
+            return plan
+        shorter = [
+            LayerPlan(index=each.index, action="remove") if each.index in empty else each for each in plan.layers
+        ]
+        without = replace(plan, layers=shorter)
+        try:
+            self._check_survivors(without)
+        except LayerSurgeryError:
+            return plan
+        return replace(without, parameters=plan_parameters(model_shape(self.session.checkpoint), without))
 
     def _check_survivors(self, plan: SurgeryPlan) -> None:
         """Check that the layers that stay are not changed by the going of others, before anything is computed."""
@@ -183,6 +205,7 @@ def open_bench(
     part: Part = "layer",
     general: PackedTokens | None = None,
     base_sha256: str = "",
+    maps: bool = False,
 ) -> Iterator[Bench]:
     """Yield a bench on a session's checkpoint.
 
@@ -192,6 +215,7 @@ def open_bench(
         part: part of the layers that costs are measured for.
         general: see `general_text`.
         base_sha256: hash of the checkpoint, if it is known already.
+        maps: whether linear maps may take the place of MLPs.
     """
     if tokens is None:
         one = torch.zeros(1, 1, dtype=torch.int64)
@@ -204,6 +228,7 @@ def open_bench(
         cache=config.cache,
         base_sha256=base_sha256,
         part=part,
+        maps=maps,
         note=session.ui.note,
     )
     with Walk(session.stream(session.checkpoint), tokens, session.settings) as walk:

@@ -27,6 +27,7 @@ from layer_surgery.runs.provenance import (
     run_provenance,
 )
 from layer_surgery.runs.session import Model, check_sources, open_session
+from layer_surgery.runs.stages import stages_of_compression
 
 _LOG = logging.getLogger(__name__)
 
@@ -57,30 +58,43 @@ def run_compress(model: Model, config: CompressConfig, *, known_scores: LayerSco
             healing = prepare_healing(
                 session, attrs.evolve(config.heal, data=config.heal.data or config.calibration), config
             )
-        evaluator = stack.enter_context(Evaluator(session, config, session.evaluation_tokens(config), baseline=session))
+        texts = session.evaluation_tokens(config)
+        evaluator = stack.enter_context(Evaluator(session, config, texts, baseline=session))
         session.stream(original)  # proves, before anything else is done, that it can be walked over
         sha256 = checkpoint_hash(session)
         _check_plan_is_for(config, sha256)
+        scored = planning.chooses and known_scores is None
+        session.ui.plan(
+            stages_of_compression(
+                planning, texts, tokens, scored=scored, saved=staging is not None, healed=healing is not None
+            )
+        )
         # Evaluate the original.
-        with session.clock.stage("evaluate_before"):
+        with session.stage("evaluate_before"):
             evaluator.measure("before", original)
         # Calibrate, score, plan, operate.
-        with open_bench(session, tokens, config, part=config.remove, general=general, base_sha256=sha256) as bench:
-            scores = known_scores
-            if scores is None and planning.chooses:
-                scores = bench.scores(**planning.ranking)
+        with open_bench(
+            session,
+            tokens,
+            config,
+            part=config.remove,
+            maps=planning.needs_maps,
+            general=general,
+            base_sha256=sha256,
+        ) as bench:
+            scores = bench.scores(**planning.ranking) if scored else known_scores
             result = bench.operate(planning.plan(scores, sha256), **planning.surgery)
         # Heal.
         checkpoint, healed, unhealed = result.checkpoint, None, None
         if healing is not None:
-            with session.clock.stage("evaluate_unhealed"):
+            with session.stage("evaluate_unhealed"):
                 evaluator.measure("unhealed", checkpoint)
             healed = heal(
                 healing, session=session, teacher=session, teacher_sha256=sha256, student=checkpoint, plan=result.plan
             )
             checkpoint = healed.checkpoint
         # Evaluate the result.
-        with session.clock.stage("evaluate_after"):
+        with session.stage("evaluate_after"):
             evaluator.measure("after", checkpoint)
             comparison = evaluator.compare()
             if healed is not None:
@@ -89,7 +103,7 @@ def run_compress(model: Model, config: CompressConfig, *, known_scores: LayerSco
             evaluator.measure_speed()
         # Save.
         if staging is not None:
-            with session.clock.stage("save"):
+            with session.stage("save"):
                 save_checkpoint(
                     checkpoint, staging, base=original, tokenizer=session.tokenizer, progress=session.ui.progress
                 )

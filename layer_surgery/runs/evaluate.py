@@ -13,6 +13,7 @@ from layer_surgery.records import EvaluationReport
 from layer_surgery.runs.evaluator import Evaluator
 from layer_surgery.runs.provenance import run_provenance
 from layer_surgery.runs.session import Model, Session, check_sources, open_session
+from layer_surgery.runs.stages import stages_of_evaluation
 
 
 def run_evaluate(model: Model, config: EvaluateConfig) -> EvaluationReport:
@@ -27,11 +28,14 @@ def run_evaluate(model: Model, config: EvaluateConfig) -> EvaluationReport:
             _check_same_tokens(session, opened, texts, config)
             other = replace(opened, ui=session.ui)
         evaluator = stack.enter_context(Evaluator(session, config, texts, baseline=other))
+        session.ui.plan(stages_of_evaluation(texts, baseline=other is not None))
         if other is not None:
-            evaluator.measure("before", other.checkpoint)
-        evaluator.measure("after", session.checkpoint)
-        comparison = evaluator.compare() if other is not None else None
-        evaluator.measure_speed()
+            with session.ui.stage("evaluate_before"):
+                evaluator.measure("before", other.checkpoint)
+        with session.ui.stage("evaluate_after"):
+            evaluator.measure("after", session.checkpoint)
+            comparison = evaluator.compare() if other is not None else None
+            evaluator.measure_speed()
         return EvaluationReport(
             model=evaluator.result("after"),
             baseline=evaluator.result("before") if other is not None else None,

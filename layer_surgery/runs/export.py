@@ -3,7 +3,7 @@
 Written shard by shard and tensor by tensor, so that memory holds one matrix, whatever the size of the model.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from layer_surgery.checkpoint.tensors import TensorSource, TensorSpec
 from layer_surgery.config import ExportConfig
 from layer_surgery.errors import CheckpointError, NumericalError, OutputError
 from layer_surgery.machine import provenance
+from layer_surgery.progress import Stage
 from layer_surgery.records import REPORT_SCHEMA_VERSION, SurgeryReport
 from layer_surgery.records.reading import REPORT_FILE, read_json, read_report
 from layer_surgery.reporting.publish import write_page_and_card
@@ -77,8 +78,10 @@ def run_export(directory: Model, config: ExportConfig) -> DenseExport:
     report = read_json(stored, REPORT_SCHEMA_VERSION, "repair or remove it") if stored and stored.is_file() else {}
     with staged_directory(output, overwrite=config.overwrite) as staging:
         dense = dense_checkpoint(low_rank)
-        save_checkpoint(dense, staging, base=low_rank, progress=config.ui.progress)
-        check_saved(staging, dense)
+        config.ui.plan([Stage("save", "multiplying factors out")])
+        with config.ui.stage("save"):
+            save_checkpoint(dense, staging, base=low_rank, progress=config.ui.progress)
+            check_saved(staging, dense)
         record = DenseExport(
             source=str(directory),
             linears=len(low_rank.low_rank),
@@ -125,7 +128,32 @@ def dense_checkpoint(low_rank: Checkpoint) -> Checkpoint:
         model_class=None,
         files=(),
     )
+    _check_no_bypass(plain, low_rank.low_rank)
+    _check_all_experts(plain, low_rank.narrowed)
     return replace(plain, source=PaddedSource(plain.source, plain, low_rank.narrowed)) if low_rank.narrowed else plain
+
+
+def _check_no_bypass(plain: Checkpoint, replaced: Iterable[str]) -> None:
+    """Raise `CheckpointError` if a linear map stands in the place of a whole MLP: no MLP computes the same."""
+    maps = [name for name in replaced if any(True for _ in plain.skeleton.get_submodule(name).children())]
+    if maps:
+        raise CheckpointError(
+            f"{len(maps)} MLPs (the first is '{maps[0]}') are bypassed by a linear map, which the plain architecture "
+            "cannot compute; compress the original again without bypass in --components."
+        )
+
+
+def _check_all_experts(plain: Checkpoint, narrowed: Mapping[str, tuple[int, int]]) -> None:
+    """Raise `CheckpointError` if a layer has fewer experts: a router would choose those that are filled up too."""
+    for index, layer in enumerate(plain.layers):
+        experts = experts_of(layer)
+        name = f"{plain.layer_prefix(index)}{experts.module}" if experts is not None else ""
+        if experts is not None and narrowed.get(name, (experts.number, 0))[0] < experts.number:
+            raise CheckpointError(
+                f"layer {index} has fewer experts than the plain architecture, whose router would choose among all of "
+                "them; compress the original again with --uniform, which gives a plain checkpoint, or without routed "
+                "in --components."
+            )
 
 
 class MultipliedSource:

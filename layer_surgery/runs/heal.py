@@ -22,6 +22,7 @@ from layer_surgery.runs.healing import heal, prepare_healing, unhealed_record
 from layer_surgery.runs.output import check_output_given, open_output, write_report
 from layer_surgery.runs.provenance import checkpoint_hash, run_provenance
 from layer_surgery.runs.session import Model, Session, check_sources, open_session
+from layer_surgery.runs.stages import stages_of_healing
 
 
 def run_heal(result: str | Path, config: HealConfig) -> SurgeryReport:
@@ -50,15 +51,17 @@ def run_heal(result: str | Path, config: HealConfig) -> SurgeryReport:
         session.stream(student)
         sha256 = _check_made_of(teacher, surgery, result)
         # Evaluate the original and the result.
-        with session.clock.stage("evaluate_before"):
+        session.ui.plan(stages_of_healing(texts, saved=staging is not None))
+        with session.stage("evaluate_before"):
             evaluator.measure("before", teacher.checkpoint)
+        with session.stage("evaluate_unhealed"):
             evaluator.measure("unhealed", student)
         # Heal.
         healed = heal(
             healing, session=session, teacher=teacher, teacher_sha256=sha256, student=student, plan=surgery.plan
         )
         # Evaluate what came of it.
-        with session.clock.stage("evaluate_after"):
+        with session.stage("evaluate_after"):
             evaluator.measure("after", healed.checkpoint)
             comparison = evaluator.compare()
             unhealed = unhealed_record(evaluator)
@@ -66,7 +69,7 @@ def run_heal(result: str | Path, config: HealConfig) -> SurgeryReport:
             evaluator.measure_speed()
         # Save.
         if staging is not None:
-            with session.clock.stage("save"):
+            with session.stage("save"):
                 save_checkpoint(
                     healed.checkpoint, staging, base=student, tokenizer=session.tokenizer, progress=session.ui.progress
                 )

@@ -178,7 +178,7 @@ class _Healing:
         local: list[LocalRecord] = []
         probed, rate, count = None, None, _numbers(self._checkpoint, names)
         training = Training(curve=[], best_step=None, steps=0)
-        with self._session.clock.stage("heal"), self._kept:
+        with self._session.stage("heal"), self._kept:
             checkpoint = self._checkpoint
             if "local" in config.stages:
                 checkpoint, local = self._local_stage(names)

@@ -8,6 +8,7 @@ import attrs
 import torch
 
 from layer_surgery.checkpoint.open import Checkpoint
+from layer_surgery.checkpoint.size_fields import plain_kinds
 from layer_surgery.config import DEFAULT_METHOD, BudgetConfig, CompressConfig
 from layer_surgery.errors import PlanError
 from layer_surgery.records import LayerScores, RefitScope, SurgeryPlan
@@ -97,6 +98,12 @@ class Planning:
         )
 
     @property
+    def needs_maps(self) -> bool:
+        """Whether a linear map may take the place of an MLP."""
+        planned = any(layer.bypass is not None for layer in self.trial.layers)
+        return planned or (self.method.searches and self.config.bypasses)
+
+    @property
     def ranking(self) -> dict[str, Any]:
         """What a bench is asked to rank the layers by."""
         return {
@@ -167,7 +174,9 @@ class Planning:
             stand_ins = (untouched + [index for index in range(len(shape.layers)) if index not in untouched])[:count]
             trial = self._made(shape, config.layers or stand_ins)
         if self.method.searches and any(layer.action == "reduce" for layer in trial.layers):
-            find(trial, shape, self.checkpoint.architecture, config, self.pricing)  # raises for what cannot be reached
+            plain = plain_kinds(self.checkpoint) if config.uniform else ()
+            # Raises for what cannot be reached.
+            find(trial, shape, self.checkpoint.architecture, config, self.pricing, plain=plain)
         return trial
 
     def _budget(self) -> BudgetConfig:

@@ -61,6 +61,12 @@ class Session:
             progress=self.ui.progress,
         )
 
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """A stage of the run: its user is told, and its seconds are counted."""
+        with self.ui.stage(name), self.clock.stage(name):
+            yield
+
     def available_bytes(self) -> int | None:
         """Return how much memory the user allows, else what is free on the device; None where that is not known."""
         limit = self.runtime.memory_limit
@@ -218,7 +224,7 @@ def _check_tokenizer(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase 
 
 def check_sources(column: str | None, calibration: Sequence[str] = (), evaluation: Sequence[str] = ()) -> None:
     """Raise `DataError` for wrong weights, and for a column if none of the sources has columns."""
-    sources = [*(source.name for source in weighted_sources(calibration)), *evaluation]
+    sources = list(dict.fromkeys([*(source.name for source in weighted_sources(calibration)), *evaluation]))
     if column is not None and all(_column(column, source) is None for source in sources):
         raise DataError(
             f"--text-column {column} applies to none of {', '.join(sources) or 'no data'}, which have no columns; "

@@ -8,6 +8,7 @@ from torch import Tensor
 from layer_surgery.calibration.source import StatisticsSource
 from layer_surgery.checkpoint.new_tensors import FactorStore
 from layer_surgery.config import SearchConfig
+from layer_surgery.config.choices import METHOD_CHOICES
 from layer_surgery.linalg.low_rank import Factors
 from layer_surgery.progress import Progress
 from layer_surgery.records import SpectrumMetric, SpectrumRecord, SurgeryPlan, UnitName
@@ -49,6 +50,10 @@ class SurgeryContext:
         values = [(2 * gain) ** 0.5 for gain in gains]
         self.spectra.append(spectrum_record(layer, linear, "fisher", values, kept, units))
 
+    def record_map(self, layer: int, module: str, values: Sequence[float], kept: int) -> None:
+        """Keep, for the report, the singular values of a linear map that takes the place of a module."""
+        self.spectra.append(spectrum_record(layer, module, "fisher", values, kept, "bypass"))
+
     @property
     def model(self) -> StreamedModel:
         """The original."""
@@ -71,9 +76,6 @@ class MethodEntry:
     function: Method
     name: str
     _: KW_ONLY
-    summary: str  #: One line for help texts.
-    source: str = ""
-    """URL of the paper, or "" where there is none."""
     needs_data: bool = False  #: Whether it looks at calibration data.
     needs_boundaries: bool = False  #: Whether it reads the hidden states at all layer boundaries.
     removes: bool = False
@@ -83,4 +85,4 @@ class MethodEntry:
     """Whether it finds out itself what stays of which layer, under any budgets; else it is given ranks."""
 
 
-METHODS = Registry("method", MethodEntry)
+METHODS = Registry("method", MethodEntry, METHOD_CHOICES)

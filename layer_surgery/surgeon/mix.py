@@ -12,7 +12,12 @@ from typing import Literal
 import numpy as np
 from torch import nn
 
-from layer_surgery.calibration.expert_channels import joint_gains, kept_channels, narrowed_outputs
+from layer_surgery.calibration.expert_channels import (
+    experts_by_worth,
+    joint_gains,
+    kept_channels,
+    narrowed_outputs,
+)
 from layer_surgery.calibration.statistics import (
     MomentObserver,
     Statistics,
@@ -22,8 +27,10 @@ from layer_surgery.calibration.statistics import (
 )
 from layer_surgery.calibration.units import UnitOrder, Units
 from layer_surgery.checkpoint.architectures import Architecture
-from layer_surgery.checkpoint.experts import Experts
-from layer_surgery.config import DEFAULT_COMPONENTS, SearchConfig
+from layer_surgery.checkpoint.bypass import Bypass
+from layer_surgery.checkpoint.experts import Experts, of_some
+from layer_surgery.checkpoint.size_fields import plain_kinds
+from layer_surgery.config import DEFAULT_COMPONENTS, UNIFORM_COMPONENTS, SearchConfig
 from layer_surgery.errors import PlanError
 from layer_surgery.linalg.nystrom import narrowed
 from layer_surgery.records import LayerPlan, SurgeryPlan
@@ -39,7 +46,6 @@ from layer_surgery.surgeon.shape import model_shape
 from layer_surgery.walk.expert_moments import ExpertMoments
 from layer_surgery.walk.moments import LayerMoments
 
-URL = "https://arxiv.org/abs/2408.09632"
 #: What is cut beside the default where a resource is limited that channels and ranks save little of.
 _ALSO = {CACHE: ("heads", "attention"), TIME: ("attention", "mlp")}
 #: Largest default of `--multiple`, and the share of the hidden size that it is at most.
@@ -48,8 +54,6 @@ _LARGEST_MULTIPLE, _SHARE_OF_HIDDEN = 64, 16
 
 @METHODS.add(
     "mix",
-    summary="channels of MLPs and singular vectors of other linears by one search, and what else --components names",
-    source=URL,
     needs_data=True,
     needs_boundaries=True,
     refits=True,
@@ -110,6 +114,7 @@ def parts_of(
                     linears=linears,
                     output="" if architecture.guessed else [*linears][-1],
                     units=layer.channels if part == "mlp" else layer.heads,
+                    bypass=layer.bypass if part == "mlp" else None,
                     pricing=pricing,
                     multiple=multiple,
                     statistics=statistics,
@@ -137,7 +142,7 @@ def places_of(parts: Collection[PartOfLayer], kinds: Collection[str], *, uniform
     for part in parts:
         alternatives = [part.whole()]
         for kind in KINDS:
-            wanted = kind.name in kinds and not (uniform and kind.name not in ("channels", "heads"))
+            wanted = kind.name in kinds and not (uniform and kind.name not in UNIFORM_COMPONENTS)
             offered = kind.offer(part) if wanted else None
             if offered is not None:
                 alternatives.append(offered)
@@ -174,10 +179,12 @@ def find(
     options: SearchConfig,
     pricing: Pricing,
     statistics: Statistics | None = None,
+    plain: Collection[str] = (),
 ) -> Found:
     """Search for the best choice within the budgets of a plan; without statistics, for any within them.
 
-    Raises `PlanError` for budgets that cannot be kept, with what can be.
+    With `--uniform`, only the kinds in `plain` are cut. Raises `PlanError` for budgets that cannot be kept, with what
+    can be.
     """
     multiple = multiple_for(options, shape.hidden_size)
     parts = list(parts_of([layer.index for layer in plan.smaller], shape, architecture, multiple, pricing, statistics))
@@ -185,13 +192,23 @@ def find(
     kinds = kinds_for(options, plan.bounds)
     if options.components is None:
         kinds = _there_are(kinds, parts)
+    if options.uniform:
+        kinds = tuple(kind for kind in kinds if kind in plain)
+        if not kinds:
+            raise PlanError(
+                f"--uniform: no field of the configuration of {architecture.model_type} says this size of all layers "
+                "and nothing else, so the result would be no plain checkpoint; leave it out, or name other "
+                "--components."
+            )
     places = places_of(parts, kinds, uniform=options.uniform)
     taken = {name: sum(float(place.alternatives[0].curves[0].prices[name][0]) for place in places) for name in budgets}
     gone = sum(shape.layers[layer.index].parameters for layer in plan.layers if layer.action == "remove")
     totals = {PARAMETERS: float(shape.parameters - gone), **pricing.totals}
     alike = []
     if options.uniform:
-        alike = [[place.name for place in places if place.name.endswith(part)] for part in ("attention", "mlp")]
+        alike = [
+            [place.name for place in places if place.name.endswith(part)] for part in ("attention", "mlp", "experts")
+        ]
     try:
         return search(
             places,
@@ -261,7 +278,8 @@ def _up(fraction: float) -> str:
 def _searched(plan: SurgeryPlan, shape: ModelShape, statistics: Statistics, context: SurgeryContext) -> SurgeryPlan:
     """Return the plan with the best mix within its bounds."""
     architecture = context.model.architecture
-    found = find(plan, shape, architecture, context.search, context.pricing, statistics)
+    plain = plain_kinds(context.model.checkpoint) if context.search.uniform else ()
+    found = find(plan, shape, architecture, context.search, context.pricing, statistics, plain)
     layers = [
         _layer_plan(layer, shape, architecture, found.choices) if layer.action in ("low_rank", "reduce") else layer
         for layer in plan.layers
@@ -292,11 +310,11 @@ def _layer_plan(
             ranks |= {name: rank for name, rank in choice.steps.items() if rank < math.prod(linears[name])}
         elif choice.kind == GONE:
             ranks |= {name: 0 for name in names if name in linears}
-        elif choice.kind in ("channels", "heads"):
+        elif choice.kind in ("channels", "heads", "bypass"):
             (units[choice.kind],) = choice.steps.values()
     of_experts = choices.get(f"{layer.index} experts")
-    if of_experts is not None and of_experts.kind == "experts":
-        (units["experts"],) = of_experts.steps.values()
+    if of_experts is not None and of_experts.kind in ("experts", "routed"):
+        (units[of_experts.kind],) = of_experts.steps.values()
     if not ranks and not units:
         return LayerPlan(index=layer.index, action="keep")
     return LayerPlan(index=layer.index, action="reduce" if units else "low_rank", ranks=ranks, **units)
@@ -324,10 +342,20 @@ class _ExpertCut:
     count: int
 
 
+@dataclass(frozen=True)
+class _Fewer:
+    """The experts of one layer, the channels of each, and how many experts stay."""
+
+    experts: Experts
+    orders: list[UnitOrder]
+    count: int
+
+
 def _narrow(plan: SurgeryPlan, shape: ModelShape, statistics: Statistics, context: SurgeryContext) -> None:
-    """Write the linears of the channels and heads that stay, and the experts with the channels that stay in them."""
+    """Write the linears of the channels and heads that stay, the experts with the channels that stay, and bypasses."""
     cuts: dict[int, list[_Cut]] = {}
     expert_cuts: dict[int, _ExpertCut] = {}
+    fewer: dict[int, _Fewer] = {}
     for layer in plan.smaller:
         sized = shape.layers[layer.index]
         each: tuple[tuple[Literal["channels", "heads"], Units | None, int | None, UnitOrder | None], ...] = (
@@ -341,14 +369,43 @@ def _narrow(plan: SurgeryPlan, shape: ModelShape, statistics: Statistics, contex
                 raise PlanError(f"the plan keeps {count} {name} of layer {layer.index}, but no statistics rank them.")
             cuts.setdefault(layer.index, []).append(_Cut(name, units, order, count))
         if sized.experts is not None and layer.experts is not None:
-            orders = statistics.experts.get(layer.index)
-            if orders is None:
-                raise PlanError(f"the plan cuts the experts of layer {layer.index}, but no statistics rank channels.")
-            expert_cuts[layer.index] = _ExpertCut(sized.experts, orders, layer.experts)
+            expert_cuts[layer.index] = _ExpertCut(sized.experts, _orders(statistics, layer.index), layer.experts)
+        if sized.experts is not None and layer.routed is not None:
+            fewer[layer.index] = _Fewer(sized.experts, _orders(statistics, layer.index), layer.routed)
+        if sized.bypass is not None and layer.bypass is not None:
+            _write_map(layer.index, sized.bypass, layer.bypass, statistics, context)
     watched = {*cuts, *expert_cuts}
     if watched:
         observers = [_Narrowing(cuts, expert_cuts, context)]
         context.walk.forward(range(max(watched) + 1), keep=False, observers=observers, watch=watched)
+    for index, cut in fewer.items():
+        _write_fewer(index, cut, context)
+
+
+def _orders(statistics: Statistics, index: int) -> list[UnitOrder]:
+    orders = statistics.experts.get(index)
+    if orders is None:
+        raise PlanError(f"the plan cuts the experts of layer {index}, but no statistics rank them.")
+    return orders
+
+
+def _write_fewer(index: int, cut: _Fewer, context: SurgeryContext) -> None:
+    """Write the experts of a layer that stay as they are, and the router's part of them."""
+    order = experts_by_worth(cut.orders)
+    kept = order.kept(cut.count)
+    with context.model.layer(index) as layer:
+        for name in (cut.experts.module, cut.experts.router):
+            context.factors.write_tensors(index, name, of_some(layer.get_submodule(name), kept))
+    context.record_units(index, cut.experts.module, "routed", order.gains, cut.count)
+
+
+def _write_map(index: int, bypass: Bypass, rank: int, statistics: Statistics, context: SurgeryContext) -> None:
+    """Write the linear map of this rank that takes the place of an MLP."""
+    if index not in statistics.maps:
+        raise PlanError(f"the plan has a bypass in layer {index}, but no statistics hold a linear map for its MLP.")
+    tensors = statistics.map_tensors(index, bypass.module, rank)
+    context.factors.write_tensors(index, bypass.module, tensors)
+    context.record_map(index, bypass.module, statistics.maps[index].values, rank)
 
 
 class _Narrowing(MomentObserver):

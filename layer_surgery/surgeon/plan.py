@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from layer_surgery.calibration.units import Units
+from layer_surgery.checkpoint.bypass import Bypass
 from layer_surgery.checkpoint.experts import WIDTH_MULTIPLE, Experts
 from layer_surgery.config import BudgetConfig
 from layer_surgery.errors import PlanError
@@ -16,6 +17,8 @@ _UNITS: dict[UnitName, tuple[str, str]] = {
     "channels": ("channels", "MLP"),
     "heads": ("heads", "attention"),
     "experts": ("channels of experts", "mixture of experts"),
+    "routed": ("experts", "mixture of experts"),
+    "bypass": ("ranks of a linear map for its MLP", "MLP"),
 }
 
 
@@ -28,6 +31,7 @@ class LayerShape:
     channels: Units | None = None  #: Channels of its MLP, if they can be cut.
     heads: Units | None = None  #: Key/value heads of its attention with their queries, if they can be cut.
     experts: Experts | None = None  #: Its experts, if their channels can be cut.
+    bypass: Bypass | None = None  #: Its MLP, if a linear map can take its place.
 
     @property
     def units(self) -> dict[UnitName, Units | Experts]:
@@ -190,6 +194,10 @@ def plan_parameters(shape: ModelShape, plan: SurgeryPlan) -> int:
             for name, (out, in_) in layer.linears.items():
                 rank = layer_plan.ranks.get(name)
                 total += out * in_ if rank is None else rank * (out + in_)
+            if layer_plan.routed is not None and layer.experts is not None:
+                total -= (layer.experts.number - layer_plan.routed) * layer.experts.price_of_one
+            if layer_plan.bypass is not None and layer.bypass is not None:
+                total -= layer.bypass.parameters - layer.bypass.price(layer_plan.bypass)
             for unit, units in layer.units.items():
                 if unit in layer_plan.units:
                     total -= (units.count - layer_plan.units[unit]) * units.price
@@ -215,7 +223,11 @@ def check_plan(shape: ModelShape, plan: SurgeryPlan, origin: str) -> SurgeryPlan
                     f"{min(linears[name])}."
                 )
     for layer_plan in plan.smaller:
-        for unit in layer_plan.units:
+        if layer_plan.bypass is not None:
+            _check_bypass(shape.layers[layer_plan.index], layer_plan, layer_plan.bypass, origin)
+        if layer_plan.routed is not None:
+            _check_routed(shape.layers[layer_plan.index], layer_plan, layer_plan.routed, origin)
+        for unit in (unit for unit in layer_plan.units if unit not in ("bypass", "routed")):
             _check_units(shape.layers[layer_plan.index], layer_plan, unit, origin)
     parameters = plan_parameters(shape, plan)
     return replace(plan, parameters=parameters, parameter_bound=parameters)
@@ -235,6 +247,37 @@ def _check_units(layer: LayerShape, plan: LayerPlan, unit: UnitName, origin: str
     both = [name for name in units.linears if name in plan.ranks] if isinstance(units, Units) else []
     if both:
         raise PlanError(f"{origin}: layer {plan.index} has {what} and a rank for '{both[0]}'; give one of the two.")
+
+
+def _check_routed(layer: LayerShape, plan: LayerPlan, count: int, origin: str) -> None:
+    experts = layer.experts
+    if experts is None or not experts.router:
+        raise PlanError(f"{origin}: layer {plan.index} keeps {count} experts, but it has none that can go.")
+    if not experts.chosen <= count <= experts.number:
+        raise PlanError(
+            f"{origin}: layer {plan.index} keeps {count} experts; allowed: {experts.chosen} (as many as a token goes "
+            f"through) to {experts.number}."
+        )
+    if plan.experts is not None:
+        raise PlanError(
+            f"{origin}: layer {plan.index} has fewer experts and fewer channels in each; give one of the two."
+        )
+
+
+def _check_bypass(layer: LayerShape, plan: LayerPlan, rank: int, origin: str) -> None:
+    bypass = layer.bypass
+    if bypass is None:
+        raise PlanError(f"{origin}: layer {plan.index} has a bypass, but it has no MLP that one can take the place of.")
+    if rank > bypass.hidden:
+        raise PlanError(
+            f"{origin}: layer {plan.index} has a bypass of rank {rank}; allowed: 1 to {bypass.hidden}, the hidden size."
+        )
+    inside = [name for name in plan.ranks if name.startswith(f"{bypass.module}.")]
+    if inside or plan.channels is not None:
+        raise PlanError(
+            f"{origin}: layer {plan.index} has a bypass, which takes the place of its MLP, and also "
+            f"{f'a rank for {inside[0]!r}' if inside else 'channels'}; give one of the two."
+        )
 
 
 def plan_to_search(

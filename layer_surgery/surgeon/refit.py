@@ -183,14 +183,16 @@ class _Pair:
         *mlp, mlp_out = [name for name in architecture.mlp if name in modules] or [""]
         first = next(self._batches())
         scales = residual_scales(self.reference, attention_out, mlp_out, first.reference_call, first.reference)
+        map_ = mlp_out.rpartition(".")[0] if mlp_out and not _has(self.layer, mlp_out) else ""  # in the MLP's place
         self._follow_outputs(attention)
         if scales is None:
-            for group in ([attention_out], mlp, [mlp_out]):
+            for group in ([attention_out], [map_] if map_ else mlp, [] if map_ else [mlp_out]):
                 self._follow_outputs(group)
         else:
             self._follow_stream_after_attention(attention_out, mlp_out, scales)
-            self._follow_outputs(mlp)
-            self._follow_stream_after_mlp(mlp_out, scales)
+            if not map_:
+                self._follow_outputs(mlp)
+            self._follow_stream_after_mlp(map_ or mlp_out, scales)
         return self.records
 
     def step(self) -> None:
@@ -205,7 +207,8 @@ class _Pair:
 
         def look(batch: _Batch) -> _Rows:
             seen = watch_linears(self.reference, names, batch.reference_call, batch.reference, until="outputs")
-            targets = {name: without_bias(seen.outputs[name], self.reference, name) for name in names}
+            biased = {name: self.layer if self._is_map(name) else self.reference for name in names}
+            targets = {name: without_bias(seen.outputs[name], biased[name], name) for name in names}
             targets |= {name: targets[name][..., rows] for name, rows in self.rows.items() if name in targets}
             return self._inputs(names, batch), targets
 
@@ -293,9 +296,20 @@ class _Pair:
         """Return what the linears read in the result [B, S, in]."""
         return watch_linears(self.layer, names, batch.result_call, batch.result, until="inputs").inputs
 
+    def _is_map(self, name: str) -> bool:
+        """Return whether the result has a linear map, with a bias of its own, where the original has an MLP."""
+        return isinstance(self.layer.get_submodule(name), LowRankLinear) and any(
+            True for _ in self.reference.get_submodule(name).children()
+        )
+
     def _gone(self, name: str) -> bool:
         """Return whether nothing is left of a linear."""
-        return bool(getattr(self.layer.get_submodule(name), "rank", 1) == 0)
+        return _has(self.layer, name) and bool(getattr(self.layer.get_submodule(name), "rank", 1) == 0)
+
+
+def _has(layer: nn.Module, name: str) -> bool:
+    """Return whether a layer has a module of this name."""
+    return any(name == other for other, _ in layer.named_modules())
 
 
 class _Problems:

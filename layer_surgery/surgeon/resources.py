@@ -77,6 +77,12 @@ class Pricing:
             found[TIME] = sum((self.milliseconds(out, in_) for out, in_ in sizes), start=0.0 * weights)
         return found
 
+    def of_fewer_experts(self, experts: Experts, counts: Amount) -> dict[str, Floats]:
+        """Return the prices [n] of so many whole experts of a layer: a token still goes through as many of them."""
+        found = self.of_experts(experts, experts.count + np.zeros(np.shape(counts)))
+        gone: Floats = experts.number - np.asarray(counts, dtype=np.float64)
+        return {**found, PARAMETERS: found[PARAMETERS] - gone * experts.price_of_one}
+
     def of_experts(self, experts: Experts, widths: Amount) -> dict[str, Floats]:
         """Return the prices [n] of the experts of a layer with so many channels each.
 

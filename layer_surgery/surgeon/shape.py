@@ -1,6 +1,7 @@
 """The sizes of a checkpoint that planning needs."""
 
 from layer_surgery.calibration.units import attention_heads, mlp_channels
+from layer_surgery.checkpoint.bypass import bypass_of
 from layer_surgery.checkpoint.experts import experts_of
 from layer_surgery.checkpoint.open import Checkpoint
 from layer_surgery.records import Part
@@ -29,8 +30,16 @@ def model_shape(checkpoint: Checkpoint, part: Part = "layer") -> ModelShape:
         channels = mlp_channels(layer, names) if part != "attention" else None
         heads = attention_heads(layer, names) if part != "mlp" else None
         experts = experts_of(layer) if part == "layer" else None  # of a part, linears are counted and nothing else
+        bypass = bypass_of(layer, names) if part == "layer" else None
         layers.append(
-            LayerShape(linears=linears, parameters=parameters, channels=channels, heads=heads, experts=experts)
+            LayerShape(
+                linears=linears,
+                parameters=parameters,
+                channels=channels,
+                heads=heads,
+                experts=experts,
+                bypass=bypass,
+            )
         )
     hidden_size = int(checkpoint.skeleton.get_input_embeddings().weight.shape[1])
     return ModelShape(

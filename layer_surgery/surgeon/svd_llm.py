@@ -32,8 +32,6 @@ class WhitenedObserver(MomentObserver):
 
 @METHODS.add(
     "svd_llm",
-    summary="truncated SVD that changes the outputs on the calibration data least (SVD-LLM)",
-    source="https://arxiv.org/abs/2403.07378",
     needs_data=True,
 )
 def svd_llm(plan: SurgeryPlan, context: SurgeryContext) -> SurgeryPlan:

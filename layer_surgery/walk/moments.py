@@ -83,6 +83,59 @@ class MomentRecorder:
         add_gram(sums[name], rows)
 
 
+@dataclass
+class MapSums:
+    """Sums over tokens of what one module reads, x [D], and gives, y [E]; sums of disjoint tokens may be added."""
+
+    inputs: Tensor  #: `sum x` [D].
+    outputs: Tensor  #: `sum y` [E].
+    input_squares: Tensor  #: `sum x x^T` [D, D].
+    output_squares: Tensor  #: `sum y y^T` [E, E].
+    products: Tensor  #: `sum y x^T` [E, D].
+    tokens: int = 0
+
+
+class MapRecorder:
+    """Takes the sums of a module's input and output, both [B, S, D], through a hook. Padding is left out.
+
+    Sums are in float32 (float64 where the model computes in it).
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._valid: Tensor | None = None
+        self.sums: MapSums | None = None  #: None until tokens have passed.
+
+    def start_batch(self, valid: Tensor) -> None:
+        """Say which tokens of the micro-batch that comes next count: [B, S] bool."""
+        self._valid = valid
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Have the hook in for the duration of the block."""
+        hook = self._module.register_forward_hook(self._see)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    def _see(self, _module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+        assert self._valid is not None, "start_batch comes first"
+        x, y = (
+            rows_of(values.detach(), self._valid).to(torch.promote_types(values.dtype, torch.float32))
+            for values in (arguments[0], output)
+        )
+        if self.sums is None:
+            d, e = x.shape[1], y.shape[1]
+            self.sums = MapSums(x.new_zeros(d), x.new_zeros(e), x.new_zeros(d, d), x.new_zeros(e, e), x.new_zeros(e, d))
+        self.sums.inputs += x.sum(dim=0)
+        self.sums.outputs += y.sum(dim=0)
+        add_gram(self.sums.input_squares, x)
+        add_gram(self.sums.output_squares, y)
+        self.sums.products.addmm_(y.T, x)
+        self.sums.tokens += len(x)
+
+
 def rows_of(values: Tensor, valid: Tensor) -> Tensor:
     """Return the rows [n, D] of `values` that belong to valid tokens (`valid` is [B, S]).
 

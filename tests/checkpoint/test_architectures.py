@@ -34,10 +34,14 @@ from transformers.pytorch_utils import Conv1D
 import layer_surgery
 from layer_surgery.calibration.units import attention_heads, mlp_channels
 from layer_surgery.checkpoint.architectures import ARCHITECTURES, Architecture, base_model_type
+from layer_surgery.checkpoint.bypass import bypass_of
 from layer_surgery.checkpoint.experts import WIDTH_MULTIPLE, experts_of
-from layer_surgery.checkpoint.open import open_checkpoint
+from layer_surgery.checkpoint.modeling_layer_surgery import IN_FACTOR, OUT_FACTOR
+from layer_surgery.checkpoint.open import Checkpoint, open_checkpoint
 from layer_surgery.checkpoint.recognition import architecture_of
+from layer_surgery.checkpoint.size_fields import size_field
 from layer_surgery.checkpoint.tensors import SafetensorsSource, checkpoint_files
+from layer_surgery.errors import CheckpointError
 from layer_surgery.records import LayerPlan, SurgeryPlan
 from layer_surgery.walk.self_check import check_survivors, check_walk
 from layer_surgery.walk.walk import Walk
@@ -437,3 +441,105 @@ def test_experts_with_fewer_channels_are_the_same_with_the_others_at_zero(family
     assert largest_difference(logits_of(plain), logits_of(narrow)) < family.tolerance
     narrow.save_pretrained(tmp_path / "again")
     assert stored_names(tmp_path / "again") == stored_names(output)
+
+
+#: Families whose MLP is no module of its own, is called with more than the stream, or is made of experts.
+WITHOUT_BYPASS = ("bloom", "gpt_oss", "mixtral", "mpt", "opt")
+
+
+@torch.no_grad()
+def test_a_linear_map_takes_the_place_of_an_mlp(family: Family, tmp_path: Path) -> None:
+    base = open_checkpoint(family.path)
+    found = [bypass_of(layer, base.architecture) for layer in base.layers]
+    index, bypass = next(((i, each) for i, each in enumerate(found) if each is not None), (0, None))
+    assert (bypass is None) == (family.model_type in WITHOUT_BYPASS)
+    if bypass is None:
+        return
+    layers = [LayerPlan(index=i, action="keep") for i in range(base.layer_count)]
+    layers[index] = LayerPlan(index=index, action="reduce", bypass=3)
+    plan = SurgeryPlan(method="mix", target_layers=base.layer_count - 1, layers=layers)
+    output = saved_result(plan, base, tmp_path / "output", tokens=TOKENS, dtype=base.dtype, ranks_fixed=True, maps=True)
+    result, info = load_stock(output, trust_remote_code=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    name = f"{family.entry.layers}.{index}.{bypass.module}"
+    left, right, bias = (result.get_parameter(f"{name}.{each}") for each in (OUT_FACTOR, IN_FACTOR, "bias"))
+    assert left.shape == (bypass.hidden, 3) and right.shape == (3, bypass.hidden)
+    original, _ = load_stock(family.path)
+    original.get_submodule(name).register_forward_hook(lambda _m, inputs, _o: inputs[0] @ right.T @ left.T + bias)
+    assert largest_difference(logits_of(result), logits_of(original)) < family.tolerance
+    assert largest_difference(logits_of(result), logits_of(family.model)) > 100 * family.tolerance
+    saved = open_checkpoint(output)
+    assert sum(p.numel() for p in result.parameters()) == saved.parameters
+    assert base.parameters - saved.parameters == bypass.parameters - bypass.price(3)
+    streamed_logits = walked_logits(streamed(output, dtype=base.dtype), TOKENS, settings(tmp_path))
+    assert largest_difference(streamed_logits, logits_of(result)) < family.tolerance
+    texts = generated(result)
+    assert texts[0] == texts[1]
+    result.save_pretrained(tmp_path / "again")
+    assert stored_names(tmp_path / "again") == stored_names(output)
+    with pytest.raises(CheckpointError, match=r"1 MLPs \(the first is .* bypassed by a linear map"):
+        layer_surgery.export_dense(output, tmp_path / "dense")
+    assert not (tmp_path / "dense").exists()
+
+
+#: Families with experts whose router is known, so that whole ones can go (DeepSeek's chooses groups of them first).
+WITH_ROUTED = tuple(name for name in WITH_EXPERTS if name != "deepseek_v3")
+
+
+def smaller_stock(family: Family, base: Checkpoint, name: str, number: int) -> PreTrainedModel:
+    """Return the stock model with so many experts in every layer, weights not set."""
+    fields = base.config_fields | {name: number}
+    return type(family.model)(type(base.config).from_dict(fields)).to(family.model.dtype).eval()
+
+
+@torch.no_grad()
+def test_fewer_experts_are_the_stock_model_with_fewer(family: Family, tmp_path: Path) -> None:
+    base = open_checkpoint(family.path)
+    each = {i: found for i, layer in enumerate(base.layers) if (found := experts_of(layer)) is not None}
+    assert bool(each and next(iter(each.values())).router) == (family.model_type in WITH_ROUTED)
+    if family.model_type not in WITH_ROUTED:
+        return
+    field, number = size_field(base, "routed"), 3
+    assert field is not None
+    small = smaller_stock(family, base, field, number)
+    for cut, name in (([min(each)], "one"), (list(each), "all")):
+        layers = [LayerPlan(index=i, action="keep") for i in range(base.layer_count)]
+        for index in cut:
+            layers[index] = LayerPlan(index=index, action="reduce", routed=number)
+        plan = SurgeryPlan(method="mix", target_layers=base.layer_count - len(cut), layers=layers)
+        output = saved_result(plan, base, tmp_path / name / "output", tokens=TOKENS, dtype=base.dtype, ranks_fixed=True)
+        plain = cut == list(each)  # one number in all layers: the field says it
+        result, info = load_stock(output, trust_remote_code=not plain)
+        assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+        assert not plain or (type(result) is type(family.model) and getattr(result.config, field) == number)
+        # The original, in whose place of a layer's experts and router those of a smaller stock model are put.
+        expected, _ = load_stock(family.path)
+        for index in cut:
+            place, found = f"{family.entry.layers}.{index}", each[index]
+            for module in (found.module, found.router):
+                old, new = (model.get_submodule(f"{place}.{module}") for model in (expected, small))
+                theirs = result.get_submodule(f"{place}.{module}").state_dict()
+                # Which of the original's experts they are, by their matrices (biases may be all alike).
+                rows = {
+                    name: [old.state_dict()[name].flatten(1).tolist().index(row) for row in tensor.flatten(1).tolist()]
+                    for name, tensor in theirs.items()
+                    if tensor.dim() > 1 and "bias" not in name
+                }
+                kept = next(iter(rows.values()))
+                assert kept == sorted(set(kept)) and all(each_kept == kept for each_kept in rows.values())
+                new.load_state_dict({k: v[kept] for k, v in old.state_dict().items()})
+                parent, _, child = f"{place}.{module}".rpartition(".")
+                setattr(expected.get_submodule(parent), child, new)
+        assert largest_difference(logits_of(result), logits_of(expected)) < family.tolerance
+        assert largest_difference(logits_of(result), logits_of(family.model)) > 100 * family.tolerance
+        saved, gone = open_checkpoint(output), sum(4 - number for _ in cut)
+        assert base.parameters - saved.parameters == gone * each[cut[0]].price_of_one
+        streamed_logits = walked_logits(streamed(output, dtype=base.dtype), TOKENS, settings(tmp_path))
+        assert largest_difference(streamed_logits, logits_of(result)) < family.tolerance
+        texts = generated(result)
+        assert texts[0] == texts[1]
+        result.save_pretrained(tmp_path / name / "again")
+        assert stored_names(tmp_path / name / "again") == stored_names(output)
+        if not plain:
+            with pytest.raises(CheckpointError, match="fewer experts"):
+                layer_surgery.export_dense(output, tmp_path / "dense")

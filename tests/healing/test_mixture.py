@@ -89,4 +89,4 @@ def test_every_loss_can_be_asked_for_with_its_defaults_written_out() -> None:
         written = ",".join(f"{name}={value}" for name, value in entry.options.items())
         (loss,) = parse_losses([f"{entry.name}:1:{written}"])
         assert loss.settings == entry.options
-        assert entry.source.startswith("https://") and entry.summary
+        assert entry.source.startswith("https://")

@@ -252,7 +252,11 @@ def test_a_narrowed_result_can_be_narrowed_and_made_low_rank_again(
         ({"target_time": 1.5}, PlanError, "--target-time is 1.5; allowed"),
         ({"components": "channel"}, UserError, "--components is 'channel'; allowed: some of channels, singular, heads"),
         ({"components": []}, UserError, "--components is ''"),
-        ({"components": "singular", "uniform": True}, UserError, "--uniform cuts channels, which --components leaves"),
+        (
+            {"components": "singular", "uniform": True},
+            UserError,
+            "--uniform cuts channels, heads, experts, routed, and --components names",
+        ),
         ({"multiple": 0}, UserError, "--multiple is 0; allowed: 1 or more"),
     ],
 )
@@ -271,6 +275,51 @@ def test_the_smallest_budget_that_an_error_names_is_reached(model: Path, options
     least = float(str(caught.value).partition("--target-parameters ")[2].partition(" ")[0])
     report = layer_surgery.compress(model, dry_run=True, target_parameters=least, refit=False, **options)
     assert report.after.parameters <= least * report.before.parameters
+
+
+# A linear map in the place of an MLP
+
+
+def test_a_bypass_is_refitted_planned_cached_and_cut_again(
+    model: Path, options: dict[str, Any], tmp_path: Path
+) -> None:
+    asked = {"target_parameters": 0.7, "components": ["bypass", "attention"], "cache": tmp_path / "cache"}
+    report = layer_surgery.compress(model, tmp_path / "refitted", **options | asked)
+    bypassed = [layer.index for layer in report.plan.layers if layer.bypass]
+    assert bypassed and report.after.parameters <= 0.7 * report.before.parameters
+    solved = {(record.layer, record.linear) for record in report.refit}
+    assert {(index, "mlp") for index in bypassed} <= solved
+    unrefitted = layer_surgery.compress(model, tmp_path / "plain", refit=False, **options | asked)
+    (with_refit,), (without,) = (
+        [divergence.mean for divergence in each.comparison.kl_divergence.values()] for each in (report, unrefitted)
+    )
+    assert with_refit < without
+    again = layer_surgery.compress(model, tmp_path / "again", plan=tmp_path / "refitted" / "surgery.json", **options)
+    assert again.plan.layers == report.plan.layers
+    assert listing(tmp_path / "again")["model.safetensors"] == listing(tmp_path / "refitted")["model.safetensors"]
+    twice = layer_surgery.compress(tmp_path / "refitted", tmp_path / "twice", target_parameters=0.95, **options)
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "twice", trust_remote_code=True)
+    assert torch.equal(logits(stock, IDS), logits(layer_surgery.load(tmp_path / "twice"), IDS))
+    assert twice.after.parameters < report.after.parameters
+    assert "bypass" in (tmp_path / "refitted" / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"bypass": 33}, "layer 1 has a bypass of rank 33; allowed: 1 to 32, the hidden size"),
+        ({"bypass": 4, "channels": 8}, "takes the place of its MLP, and also channels; give one of the two"),
+        ({"bypass": 4, "ranks": {"mlp.up_proj": 4}}, "and also a rank for 'mlp.up_proj'; give one"),
+        ({"bypass": 0}, "has action 'reduce' and 0 bypass; allowed: a whole number from 1 on"),
+    ],
+)
+def test_a_wrong_bypass_in_a_plan_is_refused(
+    model: Path, options: dict[str, Any], change: dict[str, Any], message: str
+) -> None:
+    layers = [{"index": index, "action": "keep"} for index in range(4)]
+    layers[1] = {"index": 1, "action": "reduce", **change}
+    with pytest.raises(PlanError, match=message):
+        layer_surgery.compress(model, dry_run=True, plan={"method": "mix", "layers": layers}, **options)
 
 
 # Other budgets
@@ -304,6 +353,23 @@ def test_by_default_a_kv_cache_budget_removes_whole_attentions_where_heads_do_no
     report = layer_surgery.compress(model, dry_run=True, target_kv_cache=0.2, refit=False, **options)
     gone = [layer.index for layer in report.plan.layers if layer.ranks.get("self_attn.o_proj") == 0]
     assert gone and report.after.kv_cache_bytes_per_token <= 0.2 * report.before.kv_cache_bytes_per_token
+
+
+def test_a_layer_of_which_both_parts_go_is_removed(options: dict[str, Any], tmp_path: Path) -> None:
+    original = model_with_vocabulary(layers=4)
+    with torch.no_grad():
+        for name in ("self_attn.o_proj", "mlp.down_proj"):
+            original.model.layers[2].get_submodule(name).weight.zero_()
+    model = saved_model(tmp_path / "model", model=original)
+    share = 1 - sum(p.numel() for p in original.model.layers[2].parameters() if p.dim() > 1) / sum(
+        p.numel() for p in original.parameters()
+    )
+    changed = options | {"components": ["attention", "mlp"]}
+    report = layer_surgery.compress(model, tmp_path / "output", target_parameters=share + 1e-6, refit=False, **changed)
+    assert [layer.action for layer in report.plan.layers] == ["keep", "keep", "remove", "keep"]
+    assert report.plan.parameters == report.after.parameters and report.plan.target_layers == 3
+    stock, _ = load_stock(tmp_path / "output")  # a plain checkpoint
+    assert float((logits(stock, IDS) - logits(original, IDS)).abs().max()) < 1e-5
 
 
 def test_budgets_of_operations_and_parameters_are_met_together(model: Path, options: dict[str, Any]) -> None:

@@ -18,8 +18,6 @@ from layer_surgery.healing.losses.states import hidden_cosine, mean_over, one_mi
 
 @LOSSES.add(
     "trajectory",
-    summary="direction and step of the stream from one pair of layers to the next",
-    source="https://arxiv.org/abs/2412.19449",
     needs="states",
     teachers=(),
     allowed={"direction": NOT_NEGATIVE, "step": NOT_NEGATIVE},
@@ -42,8 +40,6 @@ def trajectory(pairs: Sequence[StatePair], *, direction: float = 1.0, step: floa
 
 @LOSSES.add(
     "cka",
-    summary="1 - linear CKA of hidden states: relations between tokens, whatever the basis",
-    source="https://arxiv.org/abs/1905.00414",
     needs="states",
     teachers=(),
     across_tokens=True,

@@ -19,8 +19,6 @@ from layer_surgery.healing.losses.states import mean_over
 
 @LOSSES.add(
     "attention",
-    summary="mean squared error of attention scores, masked places left out (TinyBERT)",
-    source="https://arxiv.org/abs/1909.10351",
     needs="attention",
     teachers=(),
 )
@@ -46,8 +44,6 @@ def _map_error(pair: AttentionPair) -> Tensor:
 
 @LOSSES.add(
     "relations",
-    summary="KL of relations among queries, keys and values (MiniLMv2)",
-    source="https://arxiv.org/abs/2012.15828",
     needs="relations",
     teachers=(),
     allowed={"heads": Interval(1, whole=True)},

@@ -16,8 +16,6 @@ from layer_surgery.healing.losses.registry import LOSSES, NOT_NEGATIVE
 
 @LOSSES.add(
     "clkd",
-    summary="class-aware logit distillation: logits by token, by class, and correlations of classes",
-    source="https://arxiv.org/abs/2211.14773",
     needs="logits",
     allowed={"classes": NOT_NEGATIVE, "correlation": NOT_NEGATIVE},
     across_tokens=True,

@@ -10,8 +10,6 @@ from layer_surgery.healing.losses.registry import LOSSES, Interval
 
 @LOSSES.add(
     "ce",
-    summary="cross-entropy with the text itself, with label smoothing",
-    source="https://arxiv.org/abs/1512.00567",
     needs="labels",
     teachers=(),
     allowed={"smoothing": Interval(0, 1, "[)")},

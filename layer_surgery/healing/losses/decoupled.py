@@ -24,8 +24,6 @@ class Decoupled(NamedTuple):
 
 @LOSSES.add(
     "dkd",
-    summary="decoupled distillation: the label, and the other tokens among themselves",
-    source="https://arxiv.org/abs/2203.08679",
     needs="logits",
     allowed={"temperature": POSITIVE, "alpha": NOT_NEGATIVE, "beta": NOT_NEGATIVE},
 )

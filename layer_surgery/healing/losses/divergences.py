@@ -19,8 +19,6 @@ from layer_surgery.healing.losses.registry import LOSSES, OPEN_UNIT, POSITIVE, I
 
 @LOSSES.add(
     "kl",
-    summary="KL(teacher || student): logit distillation",
-    source="https://arxiv.org/abs/1503.02531",
     needs="logits",
     teachers=("dense", "top_k", "sampled"),
     allowed={"temperature": POSITIVE},
@@ -37,8 +35,6 @@ def forward_kl(tokens: TokenLogits, *, temperature: float = 1.0) -> Tensor:
 
 @LOSSES.add(
     "reverse_kl",
-    summary="KL(student || teacher): seeks the teacher's modes (MiniLLM)",
-    source="https://arxiv.org/abs/2306.08543",
     needs="logits",
     teachers=("dense", "top_k"),
     allowed={"temperature": POSITIVE},
@@ -51,8 +47,6 @@ def reverse_kl(tokens: TokenLogits, *, temperature: float = 1.0) -> Tensor:
 
 @LOSSES.add(
     "skew_kl",
-    summary="KL(teacher || mixture of both): bounded, steadier gradients (DistiLLM)",
-    source="https://arxiv.org/abs/2402.03898",
     needs="logits",
     teachers=("dense", "top_k"),
     allowed={"temperature": POSITIVE, "skew": Interval(0, 1, "[)")},
@@ -65,8 +59,6 @@ def skew_kl(tokens: TokenLogits, *, temperature: float = 1.0, skew: float = 0.1)
 
 @LOSSES.add(
     "jsd",
-    summary="generalised Jensen-Shannon divergence (GKD)",
-    source="https://arxiv.org/abs/2306.13649",
     needs="logits",
     teachers=("dense", "top_k"),
     allowed={"temperature": POSITIVE, "beta": OPEN_UNIT},
@@ -83,8 +75,6 @@ def generalised_jsd(tokens: TokenLogits, *, temperature: float = 1.0, beta: floa
 
 @LOSSES.add(
     "tvd",
-    summary="total variation distance: half the sum of |teacher - student|",
-    source="https://github.com/arcee-ai/DistillKit",
     needs="logits",
     teachers=("dense", "top_k"),
     allowed={"temperature": POSITIVE},

@@ -10,10 +10,12 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from layer_surgery.config.choices import LOSS_CHOICES, OTHER_LOSSES
 from layer_surgery.errors import UserError, nearest_name
 from layer_surgery.healing.losses.inputs import TeacherKind
 from layer_surgery.registry import Registry
 
+_LISTED = {**LOSS_CHOICES, **OTHER_LOSSES}
 Needs = Literal["labels", "logits", "states", "attention", "relations", "stones"]
 """What a loss is a function of: `TokenLogits` without a teacher; with one; a sequence of `StatePair`, of
 `AttentionPair` or of `RelationPair`; `Stones`."""
@@ -63,8 +65,6 @@ class LossEntry:
     function: Callable[..., Tensor]
     name: str
     _: KW_ONLY
-    summary: str  #: One line for help texts.
-    source: str = ""  #: URL of the paper, or "" where there is none.
     needs: Needs
     teachers: tuple[TeacherKind, ...] = ("dense",)  #: The kinds of teacher that it is defined for; () needs none.
     allowed: Mapping[str, Interval] = field(default_factory=dict)  #: Of its options that are numbers.
@@ -74,6 +74,11 @@ class LossEntry:
     def __post_init__(self) -> None:
         if set(self.allowed) != set(self.options):
             raise ValueError(f"the loss '{self.name}' has options without an interval, or the other way round")
+
+    @property
+    def source(self) -> str:
+        """URL of the paper, or "" where there is none."""
+        return _LISTED[self.name].source
 
     @property
     def options(self) -> dict[str, float]:
@@ -121,4 +126,4 @@ def as_number(value: Any) -> float | None:
         return None
 
 
-LOSSES = Registry("loss", LossEntry)
+LOSSES = Registry("loss", LossEntry, _LISTED)

@@ -16,8 +16,6 @@ P = TypeVar("P")
 
 @LOSSES.add(
     "hidden",
-    summary="mean squared error of hidden states at pairs of layers",
-    source="https://arxiv.org/abs/1412.6550",
     needs="states",
     teachers=(),
 )
@@ -28,8 +26,6 @@ def hidden_mse(pairs: Sequence[StatePair]) -> Tensor:
 
 @LOSSES.add(
     "cosine",
-    summary="1 - cosine of hidden states at pairs of layers",
-    source="https://github.com/arcee-ai/DistillKit",
     needs="states",
     teachers=(),
 )
@@ -40,8 +36,6 @@ def hidden_cosine(pairs: Sequence[StatePair]) -> Tensor:
 
 @LOSSES.add(
     "local",
-    summary="squared error of a block's outputs over their own mean square (Puzzle)",
-    source="https://arxiv.org/abs/2411.19146",
     needs="states",
     teachers=(),
 )

@@ -17,8 +17,6 @@ from layer_surgery.healing.losses.registry import LOSSES, POSITIVE
 
 @LOSSES.add(
     "stones",
-    summary="block-wise logit distillation: stepping stones between student and teacher",
-    source="https://arxiv.org/abs/2411.01547",
     needs="stones",
     teachers=("dense", "top_k", "sampled"),
     allowed={"temperature": POSITIVE},

@@ -22,6 +22,7 @@ from layer_surgery.runs.evaluator import Evaluator
 from layer_surgery.runs.planning import Planning
 from layer_surgery.runs.provenance import base_model_record, checkpoint_hash, described_tokens, run_provenance
 from layer_surgery.runs.session import Model, Session, check_sources, open_session
+from layer_surgery.runs.stages import stages_of_sweep
 from layer_surgery.runs.sweep.condition import Condition, find_best, parse_condition
 from layer_surgery.runs.sweep.grid import compress_config, grid, in_order, same_surgery
 from layer_surgery.runs.sweep.identity import check_same, sweep_identity
@@ -132,20 +133,28 @@ class _Sweep:
             f"{count} point{'s' * (count > 1)}, {count - len(missing)} of them known; each is kept in "
             f"{config.directory} when it is done, and the same command goes on from there"
         )
-        with session.clock.stage("evaluate_before"):
+        session.ui.plan(stages_of_sweep(len(missing), self.texts))
+        with session.stage("evaluate_before"):
             evaluator.measure("before", session.checkpoint)
         failures = list(evaluator.failures)
         self._write(replace(self.report, original=evaluator.result("before"), failures=failures))
         sha256 = self.report.base_model["sha256"]
         with open_bench(
-            session, self.tokens, config, part=config.remove, general=self.general, base_sha256=sha256
+            session,
+            self.tokens,
+            config,
+            part=config.remove,
+            maps=config.bypasses,
+            general=self.general,
+            base_sha256=sha256,
         ) as bench:
             measuring = Measuring(bench, evaluator, sha256)
             for number, settings in enumerate(missing, start=1):
                 session.ui.note(f"point {number} of {len(missing)}: {settings.name}")
                 point = self._copied(settings)
                 if point is None:
-                    point = measuring.point(compress_config(config, settings), settings)
+                    with session.ui.stage(f"point {number}"):
+                        point = measuring.point(compress_config(config, settings), settings)
                     session.ui.note(_outcome(point))
                 others = [each for each in self.report.points if each.settings != settings]
                 self._write(replace(self.report, points=[*others, point]))

@@ -2,9 +2,9 @@
 
 from layer_surgery.surgeon.components.kind import KINDS, Kind, PartOfLayer
 
-# In the order in which `--help` lists them.
+# In the order in which the search asks them.
 # isort: off
-from layer_surgery.surgeon.components import channels, singular, heads, whole, experts  # noqa: F401
+from layer_surgery.surgeon.components import channels, singular, heads, whole, experts, routed, bypass  # noqa: F401
 # isort: on
 
 __all__ = ["KINDS", "Kind", "PartOfLayer"]

@@ -9,7 +9,9 @@ import numpy as np
 
 from layer_surgery.calibration.statistics import Statistics
 from layer_surgery.calibration.units import UnitOrder, Units
+from layer_surgery.checkpoint.bypass import Bypass
 from layer_surgery.checkpoint.experts import WIDTH_MULTIPLE, Experts
+from layer_surgery.config.choices import COMPONENT_CHOICES
 from layer_surgery.registry import Registry
 from layer_surgery.surgeon.curves import Alternative, Curve, Floats
 from layer_surgery.surgeon.resources import Pricing
@@ -28,6 +30,7 @@ class PartOfLayer:
     output: str  #: The last of them, if it writes to the residual stream, else "".
     units: Units | None  #: Its channels or heads, if they can be cut.
     experts: Experts | None = None  #: For the part of this name.
+    bypass: Bypass | None = None  #: An MLP that a linear map can take the place of.
     pricing: Pricing
     multiple: int  #: Ranks and widths are kept to multiples of this.
     statistics: Statistics | None
@@ -104,8 +107,6 @@ class Kind:
     offer: Callable[[PartOfLayer], Alternative | None]
     """Returns what the search may choose for a part of a layer; None where there is nothing of this kind."""
     name: str
-    summary: str  #: One line for help texts.
-    source: str = ""  #: URL of the paper, or "" where there is none.
 
 
-KINDS = Registry("component", Kind)
+KINDS = Registry("component", Kind, COMPONENT_CHOICES)

@@ -1,5 +1,10 @@
 """The whole attention or the whole MLP of a layer, which nothing takes the place of; both are the whole layer."""
 
+from torch import nn
+
+from layer_surgery.checkpoint.architectures import Architecture
+from layer_surgery.checkpoint.experts import experts_of
+from layer_surgery.records import LayerPlan
 from layer_surgery.surgeon.components.kind import KINDS, PartOfLayer
 from layer_surgery.surgeon.curves import Alternative
 
@@ -7,18 +12,31 @@ from layer_surgery.surgeon.curves import Alternative
 GONE = "gone"
 
 
-@KINDS.add(
-    "attention", "the whole attention of a layer, with its KV cache (default with --target-kv-cache and --target-time)"
-)
+@KINDS.add("attention")
 def attention(part: PartOfLayer) -> Alternative | None:
     """Offer to remove the attention."""
     return _gone(part) if part.part == "attention" else None
 
 
-@KINDS.add("mlp", "the whole MLP of a layer (default with --target-time)")
+@KINDS.add("mlp")
 def mlp(part: PartOfLayer) -> Alternative | None:
     """Offer to remove the MLP."""
     return _gone(part) if part.part == "mlp" else None
+
+
+def is_empty(layer: nn.Module, plan: LayerPlan, architecture: Architecture) -> bool:
+    """Return whether nothing is left of a layer, so that it passes the stream on as it is: both parts gone, no biases.
+
+    One with experts is not: they add to the stream too.
+    """
+    names = {name for name, _ in layer.named_modules()}
+    outputs = [[name for name in part if name in names][-1:] for part in (architecture.attention, architecture.mlp)]
+    if architecture.guessed or not all(outputs) or experts_of(layer) is not None:
+        return False
+    linears = [name for name in architecture.linears if name in names]
+    return all(plan.ranks.get(name) == 0 for name in linears) and all(
+        getattr(layer.get_submodule(name), "bias", None) is None for (name,) in outputs
+    )
 
 
 def _gone(part: PartOfLayer) -> Alternative | None:

@@ -1,4 +1,4 @@
-"""Channels of experts in the search: from a directory to a directory, plans, and budgets in other units."""
+"""Channels of experts and whole experts in the search: from a directory to a directory, plans, budgets."""
 
 from __future__ import annotations
 
@@ -100,6 +100,8 @@ def test_budgets_of_operations_count_the_experts_that_a_token_chooses(model: Pat
         ({"action": "keep", "experts": 8}, "action 'keep' and 8 experts"),
         ({"action": "reduce", "experts": 48}, "keeps 48 channels of experts, but its mixture of experts has 40"),
         ({"action": "reduce", "experts": 12}, "keeps 12 channels of experts; allowed: multiples of 8"),
+        ({"action": "reduce", "routed": 1}, r"keeps 1 experts; allowed: 2 \(as many as a token goes through\) to 4"),
+        ({"action": "reduce", "routed": 3, "experts": 8}, "fewer experts and fewer channels in each; give one of the"),
     ],
 )
 def test_plans_with_impossible_experts_are_refused(
@@ -119,3 +121,53 @@ def test_experts_of_a_model_without_any_are_refused(options: dict[str, Any], tmp
     SurgeryPlan.from_dict(data)
     with pytest.raises(PlanError, match="its mixture of experts is none of which channels of experts can be cut"):
         layer_surgery.compress(model, dry_run=True, plan=data, method="mix", **options)
+
+
+def test_experts_that_do_nothing_go_first_and_change_nothing(options: dict[str, Any], tmp_path: Path) -> None:
+    original = model_with_vocabulary("mixtral", layers=3)
+    with torch.no_grad():
+        for index, layer in enumerate(original.model.layers):
+            layer.mlp.experts.down_proj[index] = 0
+            layer.mlp.gate.weight[index] = -layer.mlp.gate.weight.sum(dim=0)  # chosen by few
+    model = saved_model(tmp_path / "model", model=original)
+    checkpoint = open_checkpoint(model)
+    one = 3 * 32 * 40 + 32  # three matrices and a row of the router
+    share = 1 - 3 * one / checkpoint.parameters
+    report = layer_surgery.compress(
+        model,
+        tmp_path / "output",
+        target_parameters=share + 1e-9,
+        refit=False,
+        **options | {"components": "routed"},
+    )
+    assert [layer.kept for layer in report.plan.layers] == [{"routed": 3}] * 3
+    assert report.plan.predicted_loss_rise == 0 and report.after.parameters == checkpoint.parameters - 3 * one
+    # The same number in all layers is a plain checkpoint.
+    stock, info = load_stock(tmp_path / "output")
+    assert not info["missing_keys"] and not info["unexpected_keys"] and stock.config.num_local_experts == 3
+    for index, layer in enumerate(stock.model.layers):
+        kept = [expert for expert in range(4) if expert != index]
+        assert torch.equal(layer.mlp.gate.weight, original.model.layers[index].mlp.gate.weight[kept])
+    assert "routed" in (tmp_path / "output" / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("component", "field"), [("experts", "intermediate_size"), ("routed", "num_local_experts")])
+def test_uniform_experts_are_a_plain_checkpoint(
+    model: Path, options: dict[str, Any], tmp_path: Path, component: str, field: str
+) -> None:
+    report = layer_surgery.compress(
+        model, tmp_path / "output", target_parameters=0.8, uniform=True, **options | {"components": component}
+    )
+    (kept,) = {tuple(layer.kept.items()) for layer in report.plan.layers}
+    stock, info = load_stock(tmp_path / "output")
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    assert kept == ((component, getattr(stock.config, field)),)
+    assert report.after.parameters == sum(p.numel() for p in stock.parameters()) <= 0.8 * report.before.parameters
+
+
+def test_a_uniform_cut_that_no_field_can_say_is_refused(options: dict[str, Any], tmp_path: Path) -> None:
+    model = saved_model(tmp_path / "model", "deepseek_v3", layers=3)  # one field for experts and shared experts
+    with pytest.raises(PlanError, match="--uniform: no field of the configuration of deepseek_v3 says this size"):
+        layer_surgery.compress(
+            model, dry_run=True, target_parameters=0.8, uniform=True, **options | {"components": "experts"}
+        )
