@@ -1,11 +1,11 @@
 """What each way of healing gains in the same time, from the same result of surgery.
 
-    python experiments/healing/compare.py MODEL --data books-train.txt --eval-data held-out.txt --minutes 10 --seeds 0 1 2
+    python experiments/healing/compare.py MODEL --data train.txt --eval-data held-out.txt --minutes 10 --seeds 0 1 2
 
 For each seed the model is compressed by the default method, by plain removal and by GRASP, all calibrated on the data;
 the unhealed default is then healed in every way (`ROWS`), each for so many minutes with everything, and removal by the
-default recipe. `--curve` gives the default recipe other times. Losses are on texts that nothing else looks at, paired by
-window with the original's. Every finished row goes to a scratch file beside the report, and a stopped run goes on.
+default recipe. `--curve` gives the default recipe other times. Losses are on texts that nothing else looks at, paired
+by window with the original's. Every finished row goes to a scratch file beside the report; a stopped run goes on.
 """
 
 from __future__ import annotations

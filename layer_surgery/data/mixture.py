@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from decimal import ROUND_DOWN, Context, Decimal
 from fractions import Fraction
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -26,6 +27,7 @@ def pack_mixture(
     samples: int,
     sequence_length: int,
     seed: int,
+    alone: bool = False,
 ) -> PackedTokens:
     """Pack `samples` sequences in all, divided among the sources by weight and put in an order chosen by `seed`.
 
@@ -39,19 +41,20 @@ def pack_mixture(
         data: at least one source.
         weights: one for each source, finite and above 0.
         samples: at least as many as there are sources.
+        alone: whether each example has a sequence of its own.
 
     Raises `DataError`: as `pack_calibration`; it names the source.
     """
+    size: dict[str, Any] = {"sequence_length": sequence_length, "alone": alone}
     if len(data) == 1:
-        tokens = pack_calibration(data[0], tokenizer, samples=samples, sequence_length=sequence_length, seed=seed)
+        tokens = pack_calibration(data[0], tokenizer, samples=samples, seed=seed, **size)
         return replace(tokens, sources=(_share(tokens, weights[0]),))
     generator = torch.Generator().manual_seed(seed)
     seeds = torch.randint(_SEEDS, (len(data),), generator=generator).tolist()
     parts = []
     for position, share in enumerate(apportion(weights, samples)):
         try:
-            size = {"samples": share, "sequence_length": sequence_length}
-            parts.append(pack_calibration(data[position], tokenizer, **size, seed=seeds[position]))
+            parts.append(pack_calibration(data[position], tokenizer, samples=share, seed=seeds[position], **size))
         except TooFewSequencesError as error:
             raise DataError(
                 f"{error.found}, fewer than its share of --samples {samples}, which is {share}; "
@@ -76,13 +79,14 @@ def pack_at_most(
     samples: int,
     sequence_length: int,
     seed: int,
+    alone: bool = False,
 ) -> PackedTokens:
     """Pack like `pack_mixture`, but where the sources have fewer sequences than `samples`, as many as there are.
 
     The weights hold all the same: the source that is short for its weight decides.
     Raises `DataError`: as `pack_calibration`, and for a source without a single sequence.
     """
-    size = {"sequence_length": sequence_length, "seed": seed}
+    size: dict[str, Any] = {"sequence_length": sequence_length, "seed": seed, "alone": alone}
     most = samples
     for each, weight in zip(data, weights, strict=True):
         share = max(1, math.ceil(samples * weight / sum(weights)))

@@ -34,7 +34,13 @@ class TooFewSequencesError(DataError):
 
 
 def pack_calibration(
-    data: LoadedData, tokenizer: PreTrainedTokenizerBase, *, samples: int, sequence_length: int, seed: int
+    data: LoadedData,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    samples: int,
+    sequence_length: int,
+    seed: int,
+    alone: bool = False,
 ) -> PackedTokens:
     """Pack `samples` sequences of `sequence_length` tokens, chosen by `seed`; the CPU generator is the function's own.
 
@@ -43,7 +49,8 @@ def pack_calibration(
     All tokens but those at position 0 carry loss.
 
     Examples and chats: only answers carry loss (and the token that ends them). Whole examples are packed in shuffled
-    order: a row takes the next example while it fits, and is padded on the right. `samples` counts rows. Each
+    order: a row takes the next example while it fits, and is padded on the right; with `alone` each row has one example
+    only, so that no token sees another example. `samples` counts rows. Each
     prompt/answer example begins with BOS (if the tokenizer adds it) and ends with EOS (if there is one).
 
     Raises `DataError`: an argument out of range; fewer sequences than `samples` (`TooFewSequencesError`); an example
@@ -64,7 +71,9 @@ def pack_calibration(
     examples = encode_examples(tokenizer, data)
     _require_fit(data, examples, sequence_length)
     order = torch.randperm(len(examples), generator=generator).tolist()
-    rows = list(islice(_fill_rows((examples[i] for i in order), sequence_length), samples))
+    shuffled = (examples[i] for i in order)
+    filled = ([example] for example in shuffled) if alone else _fill_rows(shuffled, sequence_length)
+    rows = list(islice(filled, samples))
     available = sum(map(len, examples))
     if len(rows) < samples:
         raise TooFewSequencesError(data, available, len(rows), samples, sequence_length)

@@ -93,7 +93,7 @@ class LayerStudent(Trainee):
     ) -> dict[str, Tensor]:
         """Return `{"loss": ...}` over the tokens with loss; see `Trainee`."""
         carries = labels != NO_LABEL
-        errors = torch.cat([self._errors(int(window)) for window in windows])[carries]
+        errors = torch.cat([self._errors(int(window)) for window in windows])[:, : labels.shape[1]][carries]
         self.sums.add(self.name, errors.sum())
         self.sums.tokens += len(errors)
         return {"loss": errors.sum() / (num_items_in_batch if num_items_in_batch is not None else max(1, len(errors)))}

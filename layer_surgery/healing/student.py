@@ -205,7 +205,8 @@ class Student(Trainee):
         pairs = []
         for number, (position, _) in enumerate(self._pairs):
             student = hidden[position][carries]
-            pairs.append(StatePair(student, states.read(number, windows)[carries].to(student), number))
+            teacher = states.read(number, windows)[:, : carries.shape[1]]
+            pairs.append(StatePair(student, teacher[carries].to(student), number))
         total = torch.zeros((), device=carries.device)
         for loss in self._losses:
             if loss.entry.needs == "states":

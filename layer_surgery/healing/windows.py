@@ -105,10 +105,14 @@ class WindowDataset(Dataset[int]):
         return int(self.order[position])
 
     def collate(self, windows: Sequence[int]) -> dict[str, Tensor]:
-        """Return token ids, labels (shifted, `NO_LABEL` without loss), each [B, S] int64, and `windows` [B] int64."""
+        """Return token ids, labels (shifted, `NO_LABEL` without loss), each [B, S] int64, and `windows` [B] int64.
+
+        Columns at the end that are padding in all of them are left out, as examples are of different lengths.
+        """
         rows = torch.tensor(list(windows))
+        length = int(self.tokens.valid[rows].sum(dim=1).max())
         return {
-            "input_ids": self.tokens.token_ids[rows],
-            "labels": next_tokens(self.tokens, rows),
+            "input_ids": self.tokens.token_ids[rows, :length],
+            "labels": next_tokens(self.tokens, rows)[:, :length],
             "windows": rows,
         }

@@ -120,7 +120,7 @@ class Session:
         return tokens
 
     def healing_tokens(self, data: Sequence[str], text: TextConfig, samples: int, option: str) -> PackedTokens:
-        """Load and pack text to heal on: `samples` sequences, or as many as there are; say how much of it is used."""
+        """Load and pack text to heal on: `samples` sequences, or as many as there are. Each example has its own."""
         sources = weighted_sources(data, option)
         tokens = pack_at_most(
             [
@@ -132,6 +132,7 @@ class Session:
             samples=samples,
             sequence_length=text.sequence_length,
             seed=self.runtime.seed,
+            alone=True,
         )
         self._check(tokens)
         return tokens

@@ -200,3 +200,45 @@ def test_a_file_of_the_schema_before_is_read(healed: Path, tmp_path: Path) -> No
     (tmp_path / "surgery.json").write_text(json.dumps(older), encoding="utf-8")
     report = read_report(tmp_path / "surgery.json")
     assert report.healing is None and report.unhealed is None
+
+
+def test_examples_are_healed_on_their_answers_and_by_losses_that_look_at_everything(
+    result: Path, tmp_path: Path
+) -> None:
+    rows = [{"prompt": f"one two {number}", "answer": "the answer is the other thing"} for number in range(60)]
+    (tmp_path / "task.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    options = HEAL | {"sequence_length": 32, "eval_data": None, "loss": ["dkd:0.1", "cosine:1"]}
+    report = layer_surgery.heal(result, dry_run=True, data=str(tmp_path / "task.jsonl"), **options)
+    assert report.healing is not None and report.healing.helped
+    assert report.healing.data is not None and report.healing.data["sequences"] == 60
+    assert report.healing.data["predicted_tokens"] < report.healing.data["tokens"]
+    assert report.healing.teacher_bytes_per_token is None  # nothing was cut off
+
+
+def test_the_original_is_asked_once_for_the_same_data(
+    result: Path, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = HEAL | {"eval_data": None, "teacher_cache": tmp_path / "cache"}
+    first = layer_surgery.heal(result, tmp_path / "first", data=str(words), **options)
+    monkeypatch.setattr(
+        "layer_surgery.runs.healing.teacher_logits", lambda *_: pytest.fail("the original was asked again")
+    )
+    second = layer_surgery.heal(result, tmp_path / "second", data=str(words), **options)
+    one, other = tensors_of(tmp_path / "first"), tensors_of(tmp_path / "second")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert first.healing is not None and second.healing is not None
+    assert first.healing.teacher_bytes_per_token == second.healing.teacher_bytes_per_token
+
+
+def test_a_full_disk_is_one_sentence_and_nothing_is_lost(
+    result: Path, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: CommandLine
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("layer_surgery.healing.teacher.cache.save_file", full)
+    options = ["--data", words, "--tokens", 300, "--learning-rate", 1e-3, "--sequence-length", 16, "--no-eval"]
+    outcome = run("heal", result, *options, "--teacher-cache", tmp_path / "cache", "--output", tmp_path / "out")
+    assert outcome.code == 1 and "Traceback" not in outcome.err
+    assert "--teacher-cache" in outcome.error_lines[-1] and "No space left on device" in outcome.error_lines[-1]
+    assert not (tmp_path / "out").exists()
