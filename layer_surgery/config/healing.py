@@ -116,6 +116,13 @@ class HealingConfig(Options):
             metavar="DIR",
         ),
     )
+    teacher_rewrite: bool = attrs.field(
+        default=False,
+        metadata=about(
+            "Have the original answer the prompts of the data first, whole in memory, and train on its answers. "
+            "Answers that it does not end stay as they were."
+        ),
+    )
     gradient_checkpointing: bool = attrs.field(
         default=False, metadata=about("Compute activations twice instead of keeping them: less memory, more time.")
     )
@@ -139,6 +146,8 @@ class HealingConfig(Options):
             raise UserError("--minutes and --tokens both say how long to heal; give only one.")
         if self.minutes is not None and not 0 < self.minutes < float("inf"):
             raise UserError(f"--minutes is {self.minutes}; allowed: a number above 0.")
+        if self.resume is not None and self.tokens is None:
+            raise UserError("--resume goes on with a training of a fixed length; give the same --tokens as before.")
         if self.learning_rate is not None and not 0 < self.learning_rate < float("inf"):
             raise UserError(f"--learning-rate is {self.learning_rate}; allowed: a number above 0.")
         if not 0 <= self.general <= 1:

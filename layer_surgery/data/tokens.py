@@ -57,7 +57,11 @@ class PackedTokens:
 
     def select(self, rows: Tensor | slice) -> PackedTokens:
         """Return some of the sequences, by number, under the same name; shares of sources are not known of them."""
-        token_ids, loss_mask, valid = (each[rows].contiguous() for each in (self.token_ids, self.loss_mask, self.valid))
+        return self.holding(self.token_ids[rows], self.loss_mask[rows], self.valid[rows])
+
+    def holding(self, token_ids: Tensor, loss_mask: Tensor, valid: Tensor) -> PackedTokens:
+        """Return other sequences [N, S] under the same name; shares of sources are not known of them."""
+        token_ids, loss_mask, valid = token_ids.contiguous(), loss_mask.contiguous(), valid.contiguous()
         return PackedTokens(
             name=self.name,
             token_ids=token_ids,

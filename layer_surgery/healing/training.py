@@ -7,12 +7,15 @@ random generators), which Trainer reads with torch's restricted loader: no code 
 from __future__ import annotations
 
 import math
+import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
@@ -90,17 +93,18 @@ def train(
     """
     begun = student.save(settings.directory / "begin")
     watch = _Watch(settings, advance)
-    trainer = HealingTrainer(student, data, settings, watch, unhealed, say)
     stopped = None
-    try:
-        trainer.train(resume_from_checkpoint=str(resume) if resume is not None else None)
-    except NumericalError as error:
-        stopped = f"{error}, in step {trainer.state.global_step + 1}"
-    except OSError as error:
-        raise LayerSurgeryError(
-            f"a checkpoint of the training cannot be written to {settings.directory} ({error.strerror}); make room, or "
-            "give --checkpoints elsewhere."
-        ) from error
+    with _own_random_state(settings.device):
+        trainer = HealingTrainer(student, data, settings, watch, unhealed, say)
+        try:
+            trainer.train(resume_from_checkpoint=str(resume) if resume is not None else None)
+        except NumericalError as error:
+            stopped = f"{error}, in step {trainer.state.global_step + 1}"
+        except OSError as error:
+            raise LayerSurgeryError(
+                f"a checkpoint of the training cannot be written to {settings.directory} ({error.strerror}); make "
+                "room, or give --checkpoints elsewhere."
+            ) from error
     best, value = trainer.state.best_model_checkpoint, trainer.state.best_metric
     helped = best is not None and value is not None and value < 0
     student.load(Path(best) / WEIGHTS_FILE if helped and best is not None else begun)
@@ -110,6 +114,18 @@ def train(
         steps=trainer.state.global_step,
         stopped=stopped or watch.stopped,
     )
+
+
+@contextmanager
+def _own_random_state(device: torch.device) -> Iterator[None]:
+    """Give the block random generators of its own: Trainer seeds those of the whole process."""
+    states = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
 
 
 class HealingTrainer(Trainer):  # type: ignore[misc]

@@ -23,7 +23,7 @@ from layer_surgery.config import HealingConfig
 from layer_surgery.config.inputs import TextConfig
 from layer_surgery.data import load_documents, pack_evaluation
 from layer_surgery.data.tokens import PackedTokens, joined
-from layer_surgery.errors import LayerSurgeryError, UserError
+from layer_surgery.errors import DataError, LayerSurgeryError, UserError
 from layer_surgery.evaluation.perplexity import window_losses
 from layer_surgery.healing.adapters import add_adapters, check_peft
 from layer_surgery.healing.capture import DenseTeacher, TeacherStatesStore, teacher_logits
@@ -31,6 +31,7 @@ from layer_surgery.healing.local import GradientMoments, LayerStudent, Place
 from layer_surgery.healing.mixture import WeightedLoss, parse_losses
 from layer_surgery.healing.pairs import layer_pairs
 from layer_surgery.healing.probe import LEARNING_RATES, PROBE_STEPS, Probe, probe
+from layer_surgery.healing.rewrite import greedy, load_rewritten, prompts, rewritten, save_rewritten
 from layer_surgery.healing.student import Student
 from layer_surgery.healing.teacher.cache import TeacherCache, TeacherIdentity
 from layer_surgery.healing.teacher.form import RecordForm
@@ -109,7 +110,19 @@ def prepare_healing(
     tokens = session.healing_tokens(config.data, text, windows + MOST_HELD_OUT, option)
     data = healing_data(tokens, _general_text(session, config, tokens), config.general, session.runtime.seed)
     described = described_tokens(tokens) or {}
+    if config.teacher_rewrite and not prompts(data.train, stop_tokens(session)):
+        raise DataError(
+            f"--teacher-rewrite finds no prompts in {tokens.name} (one with one answer, which the tokenizer ends with "
+            "an end-of-text token); leave it out, or pass rows with prompt and answer."
+        )
     return PreparedHealing(config=config, losses=losses, data=data, described=described)
+
+
+def stop_tokens(session: Session) -> set[int]:
+    """Return the tokens that end an answer: the tokenizer's, and those that the model's configuration names."""
+    named = getattr(session.checkpoint.config, "eos_token_id", None)
+    found = named if isinstance(named, list) else [named]
+    return {int(token) for token in [*found, session.need_tokenizer().eos_token_id] if token is not None}
 
 
 def _general_text(session: Session, config: HealingConfig, tokens: PackedTokens) -> PackedTokens | None:
@@ -180,6 +193,8 @@ class _Healing:
         training = Training(curve=[], best_step=None, steps=0)
         with self._session.stage("heal"), self._kept:
             checkpoint = self._checkpoint
+            if config.teacher_rewrite:
+                self._rewrite()
             if "local" in config.stages:
                 checkpoint, local = self._local_stage(names)
             if "global" in config.stages:
@@ -292,6 +307,25 @@ class _Healing:
         return LocalRecord(
             layer=self._plan.surviving[place.position], metric=one.name, before=before, after=after, kept=kept
         )
+
+    # -- the original's answers ------------------------------------------------------------------------------------
+
+    def _rewrite(self) -> None:
+        """Have the original answer the prompts of the data, or take its answers from the cache."""
+        tokens, stops, folder = self._data.train, stop_tokens(self._teacher), self._config.teacher_cache
+        key = _sha256(f"{self._teacher_sha256} {tokens.sha256} {sorted(stops)}")[:24]
+        file = folder / f"answers-{key}.safetensors" if folder is not None else None
+        found = load_rewritten(tokens, file) if file is not None else None
+        if found is None:
+            model = self._teacher.stream(self._teacher.checkpoint).load_whole()
+            count = len(prompts(tokens, stops))
+            with self._session.ui.progress("answering prompts", count) as advance:
+                found = rewritten(tokens, greedy(model, stops), stops, advance)
+            if file is not None:
+                save_rewritten(*found, file)
+        data, count = found
+        self._data = replace(self._data, train=data)
+        self._session.ui.note(f"healing: {count:,} answers of {data.sequences:,} are the original's own")
 
     # -- the original's outputs ------------------------------------------------------------------------------------
 

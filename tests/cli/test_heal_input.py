@@ -62,7 +62,8 @@ WRONG = [
     ("--loss kl:0", "the weight of 'kl'", "a number above 0"),
     ("--loss attention", "--loss attention", "not in memory here"),
     ("--loss stones", "--loss stones"),
-    ("--resume no-such", "--resume no-such", "no checkpoint"),
+    ("--tokens 100 --resume no-such", "--resume no-such", "no checkpoint"),
+    ("--resume no-such", "--resume goes on", "give the same --tokens"),
     ("--sequence-length 65", "--sequence-length is 65", "at most 64"),
 ]
 

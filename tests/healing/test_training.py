@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -169,6 +170,12 @@ def test_a_loss_that_is_not_finite_ends_the_training_with_the_best_weights(data:
     assert result.best_step in (1, 2, 3)
     kept = {name: value.detach() for name, value in student.named_parameters()}
     assert all(bool(torch.isfinite(value).all()) for value in kept.values())
+
+
+def test_the_random_state_of_the_process_is_left_alone(data: HealingData, tmp_path: Path) -> None:
+    before = random.getstate(), torch.random.get_rng_state()
+    trained(new_student(data), data, settings(tmp_path, steps=1))
+    assert random.getstate() == before[0] and torch.equal(torch.random.get_rng_state(), before[1])
 
 
 def test_without_a_gain_the_first_weights_come_back(data: HealingData, tmp_path: Path) -> None:
