@@ -16,7 +16,7 @@ STOP, TAIL = 9, 7
 
 
 def windows() -> PackedTokens:
-    """An example, a text, two answers in one window, an answer with something behind its end, and one without an end."""
+    """An example, a text, two answers in one window, one with something behind its end, and one without an end."""
     ids = torch.tensor(
         [
             [1, 2, 3, 4, STOP, 0, 0, 0],
