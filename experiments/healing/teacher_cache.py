@@ -2,6 +2,8 @@
 
     python experiments/healing/teacher_cache.py [MODEL]
 
+Writes after every teacher, and a stopped run goes on where it was: delete the report to begin anew.
+
 Three teachers: MODEL (default: the demo's checkpoint) on the bundled text, its student the same model without one
 layer; and synthetic ones with a vocabulary of 128,256, whose probabilities fall as a power of the rank within each
 token, ids drawn with (`zipf`) or without (`exchangeable`) a common frequency, the student's logits with noise. Records
@@ -17,6 +19,7 @@ is made here from its documentation; its own loss leaves the rest out ("zero"), 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import tempfile
 import time
@@ -236,13 +239,18 @@ def main() -> None:
     parser.add_argument("--report", type=Path, default=ROOT / "reports" / "healing" / "teacher_cache.json")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    results: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as scratch:
-        results[Path(arguments.model).name] = measure(real(arguments.model, arguments.without_layer), Path(scratch))
-    for name, common in (("zipf", 1.0), ("exchangeable", 0.0)):
-        with tempfile.TemporaryDirectory() as scratch:
-            results[name] = measure(synthetic(name, common, Path(scratch)), Path(scratch))
-    write_report(arguments.report, {"vocabulary": {"synthetic": VOCABULARY}, "teachers": results})
+    real_name = Path(arguments.model).name
+    makers: dict[str, Callable[[Path], Teacher]] = {
+        real_name: lambda _: real(arguments.model, arguments.without_layer),
+        "zipf": lambda scratch: synthetic("zipf", 1.0, scratch),
+        "exchangeable": lambda scratch: synthetic("exchangeable", 0.0, scratch),
+    }
+    results: dict[str, Any] = json.loads(arguments.report.read_text())["teachers"] if arguments.report.exists() else {}
+    for name, make in makers.items():
+        if name not in results:
+            with tempfile.TemporaryDirectory() as scratch:
+                results[name] = measure(make(Path(scratch)), Path(scratch))
+            write_report(arguments.report, {"teachers": results})
 
 
 if __name__ == "__main__":
