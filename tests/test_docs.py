@@ -26,6 +26,7 @@ from layer_surgery.checkpoint.costs import TokenCosts
 from layer_surgery.cli.main import cli
 from layer_surgery.config import CalibrationConfig
 from layer_surgery.healing.losses import LOSSES
+from layer_surgery.healing.mixture import parse_losses
 from layer_surgery.scoring import SCORERS
 from layer_surgery.surgeon import METHODS
 
@@ -185,11 +186,14 @@ def test_every_command_of_a_page_runs(
     if page.name != "README.md":
         shutil.copytree(request.getfixturevalue("smaller"), place / "smaller")
     for number, (language, content) in enumerate(blocks(page), start=1):
-        assert language in ("", "sh", "python"), f"block {number} is in {language}, which nothing here runs"
+        assert language in ("", "sh", "python", "yaml"), f"block {number} is in {language}, which nothing here runs"
         if language == "sh":
             for command in commands(content):
                 if command not in NOT_RUN:
                     run(command)
+        elif language == "yaml":
+            (place / "block.yaml").write_text(content, encoding="utf-8")
+            assert parse_losses([str(place / "block.yaml")])
         elif language == "python":
             exec(compile(content, f"{page.name}, block {number}", "exec"), {})
 

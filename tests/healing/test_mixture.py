@@ -90,3 +90,12 @@ def test_every_loss_can_be_asked_for_with_its_defaults_written_out() -> None:
         (loss,) = parse_losses([f"{entry.name}:1:{written}"])
         assert loss.settings == entry.options
         assert entry.source.startswith("https://")
+
+
+def test_the_page_lists_every_loss_with_its_defaults() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "losses.md").read_text(encoding="utf-8")
+    listed = {
+        name: dict(pair.split("=") for pair in options.split(", ") if pair)
+        for name, options in re.findall(r"^\| `(\w+)` \| ?([^|]*?) \|", page, re.MULTILINE)
+    }
+    assert listed == {entry.name: {name: f"{default:g}" for name, default in entry.options.items()} for entry in LOSSES}
