@@ -26,7 +26,7 @@ from common import DEMO_CHECKPOINT, ROOT, write_report
 
 import layer_surgery
 from layer_surgery.config.choices import DEFAULT_LOSSES, LOSS_CHOICES
-from layer_surgery.machine import peak_memory_bytes
+from layer_surgery.errors import UserError
 from layer_surgery.progress import Ui
 from layer_surgery.records import PerplexityChange, SurgeryReport
 
@@ -100,7 +100,7 @@ class Rows:
         self.known[row["seed"], row["row"], row["minutes"]] = row
         with self._scratch.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row, allow_nan=False) + "\n")
-        print(row["seed"], row["row"], row["minutes"], row["extra_loss"], flush=True)
+        print(row["seed"], row["row"], row["minutes"], row.get("extra_loss", row.get("refused")), flush=True)
 
     def finish(self) -> None:
         rows = sorted(self.known.values(), key=lambda row: (row["seed"], row["minutes"], row["row"]))
@@ -135,7 +135,10 @@ def main() -> None:
             ]:
                 key = (seed, f"{row}, unhealed" if minutes == 0 else row, minutes)
                 if key not in rows.known:
-                    rows.add(measured(arguments, key, row, work))
+                    try:
+                        rows.add(measured(arguments, key, row, work))
+                    except UserError as error:
+                        rows.add({"seed": seed, "row": key[1], "minutes": minutes, "refused": str(error)})
     rows.finish()
 
 
@@ -170,7 +173,6 @@ def measured(arguments: argparse.Namespace, key: tuple[int, str, float], row: st
         "gain": {Path(text).name: asdict(change.loss_difference) for text, change in unhealed.gain.perplexity.items()},
         "healing": asdict(healing),
         "seconds": report.timings["heal"],
-        "peak_memory_bytes": peak_memory_bytes(),
     }
 
 
@@ -195,6 +197,7 @@ def extra(changes: dict[str, PerplexityChange]) -> dict[str, dict[str, Any]]:
 
 def page(identity: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     """Return the rows as a table: means over seeds, and of the first text also as a share of GRASP's."""
+    rows = [row for row in rows if "extra_loss" in row]
     texts = list(rows[0]["extra_loss"])
     by_name: dict[tuple[str, float], list[dict[str, Any]]] = {}
     for row in rows:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
@@ -400,6 +401,14 @@ class _Healing:
         hidden = int(self._teacher.checkpoint.config.hidden_size)
         shape = (tokens.sequences, tokens.sequence_length, hidden)
         memory = self._session.boundary_bytes // 2
+        needed = len(layers) * math.prod(shape) * torch.bfloat16.itemsize
+        free = shutil.disk_usage(self._session.scratch).free
+        if needed - memory > free:
+            names = ", ".join(loss.name for loss in self._losses)
+            raise LayerSurgeryError(
+                f"--loss {names} keeps hidden states of the original, {needed:,} bytes, but {self._session.scratch.parent} "
+                f"has {free:,} free; lower --tokens or --minutes, or take losses over logits."
+            )
         store = BoundaryStore(shape, torch.bfloat16, self._session.device, memory, self._session.scratch)
         return TeacherStatesStore(self._kept.enter_context(store), layers)
 
