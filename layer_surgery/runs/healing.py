@@ -406,7 +406,7 @@ class _Healing:
         if needed - memory > free:
             names = ", ".join(loss.name for loss in self._losses)
             raise LayerSurgeryError(
-                f"--loss {names} keeps hidden states of the original, {needed:,} bytes, but {self._session.scratch.parent} "
+                f"--loss {names} keeps states of the original, {needed:,} bytes, but {self._session.scratch.parent} "
                 f"has {free:,} free; lower --tokens or --minutes, or take losses over logits."
             )
         store = BoundaryStore(shape, torch.bfloat16, self._session.device, memory, self._session.scratch)
