@@ -80,10 +80,15 @@ class SafetensorsSource:
             by_file.setdefault(self._file_of[name], []).append(name)
         tensors: dict[str, Tensor] = {}
         for path, wanted in by_file.items():
-            with safe_open(path, framework="pt") as file:
-                for name in wanted:
-                    # copy=True: a view would keep the whole file mapped, and resident once touched.
-                    tensors[name] = file.get_tensor(name).to(device, copy=True)
+            try:
+                with safe_open(path, framework="pt") as file:
+                    for name in wanted:
+                        # copy=True: a view would keep the whole file mapped, and resident once touched.
+                        tensors[name] = file.get_tensor(name).to(device, copy=True)
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(
+                    f"{path} has gone or changed since it was opened ({error}); leave it alone while a run works."
+                ) from error
         return tensors
 
 

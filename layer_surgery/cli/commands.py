@@ -7,10 +7,13 @@ from typing import Any
 import click
 from rich.console import Console
 
-from layer_surgery.cli.common import CONTEXT, call, check_complete, command_on_model, print_json
+from layer_surgery.cli import stopping
+from layer_surgery.cli.common import CONTEXT, call, check_complete, command_on_model
 from layer_surgery.cli.options import AS_JSON, DEBUG, options_of
+from layer_surgery.cli.terminal import HarmlessConsole, print_json
 from layer_surgery.config import CompressConfig, EvaluateConfig, ExportConfig, ScoreConfig, SweepConfig
 from layer_surgery.errors import LayerSurgeryError, UserError
+from layer_surgery.reporting.text import one_line
 
 
 @command_on_model(CompressConfig)
@@ -109,7 +112,8 @@ def export(directory: str, dense: bool, as_json: bool, **options: Any) -> None:
         f"{record.parameters_before:,} -> {record.parameters:,} parameters, {record.size_bytes_before:,} -> "
         f"{record.size_bytes:,} bytes ({record.dtype})"
     )
-    click.echo(f"saved to {record.output}: {record.model_type}, {record.layers} layers, loads without code of its own")
+    saved = f"saved to {record.output}: {record.model_type}, {record.layers} layers, loads without code of its own"
+    click.echo(one_line(saved))
 
 
 @click.command(context_settings=CONTEXT)
@@ -131,11 +135,12 @@ def report(results: tuple[Path, ...], **options: Any) -> None:
     """
     from layer_surgery import api
 
+    stopping.stop_by_cleaning_up()
     page, notes = api.report(*results, **options)
     for note in notes:
-        click.echo(note, err=True)
-    click.echo(f"page: {page}")
+        click.echo(one_line(note), err=True)
+    click.echo(one_line(f"page: {page}"))
 
 
 def _console() -> Console:
-    return Console(highlight=False, soft_wrap=True)
+    return HarmlessConsole(highlight=False, soft_wrap=True)

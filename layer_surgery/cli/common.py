@@ -1,21 +1,22 @@
-"""Parts that every command has: help with names, progress, JSON, and the command for the record."""
+"""Parts that every command has: help with names, progress, and the command for the record."""
 
-import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import click
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from layer_surgery.cli import stopping
 from layer_surgery.cli.options import AS_JSON, DEBUG, NO_EVAL, F, given, options_of
+from layer_surgery.cli.terminal import HarmlessConsole
 from layer_surgery.config import DEFAULT_COMPONENTS, DEFAULT_METHOD, DEFAULT_SCORER, PerplexityConfig
 from layer_surgery.config.declaring import Options
 from layer_surgery.errors import LayerSurgeryError
 from layer_surgery.progress import Ui
 from layer_surgery.records.provenance import portable_command
+from layer_surgery.reporting.text import one_line
 
 T = TypeVar("T")
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
@@ -70,7 +71,7 @@ def check_complete(failures: list[Any]) -> None:
 @contextmanager
 def progress_ui() -> Iterator[Ui]:
     """Progress bars and notes on stderr; bars only where stderr is a terminal."""
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console = HarmlessConsole(stderr=True, highlight=False, soft_wrap=True)
     bars = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -90,16 +91,12 @@ def progress_ui() -> Iterator[Ui]:
             bars.remove_task(task)
 
     with bars:
-        yield Ui(progress=progress, note=lambda text: console.print(text, style="dim", markup=False))
-
-
-def print_json(data: Any) -> None:
-    """Print data as JSON on stdout."""
-    click.echo(json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False))
+        yield Ui(progress=progress, note=lambda text: console.print(one_line(text), style="dim", markup=False))
 
 
 def call(function: Callable[..., T], target: str, options: dict[str, Any]) -> T:
     """Call a function of the Python interface with the options that were given, and the command for the record."""
     command = portable_command(["layer-surgery", *sys.argv[1:]])
+    stopping.stop_by_cleaning_up()
     with progress_ui() as ui:
         return function(target, ui=ui, command=command, **given(options))

@@ -8,7 +8,7 @@ from typing import Self
 import attrs
 
 from layer_surgery.calibration.cache import check_cache
-from layer_surgery.checkpoint.save import check_not_same
+from layer_surgery.checkpoint.output import check_not_same, writing
 from layer_surgery.config import SweepConfig
 from layer_surgery.data.tokens import PackedTokens
 from layer_surgery.errors import LayerSurgeryError, PlanError
@@ -52,14 +52,16 @@ def run_sweep(model: Model, config: SweepConfig) -> SweepReport:
         check_not_same(model, config.directory / BEST_FOLDER)
         check_best(config.directory)
     check_sweep_directory(config.directory)
-    known = None if config.overwrite else read_sweep(config.directory, _ADVICE)
-    with sweep_directory(config.directory) as directory, open_session(model, config, directory) as session:
-        report = _Sweep.begin(session, config, points, known).finished()
-    if condition is not None:
-        report = _with_best(model, config, condition, report)
-    elif report.best is not None:
-        report = _with_old_best(config, report.best, report)
-    write_sweep_page(config.directory, report)
+    with sweep_directory(config.directory) as directory:
+        known = None if config.overwrite else read_sweep(directory, _ADVICE)
+        with open_session(model, config, directory) as session:
+            report = _Sweep.begin(session, config, points, known).finished()
+        if condition is not None:
+            report = _with_best(model, config, condition, report)
+        elif report.best is not None:
+            report = _with_old_best(config, report.best, report)
+        with writing(directory):
+            write_sweep_page(directory, report)
     return report
 
 
