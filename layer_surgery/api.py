@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from layer_surgery.checkpoint.open import open_checkpoint
 from layer_surgery.config import CompressConfig, EvaluateConfig, ExportConfig, ScoreConfig, SweepConfig
+from layer_surgery.config.declaring import expanded
 from layer_surgery.config.keywords import on_model, with_output
 from layer_surgery.errors import OutputError, PlanError
 from layer_surgery.records import EvaluationReport, LayerScores, SurgeryReport
@@ -100,8 +101,8 @@ def report(
     Raises: `layer_surgery.UserError` for what is no report or may not be written, before anything is.
     """
     return report_on(
-        [Path(path).expanduser() for path in results],
-        Path(output).expanduser() if output is not None else None,
+        [expanded(path) for path in results],
+        expanded(output) if output is not None else None,
         base_model=base_model,
         overwrite=overwrite,
     )

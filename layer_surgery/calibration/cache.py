@@ -18,6 +18,7 @@ import torch
 from layer_surgery.calibration.couplings import Couplings
 from layer_surgery.calibration.statistics import Statistics, collect, useful_ranks
 from layer_surgery.calibration.units import UnitOrder
+from layer_surgery.checkpoint.contents import file_sha256
 from layer_surgery.checkpoint.new_tensors import FactorStore
 from layer_surgery.disk.own import own_directory, remove_dead
 from layer_surgery.disk.reading import read_json, why
@@ -103,7 +104,7 @@ def check_cache(cache: Path | None) -> None:
 
 
 def _write(folder: Path, identity: Mapping[str, Any], statistics: Statistics) -> None:
-    files = {path.name: _sha256(path) for path in sorted(folder.glob("*.safetensors"))}
+    files = {path.name: file_sha256(path) for path in sorted(folder.glob("*.safetensors"))}
     record = {
         "identity": dict(identity),
         "loss_scale": statistics.loss_scale,
@@ -129,7 +130,7 @@ def _read(folder: Path, identity: Mapping[str, Any], empty: Statistics) -> Stati
     if record["identity"] != dict(identity):
         raise ValueError("they were made from something else or by another release")
     for name, sha256 in record["files"].items():
-        if Path(name).name != name or _sha256(folder / name) != sha256:
+        if Path(name).name != name or file_sha256(folder / name) != sha256:
             raise ValueError(f"{name} is damaged")
     unlisted = {path.name for path in folder.glob("*.safetensors")} - set(record["files"])
     if unlisted:
@@ -163,8 +164,3 @@ def _read(folder: Path, identity: Mapping[str, Any], empty: Statistics) -> Stati
 
 def _record_sha256(record: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(record).encode()).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,6 +1,5 @@
 """Sources of tensors: files, a model in memory, or a mixture. Read by name, and only when asked for."""
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from layer_surgery.disk.reading import read_json
 from layer_surgery.errors import CheckpointError
 
 SINGLE_FILE = "model.safetensors"
@@ -133,9 +133,9 @@ def checkpoint_files(directory: Path) -> list[Path]:
         return [directory / SINGLE_FILE]
     if index.is_file():
         try:
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            weight_map = read_json(index)["weight_map"]
             shards = sorted(set(map(str, weight_map.values())))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise CheckpointError(f"{index} is damaged ({error}); download the checkpoint again.") from error
         for shard in shards:
             if Path(shard).name != shard:

@@ -14,7 +14,7 @@ try:
     from layer_surgery.cli import commands, stopping
     from layer_surgery.cli.common import CONTEXT
     from layer_surgery.disk.signals import ignore_signals
-    from layer_surgery.errors import LayerSurgeryError, describe
+    from layer_surgery.errors import LayerSurgeryError, describe, exit_code
     from layer_surgery.reporting.text import one_line
 except KeyboardInterrupt:
     os.write(2, b"interrupted; nothing half-written is left.\n")
@@ -50,7 +50,7 @@ def main() -> NoReturn:
         if debug:
             raise
         click.echo(f"error: {one_line(describe(error))} (--debug shows where)", err=True)
-        sys.exit(1)
+        sys.exit(exit_code(error))
     finally:
         ignore_signals()
 

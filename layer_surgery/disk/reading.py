@@ -9,6 +9,9 @@ from typing import Any
 
 #: Text files of a checkpoint, plans and the like are far smaller; the largest tokenizers have 40 MB.
 TEXT_BYTES = 500_000_000
+#: Objects and lists within each other that JSON may have; none of ours, nor of a checkpoint's, has a tenth of it.
+DEPTH = 100
+_TOO_DEEP = f"it has more than {DEPTH} objects or lists within each other"
 
 
 def read_bytes(path: Path, most: int = TEXT_BYTES) -> bytes:
@@ -44,11 +47,27 @@ def read_json(path: Path, most: int = TEXT_BYTES, **how: Any) -> Any:
 
 
 def parse_json(text: str | bytes, **how: Any) -> Any:
-    """Return the JSON in a text; `how` goes to `json.loads`. Raises `ValueError`."""
+    """Return the JSON in a text; `how` goes to `json.loads`.
+
+    Raises `ValueError` for what is not JSON, and for more than `DEPTH` objects or lists within each other, which would
+    overflow the stack of whatever walks over them.
+    """
     try:
-        return json.loads(text if isinstance(text, str) else text.decode("utf-8"), **how)
+        data = json.loads(text if isinstance(text, str) else text.decode("utf-8"), **how)
     except RecursionError:
-        raise ValueError("it is nested too deeply") from None
+        raise ValueError(_TOO_DEEP) from None
+    level = [data]
+    for _ in range(DEPTH):
+        level = [child for each in level for child in _children(each)]
+        if not level:
+            return data
+    raise ValueError(_TOO_DEEP)
+
+
+def _children(value: Any) -> list[Any]:
+    """Return what stands in an object or a list and can itself hold something."""
+    values = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return [each for each in values if isinstance(each, dict | list)]
 
 
 def why(error: OSError) -> str:

@@ -234,4 +234,9 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"the tokenizer in {checkpoint.directory} cannot be loaded: {reason}") from error
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
+    longest = tokenizer.model_max_length
+    if isinstance(longest, bool) or not isinstance(longest, int | float):
+        raise CheckpointError(
+            f"the tokenizer in {checkpoint.directory} has model_max_length: {longest!r}; it must be a number."
+        )
     return tokenizer

@@ -353,10 +353,12 @@ def test_a_file_that_cannot_be_written_leaves_the_last_one_whole(
     def full(_descriptor: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("layer_surgery.checkpoint.save.os.fsync", full)
+    monkeypatch.setattr("os.fsync", full)
     outcome = run(*command, "--target-layers", 3)
     assert outcome.code == 1
-    assert outcome.error_lines[-1] == f"error: writing to {output} failed (No space left on device); is the disk full?"
+    assert outcome.error_lines[-1] == (
+        f"error: writing to --output {output} failed (No space left on device); nothing half-written is left."
+    )
     assert listing(tmp_path) == before
 
 
