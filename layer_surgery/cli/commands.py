@@ -8,7 +8,7 @@ import click
 from rich.console import Console
 
 from layer_surgery.cli import stopping
-from layer_surgery.cli.common import CONTEXT, call, check_complete, command_on_model
+from layer_surgery.cli.common import CONTEXT, Strict, call, check_complete, command_on_model
 from layer_surgery.cli.options import AS_JSON, DEBUG, options_of
 from layer_surgery.cli.terminal import HarmlessConsole, print_json
 from layer_surgery.config import CompressConfig, EvaluateConfig, ExportConfig, ScoreConfig, SweepConfig
@@ -83,7 +83,7 @@ def sweep(model: str, as_json: bool, **options: Any) -> None:
         raise LayerSurgeryError(best_sentence(report.best))
 
 
-@click.command(context_settings=CONTEXT)
+@click.command(cls=Strict, context_settings=CONTEXT)
 @click.argument("directory", metavar="DIR")
 @click.option(
     "--dense",
@@ -116,7 +116,7 @@ def export(directory: str, dense: bool, as_json: bool, **options: Any) -> None:
     click.echo(one_line(saved))
 
 
-@click.command(context_settings=CONTEXT)
+@click.command(cls=Strict, context_settings=CONTEXT)
 @click.argument("results", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="DIR...")
 @click.option(
     "--output",

@@ -162,8 +162,6 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], 
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
     except Exception as error:  # a template is a program, which may fail in any way, an overflow of the stack too
-        reason = " ".join(str(error).split())[:200]
-        raise DataError(
-            f"{at}: the chat template does not accept the messages ({type(error).__name__}: {reason})."
-        ) from error
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise DataError(f"{at}: the chat template does not accept the messages ({reason}).") from error
     return str(text)

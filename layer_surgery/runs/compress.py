@@ -10,7 +10,9 @@ from layer_surgery.checkpoint.contents import list_files
 from layer_surgery.checkpoint.output import check_not_same, check_output, staged_directory, writing
 from layer_surgery.checkpoint.save import check_free_space, check_saved, save_checkpoint, write_json
 from layer_surgery.config import CompressConfig
+from layer_surgery.data.bundled import bundled_tasks
 from layer_surgery.errors import OutputError, PlanError, describe
+from layer_surgery.evaluation.task_names import check_task_names
 from layer_surgery.machine import peak_device_memory_bytes, peak_memory_bytes
 from layer_surgery.records import LayerScores, StageFailure, SurgeryReport
 from layer_surgery.records.reading import REPORT_FILE
@@ -41,6 +43,7 @@ def run_compress(model: Model, config: CompressConfig, *, known_scores: LayerSco
         raise OutputError("give --output (a directory for the compressed model), or --dry-run.")
     check_cache(config.cache)
     check_sources(config.text_column, calibration=config.calibration, evaluation=config.eval_data)
+    check_task_names(config, bundled_tasks)
     with ExitStack() as stack:
         # Open: the output, the model, the data, and what there is to measure.
         staging = _open_output(model, config, stack)

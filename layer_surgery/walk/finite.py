@@ -28,9 +28,8 @@ class Finite:
 
 def not_finite(model: StreamedModel, what: str) -> NumericalError:
     """Return the error for values that are not finite."""
-    return NumericalError(
-        f"{what} of {model.checkpoint.name} are not finite in {_name(model.dtype)}; {remedy(model.dtype)}."
-    )
+    dtype = str(model.dtype).removeprefix("torch.")
+    return NumericalError(f"{what} of {model.checkpoint.name} are not finite in {dtype}; {remedy(model.dtype)}.")
 
 
 def remedy(dtype: torch.dtype) -> str:
@@ -40,7 +39,3 @@ def remedy(dtype: torch.dtype) -> str:
     if dtype == torch.bfloat16:
         return "take --dtype float32, and check the checkpoint's weights"
     return "check the checkpoint's weights: some may be far too large"
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -10,8 +10,10 @@ import attrs
 from layer_surgery.calibration.cache import check_cache
 from layer_surgery.checkpoint.output import check_not_same, writing
 from layer_surgery.config import SweepConfig
+from layer_surgery.data.bundled import bundled_tasks
 from layer_surgery.data.tokens import PackedTokens
 from layer_surgery.errors import LayerSurgeryError, PlanError
+from layer_surgery.evaluation.task_names import check_task_names
 from layer_surgery.records import SurgeryPlan
 from layer_surgery.records.reading import REPORT_FILE, read_sweep
 from layer_surgery.records.sweep import SweepBest, SweepPoint, SweepReport, SweepSettings
@@ -48,6 +50,7 @@ def run_sweep(model: Model, config: SweepConfig) -> SweepReport:
     condition = parse_condition(config.best, config) if config.best is not None else None
     check_cache(config.cache)
     check_sources(config.text_column, calibration=config.calibration, evaluation=config.eval_data)
+    check_task_names(config, bundled_tasks)
     if condition is not None or config.overwrite:
         check_not_same(model, config.directory / BEST_FOLDER)
         check_best(config.directory)
