@@ -9,12 +9,13 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from layer_surgery.checkpoint.open import open_checkpoint
-from layer_surgery.config import CompressConfig, EvaluateConfig, ExportConfig, ScoreConfig, SweepConfig
+from layer_surgery.config import CompressConfig, EvaluateConfig, ExportConfig, ScoreConfig, SweepConfig, VerifyConfig
 from layer_surgery.config.declaring import expanded
 from layer_surgery.config.keywords import on_model, with_output
-from layer_surgery.errors import OutputError, PlanError
+from layer_surgery.errors import OutputError, PlanError, ReportError
 from layer_surgery.records import EvaluationReport, LayerScores, SurgeryReport
 from layer_surgery.records.sweep import SweepReport
+from layer_surgery.records.verification import Verification
 from layer_surgery.reporting.publish import report_on
 from layer_surgery.runs.compress import run_compress
 from layer_surgery.runs.evaluate import run_evaluate
@@ -22,6 +23,7 @@ from layer_surgery.runs.export import DenseExport, run_export
 from layer_surgery.runs.score import run_score
 from layer_surgery.runs.session import Model
 from layer_surgery.runs.sweep import run_sweep
+from layer_surgery.runs.verify import run_verify
 
 
 @with_output(CompressConfig)
@@ -84,6 +86,19 @@ def export_dense(model: Model, options: ExportConfig) -> DenseExport:
     Raises `layer_surgery.UserError` for a plain checkpoint or an output that may not be written.
     """
     return run_export(model, options)
+
+
+@on_model(VerifyConfig)
+def verify(directory: Model, options: VerifyConfig) -> Verification:
+    """Compare every file of a saved result with the hash in its `surgery.json`, and its original with the one it was.
+
+    Nothing is loaded or run. What is wrong is in `problems` of what is returned. The hashes stand beside the files, so
+    they tell damage and not malice.
+    Raises `layer_surgery.UserError` for a directory that is no result, or one of a release that wrote no hashes.
+    """
+    if not isinstance(directory, str | Path):
+        raise ReportError(f"verify takes the directory of a result, not a {type(directory).__name__}.")
+    return run_verify(expanded(directory), options)
 
 
 def report(

@@ -39,7 +39,7 @@ def list_files(directory: Path, progress: Callable[[], None] = lambda: None) -> 
     Page and card are listed without: they may be made again. `progress` is called after each file.
     """
     records = dict.fromkeys(PAGE_FILES, FileRecord(bytes=None, sha256=None))
-    for name in sorted(_files(directory)):
+    for name in sorted(files_in(directory)):
         if name not in (REPORT_FILE, *PAGE_FILES):
             path = directory / name
             records[name] = FileRecord(bytes=path.stat().st_size, sha256=file_sha256(path))
@@ -69,7 +69,7 @@ def not_ours(directory: Path) -> str | None:
 
     Weights are compared by size, all else by content: what was changed since it was written is somebody's work too.
     """
-    found = sorted(_files(directory))
+    found = sorted(files_in(directory))
     if not found and not any(directory.iterdir()):
         return None
     folders = {str(parent) for name in found for parent in Path(name).parents} | {"."}
@@ -93,7 +93,7 @@ def remove_result(directory: Path) -> None:
 
     Raises `OSError` if something cannot be removed, or has come since.
     """
-    for name in sorted(_files(directory)):
+    for name in sorted(files_in(directory)):
         (directory / name).unlink()
     for name in sorted(_folders(directory), reverse=True):
         (directory / name).rmdir()
@@ -146,7 +146,7 @@ def _written_by_0_2(directory: Path, name: str) -> bool:
         return False
 
 
-def _files(directory: Path) -> Iterator[str]:
+def files_in(directory: Path) -> Iterator[str]:
     """Yield all that is no folder below a directory, as paths relative to it; links are not followed."""
     for folder, folders, files in os.walk(directory):
         links = [name for name in folders if (Path(folder) / name).is_symlink()]

@@ -11,7 +11,7 @@ from layer_surgery.cli import stopping
 from layer_surgery.cli.common import CONTEXT, Strict, call, check_complete, command_on_model
 from layer_surgery.cli.options import AS_JSON, DEBUG, options_of
 from layer_surgery.cli.terminal import HarmlessConsole, print_json
-from layer_surgery.config import CompressConfig, EvaluateConfig, ExportConfig, ScoreConfig, SweepConfig
+from layer_surgery.config import CompressConfig, EvaluateConfig, ExportConfig, ScoreConfig, SweepConfig, VerifyConfig
 from layer_surgery.errors import LayerSurgeryError, UserError
 from layer_surgery.reporting.text import one_line
 
@@ -140,6 +140,30 @@ def report(results: tuple[Path, ...], **options: Any) -> None:
     for note in notes:
         click.echo(one_line(note), err=True)
     click.echo(one_line(f"page: {page}"))
+
+
+@click.command(cls=Strict, context_settings=CONTEXT)
+@click.argument("directory", metavar="DIR")
+@options_of(VerifyConfig)
+@AS_JSON
+@DEBUG
+def verify(directory: str, as_json: bool, **options: Any) -> None:
+    """Compare every file of the result in DIR with its hash, and its original with the one that it was made from.
+
+    Tells a damaged result, or a stale one (of an original that has changed), from a good one. Nothing is loaded or run.
+    """
+    from layer_surgery import api
+
+    found = call(api.verify, directory, options)
+    if as_json:
+        print_json(found.to_dict())
+    else:
+        click.echo(f"{found.files} files, {found.bytes:,} bytes compared")
+        for name in found.unlisted:
+            click.echo(one_line(f"not of the result: {name}"))
+        click.echo(one_line(f"original: {found.base}" + (f" ({found.base_name})" if found.base_name else "")))
+    if found.problems:
+        raise LayerSurgeryError(f"{found.directory} is not good: {'; '.join(found.problems)}.")
 
 
 def _console() -> Console:

@@ -64,7 +64,7 @@ def cli() -> None:
     """
 
 
-for _name in ("compress", "score", "evaluate", "sweep", "report", "export"):
+for _name in ("compress", "score", "evaluate", "sweep", "report", "export", "verify"):
     cli.add_command(getattr(commands, _name))
 
 
