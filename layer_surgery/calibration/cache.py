@@ -88,7 +88,9 @@ class StatisticsCache:
             try:
                 rename_new(staging, folder)
                 sync(self._directory)
-            except OSError:  # another run has put the same there in the meantime and may be reading it
+            except OSError as error:
+                if not folder.exists():  # else another run has put the same there, and may be reading it
+                    self._note(f"warning: statistics are not kept in {self._directory} ({why(error)})")
                 folder = Path(shutil.move(staging, scratch / key))
         statistics.components = FactorStore(folder, dtype)
         return statistics
