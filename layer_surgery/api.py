@@ -12,7 +12,7 @@ from layer_surgery.checkpoint.open import open_checkpoint
 from layer_surgery.config import CompressConfig, EvaluateConfig, ExportConfig, ScoreConfig, SweepConfig, VerifyConfig
 from layer_surgery.config.declaring import expanded
 from layer_surgery.config.keywords import on_model, with_output
-from layer_surgery.errors import OutputError, PlanError, ReportError
+from layer_surgery.errors import CheckpointError, OutputError, PlanError, ReportError
 from layer_surgery.records import EvaluationReport, LayerScores, SurgeryReport
 from layer_surgery.records.sweep import SweepReport
 from layer_surgery.records.verification import Verification
@@ -132,6 +132,11 @@ def load(
     Raises `CheckpointError` if a tensor is missing or damaged, where transformers would fill in random numbers.
     """
     checkpoint = open_checkpoint(directory, trust_remote_code=trust_remote_code)
+    if checkpoint.directory is not None and (checkpoint.directory / "adapter_config.json").exists():
+        raise CheckpointError(
+            f"{directory} has a PEFT adapter beside its weights, which transformers would put into the model, unchecked; "
+            "move adapter_config.json away, or load with transformers."
+        )
     loader: Any = checkpoint.model_class or AutoModelForCausalLM
     if checkpoint.model_class is None:
         kwargs["trust_remote_code"] = trust_remote_code

@@ -185,8 +185,12 @@ def _copy_companions(base: Checkpoint, directory: Path, tokenizer: PreTrainedTok
             for path in sorted(base.directory.glob(pattern)):
                 if path.is_file() and path.name != CODE_FILE.name:
                     shutil.copyfile(path, directory / path.name)
-        if (base.directory / TEMPLATES_FOLDER).is_dir():
-            shutil.copytree(base.directory / TEMPLATES_FOLDER, directory / TEMPLATES_FOLDER)
+        # Of the folder only what belongs there: a pipe or a device would be copied for ever.
+        templates = [path for path in sorted((base.directory / TEMPLATES_FOLDER).glob("*.jinja")) if path.is_file()]
+        if templates:
+            (directory / TEMPLATES_FOLDER).mkdir()
+        for path in templates:
+            shutil.copyfile(path, directory / TEMPLATES_FOLDER / path.name)
         return
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)

@@ -91,6 +91,27 @@ def test_a_configuration_that_fetches_or_runs_something_is_refused(
     assert fetched == []
 
 
+def test_an_adapter_beside_the_weights_is_not_put_into_the_model(copy: Path) -> None:
+    (copy / "adapter_config.json").write_text('{"base_model_name_or_path": "owner/other", "peft_type": "LORA"}')
+    with pytest.raises(CheckpointError, match="has a PEFT adapter beside its weights"):
+        layer_surgery.load(copy)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "endless"])
+def test_only_regular_templates_are_copied(copy: Path, tmp_path: Path, kind: str) -> None:
+    folder = copy / "additional_chat_templates"
+    folder.mkdir()
+    (folder / "tools.jinja").write_text("{{ messages }}")
+    for name in ("other.jinja", "other.txt"):
+        if kind == "pipe":
+            os.mkfifo(folder / name)
+        else:
+            (folder / name).symlink_to("/dev/zero")
+    output = tmp_path / "output"
+    layer_surgery.compress(copy, output, layers=[1], keep=0, refit=False, eval_data=None)
+    assert [path.name for path in (output / folder.name).iterdir()] == ["tools.jinja"]
+
+
 def test_who_trusts_a_checkpoint_gets_its_kernel(run: CommandLine, copy: Path, text: Path, fetched: list[str]) -> None:
     edit_json(copy / "config.json", attn_implementation="owner/kernel")
     refused(score(run, copy, text, "--trust-remote-code"), "cannot be built")
