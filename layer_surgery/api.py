@@ -134,7 +134,7 @@ def load(
     checkpoint = open_checkpoint(directory, trust_remote_code=trust_remote_code)
     if checkpoint.directory is not None and (checkpoint.directory / "adapter_config.json").exists():
         raise CheckpointError(
-            f"{directory} has a PEFT adapter beside its weights, which transformers would put into the model, unchecked; "
+            f"{directory} has a PEFT adapter beside its weights, which transformers would put into the model; "
             "move adapter_config.json away, or load with transformers."
         )
     loader: Any = checkpoint.model_class or AutoModelForCausalLM
