@@ -4,7 +4,14 @@ The options of the command line (`cli/options.py`) and the keyword arguments of 
 derived from the classes here. A class is a group of options; a command takes a class that inherits the groups it needs.
 """
 
-from layer_surgery.config.commands import CompressConfig, EvaluateConfig, ExportConfig, ScoreConfig, SweepConfig
+from layer_surgery.config.commands import (
+    CompressConfig,
+    EvaluateConfig,
+    ExportConfig,
+    ScoreConfig,
+    SweepConfig,
+    VerifyConfig,
+)
 from layer_surgery.config.evaluation import (
     ContinuationConfig,
     EvaluationConfig,

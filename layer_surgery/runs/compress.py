@@ -6,20 +6,17 @@ from dataclasses import replace
 from pathlib import Path
 
 from layer_surgery.calibration.cache import check_cache
-from layer_surgery.checkpoint.save import (
-    check_free_space,
-    check_not_same,
-    check_output,
-    check_saved,
-    save_checkpoint,
-    staged_directory,
-    write_json,
-)
+from layer_surgery.checkpoint.contents import list_files
+from layer_surgery.checkpoint.output import check_not_same, check_output, staged_directory, writing
+from layer_surgery.checkpoint.save import check_free_space, check_saved, save_checkpoint, write_json
 from layer_surgery.config import CompressConfig
+from layer_surgery.data.bundled import bundled_tasks
 from layer_surgery.errors import OutputError, PlanError, describe
+from layer_surgery.evaluation.task_names import check_task_names
 from layer_surgery.machine import peak_device_memory_bytes, peak_memory_bytes
 from layer_surgery.records import LayerScores, StageFailure, SurgeryReport
 from layer_surgery.records.reading import REPORT_FILE
+from layer_surgery.records.surgery import FileRecord
 from layer_surgery.reporting.publish import write_page_and_card
 from layer_surgery.runs.bench import general_text, open_bench
 from layer_surgery.runs.evaluator import Evaluator
@@ -47,6 +44,7 @@ def run_compress(model: Model, config: CompressConfig, *, known_scores: LayerSco
         raise OutputError("give --output (a directory for the compressed model), or --dry-run.")
     check_cache(config.cache)
     check_sources(config.text_column, calibration=config.calibration, evaluation=config.eval_data)
+    check_task_names(config, bundled_tasks)
     with ExitStack() as stack:
         # Open: the output, the model, the data, and what there is to measure.
         staging = _open_output(model, config, stack)
@@ -88,12 +86,15 @@ def run_compress(model: Model, config: CompressConfig, *, known_scores: LayerSco
             device_peak = peak_device_memory_bytes(session.device)  # the next measurement begins to count anew
             evaluator.measure_speed()
         # Save.
+        files: dict[str, FileRecord] = {}
         if staging is not None:
-            with session.stage("save"):
+            assert config.output is not None
+            with session.stage("save"), writing(config.output):
                 save_checkpoint(
                     result.checkpoint, staging, base=original, tokenizer=session.tokenizer, progress=session.ui.progress
                 )
                 check_saved(staging, result.checkpoint)
+                files = list_files(staging)
         report = SurgeryReport(
             base_model=base_model_record(original, sha256),
             plan=result.plan,
@@ -111,6 +112,7 @@ def run_compress(model: Model, config: CompressConfig, *, known_scores: LayerSco
             peak_device_memory_bytes=device_peak,
             calibration=described_tokens(tokens),
             provenance=run_provenance(session, config),
+            files=files,
             output=str(config.output) if staging is not None else None,
         )
         return report if staging is None else _write_report(report, staging, config)
@@ -121,8 +123,11 @@ def _open_output(model: Model, config: CompressConfig, stack: ExitStack) -> Path
     if config.output is None:
         return None
     check_not_same(model, config.output)
-    check_output(config.output, overwrite=config.overwrite)
-    return None if config.dry_run else stack.enter_context(staged_directory(config.output, overwrite=config.overwrite))
+    if config.dry_run:
+        check_output(config.output, overwrite=config.overwrite)
+        return None
+    staged = staged_directory(config.output, overwrite=config.overwrite, note=config.ui.note)
+    return stack.enter_context(staged)
 
 
 def _check_plan_is_for(config: CompressConfig, sha256: str) -> None:
@@ -136,13 +141,14 @@ def _check_plan_is_for(config: CompressConfig, sha256: str) -> None:
 
 def _write_report(report: SurgeryReport, directory: Path, config: CompressConfig) -> SurgeryReport:
     """Write `surgery.json`, page and card; if these fail, that is recorded and the model is not lost."""
-    write_json(directory / REPORT_FILE, report_dict(report))
     assert config.output is not None
-    try:
-        write_page_and_card(directory, report, config.output.name)
-    except Exception as error:
-        _LOG.debug("the report page failed", exc_info=True)
-        failure = StageFailure(stage="report page", error=describe(error))
-        report = replace(report, failures=[*report.failures, failure])
+    with writing(config.output):
         write_json(directory / REPORT_FILE, report_dict(report))
+        try:
+            write_page_and_card(directory, report, config.output.name)
+        except Exception as error:
+            _LOG.debug("the report page failed", exc_info=True)
+            failure = StageFailure(stage="report page", error=describe(error))
+            report = replace(report, failures=[*report.failures, failure])
+            write_json(directory / REPORT_FILE, report_dict(report))
     return report

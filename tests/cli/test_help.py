@@ -14,14 +14,22 @@ from tiny_checkpoints import CommandLine
 import layer_surgery
 from layer_surgery.cli.help import GroupedCommand
 from layer_surgery.cli.main import cli
-from layer_surgery.config import LISTED_BELOW, CompressConfig, EvaluateConfig, ExportConfig, ScoreConfig, SweepConfig
+from layer_surgery.config import (
+    LISTED_BELOW,
+    CompressConfig,
+    EvaluateConfig,
+    ExportConfig,
+    ScoreConfig,
+    SweepConfig,
+    VerifyConfig,
+)
 from layer_surgery.config.choices import BUNDLED_TASKS, DATA_CHOICES, METHOD_CHOICES, SCORER_CHOICES
 from layer_surgery.config.declaring import GROUPS, Options, about_of, group_of, grouped
 from layer_surgery.data import bundled_tasks, known_sources
 from layer_surgery.scoring import SCORERS
 from layer_surgery.surgeon import METHODS
 
-CONFIGS = (CompressConfig, EvaluateConfig, ExportConfig, ScoreConfig, SweepConfig)
+CONFIGS = (CompressConfig, EvaluateConfig, ExportConfig, ScoreConfig, SweepConfig, VerifyConfig)
 COMMANDS = [name for name, command in cli.commands.items() if isinstance(command, GroupedCommand)]
 SLOW = {"torch", "transformers", "datasets", "lm_eval", "numpy", "matplotlib", "pydantic"}
 
