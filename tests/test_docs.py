@@ -33,7 +33,10 @@ from layer_surgery.surgeon import METHODS
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 LINKED = [
     *PAGES,
-    *(REPOSITORY / name for name in ("CHANGELOG.md", "CONTRIBUTING.md", "experiments/README.md", "reports/README.md")),
+    *(
+        REPOSITORY / name
+        for name in ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "experiments/README.md", "reports/README.md")
+    ),
     REPOSITORY / "experiments" / "demo" / "README.md",
     REPOSITORY / "reports" / "demo" / "README.md",
 ]

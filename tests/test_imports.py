@@ -26,7 +26,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("data",),
     ("config",),
     ("linalg", "records"),
-    ("machine", "progress", "registry"),
+    ("disk", "machine", "progress", "registry"),
     ("errors",),
 ]
 STAGES = next(names for names in LAYERS if "scoring" in names)

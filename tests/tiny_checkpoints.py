@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from layer_surgery.cli.main import main
+from layer_surgery.disk.signals import ENDING
 
 #: Rows of the embedding; the tiny tokenizer has fewer ids.
 VOCABULARY = 320
@@ -161,12 +162,13 @@ class CommandLine:
     def __call__(self, *arguments: str | Path | float) -> Outcome:
         self._monkeypatch.setattr(sys, "argv", ["layer-surgery", *map(str, arguments)])
         self._capsys.readouterr()
-        handler = signal.getsignal(signal.SIGTERM)
+        handlers = {number: signal.getsignal(number) for number in ENDING}
         try:
             with pytest.raises(SystemExit) as stop:
                 main()
         finally:
-            signal.signal(signal.SIGTERM, handler)
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
         out, err = self._capsys.readouterr()
         return Outcome(int(stop.value.code or 0), out, err)
 

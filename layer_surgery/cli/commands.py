@@ -7,12 +7,23 @@ from typing import Any
 import click
 from rich.console import Console
 
-from layer_surgery.cli.common import CONTEXT, call, check_complete, command_on_model, print_json
+from layer_surgery.cli import stopping
+from layer_surgery.cli.common import CONTEXT, call, check_complete, command_on_model
 from layer_surgery.cli.completion import Completed, completion_script
 from layer_surgery.cli.help import GroupedCommand
 from layer_surgery.cli.options import AS_JSON, DEBUG, QUIET, option, options_of
-from layer_surgery.config import CompressConfig, EvaluateConfig, ExportConfig, HealConfig, ScoreConfig, SweepConfig
+from layer_surgery.cli.terminal import HarmlessConsole, print_json
+from layer_surgery.config import (
+    CompressConfig,
+    EvaluateConfig,
+    ExportConfig,
+    HealConfig,
+    ScoreConfig,
+    SweepConfig,
+    VerifyConfig,
+)
 from layer_surgery.errors import LayerSurgeryError, UserError
+from layer_surgery.reporting.text import one_line
 
 
 @command_on_model(
@@ -181,7 +192,8 @@ def export(directory: str, dense: bool, as_json: bool, **options: Any) -> None:
         f"{record.parameters_before:,} -> {record.parameters:,} parameters, {record.size_bytes_before:,} -> "
         f"{record.size_bytes:,} bytes ({record.dtype})"
     )
-    click.echo(f"saved to {record.output}: {record.model_type}, {record.layers} layers, loads without code of its own")
+    saved = f"saved to {record.output}: {record.model_type}, {record.layers} layers, loads without code of its own"
+    click.echo(one_line(saved))
 
 
 @click.command(
@@ -213,10 +225,43 @@ def report(results: tuple[Path, ...], **options: Any) -> None:
     """
     from layer_surgery import api
 
+    stopping.stop_by_cleaning_up()
     page, notes = api.report(*results, **options)
     for note in notes:
-        click.echo(note, err=True)
-    click.echo(f"page: {page}")
+        click.echo(one_line(note), err=True)
+    click.echo(one_line(f"page: {page}"))
+
+
+@click.command(
+    cls=GroupedCommand,
+    context_settings=CONTEXT,
+    examples={
+        "Look whether a result is what was written": "verify smaller",
+        "Against its original, which has been moved": "verify smaller --base moved/model",
+    },
+)
+@click.argument("directory", metavar="DIR", type=Completed(paths="dir"))
+@options_of(VerifyConfig)
+@AS_JSON
+@QUIET
+@DEBUG
+def verify(directory: str, as_json: bool, **options: Any) -> None:
+    """Compare every file of the result in DIR with its hash, and its original with the one that it was made from.
+
+    Tells a damaged result, or a stale one (of an original that has changed), from a good one. Nothing is loaded or run.
+    """
+    from layer_surgery import api
+
+    found = call(api.verify, directory, options)
+    if as_json:
+        print_json(found.to_dict())
+    else:
+        click.echo(f"{found.files} files, {found.bytes:,} bytes compared")
+        for name in found.unlisted:
+            click.echo(one_line(f"not of the result: {name}"))
+        click.echo(one_line(f"original: {found.base}" + (f" ({found.base_name})" if found.base_name else "")))
+    if found.problems:
+        raise LayerSurgeryError(f"{found.directory} is not good: {'; '.join(found.problems)}.")
 
 
 @click.command(
@@ -238,4 +283,4 @@ def completion(context: click.Context, shell: str) -> None:
 
 
 def _console() -> Console:
-    return Console(highlight=False, soft_wrap=True)
+    return HarmlessConsole(highlight=False, soft_wrap=True)

@@ -1,17 +1,17 @@
-"""Parts that every command has: its options and help, progress, JSON, and the command for the record."""
+"""Parts that every command has: its options and help, progress, and the command for the record."""
 
-import json
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import click
-from rich.console import Console
 
+from layer_surgery.cli import stopping
 from layer_surgery.cli.completion import Completed
 from layer_surgery.cli.help import GroupedCommand
 from layer_surgery.cli.options import AS_JSON, DEBUG, NO_EVAL, QUIET, QUIET_KEY, F, given, options_of
 from layer_surgery.cli.progress import progress_ui
+from layer_surgery.cli.terminal import HarmlessConsole
 from layer_surgery.config import PerplexityConfig
 from layer_surgery.config.declaring import Options
 from layer_surgery.errors import LayerSurgeryError
@@ -53,19 +53,15 @@ def check_complete(failures: list[Any]) -> None:
         raise LayerSurgeryError("; ".join(f"{failure.stage} failed: {failure.error}" for failure in failures))
 
 
-def print_json(data: Any) -> None:
-    """Print data as JSON on stdout."""
-    click.echo(json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False))
-
-
 def call(function: Callable[..., T], target: str, options: dict[str, Any]) -> T:
     """Call a function of the Python interface with the options that were given, and the command for the record.
 
     Progress and notes go to stderr, unless `--quiet` is given.
     """
     command = portable_command(["layer-surgery", *sys.argv[1:]])
+    stopping.stop_by_cleaning_up()
     if click.get_current_context().meta.get(QUIET_KEY):
         return function(target, command=command, **given(options))
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console = HarmlessConsole(stderr=True, highlight=False, soft_wrap=True)
     with progress_ui(console) as ui:
         return function(target, ui=ui, command=command, **given(options))

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from layer_surgery.cli.options import GroupedOption
+from layer_surgery.cli.strict import Strict
 from layer_surgery.config import LISTED_BELOW
 from layer_surgery.config.choices import described
 from layer_surgery.config.declaring import GROUPS, Group
@@ -17,7 +18,7 @@ from layer_surgery.config.declaring import GROUPS, Group
 _REST: Group = "Runtime"
 
 
-class GroupedCommand(click.Command):
+class GroupedCommand(Strict):
     """A command whose help has its options under headings, and ends with what there is to choose from and examples."""
 
     def __init__(self, *args: Any, examples: Mapping[str, str], **settings: Any) -> None:

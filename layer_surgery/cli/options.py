@@ -177,4 +177,7 @@ def _size(_context: click.Context, _parameter: click.Parameter, value: str | Non
     if match is None:
         raise click.BadParameter(f"'{value}' is not a size; give for example 8GB or 500MiB.")
     number, unit, binary = match.groups()
-    return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(unit.upper() or " "))
+    size = float(number) * (1024 if binary else 1000) ** " KMGT".index(unit.upper() or " ")
+    if size >= 2**63:
+        raise click.BadParameter(f"'{value[:40]}' is more than any machine has; give for example 8GB or 500MiB.")
+    return int(size)

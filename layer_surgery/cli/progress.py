@@ -12,6 +12,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.text import Text
 
 from layer_surgery.progress import Stage, Ui
+from layer_surgery.reporting.text import one_line
 
 #: Seconds between two lines of a stage, at least, where there are no bars.
 HEARTBEAT = 30.0
@@ -155,7 +156,7 @@ def _lines(console: Console, course: Course) -> Iterator[Ui]:
     def say(text: str) -> None:
         nonlocal last
         last = course.now()
-        console.print(text, style="dim", markup=False)
+        console.print(one_line(text), style="dim", markup=False)
 
     @contextmanager
     def stage(name: str) -> Iterator[None]:
@@ -232,7 +233,7 @@ def _bars(console: Console, course: Course) -> Iterator[Ui]:
     with bars:
         yield Ui(
             progress=progress,
-            note=lambda text: console.print(text, style="dim", markup=False),
+            note=lambda text: console.print(one_line(text), style="dim", markup=False),
             plan=course.plan,
             stage=stage,
         )

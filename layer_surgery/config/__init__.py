@@ -11,6 +11,7 @@ from layer_surgery.config.commands import (
     HealConfig,
     ScoreConfig,
     SweepConfig,
+    VerifyConfig,
 )
 from layer_surgery.config.evaluation import (
     ContinuationConfig,

@@ -133,6 +133,22 @@ class ExportConfig(CallConfig):
 
 
 @attrs.frozen(kw_only=True, slots=False)
+class VerifyConfig(CallConfig):
+    """Options of `verify`."""
+
+    GROUP: ClassVar[Group] = "Model and data"
+
+    base: str | None = attrs.field(
+        default=None,
+        converter=attrs.converters.optional(str),
+        metadata=about("The original, to compare with.", metavar="MODEL", default="where it was, if it is there"),
+    )
+    trust_remote_code: bool = attrs.field(
+        default=False, metadata=about("Run Python code that comes with the original.")
+    )
+
+
+@attrs.frozen(kw_only=True, slots=False)
 class SweepConfig(RuntimeConfig, EvaluationConfig, CalibrationConfig, PartConfig, RefitConfig, SearchConfig):
     """Options of `sweep`: several compressions of one model, every combination of the first four."""
 

@@ -170,17 +170,25 @@ def maybe_names(value: str | Sequence[str] | None) -> tuple[str, ...] | None:
 
 def paths(value: str | Path | Sequence[str | Path] | None) -> tuple[Path, ...]:
     """Return one path, or several, or None, as a tuple; `~` is the home directory."""
-    return tuple(Path(path).expanduser() for path in _several(value))
+    return tuple(expanded(path) for path in _several(value))
 
 
 def path(value: str | Path | None) -> Path | None:
     """Return a path in which `~` is the home directory."""
-    return None if value is None else Path(value).expanduser()
+    return None if value is None else expanded(value)
 
 
 def absolute_path(value: str | Path | None) -> Path | None:
     """Return an absolute path in which `~` is the home directory."""
-    return None if value is None else Path(os.path.abspath(Path(value).expanduser()))
+    return None if value is None else Path(os.path.abspath(expanded(value)))
+
+
+def expanded(value: str | Path) -> Path:
+    """Return a path in which `~` is the home directory. Raises `UserError` for that of a user who is not there."""
+    path = os.path.expanduser(value)
+    if path.startswith("~"):
+        raise UserError(f"'{value}' begins with the home of a user who is not there; write ./{value} for such a name.")
+    return Path(path)
 
 
 def whole_numbers(value: int | Sequence[int]) -> tuple[int, ...]:

@@ -93,7 +93,8 @@ class TaskConfig(Options):
         default=(),
         converter=paths,
         metadata=about(
-            "Directory with lm-eval task configurations of your own; may be given several times.",
+            "Directory with lm-eval task configurations of your own; may be given several times. Python that the named "
+            "tasks refer to (`!function`) is run: name only tasks that you trust, here and in YAML files.",
             form="repeat",
             metavar="DIR",
         ),

@@ -82,7 +82,12 @@ class RuntimeConfig(CallConfig):
         ),
     )
     batch_size: int = attrs.field(
-        default=8, validator=at_least(1), metadata=about("Sequences at a time; changes speed, not results.")
+        default=8,
+        validator=at_least(1),
+        metadata=about(
+            "Sequences at a time. More are faster and take more memory; sums are then rounded in another order, so "
+            "that results differ in their last digits, and with them the bytes of the result."
+        ),
     )
     memory_limit: int | None = attrs.field(
         default=None,

@@ -61,6 +61,14 @@ class SpectrumRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FileRecord:
+    """One file of a result, as it was when the result was written."""
+
+    bytes: int | None  #: None for the page and the card, which may be made again.
+    sha256: str | None  #: Hexadecimal; None for these too.
+
+
+@dataclass(frozen=True, kw_only=True)
 class SurgeryReport(Shown):
     """All that happened in one compression: the content of `surgery.json`."""
 
@@ -83,6 +91,9 @@ class SurgeryReport(Shown):
     """Of every linear that a method cut down by a decomposition."""
     expected: Interval | None = None
     """Rise of the loss, nats per token, that is to be expected after the refit on text like the calibration data."""
+    files: dict[str, FileRecord] = field(default_factory=dict)
+    """Every file of the result but `surgery.json`, by its path in the directory; empty for a dry run, and in results of
+    releases up to 0.2."""
     healing: HealingRecord | None = None
     """How the result was healed after the surgery. `after` and `comparison` are of the healed model then."""
     unhealed: UnhealedRecord | None = None  #: The model from before healing.

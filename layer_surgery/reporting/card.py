@@ -4,8 +4,6 @@ Metadata: https://huggingface.co/docs/hub/model-cards. `base_model` takes names 
 named in the text instead.
 """
 
-import hashlib
-import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +11,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from layer_surgery.checkpoint.origin import is_valid_hub_id
 from layer_surgery.records import SurgeryReport
+from layer_surgery.records.seal import sealed
 from layer_surgery.reporting.formats import with_interval
 from layer_surgery.reporting.measurements import report_tables
 from layer_surgery.reporting.provenance import calibration_sources
@@ -22,7 +21,6 @@ from layer_surgery.reporting.text import printable
 
 #: The hub's names for lm-eval's metrics; others are given as they are.
 _METRICS = {"acc": "accuracy", "acc_norm": "accuracy"}
-_MARK = re.compile(r"\n<!-- layer-surgery: SHA-256 of all above ([0-9a-f]{64}) -->\n\Z")
 
 
 def model_card(report: SurgeryReport, name: str, *, needs_code: bool, note: str = "") -> str:
@@ -53,8 +51,7 @@ def model_card(report: SurgeryReport, name: str, *, needs_code: bool, note: str 
         sha256=report.base_model.get("sha256"),
         licence=report.base_model.get("licence") or {},
     )
-    text = text.rstrip() + "\n"
-    return f"{text}\n<!-- layer-surgery: SHA-256 of all above {_sha256(text)} -->\n"
+    return sealed(text)
 
 
 def _commands(report: SurgeryReport) -> Iterator[str]:
@@ -62,16 +59,6 @@ def _commands(report: SurgeryReport) -> Iterator[str]:
     for provenance in (report.provenance.get("surgery") or {}, report.provenance):
         if command := provenance.get("command"):
             yield command
-
-
-def is_unedited(card: str) -> bool:
-    """Whether a card is one that `model_card` has made and nobody has changed."""
-    match = _MARK.search(card)
-    return match is not None and match[1] == _sha256(card[: match.start()])
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def metadata(report: SurgeryReport, name: str, *, needs_code: bool) -> ModelCardData:

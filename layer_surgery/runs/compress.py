@@ -6,19 +6,17 @@ from contextlib import ExitStack
 import attrs
 
 from layer_surgery.calibration.cache import check_cache
-from layer_surgery.checkpoint.save import (
-    check_free_space,
-    check_saved,
-    save_checkpoint,
-)
+from layer_surgery.checkpoint.save import check_free_space
 from layer_surgery.config import CompressConfig
+from layer_surgery.data.bundled import bundled_tasks
 from layer_surgery.errors import PlanError
+from layer_surgery.evaluation.task_names import check_task_names
 from layer_surgery.machine import peak_device_memory_bytes, peak_memory_bytes
 from layer_surgery.records import LayerScores, SurgeryReport
 from layer_surgery.runs.bench import general_text, open_bench
 from layer_surgery.runs.evaluator import Evaluator
 from layer_surgery.runs.healing import heal, prepare_healing, unhealed_record
-from layer_surgery.runs.output import check_output_given, open_output, write_report
+from layer_surgery.runs.output import check_output_given, open_output, save_result, write_report
 from layer_surgery.runs.planning import Planning, checked
 from layer_surgery.runs.provenance import (
     base_model_record,
@@ -41,6 +39,7 @@ def run_compress(model: Model, config: CompressConfig, *, known_scores: LayerSco
     check_output_given(config)
     check_cache(config.cache)
     check_sources(config.text_column, calibration=config.calibration, evaluation=config.eval_data)
+    check_task_names(config, bundled_tasks)
     with ExitStack() as stack:
         # Open: the output, the model, the data, and what there is to measure.
         staging = open_output(model, config, stack)
@@ -102,12 +101,7 @@ def run_compress(model: Model, config: CompressConfig, *, known_scores: LayerSco
             device_peak = peak_device_memory_bytes(session.device)  # the next measurement begins to count anew
             evaluator.measure_speed()
         # Save.
-        if staging is not None:
-            with session.stage("save"):
-                save_checkpoint(
-                    checkpoint, staging, base=original, tokenizer=session.tokenizer, progress=session.ui.progress
-                )
-                check_saved(staging, checkpoint)
+        files = save_result(session, checkpoint, staging, original, config) if staging is not None else {}
         report = SurgeryReport(
             base_model=base_model_record(original, sha256),
             plan=result.plan,
@@ -125,6 +119,7 @@ def run_compress(model: Model, config: CompressConfig, *, known_scores: LayerSco
             peak_device_memory_bytes=device_peak,
             calibration=described_tokens(tokens),
             provenance=run_provenance(session, config),
+            files=files,
             healing=healed.record if healed is not None else None,
             unhealed=unhealed,
             output=str(config.output) if staging is not None else None,

@@ -6,8 +6,10 @@ from dataclasses import replace
 import attrs
 
 from layer_surgery.config import EvaluateConfig
+from layer_surgery.data.bundled import bundled_tasks
 from layer_surgery.data.tokens import PackedTokens
 from layer_surgery.errors import CheckpointError
+from layer_surgery.evaluation.task_names import check_task_names
 from layer_surgery.progress import Ui
 from layer_surgery.records import EvaluationReport
 from layer_surgery.runs.evaluator import Evaluator
@@ -19,6 +21,7 @@ from layer_surgery.runs.stages import stages_of_evaluation
 def run_evaluate(model: Model, config: EvaluateConfig) -> EvaluationReport:
     """Measure a model and, with a baseline, another one on the same data."""
     check_sources(config.text_column, evaluation=config.eval_data)
+    check_task_names(config, bundled_tasks)
     with ExitStack() as stack:
         session = stack.enter_context(open_session(model, config, None))
         texts = session.evaluation_tokens(config)

@@ -9,9 +9,11 @@ from typing import Any
 
 import attrs
 
-from layer_surgery.checkpoint.save import check_free_space, check_saved, save_checkpoint
+from layer_surgery.checkpoint.save import check_free_space
 from layer_surgery.config import HealConfig
+from layer_surgery.data.bundled import bundled_tasks
 from layer_surgery.errors import CheckpointError, ReportError
+from layer_surgery.evaluation.task_names import check_task_names
 from layer_surgery.healing.trainable import trained_names
 from layer_surgery.machine import peak_device_memory_bytes, peak_memory_bytes
 from layer_surgery.progress import Ui
@@ -19,7 +21,7 @@ from layer_surgery.records import SurgeryReport
 from layer_surgery.records.reading import REPORT_FILE, read_report
 from layer_surgery.runs.evaluator import Evaluator
 from layer_surgery.runs.healing import heal, prepare_healing, unhealed_record
-from layer_surgery.runs.output import check_output_given, open_output, write_report
+from layer_surgery.runs.output import check_output_given, open_output, save_result, write_report
 from layer_surgery.runs.provenance import checkpoint_hash, run_provenance
 from layer_surgery.runs.session import Model, Session, check_sources, open_session
 from layer_surgery.runs.stages import stages_of_healing
@@ -28,7 +30,8 @@ from layer_surgery.runs.stages import stages_of_healing
 def run_heal(result: str | Path, config: HealConfig) -> SurgeryReport:
     """Heal a saved result. Everything that can be refused is refused before any work is done."""
     check_output_given(config)
-    check_sources(config.text_column, evaluation=config.eval_data)
+    check_sources(config.text_column, calibration=config.data, evaluation=config.eval_data, option="--data")
+    check_task_names(config, bundled_tasks)
     surgery = _surgery_of(result)
     with ExitStack() as stack:
         # Open: the output, the result, its original, the data, and what there is to measure.
@@ -68,12 +71,7 @@ def run_heal(result: str | Path, config: HealConfig) -> SurgeryReport:
             device_peak = peak_device_memory_bytes(session.device)
             evaluator.measure_speed()
         # Save.
-        if staging is not None:
-            with session.stage("save"):
-                save_checkpoint(
-                    healed.checkpoint, staging, base=student, tokenizer=session.tokenizer, progress=session.ui.progress
-                )
-                check_saved(staging, healed.checkpoint)
+        files = save_result(session, healed.checkpoint, staging, student, config) if staging is not None else {}
         report = replace(
             surgery,
             before=evaluator.result("before"),
@@ -85,6 +83,7 @@ def run_heal(result: str | Path, config: HealConfig) -> SurgeryReport:
             peak_memory_bytes=peak_memory_bytes(),
             peak_device_memory_bytes=device_peak,
             provenance=run_provenance(session, config) | {"surgery": surgery.provenance},
+            files=files,
             healing=healed.record,
             unhealed=unhealed,
             output=str(config.output) if staging is not None else None,

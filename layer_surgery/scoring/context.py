@@ -1,12 +1,15 @@
 """The input of a scorer, and the registry of scorers."""
 
+import math
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
 
 from layer_surgery.calibration.source import StatisticsSource
 from layer_surgery.config.choices import SCORER_CHOICES
+from layer_surgery.errors import NumericalError
 from layer_surgery.records import LayerScores
 from layer_surgery.registry import Registry
+from layer_surgery.walk.finite import remedy
 from layer_surgery.walk.walk import Walk
 
 
@@ -67,6 +70,12 @@ class ScorerEntry:
         """Rank the layers."""
         ranking = self.rank(context)
         values = ranking.values
+        bad = next((index for index, value in enumerate(values) if not math.isfinite(value)), None)
+        if bad is not None:
+            raise NumericalError(
+                f"the score of layer {bad} by --scorer {self.name} is not finite ({values[bad]}); "
+                f"{remedy(context.walk.model.dtype)}."
+            )
         by_value = sorted(range(len(values)), key=lambda index: (values[index], -index))  # of equals the deeper first
         return LayerScores(
             scorer=self.name,

@@ -10,8 +10,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -20,6 +22,7 @@ from tiny_checkpoints import (
     DEMO,
     CommandLine,
     environment,
+    finished,
     interrupt,
     listing,
     run_process,
@@ -317,6 +320,67 @@ def test_a_run_that_cannot_go_on_says_why_and_leaves_nothing(
     *stages, line = outcome.error_lines
     assert re.match(message, line) and all(stage.startswith("stage ") for stage in stages)
     assert listing(tmp_path) == {}
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)], ids=["INT", "TERM", "HUP"]
+)
+def test_signals_in_the_middle_of_the_work_leave_nothing_even_if_there_are_many(
+    run: CommandLine, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, code: int
+) -> None:
+    """One at work, and one at each removal that follows it."""
+    removed = shutil.rmtree
+
+    def stop(*_: object, **__: object) -> None:
+        os.kill(os.getpid(), number)
+
+    def remove(*arguments: Any, **options: Any) -> None:
+        os.kill(os.getpid(), number)
+        removed(*arguments, **options)
+
+    monkeypatch.setattr("layer_surgery.runs.bench.result_checkpoint", stop)
+    monkeypatch.setattr(shutil, "rmtree", remove)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    options = ["--layers", 1, "--keep", 0, "--no-refit", "--no-eval", "--output", tmp_path / "new" / "output"]
+    outcome = run("compress", model, *options)
+    assert outcome.code == code
+    assert outcome.error_lines == ["interrupted; nothing half-written is left."]
+    assert listing(tmp_path) == {}
+
+
+#: Sends a signal to itself when a module is looked for, and is `python -m layer_surgery` otherwise.
+SIGNALLED_AT_AN_IMPORT = """
+import os, runpy, sys
+
+module, number, *command = sys.argv[1:]
+
+class Signals:
+    def find_spec(self, name, path=None, target=None):
+        if name == module:
+            os.kill(os.getpid(), int(number))
+
+sys.meta_path.insert(0, Signals())
+sys.argv = ["layer-surgery", *command]
+runpy.run_module("layer_surgery", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "number", "code"),
+    [
+        ("click", signal.SIGINT, 130),
+        ("layer_surgery.cli.options", signal.SIGINT, 130),
+        ("torch", signal.SIGINT, 130),
+        ("torch", signal.SIGHUP, 129),
+        ("transformers.modeling_utils", signal.SIGTERM, 143),
+    ],
+)
+def test_a_signal_while_modules_are_imported_is_no_traceback(
+    model: Path, tmp_path: Path, module: str, number: int, code: int
+) -> None:
+    command = [sys.executable, "-c", SIGNALLED_AT_AN_IMPORT, module, str(int(number)), "score", str(model)]
+    outcome = finished(command, tmp_path, 120)
+    assert (outcome.code, outcome.error_lines) == (code, ["interrupted; nothing half-written is left."])
 
 
 # As a process of its own

@@ -22,6 +22,7 @@ from layer_surgery.config import (
     HealConfig,
     ScoreConfig,
     SweepConfig,
+    VerifyConfig,
 )
 from layer_surgery.config.choices import (
     BUNDLED_TASKS,
@@ -37,7 +38,15 @@ from layer_surgery.healing.losses import LOSSES
 from layer_surgery.scoring import SCORERS
 from layer_surgery.surgeon import METHODS
 
-CONFIGS = (CompressConfig, EvaluateConfig, ExportConfig, HealConfig, ScoreConfig, SweepConfig)
+CONFIGS = (
+    CompressConfig,
+    EvaluateConfig,
+    ExportConfig,
+    HealConfig,
+    ScoreConfig,
+    SweepConfig,
+    VerifyConfig,
+)
 COMMANDS = [name for name, command in cli.commands.items() if isinstance(command, GroupedCommand)]
 SLOW = {"torch", "transformers", "datasets", "lm_eval", "numpy", "matplotlib", "pydantic"}
 

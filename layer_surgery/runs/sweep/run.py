@@ -8,10 +8,12 @@ from typing import Self
 import attrs
 
 from layer_surgery.calibration.cache import check_cache
-from layer_surgery.checkpoint.save import check_not_same
+from layer_surgery.checkpoint.output import check_not_same, writing
 from layer_surgery.config import SweepConfig
+from layer_surgery.data.bundled import bundled_tasks
 from layer_surgery.data.tokens import PackedTokens
 from layer_surgery.errors import LayerSurgeryError, PlanError
+from layer_surgery.evaluation.task_names import check_task_names
 from layer_surgery.records import SurgeryPlan
 from layer_surgery.records.reading import REPORT_FILE, read_sweep
 from layer_surgery.records.sweep import SweepBest, SweepPoint, SweepReport, SweepSettings
@@ -49,18 +51,21 @@ def run_sweep(model: Model, config: SweepConfig) -> SweepReport:
     condition = parse_condition(config.best, config) if config.best is not None else None
     check_cache(config.cache)
     check_sources(config.text_column, calibration=config.calibration, evaluation=config.eval_data)
+    check_task_names(config, bundled_tasks)
     if condition is not None or config.overwrite:
         check_not_same(model, config.directory / BEST_FOLDER)
         check_best(config.directory)
     check_sweep_directory(config.directory)
-    known = None if config.overwrite else read_sweep(config.directory, _ADVICE)
-    with sweep_directory(config.directory) as directory, open_session(model, config, directory) as session:
-        report = _Sweep.begin(session, config, points, known).finished()
-    if condition is not None:
-        report = _with_best(model, config, condition, report)
-    elif report.best is not None:
-        report = _with_old_best(config, report.best, report)
-    write_sweep_page(config.directory, report)
+    with sweep_directory(config.directory) as directory:
+        known = None if config.overwrite else read_sweep(directory, _ADVICE)
+        with open_session(model, config, directory) as session:
+            report = _Sweep.begin(session, config, points, known).finished()
+        if condition is not None:
+            report = _with_best(model, config, condition, report)
+        elif report.best is not None:
+            report = _with_old_best(config, report.best, report)
+        with writing(directory):
+            write_sweep_page(directory, report)
     return report
 
 
