@@ -54,9 +54,9 @@ def run_compress(model: Model, config: CompressConfig, *, known_scores: LayerSco
             general = general_text(session, tokens, config.refit_general) if scope is not None else None
         healing = None
         if config.heal is not None:
-            healing = prepare_healing(
-                session, attrs.evolve(config.heal, data=config.heal.data or config.calibration), config
-            )
+            option = "--heal-data" if config.heal.data else "--calibration"
+            chosen = attrs.evolve(config.heal, data=config.heal.data or config.calibration)
+            healing = prepare_healing(session, chosen, config, option)
         texts = session.evaluation_tokens(config)
         evaluator = stack.enter_context(Evaluator(session, config, texts, baseline=session))
         session.stream(original)  # proves, before anything else is done, that it can be walked over

@@ -80,6 +80,10 @@ def test_the_result_is_better_and_a_result_like_any_other(healed: Path, result: 
     assert not torch.equal(logits(ours, ids), logits(layer_surgery.load(result), ids))
 
 
+def test_a_healed_result_can_be_verified(healed: Path) -> None:
+    assert layer_surgery.verify(healed).problems == []
+
+
 def test_what_is_evaluated_is_what_is_saved(healed: Path, words: Path) -> None:
     report = read_report(healed / "surgery.json")
     again = layer_surgery.evaluate(healed, eval_data=str(words), **QUICK)
