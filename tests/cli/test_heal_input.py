@@ -36,7 +36,8 @@ def heal(run: CommandLine, result: Path, original: Path, text: Path, tmp_path: P
     """Return what runs `heal` with options, on the result unless another is given."""
 
     def heal(*options: object, model: object = result, data: object = text, teacher: object = original) -> Any:
-        given = ["--sequence-length", 16, "--no-eval", "--output", tmp_path / "out"]
+        given = ["--no-eval", "--output", tmp_path / "out"]
+        given += [] if "--sequence-length" in options else ["--sequence-length", 16]
         given += [] if data is None else ["--data", data]
         given += [] if teacher is None else ["--teacher", teacher]
         return run("heal", model, *given, *options)
