@@ -53,6 +53,8 @@ from layer_surgery.walk.walk import Walk
 _MOST_WINDOWS = 1 << 15
 #: Share of the time left that training is planned for; the rest is for validation and what comes after it.
 _PLANNED_SHARE = 0.9
+#: Most validations in a training; fewer where they would look at more than half as many windows as it trains on.
+_MOST_VALIDATIONS = 10
 #: Share of the minutes after which no further learning rate is tried.
 _PROBE_SHARE = 0.1
 #: Windows that the local stage trains on, steps for each layer, and its share of the minutes.
@@ -457,6 +459,7 @@ class _Healing:
 
     def _settings(self, name: str, *, steps: int, rate: float) -> TrainingSettings:
         config, session = self._config, self._session
+        held_out = sum(text.sequences for text in self._data.texts.values())
         return TrainingSettings(
             steps=steps,
             learning_rate=rate,
@@ -467,6 +470,7 @@ class _Healing:
             device=session.device,
             dtype=session.dtype,
             gradient_checkpointing=config.gradient_checkpointing,
+            validations=min(_MOST_VALIDATIONS, max(2, steps * config.step_sequences // (2 * held_out))),
         )
 
     def _train(self, student: Student, steps: int, rate: float) -> Training:
