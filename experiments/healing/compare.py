@@ -51,7 +51,7 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "local, squares, only": ("default", {"stages": ["local"], "local_error": "mse"}),
     "local, then global": ("default", {"stages": ["local", "global"]}),
     "no general text": ("default", {"general": 0.0}),
-    **{f"learning rate {rate:g}": ("default", {"learning_rate": rate}) for rate in (3e-4, 1e-3, 3e-3)},
+    **{f"learning rate {rate:g}": ("default", {"learning_rate": rate}) for rate in (1e-4, 3e-4, 1e-3)},
 }
 
 

@@ -12,7 +12,7 @@ from layer_surgery.healing.windows import HealingData
 from layer_surgery.records import ProbePoint
 
 #: Learning rates that are tried, the likeliest first.
-LEARNING_RATES = (1e-3, 3e-3, 3e-4, 1e-4)
+LEARNING_RATES = (3e-4, 1e-3, 1e-4)
 #: Steps with each, and the held-out windows that they are compared on.
 PROBE_STEPS, PROBE_WINDOWS = 10, 16
 
