@@ -27,9 +27,9 @@ from layer_surgery.records import CurvePoint
 
 #: What decides which checkpoint is best.
 METRIC = "eval_regret"
-#: How many validations without a gain end a training.
+#: How many validations without a gain, in the second half, end a training.
 PATIENCE = 3
-WARM_UP = 0.05  #: Share of the steps in which the learning rate rises; after them it falls to 0.
+WARM_UP = 0.1  #: Share of the steps in which the learning rate rises; after them it falls to 0.
 #: How Trainer's log names the mean of a loss since the last validation, and the tokens that it is over.
 _LOSS, _TOKENS = "eval_mean_", "eval_tokens"
 
@@ -149,7 +149,7 @@ class HealingTrainer(Trainer):  # type: ignore[misc]
             train_dataset=windows,
             eval_dataset=windows,  # Trainer asks for one; `evaluate` looks at the texts
             data_collator=windows.collate,
-            callbacks=[watch, _Patience(PATIENCE)],
+            callbacks=[watch, Patience(PATIENCE)],
         )
         self.remove_callback(PrinterCallback)
 
@@ -199,11 +199,16 @@ def _at_the_start(unhealed: dict[str, float]) -> CurvePoint:
     return CurvePoint(step=0, tokens=0, seconds=0.0, losses={}, validation=unhealed)
 
 
-class _Patience(EarlyStoppingCallback):  # type: ignore[misc]
+class Patience(EarlyStoppingCallback):  # type: ignore[misc]
     """Ends a training that no longer gains; which weights are taken then is not Trainer's business here."""
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         """Say nothing about `load_best_model_at_end`."""
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any, **more: Any) -> None:
+        """Count in the second half only: a training often gets worse while the learning rate is high."""
+        if 2 * state.global_step >= state.max_steps:
+            super().on_evaluate(args, state, control, metrics, **more)
 
 
 class _Watch(TrainerCallback):  # type: ignore[misc]

@@ -5,17 +5,19 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from tiny_models import CPU, packed_tokens, streamed, tiny_model
 from torch import Tensor
+from transformers import TrainerControl
 
 from layer_surgery.healing.losses import TeacherLogits
 from layer_surgery.healing.mixture import parse_losses
 from layer_surgery.healing.student import Student
-from layer_surgery.healing.training import TrainingSettings, train
+from layer_surgery.healing.training import METRIC, Patience, TrainingSettings, train
 from layer_surgery.healing.windows import HealingData, WindowDataset, healing_data
 from layer_surgery.walk.walk import NO_LABEL, next_tokens
 
@@ -185,3 +187,14 @@ def test_without_a_gain_the_first_weights_come_back(data: HealingData, tmp_path:
     result = train(student, data, settings(tmp_path), unhealed=unhealed)
     assert result.best_step is None
     assert differences(dict(student.named_parameters()), before) == 0
+
+
+def test_points_without_a_gain_end_a_training_in_its_second_half_only() -> None:
+    patience, control = Patience(3), TrainerControl()
+    args = SimpleNamespace(metric_for_best_model=METRIC, greater_is_better=False)
+    stopped = []
+    for step in range(1, 20):
+        state = SimpleNamespace(global_step=step, max_steps=20, best_metric=0.0)
+        patience.on_evaluate(args, state, control, {METRIC: 0.1})
+        stopped.append(control.should_training_stop)
+    assert stopped.index(True) + 1 == 12  # the third from step 10 on
