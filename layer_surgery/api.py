@@ -9,7 +9,15 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from layer_surgery.checkpoint.open import open_checkpoint
-from layer_surgery.config import CompressConfig, EvaluateConfig, ExportConfig, ScoreConfig, SweepConfig, VerifyConfig
+from layer_surgery.config import (
+    CompressConfig,
+    EvaluateConfig,
+    ExportConfig,
+    HealConfig,
+    ScoreConfig,
+    SweepConfig,
+    VerifyConfig,
+)
 from layer_surgery.config.declaring import expanded
 from layer_surgery.config.keywords import on_model, with_output
 from layer_surgery.errors import CheckpointError, OutputError, PlanError, ReportError
@@ -21,6 +29,7 @@ from layer_surgery.reporting.publish import report_on
 from layer_surgery.runs.compress import run_compress
 from layer_surgery.runs.evaluate import run_evaluate
 from layer_surgery.runs.export import DenseExport, run_export
+from layer_surgery.runs.heal import run_heal
 from layer_surgery.runs.score import run_score
 from layer_surgery.runs.session import Model
 from layer_surgery.runs.sweep import run_sweep
@@ -39,6 +48,23 @@ def compress(model: Model, options: CompressConfig) -> SurgeryReport:
     Raises: `layer_surgery.UserError` for what cannot be done as asked, before anything is written.
     """
     return run_compress(model, options)
+
+
+@with_output(HealConfig)
+def heal(model: Model, options: HealConfig) -> SurgeryReport:
+    """Train a saved result a little, so that it follows the model that it was made of, and save what comes of it.
+
+    The result is never worse on text that was held out from the `data`: if nothing was gained, it is the model from
+    before.
+
+    Args:
+        model: a directory that `compress` has written.
+        output: directory to write; required unless `dry_run`.
+
+    Returns: the report that is also saved as `surgery.json`: that of the surgery, with `healing` and `unhealed`.
+    Raises: `layer_surgery.UserError` for what cannot be done as asked, before anything is written.
+    """
+    return run_heal(model, options)
 
 
 @with_output(SweepConfig)

@@ -19,7 +19,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("__init__",),
     ("api",),
     ("runs",),
-    ("reporting", "evaluation", "surgeon", "scoring"),  # the stages: they do not import each other
+    ("reporting", "evaluation", "healing", "surgeon", "scoring"),  # the stages: they do not import each other
     ("calibration",),
     ("walk",),
     ("checkpoint",),

@@ -214,3 +214,17 @@ def interrupt(process: subprocess.Popen[str], number: int, *, timeout: float = 6
             process.communicate(timeout=5)
         raise
     return Outcome(process.returncode, out, err)
+
+
+def assert_refused(outcome: Outcome, *expected: str, code: int = 2) -> None:
+    """Check that a command ended with one sentence that holds every `expected` part, after at most some notes."""
+    assert outcome.code == code, outcome.err
+    *notes, message = outcome.error_lines
+    assert message.startswith("error: "), outcome.err
+    assert all(
+        note.startswith(("calibration: ", "refit: ", "evaluation: ", "healing: ", "stage ")) for note in notes
+    ), outcome.err
+    assert "Traceback" not in outcome.err
+    assert outcome.out == ""
+    for part in expected:
+        assert part in message, f"{part!r} is not in {message!r}"

@@ -13,7 +13,15 @@ from layer_surgery.cli.completion import Completed, completion_script
 from layer_surgery.cli.help import GroupedCommand
 from layer_surgery.cli.options import AS_JSON, DEBUG, QUIET, option, options_of
 from layer_surgery.cli.terminal import HarmlessConsole, print_json
-from layer_surgery.config import CompressConfig, EvaluateConfig, ExportConfig, ScoreConfig, SweepConfig, VerifyConfig
+from layer_surgery.config import (
+    CompressConfig,
+    EvaluateConfig,
+    ExportConfig,
+    HealConfig,
+    ScoreConfig,
+    SweepConfig,
+    VerifyConfig,
+)
 from layer_surgery.errors import LayerSurgeryError, UserError
 from layer_surgery.reporting.text import one_line
 
@@ -36,6 +44,32 @@ def compress(model: str, as_json: bool, **options: Any) -> None:
     from layer_surgery.runs.provenance import report_dict
 
     report = call(api.compress, model, options)
+    if as_json:
+        print_json(report_dict(report))
+    else:
+        print_report(_console(), report)
+    check_complete(report.failures)
+
+
+@command_on_model(
+    HealConfig,
+    metavar="RESULT",
+    examples={
+        "Train a result for ten minutes to follow the model that it was made of": (
+            "heal smaller --data text.txt --output healed"
+        ),
+        "Train it on answers only, by two losses, on a fixed number of tokens": (
+            "heal smaller --data task.jsonl --loss kl:1 --loss ce:0.2 --tokens 1000000 --output healed"
+        ),
+    },
+)
+def heal(model: str, as_json: bool, **options: Any) -> None:
+    """Train RESULT, a directory that compress has written, to follow the model that it was made of, and save it."""
+    from layer_surgery import api
+    from layer_surgery.reporting.console import print_report
+    from layer_surgery.runs.provenance import report_dict
+
+    report = call(api.heal, model, options)
     if as_json:
         print_json(report_dict(report))
     else:

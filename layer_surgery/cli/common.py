@@ -22,18 +22,25 @@ CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
 
 def command_on_model(
-    config: type[Options], *, required: tuple[str, ...] = (), examples: Mapping[str, str]
+    config: type[Options], *, required: tuple[str, ...] = (), examples: Mapping[str, str], metavar: str = "MODEL"
 ) -> Callable[[F], click.Command]:
     """Return a decorator that makes a command of MODEL and a configuration.
 
     Args:
+        metavar: what help texts write in the place of MODEL.
         required: names of fields.
         examples: see `GroupedCommand`.
     """
 
     def decorate(function: F) -> click.Command:
         own = [options_of(config, required=required), *[NO_EVAL] * issubclass(config, PerplexityConfig)]
-        for option in (DEBUG, QUIET, AS_JSON, *reversed(own), click.argument("model", type=Completed(paths="dir"))):
+        for option in (
+            DEBUG,
+            QUIET,
+            AS_JSON,
+            *reversed(own),
+            click.argument("model", metavar=metavar, type=Completed(paths="dir")),
+        ):
             function = option(function)
         return click.command(cls=GroupedCommand, context_settings=CONTEXT, examples=examples)(function)
 

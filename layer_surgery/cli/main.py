@@ -65,7 +65,7 @@ def cli() -> None:
     """
 
 
-for _name in ("compress", "score", "evaluate", "sweep", "report", "export", "verify", "completion"):
+for _name in ("compress", "heal", "score", "evaluate", "sweep", "report", "export", "verify", "completion"):
     cli.add_command(getattr(commands, _name))
 
 

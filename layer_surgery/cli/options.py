@@ -10,9 +10,12 @@ import attrs
 import click
 
 from layer_surgery.cli.completion import Completed, CompletedPath
-from layer_surgery.config.declaring import About, Group, Options, about_of, grouped
+from layer_surgery.config.declaring import About, Group, Options, about_of, fields_of, grouped
+from layer_surgery.errors import UserError
 
 F = TypeVar("F", bound=Callable[..., Any])
+#: Between the name of a flag and that of an option behind it, where click names an argument.
+_INNER = "__"
 #: What click takes a value for, by its annotation; everything else is text.
 _TYPES: dict[str, Any] = {"int": int, "float": float}
 _METAVARS = {"int": "N", "float": "F"}
@@ -40,7 +43,10 @@ def options_of(config: type[Options], *, required: tuple[str, ...] = ()) -> Call
     def decorate(function: F) -> F:
         fields = [(group, field) for group, fields in grouped(config).items() for field in fields]
         for group, field in reversed(fields):
-            if about_of(field).terminal:
+            about = about_of(field)
+            if about.inner is not None:
+                function = _inner(field, group, about.inner)(function)
+            elif about.terminal:
                 function = _option(field, group, required=field.name in required)(function)
         return function
 
@@ -71,24 +77,51 @@ DEBUG = option(
 
 
 def given(options: dict[str, Any]) -> dict[str, Any]:
-    """Return the options that were given, as keyword arguments; `--no-eval` is `eval_data` without texts."""
+    """Return the options that were given, as keyword arguments; `--no-eval` is `eval_data` without texts.
+
+    The options behind a flag are one argument, a dictionary. Raises `UserError` if they are given without it.
+    """
     without_texts = {"eval_data": ()} if options.pop("no_eval", False) else {}
-    return {name: value for name, value in options.items() if value is not None} | without_texts
+    known = {name: value for name, value in options.items() if value is not None} | without_texts
+    for name in [name for name in known if _INNER in name]:
+        outer, _, inner = name.partition(_INNER)
+        if outer not in known:
+            flag = f"--{outer.replace('_', '-')}"
+            raise UserError(f"{flag}-{inner.replace('_', '-')} only counts with {flag}; add that, or leave it out.")
+        known[outer] = ({} if known[outer] is True else known[outer]) | {inner: known.pop(name)}
+    return known
 
 
-def _option(field: attrs.Attribute[Any], group: Group, *, required: bool) -> Callable[[F], F]:
+def _inner(field: attrs.Attribute[Any], group: Group, inner: type[Options]) -> Callable[[F], F]:
+    """Return a decorator that adds a flag and, behind its name, the options of a class."""
+
+    def decorate(function: F) -> F:
+        about = about_of(field)
+        for each in reversed(fields_of(inner)):
+            function = _option(each, group, required=False, flag=field.name)(function)
+        help = _help(field, about)
+        return option(about.option(field.name), field.name, group=group, is_flag=True, default=None, help=help)(
+            function
+        )
+
+    return decorate
+
+
+def _option(field: attrs.Attribute[Any], group: Group, *, required: bool, flag: str = "") -> Callable[[F], F]:
     about = about_of(field)
     kind = _kind(field, about)
-    name = about.option(field.name)
+    name, argument = about.option(field.name), field.name
+    if flag:
+        name, argument = f"--{flag.replace('_', '-')}-{name[2:]}", f"{flag}{_INNER}{argument}"
     settings: dict[str, Any] = {
         "default": None,
         "help": _help(field, about),
         "metavar": about.values or _METAVARS.get(str(field.type).removesuffix(" | None")),
     }
     if about.form == "switch":
-        return option(f"{name}/--no-{name[2:]}", field.name, group=group, default=None, help=settings["help"])
+        return option(f"{name}/--no-{name[2:]}", argument, group=group, default=None, help=settings["help"])
     if kind is bool:
-        return option(name, field.name, group=group, is_flag=True, default=None, help=settings["help"])
+        return option(name, argument, group=group, is_flag=True, default=None, help=settings["help"])
     if about.form == "size":
         settings |= {"callback": _size}
     elif about.form == "list":
@@ -99,7 +132,7 @@ def _option(field: attrs.Attribute[Any], group: Group, *, required: bool) -> Cal
         settings |= {"type": kind}
     if required:
         del settings["default"]  # for click a default of None is a value too
-    return option(name, field.name, group=group, required=required, **settings)
+    return option(name, argument, group=group, required=required, **settings)
 
 
 def _kind(field: attrs.Attribute[Any], about: About) -> Any:

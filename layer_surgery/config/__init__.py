@@ -8,6 +8,7 @@ from layer_surgery.config.commands import (
     CompressConfig,
     EvaluateConfig,
     ExportConfig,
+    HealConfig,
     ScoreConfig,
     SweepConfig,
     VerifyConfig,
@@ -19,6 +20,7 @@ from layer_surgery.config.evaluation import (
     SpeedConfig,
     TaskConfig,
 )
+from layer_surgery.config.healing import HealingConfig
 from layer_surgery.config.inputs import CalibrationConfig
 from layer_surgery.config.runtime import RuntimeConfig
 from layer_surgery.config.surgery import (

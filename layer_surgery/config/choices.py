@@ -85,6 +85,53 @@ COMPONENT_CHOICES: Mapping[str, Choice] = {
     "bypass": Choice("a low-rank linear map in the place of an MLP", "https://arxiv.org/abs/2411.19146"),
 }
 
+LOSS_CHOICES: Mapping[str, Choice] = {
+    "kl": Choice("KL(teacher || student): logit distillation", "https://arxiv.org/abs/1503.02531"),
+    "reverse_kl": Choice(
+        "KL(student || teacher): seeks the teacher's modes (MiniLLM)", "https://arxiv.org/abs/2306.08543"
+    ),
+    "skew_kl": Choice(
+        "KL(teacher || mixture of both): bounded, steadier gradients (DistiLLM)", "https://arxiv.org/abs/2402.03898"
+    ),
+    "jsd": Choice("generalised Jensen-Shannon divergence (GKD)", "https://arxiv.org/abs/2306.13649"),
+    "tvd": Choice(
+        "total variation distance: half the sum of |teacher - student|", "https://github.com/arcee-ai/DistillKit"
+    ),
+    "ce": Choice("cross-entropy with the text itself, with label smoothing", "https://arxiv.org/abs/1512.00567"),
+    "dkd": Choice(
+        "decoupled distillation: the label, and the other tokens among themselves", "https://arxiv.org/abs/2203.08679"
+    ),
+    "clkd": Choice(
+        "class-aware logit distillation: logits by token, by class, and correlations of classes",
+        "https://arxiv.org/abs/2211.14773",
+    ),
+    "hidden": Choice("mean squared error of hidden states at pairs of layers", "https://arxiv.org/abs/1412.6550"),
+    "cosine": Choice("1 - cosine of hidden states at pairs of layers", "https://github.com/arcee-ai/DistillKit"),
+    "trajectory": Choice(
+        "direction and step of the stream from one pair of layers to the next", "https://arxiv.org/abs/2412.19449"
+    ),
+    "cka": Choice(
+        "1 - linear CKA of hidden states: relations between tokens, whatever the basis",
+        "https://arxiv.org/abs/1905.00414",
+    ),
+    "local": Choice(
+        "squared error of a block's outputs over their own mean square (Puzzle)", "https://arxiv.org/abs/2411.19146"
+    ),
+}
+DEFAULT_LOSSES = ("kl",)
+#: Losses that need both models in memory, which no command has.
+OTHER_LOSSES: Mapping[str, Choice] = {
+    "attention": Choice(
+        "mean squared error of attention scores, masked places left out (TinyBERT)", "https://arxiv.org/abs/1909.10351"
+    ),
+    "relations": Choice(
+        "KL of relations among queries, keys and values (MiniLMv2)", "https://arxiv.org/abs/2012.15828"
+    ),
+    "stones": Choice(
+        "block-wise logit distillation: stepping stones between student and teacher", "https://arxiv.org/abs/2411.01547"
+    ),
+}
+
 DATA_CHOICES: Mapping[str, Choice] = {
     "bundled": Choice("text that comes with Layer Surgery; needs no network"),
     "c4": Choice("English web pages, from the hub", "https://arxiv.org/abs/1910.10683"),

@@ -10,6 +10,7 @@ import attrs
 from layer_surgery.config.choices import METHOD_CHOICES, SCORER_CHOICES
 from layer_surgery.config.declaring import Group, Options, about, absolute_path, names, numbers, whole_numbers
 from layer_surgery.config.evaluation import EvaluationConfig
+from layer_surgery.config.healing import HealAfterwardsConfig, HealingConfig
 from layer_surgery.config.inputs import CalibrationConfig
 from layer_surgery.config.runtime import CallConfig, RuntimeConfig
 from layer_surgery.config.surgery import (
@@ -22,7 +23,7 @@ from layer_surgery.config.surgery import (
     SearchConfig,
     check_keep,
 )
-from layer_surgery.errors import UserError
+from layer_surgery.errors import DataError, UserError
 
 # The bases of a class are listed last group first; see evaluation.py.
 
@@ -47,6 +48,7 @@ class CompressConfig(
     RuntimeConfig,
     OutputConfig,
     EvaluationConfig,
+    HealAfterwardsConfig,
     CalibrationConfig,
     RefitConfig,
     SearchConfig,
@@ -56,6 +58,28 @@ class CompressConfig(
     """Options of `compress`."""
 
     FIRST = ("target_layers", "output", "keep", "target_parameters", "layers", "calibration", "samples", "eval_data")
+
+
+@attrs.frozen(kw_only=True, slots=False)
+class HealConfig(RuntimeConfig, OutputConfig, EvaluationConfig, HealingConfig):
+    """Options of `heal`."""
+
+    GROUP: ClassVar[Group] = "Model and data"
+    FIRST = ("data", "output", "teacher")
+
+    teacher: Any = attrs.field(
+        default=None,
+        metadata=about(
+            "The original that the result was made of.",
+            metavar="MODEL",
+            default="where surgery.json says it was, if it is still there and the same",
+            recorded=False,
+        ),
+    )
+
+    def _check(self) -> None:
+        if not self.data:
+            raise DataError("--data names no text to heal on; give a name or a file, such as --data text.txt.")
 
 
 @attrs.frozen(kw_only=True, slots=False)

@@ -19,9 +19,18 @@ from layer_surgery.config.choices import Choice
 from layer_surgery.errors import UserError
 
 _ABOUT = "about"
-Group = Literal["Model and data", "Budget", "Surgery", "Evaluation", "Output", "Runtime", "Other"]
+Group = Literal["Model and data", "Budget", "Surgery", "Healing", "Evaluation", "Output", "Runtime", "Other"]
 """Headings under which help texts list options."""
-GROUPS: tuple[Group, ...] = ("Model and data", "Budget", "Surgery", "Evaluation", "Output", "Runtime", "Other")
+GROUPS: tuple[Group, ...] = (
+    "Model and data",
+    "Budget",
+    "Surgery",
+    "Healing",
+    "Evaluation",
+    "Output",
+    "Runtime",
+    "Other",
+)
 Form = Literal["value", "list", "repeat", "size", "switch"]
 """How the command line writes it: one value; several between commas; given several times; bytes, such as 8GB; a pair
 of flags `--x/--no-x`. A bool that is no switch is a lone flag."""
@@ -38,6 +47,7 @@ class About:
     name: str | None = None  #: Name on the command line, without the dashes, where it is not the field's.
     items: str = ""
     example: str = ""  #: Names of the items of a list, and an example of one, for errors.
+    inner: type[Options] | None = None  #: The options behind a flag, which are the option's value.
     choices: Mapping[str, Choice] | Collection[str] = ()  #: Values that help and completion name; there may be others.
     group: Group | None = None  #: Its heading in help texts, where it is not that of the class.
     terminal: bool = True  #: Whether the command line has it too.
@@ -77,9 +87,17 @@ class Options:
                 group._check(self)  # type: ignore[attr-defined]
 
     def described(self) -> dict[str, Any]:
-        """Return the settings as plain JSON, for provenance and identities."""
-        fields = attrs.fields(type(self))
-        return {field.name: _plain(getattr(self, field.name)) for field in fields if about_of(field).recorded}
+        """Return the settings as plain JSON, for provenance and identities; those behind a flag as `flag_option`."""
+        settings: dict[str, Any] = {}
+        for field in attrs.fields(type(self)):
+            about, value = about_of(field), getattr(self, field.name)
+            if about.inner is not None:
+                settings[field.name] = value is not None
+                within = value.described() if value is not None else {}
+                settings |= {f"{field.name}_{name}": setting for name, setting in within.items()}
+            elif about.recorded:
+                settings[field.name] = _plain(value)
+        return settings
 
 
 def fields_of(config: type[Options]) -> list[attrs.Attribute[Any]]:

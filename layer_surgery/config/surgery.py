@@ -10,7 +10,14 @@ from typing import Any, ClassVar
 
 import attrs
 
-from layer_surgery.config.choices import COMPONENT_CHOICES, METHOD_CHOICES, SCORER_CHOICES, Choice
+from layer_surgery.config.choices import (
+    COMPONENT_CHOICES,
+    DEFAULT_LOSSES,
+    LOSS_CHOICES,
+    METHOD_CHOICES,
+    SCORER_CHOICES,
+    Choice,
+)
 from layer_surgery.config.declaring import (
     Group,
     Options,
@@ -36,6 +43,8 @@ LISTED_BELOW: tuple[tuple[str, str, Mapping[str, Choice], tuple[str, ...]], ...]
     ("scorer", "Scorers", SCORER_CHOICES, (DEFAULT_SCORER,)),
     ("method", "Methods", METHOD_CHOICES, (DEFAULT_METHOD,)),
     ("components", "Components", COMPONENT_CHOICES, DEFAULT_COMPONENTS),
+    ("loss", "Losses", LOSS_CHOICES, DEFAULT_LOSSES),
+    ("heal__loss", "Losses to heal by", LOSS_CHOICES, DEFAULT_LOSSES),
 )
 
 

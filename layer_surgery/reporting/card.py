@@ -13,9 +13,9 @@ from layer_surgery.checkpoint.origin import is_valid_hub_id
 from layer_surgery.records import SurgeryReport
 from layer_surgery.records.seal import sealed
 from layer_surgery.reporting.formats import with_interval
-from layer_surgery.reporting.measurements import measurement_tables
+from layer_surgery.reporting.measurements import report_tables
 from layer_surgery.reporting.provenance import calibration_sources
-from layer_surgery.reporting.sentences import how_to_load, refit_sentence, summary
+from layer_surgery.reporting.sentences import healing_sentence, how_to_load, refit_sentence, summary
 from layer_surgery.reporting.templates import render
 from layer_surgery.reporting.text import printable
 
@@ -31,23 +31,34 @@ def model_card(report: SurgeryReport, name: str, *, needs_code: bool, note: str 
         needs_code: whether the result loads with `trust_remote_code=True` only.
         note: a sentence before all others.
     """
+    columns, tables = report_tables(report)
     text = render(
         "card.md.jinja",
         metadata=metadata(report, name, needs_code=needs_code).to_yaml(line_break="\n").strip(),
         name=name,
         report=report,
         sentences=[note, *summary(report)] if note else summary(report),
-        tables=measurement_tables([report.before, report.after], report.comparison),
+        columns=columns,
+        tables=tables,
         refit=refit_sentence(report),
+        healing=healing_sentence(report),
+        healed_on=calibration_sources(report.healing.data if report.healing is not None else None),
         loading=how_to_load(name, needs_code=needs_code),
         needs_code=needs_code,
         sources=calibration_sources(report.calibration),
-        command=report.provenance.get("command"),
+        command="\n".join(_commands(report)),
         hub_id=_hub_id(report),
         sha256=report.base_model.get("sha256"),
         licence=report.base_model.get("licence") or {},
     )
     return sealed(text)
+
+
+def _commands(report: SurgeryReport) -> Iterator[str]:
+    """Yield the command of the surgery, where a healing followed as a run of its own, and that of the run."""
+    for provenance in (report.provenance.get("surgery") or {}, report.provenance):
+        if command := provenance.get("command"):
+            yield command
 
 
 def metadata(report: SurgeryReport, name: str, *, needs_code: bool) -> ModelCardData:

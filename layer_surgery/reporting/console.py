@@ -22,8 +22,8 @@ from layer_surgery.records import (
 from layer_surgery.records.sweep import SweepReport
 from layer_surgery.reporting.derived import changed_layers, is_joint, kept_columns, kept_count, ranked
 from layer_surgery.reporting.formats import with_interval
-from layer_surgery.reporting.measurements import measurement_tables
-from layer_surgery.reporting.sentences import best_sentence, budgets, failed_points
+from layer_surgery.reporting.measurements import Row, measurement_tables, report_tables
+from layer_surgery.reporting.sentences import best_sentence, budgets, failed_points, healing_sentence
 from layer_surgery.reporting.sweep_table import LEGEND, TEXT_COLUMNS, sweep_table
 
 _BLOCKS = "▏▎▍▌▋▊▉█"
@@ -40,7 +40,10 @@ def print_report(console: Console, report: SurgeryReport) -> None:
     console.print("; ".join([whole, *changed]), highlight=False)
     if plan.smaller:
         print_ranks(console, plan, report.spectra)
-    _print_measurements(console, report.before, report.after, report.comparison, ("before", "after", "change"))
+    titles, tables = report_tables(report)
+    _print_tables(console, tables, [*titles, "change"])
+    if healing := healing_sentence(report):
+        console.print(escape(healing), highlight=False)
     for sentence in budgets(report):
         console.print(sentence, highlight=False)
     _print_prediction(console, report)
@@ -118,15 +121,20 @@ def _print_measurements(
     titles: tuple[str, str, str],
 ) -> None:
     results = [after] if before is None else [before, after]
-    rows = [row for _, rows in measurement_tables(results, comparison) for row in rows]
+    _print_tables(console, measurement_tables(results, comparison), titles if before is not None else titles[:1])
+
+
+def _print_tables(console: Console, tables: list[tuple[str, list[Row]]], titles: Sequence[str]) -> None:
+    """Print rows under the titles of the models and, of several, of the change."""
     cells = [
         [("  " if row.level == "part" else "") + row.label + (f"\n  ({row.note})" if row.note else ""), *row.values]
-        + ([] if before is None else [row.change])
+        + ([] if len(titles) == 1 else [row.change])
+        for _, rows in tables
         for row in rows
     ]
     table = Table(box=None, pad_edge=False, title_justify="left")
     table.add_column("", overflow="fold")
-    for column, title in enumerate(titles[: len(cells[0]) - 1], start=1):
+    for column, title in enumerate(titles, start=1):
         # Names may be folded on a narrow terminal; numbers must not be.
         width = max(len(line[column]) for line in cells)
         table.add_column(escape(title), justify="right", overflow="fold", min_width=width)

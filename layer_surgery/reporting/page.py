@@ -4,12 +4,13 @@ from typing import Any, NamedTuple
 
 from layer_surgery.records import EvaluationReport, LayerScores, SurgeryReport
 from layer_surgery.reporting.derived import decoding_ratio, is_joint, kept_columns, kept_count, main_tasks, ranked
+from layer_surgery.reporting.figures import healing as healing_plots
 from layer_surgery.reporting.figures import layers as layer_plots
 from layer_surgery.reporting.figures import quality as quality_plots
 from layer_surgery.reporting.formats import ACTION_NAMES, percent_change, with_interval
-from layer_surgery.reporting.measurements import measurement_tables
+from layer_surgery.reporting.measurements import measurement_tables, report_tables
 from layer_surgery.reporting.provenance import provenance_section
-from layer_surgery.reporting.sentences import how_to_load, refit_sentence, summary
+from layer_surgery.reporting.sentences import healing_sentence, how_to_load, refit_sentence, summary
 from layer_surgery.reporting.templates import render
 
 
@@ -29,6 +30,7 @@ def report_page(report: SurgeryReport, name: str, *, needs_code: bool, note: str
         note: a sentence before all others.
     """
     linears = kept_columns(report.plan)
+    columns, tables = report_tables(report)
     return render(
         "report.html.jinja",
         title=f"{name}: {report.base_model['name']} after layer surgery",
@@ -36,7 +38,8 @@ def report_page(report: SurgeryReport, name: str, *, needs_code: bool, note: str
         report=report,
         sentences=[note, *summary(report)] if note else summary(report),
         tiles=tiles(report),
-        tables=measurement_tables([report.before, report.after], report.comparison),
+        columns=columns,
+        tables=tables,
         layers=layer_rows(report, list(linears)),
         linears=linears.items(),
         layer_plots=list(layer_plots.layer_plots(report)),
@@ -44,6 +47,8 @@ def report_page(report: SurgeryReport, name: str, *, needs_code: bool, note: str
         loss_plots=[*quality_plots.loss(report), quality_plots.costs(report.before, report.after)],
         task_plots=list(quality_plots.tasks(report)),
         refit=refit_sentence(report),
+        healing=healing_sentence(report),
+        healing_plots=list(healing_plots.curves(report)),
         loading=how_to_load(name, needs_code=needs_code),
         provenance=provenance_section(report.base_model, report.calibration, report.provenance, _facts(report)),
     )

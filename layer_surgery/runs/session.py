@@ -12,7 +12,15 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from layer_surgery.checkpoint.open import Checkpoint, open_checkpoint
 from layer_surgery.config import CalibrationConfig, PerplexityConfig, RuntimeConfig
-from layer_surgery.data import check_vocabulary, load_documents, pack_evaluation, pack_mixture, weighted_sources
+from layer_surgery.config.inputs import TextConfig
+from layer_surgery.data import (
+    check_vocabulary,
+    load_documents,
+    pack_at_most,
+    pack_evaluation,
+    pack_mixture,
+    weighted_sources,
+)
 from layer_surgery.data.tokens import PackedTokens
 from layer_surgery.disk.own import own_directory, remove_dead
 from layer_surgery.disk.reading import why
@@ -111,6 +119,24 @@ class Session:
         self._check(tokens)
         for line in _calibration_notes(tokens):
             self.ui.note(line)
+        return tokens
+
+    def healing_tokens(self, data: Sequence[str], text: TextConfig, samples: int, option: str) -> PackedTokens:
+        """Load and pack text to heal on: `samples` sequences, or as many as there are. Each example has its own."""
+        sources = weighted_sources(data, option)
+        tokens = pack_at_most(
+            [
+                load_documents(source.name, column=_column(text.text_column, source.name), part="calibration")
+                for source in sources
+            ],
+            [source.weight for source in sources],
+            self.need_tokenizer(),
+            samples=samples,
+            sequence_length=text.sequence_length,
+            seed=self.runtime.seed,
+            alone=True,
+        )
+        self._check(tokens)
         return tokens
 
     def evaluation_tokens(self, config: PerplexityConfig) -> list[PackedTokens]:
@@ -215,9 +241,14 @@ def _check_tokenizer(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase 
         )
 
 
-def check_sources(column: str | None, calibration: Sequence[str] = (), evaluation: Sequence[str] = ()) -> None:
+def check_sources(
+    column: str | None,
+    calibration: Sequence[str] = (),
+    evaluation: Sequence[str] = (),
+    option: str = "--calibration",
+) -> None:
     """Raise `DataError` for wrong weights, and for a column if none of the sources has columns."""
-    sources = list(dict.fromkeys([*(source.name for source in weighted_sources(calibration)), *evaluation]))
+    sources = list(dict.fromkeys([*(source.name for source in weighted_sources(calibration, option)), *evaluation]))
     if column is not None and all(_column(column, source) is None for source in sources):
         raise DataError(
             f"--text-column {column} applies to none of {', '.join(sources) or 'no data'}, which have no columns; "

@@ -27,6 +27,7 @@ def stages_of_compression(
     *,
     scored: bool,
     saved: bool,
+    healed: bool = False,
 ) -> list[Stage]:
     """Return the stages of `compress`.
 
@@ -34,6 +35,7 @@ def stages_of_compression(
         tokens: for calibration.
         scored: whether the layers are ranked in this run.
         saved: whether the result is written.
+        healed: whether the result is healed.
     """
     calibration = _tokens([tokens] if tokens is not None else [])
     scorer, method = planning.config.scorer, planning.method
@@ -47,10 +49,24 @@ def stages_of_compression(
         stages.append(Stage("operate", f"operating ({method.name})", work=_passes(passes, calibration)))
     if planning.refit_scope is not None:
         stages.append(Stage("refit", "refitting", work=_REFIT * calibration))
+    if healed:
+        stages += _healing(texts)
     stages.append(_evaluation("evaluate_after", "evaluating the result", texts))
     if saved:
         stages.append(Stage("save", "saving", work=0.0))
     return stages
+
+
+def stages_of_healing(texts: Sequence[PackedTokens], *, saved: bool) -> list[Stage]:
+    """Return the stages of `heal`; `saved` says whether the result is written."""
+    stages = [_evaluation("evaluate_before", "evaluating the original", texts), *_healing(texts)]
+    stages.append(_evaluation("evaluate_after", "evaluating the result", texts))
+    return [*stages, Stage("save", "saving", work=0.0)] if saved else stages
+
+
+def _healing(texts: Sequence[PackedTokens]) -> list[Stage]:
+    """Return the stages between the surgery and the evaluation of a healed result."""
+    return [_evaluation("evaluate_unhealed", "evaluating the model before healing", texts), Stage("heal", "healing")]
 
 
 def stages_of_evaluation(texts: Sequence[PackedTokens], *, baseline: bool) -> list[Stage]:

@@ -261,7 +261,7 @@ class Walk:
         gradient.store.exchange(gradient.slot, new.slot)
 
 
-def next_tokens(tokens: PackedTokens, rows: slice) -> Tensor:
+def next_tokens(tokens: PackedTokens, rows: slice | Tensor) -> Tensor:
     """Return the labels [B, S] int64 of some sequences: the next token where it carries loss, else `NO_LABEL`.
 
     The label of position t is token t + 1: shifted here, once, and nowhere else.

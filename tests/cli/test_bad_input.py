@@ -16,6 +16,7 @@ from tiny_checkpoints import (
     VOCABULARY,
     CommandLine,
     Outcome,
+    assert_refused,
     edit_json,
     edit_tensors,
     listing,
@@ -30,18 +31,6 @@ from layer_surgery.cli.main import main
 from layer_surgery.errors import CheckpointError, DataError, NumericalError, PlanError, UserError
 
 CUDA = torch.cuda.is_available()
-
-
-def assert_refused(outcome: Outcome, *expected: str, code: int = 2) -> None:
-    """Check that a command ended with one sentence that holds every `expected` part, after at most some notes."""
-    assert outcome.code == code, outcome.err
-    *notes, message = outcome.error_lines
-    assert message.startswith("error: "), outcome.err
-    assert all(note.startswith(("calibration: ", "refit: ", "evaluation: ", "stage ")) for note in notes), outcome.err
-    assert "Traceback" not in outcome.err
-    assert outcome.out == ""
-    for part in expected:
-        assert part in message, f"{part!r} is not in {message!r}"
 
 
 # Options

@@ -19,17 +19,34 @@ from layer_surgery.config import (
     CompressConfig,
     EvaluateConfig,
     ExportConfig,
+    HealConfig,
     ScoreConfig,
     SweepConfig,
     VerifyConfig,
 )
-from layer_surgery.config.choices import BUNDLED_TASKS, DATA_CHOICES, METHOD_CHOICES, SCORER_CHOICES
+from layer_surgery.config.choices import (
+    BUNDLED_TASKS,
+    DATA_CHOICES,
+    LOSS_CHOICES,
+    METHOD_CHOICES,
+    OTHER_LOSSES,
+    SCORER_CHOICES,
+)
 from layer_surgery.config.declaring import GROUPS, Options, about_of, group_of, grouped
 from layer_surgery.data import bundled_tasks, known_sources
+from layer_surgery.healing.losses import LOSSES
 from layer_surgery.scoring import SCORERS
 from layer_surgery.surgeon import METHODS
 
-CONFIGS = (CompressConfig, EvaluateConfig, ExportConfig, ScoreConfig, SweepConfig, VerifyConfig)
+CONFIGS = (
+    CompressConfig,
+    EvaluateConfig,
+    ExportConfig,
+    HealConfig,
+    ScoreConfig,
+    SweepConfig,
+    VerifyConfig,
+)
 COMMANDS = [name for name, command in cli.commands.items() if isinstance(command, GroupedCommand)]
 SLOW = {"torch", "transformers", "datasets", "lm_eval", "numpy", "matplotlib", "pydantic"}
 
@@ -50,11 +67,12 @@ def test_every_option_has_a_heading_and_is_under_it_once(config: type[Options]) 
 
 def test_compress_has_its_options_under_the_headings(run: CommandLine) -> None:
     found = sections(run("compress", "--help").out)
-    assert list(found) == [*GROUPS[:-1], "Scorers", "Methods", "Components", "Examples"]
+    assert list(found) == [*GROUPS[:-1], "Scorers", "Methods", "Components", "Losses to heal by", "Examples"]
     for heading, option in (
         ("Model and data", "--calibration"),
         ("Budget", "--target-parameters"),
         ("Surgery", "--refit-scope operated|all"),
+        ("Healing", "--heal-minutes M"),
         ("Evaluation", "--no-eval"),
         ("Output", "--json"),
         ("Runtime", "--debug"),
@@ -83,6 +101,8 @@ def test_what_is_listed_is_what_is_registered() -> None:
     # Listed apart from the functions, so that help and completion need not import them.
     assert set(SCORERS.names) == set(SCORER_CHOICES) and set(METHODS.names) == set(METHOD_CHOICES)
     assert set(DATA_CHOICES) == set(known_sources())
+    assert set(LOSSES.names) == {*LOSS_CHOICES, *OTHER_LOSSES}
+    assert {loss.name for loss in LOSSES if loss.needs not in ("labels", "logits", "states")} == set(OTHER_LOSSES)
     group, *tasks = BUNDLED_TASKS
     listed = (bundled_tasks() / f"{group}.yaml").read_text(encoding="utf-8")
     assert re.findall(r"^  - (bundled_\w+)$", listed, re.MULTILINE) == tasks
@@ -111,6 +131,7 @@ def test_importing_the_package_prints_nothing_and_imports_nothing_slow() -> None
     ("function", "config"),
     [
         (layer_surgery.compress, CompressConfig),
+        (layer_surgery.heal, HealConfig),
         (layer_surgery.score, ScoreConfig),
         (layer_surgery.evaluate, EvaluateConfig),
         (layer_surgery.sweep, SweepConfig),
