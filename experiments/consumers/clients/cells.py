@@ -32,7 +32,7 @@ import torch
 #: Begins a line of standard output that is a cell; tools print there too.
 MARK = "cell: "
 #: Seconds after which a cell is given up.
-LIMIT = 400
+LIMIT = 900
 
 
 @dataclass(frozen=True)

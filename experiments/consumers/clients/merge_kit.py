@@ -1,6 +1,10 @@
-"""mergekit averages a result with a changed copy of it; what it writes is the average."""
+"""mergekit averages a result with a changed copy of it; what it writes is the average.
+
+mergekit does not copy the modelling file, without which the average of low-rank results does not load: users copy it.
+"""
 
 import shutil
+from pathlib import Path
 
 import torch
 from cells import Case, logits_of, main, same
@@ -25,6 +29,9 @@ def merged(case: Case) -> str:
     fields = {"merge_method": "linear", "models": entries, "dtype": "float32"}
     options = MergeOptions(trust_remote_code=True, quiet=True, copy_tokenizer=True)
     run_merge(MergeConfiguration.model_validate(fields), str(case.scratch / "merged"), options)
+    modelling_file = Path(case.directory) / "modeling_layer_surgery.py"
+    if modelling_file.exists():
+        shutil.copy(modelling_file, case.scratch / "merged")
     return same(logits_of(case.load(case.scratch / "merged")), logits_of(expected_model))
 
 
