@@ -1,4 +1,4 @@
-"""sentence-transformers makes an embedding of it: the mean of the last hidden states."""
+"""sentence-transformers makes an embedding, by default of causal models the last hidden state of the last token."""
 
 import torch
 from cells import PROMPTS, Case, main, same
@@ -14,7 +14,7 @@ def embedded(case: Case) -> str:
     decoder = AutoModel.from_pretrained(case.directory, trust_remote_code=True, **options).eval()
     tokenizer = case.tokenizer()
     states = [decoder(**tokenizer(prompt, return_tensors="pt")).last_hidden_state for prompt in PROMPTS]
-    return same(found, torch.stack([state[0].mean(0) for state in states]))
+    return same(found, torch.stack([state[0, -1] for state in states]))
 
 
 if __name__ == "__main__":
