@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import attrs
 
-from layer_surgery.config.declaring import Options, about, at_least, path
+from layer_surgery.config.declaring import Options, about, at_least, one_of, path
 from layer_surgery.errors import UserError
+from layer_surgery.linalg.decomposition import DECOMPOSITIONS, WIDE, Decomposition
 from layer_surgery.progress import Ui
 
 if TYPE_CHECKING:
@@ -64,6 +65,15 @@ class RuntimeConfig(CallConfig):
             "dtype of computation; auto is float32 on a CPU and the checkpoint's own on CUDA. The saved checkpoint "
             "always has the original's dtype.",
             metavar="auto|float32|bfloat16|float16",
+        ),
+    )
+    decomposition: Decomposition = attrs.field(
+        default="auto",
+        validator=one_of(DECOMPOSITIONS),
+        metadata=about(
+            "How linears are decomposed: exact, or leading (components up to the largest useful rank, by matrix "
+            f"products; much faster where a side is {WIDE:,} or more); auto is leading for those, exact for others.",
+            metavar="auto|exact|leading",
         ),
     )
     batch_size: int = attrs.field(

@@ -45,12 +45,13 @@ class Session:
 
     @property
     def settings(self) -> WalkSettings:
-        """How walks of this run use memory."""
+        """How walks of this run use memory, and how what they see is decomposed."""
         return WalkSettings(
             batch_size=self.runtime.batch_size,
             boundary_memory_bytes=self.boundary_bytes,
             scratch=self.scratch,
             progress=self.ui.progress,
+            decomposition=self.runtime.decomposition,
         )
 
     def available_bytes(self) -> int | None:
