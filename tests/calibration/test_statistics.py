@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from surgery_helpers import LINEARS, statistics_source, walked_moments
+from tiny_families import dtype_of
 from tiny_models import (
     CALIBRATION,
     decoder_layers,
@@ -256,10 +257,12 @@ def test_statistics_in_bfloat16_are_near_those_in_float32(tmp_path: Path) -> Non
 @pytest.mark.parametrize("model_type", ["llama", "mixtral"])
 def test_the_leading_way_gives_what_the_exact_way_does(tmp_path: Path, model_type: str) -> None:
     """Costs of linears, channels, experts and couplings; that it was another way shows in the last digits."""
+    ways: tuple[Decomposition, ...] = ("exact", "leading")
     found = {}
-    for way in ("exact", "leading"):
+    for way in ways:
         (tmp_path / way).mkdir()
-        found[way] = collected(tiny_model(model_type), tmp_path / way, decomposition=way)  # type: ignore[arg-type]
+        model = tiny_model(model_type)
+        found[way] = collected(model, tmp_path / way, dtype=dtype_of(model_type), decomposition=way)
     exact, leading = found["exact"], found["leading"]
     for index, ranks in exact.ranks.items():
         for name, most in ranks.items():
