@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 #: The tool's own use of memory on a CPU must not grow with the model, so these limits are fixed.
 CPU_MEMORY_BYTES = 1 << 29
+#: Hidden size from which a CPU computes in bfloat16 if it can. Smaller models take little time in float32, which gives
+#: the same numbers on every machine.
+BFLOAT16_FROM = 2048
 DTYPES = ("float32", "bfloat16", "float16")
 _LARGEST_SEED = (1 << 63) - 1
 
@@ -62,8 +65,9 @@ class RuntimeConfig(CallConfig):
         default="auto",
         converter=_dtype_name,
         metadata=about(
-            "dtype of computation; auto is float32 on a CPU and the checkpoint's own on CUDA. The saved checkpoint "
-            "always has the original's dtype.",
+            "dtype of computation; auto is the checkpoint's own on CUDA and float32 on a CPU, or bfloat16 if it is "
+            f"stored so, {BFLOAT16_FROM:,} or more wide, and the CPU multiplies bfloat16. The saved checkpoint always "
+            "has the original's dtype.",
             metavar="auto|float32|bfloat16|float16",
         ),
     )
@@ -158,11 +162,17 @@ class RuntimeConfig(CallConfig):
             boundary if self.boundary_bytes is None else self.boundary_bytes,
         )
 
-    def torch_dtype(self, device: torch.device, stored: torch.dtype) -> torch.dtype:
-        """Return the dtype of computation on `device` for a checkpoint stored in `stored`."""
+    def torch_dtype(self, device: torch.device, stored: torch.dtype, hidden_size: int) -> torch.dtype:
+        """Return the dtype of computation on `device` for a checkpoint of this width, stored in `stored`."""
         import torch
+
+        from layer_surgery.machine import cpu_multiplies_bfloat16
 
         if self.dtype != "auto":
             dtype: torch.dtype = getattr(torch, self.dtype)
             return dtype
-        return torch.float32 if device.type == "cpu" else stored
+        if device.type != "cpu":
+            return stored
+        # On a CPU that multiplies bfloat16, the same loss in half of the time or less.
+        short = stored == torch.bfloat16 and hidden_size >= BFLOAT16_FROM and cpu_multiplies_bfloat16()
+        return stored if short else torch.float32

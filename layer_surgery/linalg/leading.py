@@ -13,7 +13,7 @@ from torch import Tensor
 from layer_surgery.linalg.low_rank import Factors, WhitenedFactors, balanced
 
 #: Columns of the random sketch beyond the rank, as a fraction of the rank, and at least.
-_OVERSAMPLING, _LEAST_OVERSAMPLING = 1 / 8, 16
+_OVERSAMPLING, _LEAST_OVERSAMPLING = 1 / 8, 32
 #: A sketch this large, as a fraction of the matrix, costs as much as the whole decomposition.
 _DENSE = 0.6
 #: Products with the matrix before the Rayleigh-Ritz step; the matrix is a square already, so each counts twice.

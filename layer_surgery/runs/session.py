@@ -159,7 +159,8 @@ def open_session(model: Model, runtime: RuntimeConfig, scratch_parent: Path | No
     _say_what_is_special(checkpoint, ui)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    dtype, memory = runtime.torch_dtype(device, checkpoint.dtype), runtime.memory(device)
+    dtype = runtime.torch_dtype(device, checkpoint.dtype, checkpoint.hidden_size)
+    memory = runtime.memory(device)
     with tempfile.TemporaryDirectory(prefix=SCRATCH_PREFIX, dir=runtime.scratch or scratch_parent) as scratch:
         yield Session(checkpoint, tokenizer, runtime, device, dtype, Path(scratch), ui, clock, *memory)
 
