@@ -101,14 +101,15 @@ def problems(hidden: int, width: int) -> list[Problem]:
 
 def moment(size: int) -> Tensor:
     """Return a damped second moment [size, size] float64."""
-    rows = torch.randn(3 * size, size)
+    rows = torch.randn(512, size)
     return shrunk((rows.T @ rows / len(rows)).double(), len(rows))
 
 
 def random_sums(out: int, in_: int) -> RidgeProblem:
     """Return sums of tokens whose targets are linear in the inputs up to noise, so that a ridge is chosen."""
     true, parts = torch.randn(out, in_) / in_**0.5, []
-    for tokens in (3 * in_, in_):
+    rows = min(3 * in_, 4096)
+    for tokens in (rows, rows // 3):
         z, sums = torch.randn(tokens, in_), Sums.zeros(out, in_, torch.zeros(1))
         sums.add(z, z @ true.T + torch.randn(tokens, out))
         parts.append(sums)
