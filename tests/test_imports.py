@@ -31,11 +31,20 @@ LAYERS: list[tuple[str, ...]] = [
 ]
 STAGES = next(names for names in LAYERS if "scoring" in names)
 #: What knows torch and the standard library only, itself and all that it imports.
-PURE = ("linalg.low_rank", "linalg.least_squares", "walk.boundaries", "walk.gradients", "walk.moments")
+PURE = (
+    "linalg.low_rank",
+    "linalg.leading",
+    "linalg.blockwise_nystrom",
+    "linalg.least_squares",
+    "walk.boundaries",
+    "walk.gradients",
+    "walk.moments",
+)
 #: What not even knows torch: the command line reads it before anything is imported that takes seconds.
 LIGHT = (
     "config.__init__",
     "errors",
+    "linalg.decomposition",
     "records.plan",
     "records.shown",
     "records.surgery",

@@ -58,6 +58,7 @@ class StatisticsCache:
             "checkpoint_sha256": self._base_sha256 or walk.model.checkpoint.sha256(),
             "part": part,
             "maps": self._maps,
+            "decomposition": walk.settings.decomposition,
             "data_sha256": walk.tokens.sha256,
             "compute_dtype": str(walk.model.dtype),
             "stored_dtype": str(dtype),

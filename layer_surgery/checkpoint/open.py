@@ -88,6 +88,11 @@ class Checkpoint:
         return int(self.skeleton.get_input_embeddings().weight.shape[0])
 
     @property
+    def hidden_size(self) -> int:
+        """Width of the embeddings."""
+        return int(self.skeleton.get_input_embeddings().weight.shape[1])
+
+    @property
     def longest_sequence(self) -> int | None:
         """Most tokens that the model takes; None where its configuration does not say."""
         return longest_sequence(self.config)

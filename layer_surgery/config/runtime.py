@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, ClassVar
 
 import attrs
 
-from layer_surgery.config.declaring import Group, Options, about, at_least, path
+from layer_surgery.config.declaring import Group, Options, about, at_least, one_of, path
 from layer_surgery.errors import UserError
+from layer_surgery.linalg.decomposition import DECOMPOSITIONS, WIDE, Decomposition
 from layer_surgery.progress import Ui
 
 if TYPE_CHECKING:
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
 
 #: The tool's own use of memory on a CPU must not grow with the model, so these limits are fixed.
 CPU_MEMORY_BYTES = 1 << 29
+#: Hidden size from which a CPU computes in bfloat16 if it can. Smaller models take little time in float32, which gives
+#: the same numbers on every machine.
+BFLOAT16_FROM = 2048
 DTYPES = ("float32", "bfloat16", "float16")
 _LARGEST_SEED = (1 << 63) - 1
 
@@ -76,9 +80,19 @@ class RuntimeConfig(CallConfig):
         default="auto",
         converter=_dtype_name,
         metadata=about(
-            "dtype of computation; auto is float32 on a CPU and the checkpoint's own on CUDA. The saved checkpoint "
-            "always has the original's dtype.",
+            "dtype of computation; auto is the checkpoint's own on CUDA and float32 on a CPU, or bfloat16 if it is "
+            f"stored so, {BFLOAT16_FROM:,} or more wide, and the CPU multiplies bfloat16. The saved checkpoint always "
+            "has the original's dtype.",
             choices=("auto", *DTYPES),
+        ),
+    )
+    decomposition: Decomposition = attrs.field(
+        default="auto",
+        validator=one_of(DECOMPOSITIONS),
+        metadata=about(
+            "How linears are decomposed: exact, or leading (components up to the largest useful rank, by matrix "
+            f"products; much faster where a side is {WIDE:,} or more); auto is leading for those, exact for others.",
+            choices=DECOMPOSITIONS,
         ),
     )
     batch_size: int = attrs.field(
@@ -171,11 +185,17 @@ class RuntimeConfig(CallConfig):
             boundary if self.boundary_bytes is None else self.boundary_bytes,
         )
 
-    def torch_dtype(self, device: torch.device, stored: torch.dtype) -> torch.dtype:
-        """Return the dtype of computation on `device` for a checkpoint stored in `stored`."""
+    def torch_dtype(self, device: torch.device, stored: torch.dtype, hidden_size: int) -> torch.dtype:
+        """Return the dtype of computation on `device` for a checkpoint of this width, stored in `stored`."""
         import torch
+
+        from layer_surgery.machine import cpu_multiplies_bfloat16
 
         if self.dtype != "auto":
             dtype: torch.dtype = getattr(torch, self.dtype)
             return dtype
-        return torch.float32 if device.type == "cpu" else stored
+        if device.type != "cpu":
+            return stored
+        # On a CPU that multiplies bfloat16, the same loss in half of the time or less.
+        short = stored == torch.bfloat16 and hidden_size >= BFLOAT16_FROM and cpu_multiplies_bfloat16()
+        return stored if short else torch.float32

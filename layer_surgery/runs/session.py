@@ -55,12 +55,13 @@ class Session:
 
     @property
     def settings(self) -> WalkSettings:
-        """How walks of this run use memory."""
+        """How walks of this run use memory, and how what they see is decomposed."""
         return WalkSettings(
             batch_size=self.runtime.batch_size,
             boundary_memory_bytes=self.boundary_bytes,
             scratch=self.scratch,
             progress=self.ui.progress,
+            decomposition=self.runtime.decomposition,
         )
 
     @contextmanager
@@ -192,7 +193,8 @@ def open_session(model: Model, runtime: RuntimeConfig, scratch_parent: Path | No
     _say_what_is_special(checkpoint, ui)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    dtype, memory = runtime.torch_dtype(device, checkpoint.dtype), runtime.memory(device)
+    dtype = runtime.torch_dtype(device, checkpoint.dtype, checkpoint.hidden_size)
+    memory = runtime.memory(device)
     with _scratch(runtime.scratch or scratch_parent or Path(tempfile.gettempdir()), ui) as scratch:
         yield Session(checkpoint, tokenizer, runtime, device, dtype, scratch, ui, clock, *memory)
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from layer_surgery.data.tokens import PackedTokens
 from layer_surgery.errors import NumericalError
+from layer_surgery.linalg.decomposition import Decomposition
 from layer_surgery.progress import Progress, no_progress
 from layer_surgery.walk.boundaries import Boundary, BoundaryStore
 from layer_surgery.walk.finite import Finite, remedy
@@ -33,12 +34,16 @@ _STREAM = -1
 
 @dataclass(frozen=True, kw_only=True)
 class WalkSettings:
-    """Memory that a walk may take, and its progress. None of this changes what is computed."""
+    """Memory that a walk may take, its progress, and how what it sees is decomposed.
+
+    Only the last changes what is computed.
+    """
 
     batch_size: int = 8
     boundary_memory_bytes: int = 1 << 29
     scratch: Path = Path()
     progress: Progress = no_progress
+    decomposition: Decomposition = "auto"
 
 
 class Observer:

@@ -76,6 +76,7 @@ WRONG_OPTIONS: list[tuple[str, ...]] = [
     ("--target-layers 2 --device cuda:", "--device is 'cuda:'; allowed"),
     ("--target-layers 2 --device cuda:first", "--device is 'cuda:first'; allowed"),
     ("--target-layers 2 --device cpu:x", "--device is 'cpu:x'; allowed"),
+    ("--target-layers 2 --decomposition fast", "--decomposition is 'fast'; allowed: auto, exact, leading"),
     ("--target-layers 2 --dtype float8", "--dtype is 'float8'; allowed: auto, float32, bfloat16, float16"),
     ("--layers 4", "--layers names [4]", "0 to 3"),
     ("--layers -1", "--layers names [-1]", "0 to 3"),

@@ -44,6 +44,7 @@ def sweep_identity(
         "--speed": speed if config.speed else None,
         "--device": session.device.type,
         "--dtype": str(session.dtype).removeprefix("torch."),
+        "--decomposition": config.decomposition,
         "the release of layer-surgery": version("layer-surgery"),
         "the code of layer-surgery (sha256)": code_sha256(),
     }
