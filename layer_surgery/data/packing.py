@@ -49,6 +49,7 @@ def pack_calibration(
     sequence_length: int,
     seed: int,
     objective: Objective = NEXT_TOKEN,
+    alone: bool = False,
 ) -> PackedTokens:
     """Pack `samples` sequences of `sequence_length` tokens, chosen by `seed`; the CPU generator is the function's own.
 
@@ -57,7 +58,8 @@ def pack_calibration(
     All tokens but those at position 0 carry loss.
 
     Examples and chats: only answers carry loss (and the token that ends them). Whole examples are packed in shuffled
-    order: a row takes the next example while it fits, and is padded on the right. `samples` counts rows. Each
+    order: a row takes the next example while it fits, and is padded on the right; with `alone` each row has one example
+    only, so that no token sees another example. `samples` counts rows. Each
     prompt/answer example begins with BOS (if the tokenizer adds it) and ends with EOS (if there is one).
 
     For a masked language model, windows are those of `text_windows`, and which tokens are masked is the seed's; for
@@ -95,7 +97,9 @@ def pack_calibration(
     examples = encode_examples(tokenizer, data)
     _require_fit(data, examples, sequence_length)
     order = torch.randperm(len(examples), generator=generator).tolist()
-    rows = list(islice(_fill_rows((examples[i] for i in order), sequence_length), samples))
+    shuffled = (examples[i] for i in order)
+    filled = ([example] for example in shuffled) if alone else _fill_rows(shuffled, sequence_length)
+    rows = list(islice(filled, samples))
     available = sum(map(len, examples))
     if len(rows) < samples:
         raise TooFewSequencesError(data, available, len(rows), samples, sequence_length)

@@ -1,5 +1,7 @@
 """Packed token sequences: the one form in which text reaches a model."""
 
+from __future__ import annotations
+
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -72,6 +74,23 @@ class PackedTokens:
             given["token_type_ids"] = self.segments
         return {name: tensor[rows] if chosen is None else tensor[rows][chosen] for name, tensor in given.items()}
 
+    def select(self, rows: Tensor | slice) -> PackedTokens:
+        """Return some of the sequences, by number, under the same name; shares of sources are not known of them."""
+        chosen = packed_tokens(
+            self.name,
+            self.token_ids[rows],
+            self.loss_mask[rows],
+            self.valid[rows],
+            self.tokens_available,
+            labels=None if self.labels is None else self.labels[rows],
+            segments=None if self.segments is None else self.segments[rows],
+        )
+        return replace(chosen, objective=self.objective)
+
+    def holding(self, token_ids: Tensor, loss_mask: Tensor, valid: Tensor) -> PackedTokens:
+        """Return other sequences [N, S], whose labels are their next tokens, under the same name and without shares."""
+        return packed_tokens(self.name, token_ids, loss_mask, valid, self.tokens_available)
+
     def batches(self, batch_size: int) -> Iterator[slice]:
         """Yield slices over the sequences, each of at most `batch_size`."""
         for start in range(0, self.sequences, batch_size):
@@ -89,6 +108,7 @@ def packed_tokens(
     segments: Tensor | None = None,
 ) -> PackedTokens:
     """Put sequences and masks, each `[N, S]`, into a record with the hash of what is in them."""
+    token_ids, loss_mask, valid = token_ids.contiguous(), loss_mask.contiguous(), valid.contiguous()
     digest = hashlib.sha256(f"{token_ids.shape[0]}x{token_ids.shape[1]}".encode())
     for array in (token_ids.numpy().astype("<i8"), loss_mask.numpy(), valid.numpy()):
         digest.update(array.tobytes())
@@ -107,8 +127,8 @@ def packed_tokens(
     )
 
 
-def joined(parts: Sequence[PackedTokens], name: str, order: Tensor) -> PackedTokens:
-    """Return the sequences of several records in one, in this order [N] int64, padded to the longest."""
+def joined(name: str, parts: Sequence[PackedTokens], order: Tensor | slice = slice(None)) -> PackedTokens:
+    """Return the sequences of several records in one, padded to the longest, in this order ([N] int64), if one is given."""
     length = max(part.sequence_length for part in parts)
     objective = parts[0].objective
     padding = objective.padding_id or 0

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from layer_surgery.checkpoint.modeling_layer_surgery import IN_FACTOR, OUT_FACTOR, LowRankLinear
 from layer_surgery.checkpoint.new_tensors import FactorStore
 from layer_surgery.errors import DataError
+from layer_surgery.linalg.decomposition import Decomposition, takes_leading
 from layer_surgery.linalg.least_squares import RidgeProblem, Solution, Sums
 from layer_surgery.records import RefitRecord, RefitScope, SurgeryPlan
 from layer_surgery.surgeon.layer_pair import (
@@ -248,7 +249,7 @@ class _Pair:
         """Re-solve linears on what they read and should give, as `look` finds it, unless nothing is left of them."""
         if not names or self._gone(names[0]):
             return
-        problems = _Problems(self.layer, names)
+        problems = _Problems(self.layer, names, self.tracks[0].walk.settings.decomposition)
         for batch in self._batches():
             problems.add(*look(batch), batch)
         for name, solution in problems.solve():
@@ -315,8 +316,8 @@ def _has(layer: nn.Module, name: str) -> bool:
 class _Problems:
     """The least-squares problems of some linears; those that read the same input share its sums."""
 
-    def __init__(self, layer: nn.Module, names: Sequence[str]) -> None:
-        self._layer, self._names = layer, names
+    def __init__(self, layer: nn.Module, names: Sequence[str], way: Decomposition) -> None:
+        self._layer, self._names, self._way = layer, names, way
         self._problems: dict[str, RidgeProblem] = {}
         self._reads: dict[str, str] = {}
 
@@ -350,7 +351,9 @@ class _Problems:
         for name in self._names:
             reader = self._reads.get(name, name)
             shared = None if reader == name else self._problems[reader]
-            yield name, self._problems[name].solve(_solved_weight(self._layer, name).detach(), shared)
+            problem, weight = self._problems[name], _solved_weight(self._layer, name).detach()
+            by_factors = takes_leading(self._way, weight.shape[1])
+            yield name, problem.solve_by_factors(weight, shared) if by_factors else problem.solve(weight, shared)
 
 
 def _solved_weight(layer: nn.Module, name: str) -> nn.Parameter:

@@ -13,7 +13,7 @@ def targets(tokens: PackedTokens, rows: slice) -> Tensor:
     return next_tokens(tokens, rows) if tokens.labels is None else tokens.labels[rows]
 
 
-def next_tokens(tokens: PackedTokens, rows: slice) -> Tensor:
+def next_tokens(tokens: PackedTokens, rows: slice | Tensor) -> Tensor:
     """Return the labels [B, S] int64 of some sequences: the next token where it carries loss, else `NO_LABEL`.
 
     The label of position t is token t + 1: shifted here, once, and nowhere else.

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from layer_surgery.checkpoint.heads import CAUSAL_LM
 from layer_surgery.checkpoint.open import Checkpoint
 from layer_surgery.errors import CheckpointError, LayerSurgeryError, PlanError
+from layer_surgery.walk.finite import not_finite
 from layer_surgery.walk.rehearsal import LayerCall, Rehearsal, same_call, stubs
 from layer_surgery.walk.streamed import StreamedModel
 
@@ -68,6 +69,8 @@ def _walked_beside_own(model: StreamedModel, inputs: tuple[_Inputs, _Inputs]) ->
     the layers after which the two differ."""
     rehearsal = Rehearsal(model)
     states = [rehearsal.embed(given) for given in inputs]
+    if not all(torch.isfinite(each).all() for each in states):
+        raise not_finite(model, "the embeddings")
     calls = [[rehearsal.call(index, given) for index in range(model.layer_count)] for given in inputs]
     different: list[int] = []
 
@@ -75,6 +78,8 @@ def _walked_beside_own(model: StreamedModel, inputs: tuple[_Inputs, _Inputs]) ->
         with model.layer(index) as layer:
             for row in range(2):
                 states[row] = calls[row][index](layer, states[row])
+                if not torch.isfinite(states[row]).all():
+                    raise not_finite(model, f"the hidden states after layer {index}")
             output = layer(hidden, *call.args, **call.kwargs)
         own = output[0] if isinstance(output, tuple) else output
         if not _close(states[1], own):
@@ -87,6 +92,8 @@ def _walked_beside_own(model: StreamedModel, inputs: tuple[_Inputs, _Inputs]) ->
     logits = [
         rehearsal.head(hidden, given if of_sequences else None) for hidden, given in zip(states, inputs, strict=True)
     ]
+    if not all(torch.isfinite(each).all() for each in logits):
+        raise not_finite(model, "the logits")
     return logits, own_logits, different
 
 
