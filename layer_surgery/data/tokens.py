@@ -128,7 +128,7 @@ def packed_tokens(
 
 
 def joined(name: str, parts: Sequence[PackedTokens], order: Tensor | slice = slice(None)) -> PackedTokens:
-    """Return the sequences of several records in one, padded to the longest, in this order ([N] int64), if one is given."""
+    """Return the sequences of several records in one, padded to the longest, in the given order ([N] int64)."""
     length = max(part.sequence_length for part in parts)
     objective = parts[0].objective
     padding = objective.padding_id or 0

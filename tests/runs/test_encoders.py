@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import transformers
-from tiny_checkpoints import CommandLine, edit_json, listing
+from tiny_checkpoints import CommandLine, assert_refused, edit_json, listing
 from tiny_encoders import TAGS, labelled_file, saved_encoder
 from transformers import AutoTokenizer
 
@@ -163,6 +163,21 @@ def test_a_label_of_which_there_is_no_example_is_warned_of(run: CommandLine, tmp
     model, data = saved_encoder(tmp_path / "model", "tags"), labelled_file(tmp_path / "d.jsonl", "tags")
     outcome = run("score", model, "--calibration", data, "--samples", 50)
     assert outcome.code == 0 and f"none of the calibration examples has the label {TAGS[2]}" in outcome.err
+
+
+def test_healing_of_a_classifier_is_refused(run: CommandLine, tmp_path: Path) -> None:
+    model, data = saved_encoder(tmp_path / "model", "single_label"), labelled_file(tmp_path / "d.jsonl", "single_label")
+    result = tmp_path / "result"
+    cut = run("compress", model, "--layers", "2", "--method", "remove", "--no-eval", "--output", result)
+    assert cut.code == 0, cut.err
+    before = listing(tmp_path)
+    given = ("--no-eval", "--output", tmp_path / "healed")
+    for outcome in (
+        run("heal", result, "--data", data, *given),
+        run("compress", model, "--layers", "2", "--method", "remove", "--heal", "--calibration", data, *given),
+    ):
+        assert_refused(outcome, "is a sequence classifier", "healing trains causal language models")
+    assert listing(tmp_path) == before
 
 
 def test_models_with_other_heads_or_labels_are_not_compared(run: CommandLine, tmp_path: Path) -> None:
