@@ -26,6 +26,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("data",),
     ("config",),
     ("linalg", "records"),
+    ("parallel",),
     ("machine", "progress", "registry"),
     ("errors",),
 ]

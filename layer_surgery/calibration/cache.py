@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from layer_surgery import parallel
 from layer_surgery.calibration.bypass import MapWorth
 from layer_surgery.calibration.couplings import Couplings
 from layer_surgery.calibration.statistics import Statistics, collect, useful_ranks
@@ -60,34 +61,32 @@ class StatisticsCache:
         }
         key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:40]
         folder = self._directory / key
-        if folder.exists():
+        if parallel.from_first(folder.exists):
+            statistics, damage = None, ""
             try:
                 statistics = _read(folder, identity, Statistics.empty(walk, FactorStore(folder, dtype)))
             except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-                self._note(f"warning: the cached statistics in {folder} are not used ({error}); computing them again")
-                shutil.rmtree(folder, ignore_errors=True)
-            else:
+                damage = str(error)
+            damage = next(filter(None, parallel.gather(damage)), "")  # what one cannot read, none uses
+            if statistics is not None and not damage:
                 self._note(f"statistics: from the cache, {folder}")
                 return statistics
-        staging = self._directory / f".{key}.partial-{secrets.token_hex(4)}"
-        try:
-            staging.mkdir(parents=True)
-        except OSError as error:
-            reason = f"--cache {self._directory} cannot be written ({error.strerror})"
-            self._note(f"warning: statistics are not kept: {reason}")
+            self._note(f"warning: the cached statistics in {folder} are not used ({damage}); computing them again")
+            if parallel.is_first():
+                shutil.rmtree(folder, ignore_errors=True)
+        staging = self._directory / f".{key}.partial-{parallel.from_first(lambda: secrets.token_hex(4))}"
+        if problem := parallel.from_first(lambda: _problem_of_making(staging)):
+            self._note(f"warning: statistics are not kept: --cache {self._directory} cannot be written ({problem})")
             return None
         try:
             statistics = Statistics.empty(walk, FactorStore(staging, dtype))
             every = useful_ranks(walk.model, range(walk.model.layer_count), part)
             collect(walk, statistics, every, part, maps=self._maps)
-            _write(staging, identity, statistics)
-            try:
-                staging.rename(folder)
-            except OSError:  # another run has put the same there in the meantime and may be reading it
-                folder = Path(shutil.move(staging, scratch / key))
+            final = Path(parallel.from_first(lambda: _put(staging, folder, scratch / key, identity, statistics)))
         finally:
-            shutil.rmtree(staging, ignore_errors=True)
-        statistics.components = FactorStore(folder, dtype)
+            if parallel.is_first():
+                shutil.rmtree(staging, ignore_errors=True)
+        statistics.components = FactorStore(final, dtype)
         return statistics
 
 
@@ -98,6 +97,25 @@ def check_cache(cache: Path | None) -> None:
     nearest = next(place for place in cache.absolute().parents if place.exists())
     if cache.exists() or not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         raise UserError(f"--cache {cache} is no directory and cannot be made one; give another directory.")
+
+
+def _problem_of_making(folder: Path) -> str:
+    """Make a folder; return "", or why it cannot be made."""
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        return str(error.strerror)
+    return ""
+
+
+def _put(staging: Path, folder: Path, other: Path, identity: Mapping[str, Any], statistics: Statistics) -> str:
+    """Complete a staging folder and move it to where it is found from now on; return where it is."""
+    _write(staging, identity, statistics)
+    try:
+        staging.rename(folder)
+    except OSError:  # another run has put the same there in the meantime and may be reading it
+        return str(shutil.move(staging, other))
+    return str(folder)
 
 
 def _write(folder: Path, identity: Mapping[str, Any], statistics: Statistics) -> None:

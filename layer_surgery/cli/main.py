@@ -4,6 +4,7 @@ import logging
 import os
 import signal
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from typing import NoReturn
 
 import click
@@ -18,10 +19,12 @@ def main() -> NoReturn:
     """Run the command line; exit code 2 for a mistake in what was asked, 1 for a failure."""
     debug = "--debug" in sys.argv
     _quiet_libraries(debug)
+    _first_process_speaks(debug)
     # A terminated run cleans up like an interrupted one.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        sys.exit(cli.main(standalone_mode=False, prog_name="layer-surgery"))
+        with _processes():
+            sys.exit(cli.main(standalone_mode=False, prog_name="layer-surgery"))
     except click.ClickException as error:
         if len(sys.argv) == 1:  # the message is the help
             error.show()
@@ -57,6 +60,24 @@ def cli() -> None:
 
 for _name in ("compress", "score", "evaluate", "sweep", "report", "export"):
     cli.add_command(getattr(commands, _name))
+
+
+def _processes() -> AbstractContextManager[object]:
+    """Return what joins the processes that a launcher has started; nothing, where there is one."""
+    if os.environ.get("WORLD_SIZE", "1") in ("", "0", "1"):  # importing torch takes seconds
+        return nullcontext()
+    from layer_surgery import parallel
+
+    return parallel.joined()
+
+
+def _first_process_speaks(debug: bool) -> None:
+    """Keep the other processes of a job silent, but for tracebacks that were asked for."""
+    if os.environ.get("RANK", "0") == "0":
+        return
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
+    if not debug:
+        sys.stderr = sys.stdout
 
 
 def _quiet_libraries(debug: bool) -> None:

@@ -5,6 +5,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
+from layer_surgery import parallel
 from layer_surgery.calibration.cache import check_cache
 from layer_surgery.checkpoint.save import (
     check_free_space,
@@ -21,7 +22,7 @@ from layer_surgery.machine import peak_device_memory_bytes, peak_memory_bytes
 from layer_surgery.records import LayerScores, StageFailure, SurgeryReport
 from layer_surgery.records.reading import REPORT_FILE
 from layer_surgery.reporting.publish import write_page_and_card
-from layer_surgery.runs.bench import general_text, open_bench
+from layer_surgery.runs.bench import Result, general_text, open_bench
 from layer_surgery.runs.evaluator import Evaluator
 from layer_surgery.runs.planning import Planning, checked
 from layer_surgery.runs.provenance import (
@@ -31,7 +32,7 @@ from layer_surgery.runs.provenance import (
     report_dict,
     run_provenance,
 )
-from layer_surgery.runs.session import Model, check_sources, open_session
+from layer_surgery.runs.session import Model, Session, check_sources, open_session
 
 _LOG = logging.getLogger(__name__)
 
@@ -52,7 +53,7 @@ def run_compress(model: Model, config: CompressConfig, *, known_scores: LayerSco
         session = stack.enter_context(open_session(model, config, staging.parent if staging else None))
         original = session.checkpoint
         planning = Planning(config, original, session.device)
-        if staging is not None:
+        if staging is not None and parallel.is_first():
             check_free_space(staging, planning.trial.parameters * original.dtype.itemsize)
         scope, tokens, general = planning.refit_scope, None, None
         if planning.needs_data:
@@ -88,10 +89,9 @@ def run_compress(model: Model, config: CompressConfig, *, known_scores: LayerSco
         # Save.
         if staging is not None:
             with session.clock.stage("save"):
-                save_checkpoint(
-                    result.checkpoint, staging, base=original, tokenizer=session.tokenizer, progress=session.ui.progress
-                )
-                check_saved(staging, result.checkpoint)
+                if parallel.is_first():
+                    _save(session, result, staging)
+                parallel.barrier()
         report = SurgeryReport(
             base_model=base_model_record(original, sha256),
             plan=result.plan,
@@ -111,16 +111,33 @@ def run_compress(model: Model, config: CompressConfig, *, known_scores: LayerSco
             provenance=run_provenance(session, config),
             output=str(config.output) if staging is not None else None,
         )
-        return report if staging is None else _write_report(report, staging, config)
+        return report if staging is None or not parallel.is_first() else _write_report(report, staging, config)
+
+
+def _save(session: Session, result: Result, directory: Path) -> None:
+    original, progress = session.checkpoint, session.ui.progress
+    save_checkpoint(result.checkpoint, directory, base=original, tokenizer=session.tokenizer, progress=progress)
+    check_saved(directory, result.checkpoint)
 
 
 def _open_output(model: Model, config: CompressConfig, stack: ExitStack) -> Path | None:
-    """Return a staging directory that becomes the output when `stack` is left; None for a dry run."""
+    """Return a staging directory that becomes the output when `stack` is left; None for a dry run.
+
+    With several processes it is the first one's.
+    """
     if config.output is None:
         return None
-    check_not_same(model, config.output)
-    check_output(config.output, overwrite=config.overwrite)
-    return None if config.dry_run else stack.enter_context(staged_directory(config.output, overwrite=config.overwrite))
+    made = None
+    if parallel.is_first():
+        made = _staging(model, config, config.output, stack)
+    staging = parallel.from_first(lambda: None if made is None else str(made))
+    return None if staging is None else Path(staging)
+
+
+def _staging(model: Model, config: CompressConfig, output: Path, stack: ExitStack) -> Path | None:
+    check_not_same(model, output)
+    check_output(output, overwrite=config.overwrite)
+    return None if config.dry_run else stack.enter_context(staged_directory(output, overwrite=config.overwrite))
 
 
 def _check_plan_is_for(config: CompressConfig, sha256: str) -> None:

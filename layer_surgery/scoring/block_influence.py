@@ -6,6 +6,7 @@ Men et al., ShortGPT: Layers in Large Language Models are More Redundant Than Yo
 import torch
 from torch import Tensor
 
+from layer_surgery import parallel
 from layer_surgery.scoring.context import SCORERS, Ranking, ScoringContext
 from layer_surgery.walk.walk import Observer
 
@@ -14,13 +15,20 @@ class CosineObserver(Observer):
     """Sums cos(h_l, h_{l+1}) over valid tokens, for every layer it sees."""
 
     def __init__(self) -> None:
-        self.sums: dict[int, float] = {}
-        self.tokens: dict[int, int] = {}
+        self._sums = parallel.Sums(lambda _name: range(parallel.group().world))
 
     def boundaries(self, index: int, before: Tensor, after: Tensor, valid: Tensor) -> None:
         cosine = torch.cosine_similarity(before.double(), after.double(), dim=-1)
-        self.sums[index] = self.sums.get(index, 0.0) + float(cosine[valid].sum())
-        self.tokens[index] = self.tokens.get(index, 0) + int(valid.sum())
+        term = self._sums.term(str(index), (2,), torch.empty(0, dtype=torch.float64))
+        term += torch.tensor([float(cosine[valid].sum()), float(valid.sum())], dtype=torch.float64)
+
+    def end_round(self, present: int) -> None:
+        self._sums.close(present)
+
+    def mean(self, index: int) -> float:
+        """Return the mean cosine at layer `index`."""
+        total, tokens = self._sums.totals[str(index)].tolist()
+        return float(total / tokens)
 
 
 @SCORERS.add(
@@ -33,5 +41,5 @@ def block_influence(context: ScoringContext) -> Ranking:
     """Return `BI_l = 1 - E_t cos(h_l, h_{l+1})`; the least influential layers go first."""
     observer = CosineObserver()
     context.walk.forward(context.path, keep=context.keep_boundaries, observers=[observer])
-    values = [1.0 - observer.sums[index] / observer.tokens[index] for index in context.path]
+    values = [1.0 - observer.mean(index) for index in context.path]
     return Ranking("1 - mean cosine similarity of input and output", values)

@@ -7,6 +7,7 @@ from typing import Self
 
 import attrs
 
+from layer_surgery import parallel
 from layer_surgery.calibration.cache import check_cache
 from layer_surgery.checkpoint.save import check_not_same
 from layer_surgery.config import SweepConfig
@@ -59,7 +60,8 @@ def run_sweep(model: Model, config: SweepConfig) -> SweepReport:
         report = _with_best(model, config, condition, report)
     elif report.best is not None:
         report = _with_old_best(config, report.best, report)
-    write_sweep_page(config.directory, report)
+    if parallel.is_first():
+        write_sweep_page(config.directory, report)
     return report
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from layer_surgery import parallel
 from layer_surgery.checkpoint.save import PAGE_FILES, check_output, writable, write_atomically
 from layer_surgery.errors import LayerSurgeryError, OutputError
 from layer_surgery.records.reading import SWEEP_FILE
@@ -47,6 +48,8 @@ def sweep_directory(directory: Path) -> Iterator[Path]:
 
 def clear_sweep(directory: Path) -> None:
     """Remove the page and the best model of an old sweep; its other files are replaced."""
+    if not parallel.is_first():
+        return
     (directory / PAGE_FILES[0]).unlink(missing_ok=True)
     check_best(directory)
     shutil.rmtree(directory / BEST_FOLDER, ignore_errors=True)
@@ -54,6 +57,8 @@ def clear_sweep(directory: Path) -> None:
 
 def write_sweep(directory: Path, report: SweepReport) -> None:
     """Write the report in all its forms, each file at once: a run that is killed leaves the last one whole."""
+    if not parallel.is_first():
+        return
     text = json.dumps(report.to_dict(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     files = {SWEEP_FILE: text, "sweep.csv": csv_text(report), "sweep.md": markdown_text(report)}
     try:
