@@ -91,12 +91,13 @@ class _Watch:
         try:
             yield
         except BaseException as error:
-            self._stopping = True  # what is cleaned up now is not to be interrupted
+            self._stopping = True  # what is cleaned up from here on is not to be interrupted by the launcher
             raise self._failed(error) from error
+        else:
+            signal.signal(signal.SIGTERM, before)
         finally:
             self._done.set()
             thread.join()
-            signal.signal(signal.SIGTERM, before)
 
     def _failed(self, error: BaseException) -> BaseException:
         """Tell the others of an error, unless it comes from one of them; return what it is to this process."""

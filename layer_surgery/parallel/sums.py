@@ -20,14 +20,15 @@ class Sums:
     """Tensors by name, each the sum over the micro-batches of all processes, in the order of the micro-batches.
 
     Processes work in rounds: in each, the first `present` of them have a micro-batch, in the order of their ranks.
-    What a micro-batch adds goes to `term`; `close` ends the round. A total is held by its owners only.
+    What a micro-batch adds goes to `term`, under the same names in every round; `close` ends the round. A total is held
+    by its owners only.
     """
 
     def __init__(self, owners_of: Callable[[str], Iterable[int]] = lambda _name: (0,)) -> None:
         self.totals: dict[str, Tensor] = {}
         self._owners_of = owners_of
         self._terms: dict[str, Tensor] = {}  # of the round at hand
-        self._known: dict[str, Tensor] = {}  # like the terms, without their data
+        self._known: dict[str, tuple[tuple[int, ...], Tensor]] = {}  # shapes, and an empty tensor of dtype and device
 
     def term(self, name: str, shape: Sequence[int], like: Tensor, *, whole: bool = False) -> Tensor:
         """Return the tensor to which the micro-batch at hand is to be added, once: in place, in the dtype of `like`.
@@ -38,43 +39,35 @@ class Sums:
         held = self._terms if whole or group().world > 1 else self.totals
         if name not in held:
             held[name] = torch.zeros(tuple(shape), dtype=like.dtype, device=like.device)
-            self._known[name] = held[name].to("meta")
+            self._known[name] = tuple(shape), like.new_empty(0)
         return held[name]
 
     def close(self, present: int) -> None:
         """End a round: every term goes to the owners of its name, which add them in the order of the ranks."""
-        if group().world == 1:
-            for name, term in self._terms.items():
-                self._add(name, term)
-        else:
-            for name, like in self._known.items():
-                for owner in sorted(set(self._owners_of(name))):
-                    self._collect(name, like, owner, present)
+        for name, (shape, like) in self._known.items():
+            if group().world == 1:
+                if name in self._terms:
+                    self._add(name, self._terms[name])
+                continue
+            term = self._terms.get(name)
+            if term is None:
+                term = like.new_zeros(shape)
+            for owner in sorted(set(self._owners_of(name))):
+                self._collect(name, term, owner, present)
         self._terms.clear()
 
-    def _collect(self, name: str, like: Tensor, owner: int, present: int) -> None:
-        term = self._terms.get(name) if group().rank < present else None
-        if owner != group().rank:
-            if term is not None:
-                exchanged(lambda: _exchange([dist.P2POp(dist.isend, term, owner)]))
+    def _collect(self, name: str, own: Tensor, owner: int, present: int) -> None:
+        """Send this process's term of the round to the owner, or be the owner."""
+        rank = group().rank
+        if owner != rank:
+            if rank < present:
+                exchanged(lambda: _exchange([dist.P2POp(dist.isend, own, owner)]))
             return
-        device = self._device(name)
-        terms = {
-            rank: torch.empty(like.shape, dtype=like.dtype, device=device)
-            for rank in range(present)
-            if rank != group().rank
-        }
-        if terms:
-            exchanged(lambda: _exchange([dist.P2POp(dist.irecv, each, rank) for rank, each in terms.items()]))
-        if term is not None:
-            terms[group().rank] = term
-        for rank in sorted(terms):
-            self._add(name, terms[rank])
-
-    def _device(self, name: str) -> torch.device:
-        held = self._terms.get(name, self.totals.get(name))
-        assert held is not None, "the first round has a micro-batch for every process"
-        return held.device
+        terms = {other: own if other == rank else torch.empty_like(own) for other in range(present)}
+        received = [dist.P2POp(dist.irecv, term, other) for other, term in terms.items() if other != rank]
+        exchanged(lambda: _exchange(received))
+        for term in terms.values():
+            self._add(name, term)
 
     def _add(self, name: str, term: Tensor) -> None:
         if name in self.totals:
@@ -84,5 +77,7 @@ class Sums:
 
 
 def _exchange(operations: list[dist.P2POp]) -> None:
+    if not operations:
+        return
     for work in dist.batch_isend_irecv(operations):
         work.wait()

@@ -70,6 +70,10 @@ class Session:
         with parallel.temporary_folder(self.scratch, f"{name}-") as folder:
             try:
                 yield replace(self, scratch=folder)
+            except Exception as error:
+                if parallel.in_step(error):  # the run may go on: nobody is to read what is deleted now
+                    parallel.barrier()
+                raise
             finally:
                 del self._proven[proven:]
 
