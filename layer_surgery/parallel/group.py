@@ -119,6 +119,12 @@ def in_step(error: Exception) -> bool:
     return _group.world == 1 or isinstance(error, UserError | NumericalError)
 
 
+def meet(device: torch.device) -> None:
+    """Have all processes exchange something on their GPUs, which nccl wants before some of them do."""
+    if _group.world > 1 and device.type == "cuda":
+        exchanged(lambda: dist.all_reduce(torch.zeros(1, device=device)))
+
+
 def total(count: int) -> int:
     """Return the sum of what the processes have counted."""
     return sum(gather(count))

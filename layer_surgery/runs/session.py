@@ -159,6 +159,7 @@ def open_session(model: Model, runtime: RuntimeConfig, scratch_parent: Path | No
     clock, tokenizer, ui = Clock(), runtime.tokenizer, runtime.ui
     _check_processes(runtime)
     device = runtime.torch_device()
+    parallel.meet(device)
     with clock.stage("open"):
         checkpoint = open_checkpoint(model, trust_remote_code=runtime.trust_remote_code)
         if tokenizer is None and checkpoint.directory is not None:
