@@ -9,18 +9,31 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from layer_surgery.checkpoint.open import open_checkpoint
-from layer_surgery.config import CompressConfig, EvaluateConfig, ExportConfig, ScoreConfig, SweepConfig
+from layer_surgery.config import (
+    CompressConfig,
+    EvaluateConfig,
+    ExportConfig,
+    HealConfig,
+    ScoreConfig,
+    SweepConfig,
+    VerifyConfig,
+)
+from layer_surgery.config.declaring import expanded
 from layer_surgery.config.keywords import on_model, with_output
-from layer_surgery.errors import OutputError, PlanError
+from layer_surgery.errors import CheckpointError, OutputError, PlanError, ReportError
 from layer_surgery.records import EvaluationReport, LayerScores, SurgeryReport
 from layer_surgery.records.sweep import SweepReport
+from layer_surgery.records.verification import Verification
+from layer_surgery.reporting import notebook  # noqa: F401  lets notebooks show what the functions return
 from layer_surgery.reporting.publish import report_on
 from layer_surgery.runs.compress import run_compress
 from layer_surgery.runs.evaluate import run_evaluate
 from layer_surgery.runs.export import DenseExport, run_export
+from layer_surgery.runs.heal import run_heal
 from layer_surgery.runs.score import run_score
 from layer_surgery.runs.session import Model
 from layer_surgery.runs.sweep import run_sweep
+from layer_surgery.runs.verify import run_verify
 
 
 @with_output(CompressConfig)
@@ -35,6 +48,23 @@ def compress(model: Model, options: CompressConfig) -> SurgeryReport:
     Raises: `layer_surgery.UserError` for what cannot be done as asked, before anything is written.
     """
     return run_compress(model, options)
+
+
+@with_output(HealConfig)
+def heal(model: Model, options: HealConfig) -> SurgeryReport:
+    """Train a saved result a little, so that it follows the model that it was made of, and save what comes of it.
+
+    The result is never worse on text that was held out from the `data`: if nothing was gained, it is the model from
+    before.
+
+    Args:
+        model: a directory that `compress` has written.
+        output: directory to write; required unless `dry_run`.
+
+    Returns: the report that is also saved as `surgery.json`: that of the surgery, with `healing` and `unhealed`.
+    Raises: `layer_surgery.UserError` for what cannot be done as asked, before anything is written.
+    """
+    return run_heal(model, options)
 
 
 @with_output(SweepConfig)
@@ -85,6 +115,19 @@ def export_dense(model: Model, options: ExportConfig) -> DenseExport:
     return run_export(model, options)
 
 
+@on_model(VerifyConfig)
+def verify(directory: Model, options: VerifyConfig) -> Verification:
+    """Compare every file of a saved result with the hash in its `surgery.json`, and its original with the one it was.
+
+    Nothing is loaded or run. What is wrong is in `problems` of what is returned. The hashes stand beside the files, so
+    they tell damage and not malice.
+    Raises `layer_surgery.UserError` for a directory that is no result, or one of a release that wrote no hashes.
+    """
+    if not isinstance(directory, str | Path):
+        raise ReportError(f"verify takes the directory of a result, not a {type(directory).__name__}.")
+    return run_verify(expanded(directory), options)
+
+
 def report(
     *results: str | Path, output: str | Path | None = None, base_model: str | None = None, overwrite: bool = False
 ) -> tuple[Path, list[str]]:
@@ -100,8 +143,8 @@ def report(
     Raises: `layer_surgery.UserError` for what is no report or may not be written, before anything is.
     """
     return report_on(
-        [Path(path).expanduser() for path in results],
-        Path(output).expanduser() if output is not None else None,
+        [expanded(path) for path in results],
+        expanded(output) if output is not None else None,
         base_model=base_model,
         overwrite=overwrite,
     )
@@ -116,6 +159,11 @@ def load(
     Raises `CheckpointError` if a tensor is missing or damaged, where transformers would fill in random numbers.
     """
     checkpoint = open_checkpoint(directory, trust_remote_code=trust_remote_code)
+    if checkpoint.directory is not None and (checkpoint.directory / "adapter_config.json").exists():
+        raise CheckpointError(
+            f"{directory} has a PEFT adapter beside its weights, which transformers would put into the model; "
+            "move adapter_config.json away, or load with transformers."
+        )
     loader: Any = checkpoint.model_class or AutoModelForCausalLM
     if checkpoint.model_class is None:
         kwargs["trust_remote_code"] = trust_remote_code

@@ -6,6 +6,7 @@ of the work itself (exit code 1).
 """
 
 import difflib
+import errno
 from collections.abc import Iterable
 
 
@@ -57,11 +58,28 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
     return f"unknown {kind} '{name}'.{nearest_name(name, names)} Known: {', '.join(names)}."
 
 
+#: Errors of a file system that are about the name or the rights that somebody has given.
+_MISTAKES = {
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG),
+    errno.ELOOP,
+}
+
+
+def exit_code(error: Exception) -> int:
+    """Return the exit code for an error: 2 for a mistake in what was asked for, 1 for a failure."""
+    if isinstance(error, LayerSurgeryError):
+        return error.exit_code
+    return 2 if isinstance(error, OSError) and error.filename and error.errno in _MISTAKES else 1
+
+
 def describe(error: Exception) -> str:
     """Return an exception as one line for people."""
     text = " ".join(str(error).split())
     if isinstance(error, LayerSurgeryError):
         return text
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        hint = "; check the path, and what you may do there" if exit_code(error) == 2 else ""
+        return f"{error.filename}: {error.strerror}{hint}"
     if "out of memory" in text.lower():
         return f"out of memory ({text[:200]}); try a smaller --batch-size or --sequence-length"
     return f"{type(error).__name__}: {text[:500]}"

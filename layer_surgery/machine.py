@@ -34,6 +34,16 @@ def provenance(device: torch.device) -> dict[str, Any]:
 
 
 @functools.cache
+def cpu_multiplies_bfloat16() -> bool:
+    """Return whether this CPU has instructions for products of bfloat16 matrices (AVX-512 BF16 or AMX).
+
+    Without them such products are slower than those of float32.
+    """
+    known = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return any(is_there() for is_there in known if is_there is not None)
+
+
+@functools.cache
 def code_sha256(root: Path = Path(__file__).parent) -> str:
     """Return the SHA-256 (hexadecimal) of the package's modules and templates: it tells commits of one version apart.
 

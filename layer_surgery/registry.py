@@ -1,6 +1,6 @@
-"""Named functions with their sources: scorers and surgical methods."""
+"""Functions that are chosen by name: scorers, surgical methods and kinds of components."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from typing import Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar
 
 from layer_surgery.errors import UserError, unknown_name
@@ -21,9 +21,14 @@ Facts = ParamSpec("Facts")
 class Registry(Generic[E, Facts]):
     """Entries by name. Names are unique; an unknown one is answered with the nearest."""
 
-    def __init__(self, kind: str, entry: Callable[Concatenate[Any, Facts], E]) -> None:
-        """Make an empty registry for a `kind` of thing, whose entries are `entry(function, ...)`."""
-        self._kind, self._entry = kind, entry
+    def __init__(
+        self, kind: str, entry: Callable[Concatenate[Any, Facts], E], listed: Container[str] | None = None
+    ) -> None:
+        """Make an empty registry for a `kind` of thing, whose entries are `entry(function, ...)`.
+
+        Only names that are `listed`, for the command line's help, can be registered; None: any.
+        """
+        self._kind, self._entry, self._listed = kind, entry, listed
         self._entries: dict[str, E] = {}
 
     def add(self, *args: Facts.args, **facts: Facts.kwargs) -> Callable[[F], F]:
@@ -33,6 +38,8 @@ class Registry(Generic[E, Facts]):
             entry = self._entry(function, *args, **facts)
             if entry.name in self._entries:
                 raise ValueError(f"{self._kind} '{entry.name}' is registered already")
+            if self._listed is not None and entry.name not in self._listed:
+                raise ValueError(f"{self._kind} '{entry.name}' is not listed in config/choices.py")
             self._entries[entry.name] = entry
             return function
 

@@ -25,13 +25,18 @@ from layer_surgery.checkpoint.architectures import ARCHITECTURES
 from layer_surgery.checkpoint.costs import TokenCosts
 from layer_surgery.cli.main import cli
 from layer_surgery.config import CalibrationConfig
+from layer_surgery.healing.losses import LOSSES
+from layer_surgery.healing.mixture import parse_losses
 from layer_surgery.scoring import SCORERS
 from layer_surgery.surgeon import METHODS
 
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 LINKED = [
     *PAGES,
-    *(REPOSITORY / name for name in ("CHANGELOG.md", "CONTRIBUTING.md", "experiments/README.md", "reports/README.md")),
+    *(
+        REPOSITORY / name
+        for name in ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "experiments/README.md", "reports/README.md")
+    ),
     REPOSITORY / "experiments" / "demo" / "README.md",
     REPOSITORY / "reports" / "demo" / "README.md",
 ]
@@ -61,8 +66,11 @@ FAST = {
     "--speed-repeats": "1",
     "--speed-lengths": "8",
 }
+#: In the place of what a command says, where it would take its time.
+SHORTER = {"--tokens": "800", "--heal-tokens": "800"}
 #: The same for the functions that blocks of Python call.
 FAST_ARGUMENTS: dict[str, Any] = {"samples": 8, "sequence_length": 16, "eval_windows": 4, "continuations": 0}
+HEAL_ARGUMENTS = {name: value for name, value in FAST_ARGUMENTS.items() if name != "samples"}
 #: Nothing depends on these, they have tests of their own, and they take two thirds of the time. They run on two pages.
 SLOW: dict[str, Callable[..., Any]] = {
     "layer_surgery.runs.evaluator.token_costs": lambda *_: TokenCosts(None, None),
@@ -145,6 +153,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         for option, needed in (("--limit", "--tasks" in rest), ("--continuations", "--prompt" not in rest)):
             if not needed:
                 wanted.pop(option, None)
+        rest = [SHORTER.get(before, word) for before, word in zip(["", *rest], rest, strict=False)]
         outcome = command_line(name, *(word for pair in wanted.items() for word in pair), *rest)
         assert outcome.code == 0, f"{command}\n{outcome.err}"
 
@@ -153,7 +162,11 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
 @pytest.fixture
 def fast_functions(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, taken in (("compress", FAST_ARGUMENTS), ("score", {"samples": 8, "sequence_length": 16})):
+    for name, taken in (
+        ("compress", FAST_ARGUMENTS),
+        ("heal", HEAL_ARGUMENTS),
+        ("score", {"samples": 8, "sequence_length": 16}),
+    ):
         function = getattr(layer_surgery, name)
 
         @functools.wraps(function)
@@ -179,11 +192,14 @@ def test_every_command_of_a_page_runs(
     if page.name != "README.md":
         shutil.copytree(request.getfixturevalue("smaller"), place / "smaller")
     for number, (language, content) in enumerate(blocks(page), start=1):
-        assert language in ("", "sh", "python"), f"block {number} is in {language}, which nothing here runs"
+        assert language in ("", "sh", "python", "yaml"), f"block {number} is in {language}, which nothing here runs"
         if language == "sh":
             for command in commands(content):
                 if command not in NOT_RUN:
                     run(command)
+        elif language == "yaml":
+            (place / "block.yaml").write_text(content, encoding="utf-8")
+            assert parse_losses([str(place / "block.yaml")])
         elif language == "python":
             exec(compile(content, f"{page.name}, block {number}", "exec"), {})
 
@@ -285,6 +301,13 @@ def test_options_lists_every_scorer_and_method() -> None:
     rows = re.findall(r"^\| (`.+?) \|", section.split("\n## ")[0], re.MULTILINE)
     names = [name for row in rows for name in re.findall(r"`(\w+)`", row)]
     assert sorted(names) == sorted([*SCORERS.names, *METHODS.names])
+
+
+def test_healing_lists_every_loss_that_heal_takes() -> None:
+    page = (REPOSITORY / "docs" / "healing.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (`.+?) \|", page.split("\n## Losses")[1].split("\n## ")[0], re.MULTILINE)
+    names = [name for row in rows for name in re.findall(r"`(\w+)`", row)]
+    assert sorted(names) == sorted(loss.name for loss in LOSSES if loss.needs in ("labels", "logits", "states"))
 
 
 def test_defaults_in_the_documentation_are_those_of_the_program() -> None:

@@ -19,7 +19,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("__init__",),
     ("api",),
     ("runs",),
-    ("reporting", "evaluation", "surgeon", "scoring"),  # the stages: they do not import each other
+    ("reporting", "evaluation", "healing", "surgeon", "scoring"),  # the stages: they do not import each other
     ("calibration",),
     ("walk",),
     ("checkpoint",),
@@ -27,17 +27,27 @@ LAYERS: list[tuple[str, ...]] = [
     ("config",),
     ("linalg", "records"),
     ("parallel",),
-    ("machine", "progress", "registry"),
+    ("disk", "machine", "progress", "registry"),
     ("errors",),
 ]
 STAGES = next(names for names in LAYERS if "scoring" in names)
 #: What knows torch and the standard library only, itself and all that it imports.
-PURE = ("linalg.low_rank", "linalg.least_squares", "walk.boundaries", "walk.gradients", "walk.moments")
+PURE = (
+    "linalg.low_rank",
+    "linalg.leading",
+    "linalg.blockwise_nystrom",
+    "linalg.least_squares",
+    "walk.boundaries",
+    "walk.gradients",
+    "walk.moments",
+)
 #: What not even knows torch: the command line reads it before anything is imported that takes seconds.
 LIGHT = (
     "config.__init__",
     "errors",
+    "linalg.decomposition",
     "records.plan",
+    "records.shown",
     "records.surgery",
     "records.sweep",
     "registry",

@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from layer_surgery.cli.main import main
+from layer_surgery.disk.signals import ENDING
 
 #: Rows of the embedding; the tiny tokenizer has fewer ids.
 VOCABULARY = 320
@@ -161,12 +162,13 @@ class CommandLine:
     def __call__(self, *arguments: str | Path | float) -> Outcome:
         self._monkeypatch.setattr(sys, "argv", ["layer-surgery", *map(str, arguments)])
         self._capsys.readouterr()
-        handler = signal.getsignal(signal.SIGTERM)
+        handlers = {number: signal.getsignal(number) for number in ENDING}
         try:
             with pytest.raises(SystemExit) as stop:
                 main()
         finally:
-            signal.signal(signal.SIGTERM, handler)
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
         out, err = self._capsys.readouterr()
         return Outcome(int(stop.value.code or 0), out, err)
 
@@ -212,3 +214,17 @@ def interrupt(process: subprocess.Popen[str], number: int, *, timeout: float = 6
             process.communicate(timeout=5)
         raise
     return Outcome(process.returncode, out, err)
+
+
+def assert_refused(outcome: Outcome, *expected: str, code: int = 2) -> None:
+    """Check that a command ended with one sentence that holds every `expected` part, after at most some notes."""
+    assert outcome.code == code, outcome.err
+    *notes, message = outcome.error_lines
+    assert message.startswith("error: "), outcome.err
+    assert all(
+        note.startswith(("calibration: ", "refit: ", "evaluation: ", "healing: ", "stage ")) for note in notes
+    ), outcome.err
+    assert "Traceback" not in outcome.err
+    assert outcome.out == ""
+    for part in expected:
+        assert part in message, f"{part!r} is not in {message!r}"

@@ -1,117 +1,220 @@
 """What works for which kind of result: every cell is one tool doing its work on a saved directory.
 
-    python experiments/consumers/table.py [--only CHECK ...] [--compile-backend inductor]
+    python experiments/consumers/table.py SCRATCH --clients ENVIRONMENTS [--rows ...] [--kinds ...] [--families ...]
 
-The directories are made from the demo checkpoint by this package; the tools load them with transformers alone. The
-checks are those of tests/consumer_checks.py. Writes reports/consumers/table.json and table.md.
+ENVIRONMENTS is the folder that `clients/make.sh` has filled. SCRATCH gets the results (`kinds.py`), what the tools
+print (`logs/`), and `cells.jsonl`: cells that are finished are there and are not made again, so the command goes on
+where it was stopped. Take another SCRATCH after a change of the product, or name rows with `--again`.
+
+Writes reports/consumers/table.json and table.md from all cells in SCRATCH.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import json
 import os
+import subprocess
 import sys
-import tempfile
-import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-os.environ["TRANSFORMERS_VERBOSITY"] = "error"
-os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 
-import torch
-import transformers.dynamic_module_utils
-from common import DEMO_CHECKPOINT, ROOT, write_report
-from consumer_checks import CHECKS, Check, Subject, make_subjects
+from clients.cells import MARK
+from common import ROOT, write_report
+from kinds import FAMILIES, KINDS, OTHER_KINDS, SECOND_KINDS, TITLES, make, options_of
+from rows import PROJECT, ROWS, reason
 
-KINDS = {
-    "original": "the demo checkpoint itself",
-    "plain": "two of its layers removed outright",
-    "low_rank": "two of its layers low-rank (30 % of their parameters), the first one among them",
-    "no_attention": "the attention of two of its layers removed, that of the first among them",
-    "narrowed": "85 % of its parameters kept, channels and singular vectors of all layers cut by one search",
-    "dense": "the low-rank one after `layer-surgery export --dense`",
-}
-TITLES = {"no_attention": "attention removed", "low_rank": "low-rank", "dense": "dense export"}
-#: Versions that matter here beside those of every report.
-PACKAGES = ("accelerate", "peft", "lm-eval", "torchao")
+CLIENTS = Path(__file__).resolve().parent / "clients"
+Key = tuple[str, str, str]
+"""Family, kind, row."""
+Cell = dict[str, str]
 
 
-def measure(check: Check, kind: str, directory: Path, scratch: Path, backend: str) -> dict[str, Any]:
-    """Run one check; a failure stays in its cell, with the first line of its message."""
-    if check.factors_only and kind != "low_rank":
-        return {"result": "-"}
-    start = time.perf_counter()
-    try:
-        with tempfile.TemporaryDirectory(dir=scratch) as own:
-            check.function(Subject(directory, Path(own), compile_backend=backend))
-        cell: dict[str, Any] = {"result": "yes"}
-    except Exception as error:  # the reason is the result
-        lines = str(error).strip().splitlines() or [""]
-        cell = {"result": "no", "error": f"{type(error).__name__}: {lines[0][:300]}"}
-    return cell | {"seconds": round(time.perf_counter() - start, 1)}
+class Client:
+    """A running client process, which is asked for one cell after another."""
+
+    def __init__(self, name: str, interpreter: Path, scratch: Path) -> None:
+        self.log = scratch / "logs" / f"{name}.log"
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        own = {"PROJECT_PYTHON": sys.executable, "HF_MODULES_CACHE": str(scratch / "modules")}
+        variables = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | own
+        if interpreter == Path(sys.executable):
+            variables["PYTHONPATH"] = str(ROOT)
+        command = [str(interpreter), str(CLIENTS / f"{name}.py"), "--each"]
+        with self.log.open("a", encoding="utf-8") as log:
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=variables
+            )
+
+    def cell(self, directory: Path, original: Path, row: str) -> Cell:
+        """Return a cell; raise `RuntimeError` with the last line of the log if the process has ended."""
+        assert self.process.stdin and self.process.stdout
+        try:
+            print(json.dumps([str(directory), str(original), row]), file=self.process.stdin, flush=True)
+            for line in self.process.stdout:
+                if line.startswith(MARK):
+                    found: Cell = json.loads(line.removeprefix(MARK))
+                    return found
+        except BrokenPipeError:
+            pass
+        lines = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        raise RuntimeError(lines[-1] if lines else "the client ended without a word")
+
+    def end(self) -> None:
+        assert self.process.stdin
+        self.process.stdin.close()
+        self.process.wait()
 
 
-def version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+def interpreter_of(environment: str, environments: Path) -> Path:
+    return Path(sys.executable) if environment == PROJECT else environments / environment / "bin" / "python"
 
 
-def page(rows: dict[str, dict[str, Any]], packages: dict[str, str], backend: str) -> str:
-    """Return the table as Markdown, failures with their reasons below it."""
+def make_cells(wanted: list[Key], scratch: Path, environments: Path) -> Iterator[tuple[Key, Cell]]:
+    """Make cells client by client, because starting one takes longer than most cells."""
+    for name, environment in dict.fromkeys((ROWS[row].client, ROWS[row].environment) for _, _, row in wanted):
+        keys = [key for key in wanted if ROWS[key[2]].client == name]
+        interpreter = interpreter_of(environment, environments)
+        if not interpreter.exists():
+            yield from ((key, {"result": "not run", "error": f"no environment {environment}"}) for key in keys)
+            continue
+        client = Client(name, interpreter, scratch)
+        for family, kind, row in keys:
+            directory = make(family, kind, scratch / "results")
+            try:
+                yield (family, kind, row), client.cell(directory, FAMILIES[family], row)
+            except RuntimeError as error:
+                yield (family, kind, row), {"result": "not run", "error": str(error)[:300]}
+                client = Client(name, interpreter, scratch)
+        client.end()
+
+
+def stored(file: Path) -> dict[Key, Cell]:
+    """Return the cells of earlier runs; of one that was made twice, the later."""
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    return {tuple(record["key"]): record["cell"] for record in map(json.loads, lines)}
+
+
+def versions(environments: Path) -> dict[str, dict[str, str]]:
+    """Return the versions of the packages that a row names, by environment."""
+    found: dict[str, dict[str, str]] = {}
+    for row in ROWS.values():
+        folders = [str(path) for path in (environments / row.environment).glob("lib/python3*/site-packages")]
+        for package in row.packages:
+            for distribution in importlib.metadata.distributions(name=package.replace("_", "-"), path=folders):
+                found.setdefault(row.environment, {})[distribution.name] = distribution.version
+    return found
+
+
+def words_of(cell: Cell | None) -> str:
+    if cell is None:
+        return "·"
+    if cell["result"] == "no":
+        return "**no**"
+    return cell.get("measure") or cell["result"]
+
+
+def page(cells: dict[Key, Cell], packages: dict[str, dict[str, str]]) -> str:
+    """Return the tables as Markdown, failures with their reasons below each."""
     lines = [
         "# Consumers",
         "",
         "Made by `experiments/consumers/table.py` together with `table.json`; no cell by hand. One directory of each",
-        "kind, made from the demo checkpoint (Llama type, 12 layers), is loaded by each tool and used; results are",
-        "compared with those of the same directory without the tool, in float32. `tests/consumer_checks.py` says what",
-        "exactly is done; the tests run the same checks on tiny random models.",
+        "kind, made at the default settings, is loaded by each tool and used. `tests/consumer_checks.py` and the",
+        "scripts in `experiments/consumers/clients` say what exactly is done. Results are compared with those of",
+        "transformers on the same directory, in float32. Where a title ends in logits, the number is the largest",
+        "difference as a fraction of the largest logit; with a star, weights were rounded, and it is the norm of the",
+        "difference as a fraction of the norm of the logits. **no**: the reason stands below the table. A dash: there",
+        "is nothing to do in such a result. A dot: not run.",
         "",
-        *[f"- {TITLES.get(name, name)}: {text}" for name, text in KINDS.items()],
-        "",
-        "Versions: " + ", ".join(f"{name} {number}" for name, number in packages.items()) + "; others in `table.json`.",
-        f"Backend of `torch.compile`: {backend}.",
-        "",
-        "| | " + " | ".join(TITLES.get(kind, kind) for kind in KINDS) + " |",
-        "|---" * (len(KINDS) + 1) + "|",
     ]
-    for name, row in rows.items():
-        cells = ["**no**" if row[kind]["result"] == "no" else row[kind]["result"] for kind in KINDS]
-        lines.append(f"| {CHECKS[name].title} | " + " | ".join(cells) + " |")
-    failed = [(name, kind) for name, row in rows.items() for kind in KINDS if row[kind]["result"] == "no"]
-    for name, kind in failed:
-        lines += ["", f"- {CHECKS[name].title}, {TITLES.get(kind, kind)}: {rows[name][kind]['error']}"]
-    lines += ["", "A dash: there are no factors to train. Not measured: vLLM itself, GPUs, ONNX, 4-bit weights."]
-    return "\n".join(lines) + "\n"
+    for name, numbers in packages.items():
+        lines.append(
+            f"- environment {name}: " + ", ".join(f"{package} {number}" for package, number in numbers.items())
+        )
+    for family, original in FAMILIES.items():
+        kinds = [kind for kind in ("original", *KINDS, "dense") if any(key[:2] == (family, kind) for key in cells)]
+        if kinds:
+            lines += ["", f"## {original.parent.name}", "", *described(kinds, original), ""]
+            lines += [*grid(family, kinds, cells), "", *failures(family, kinds, cells)]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def described(kinds: list[str], original: Path) -> list[str]:
+    """Return how each kind was made."""
+    lines = []
+    for kind in kinds:
+        if kind in KINDS:
+            options = " ".join(
+                f"--{name.replace('_', '-')} {value}" for name, value in options_of(kind, original).items()
+            )
+            lines.append(f"- {TITLES[kind]}: `compress {options}`")
+    return lines
+
+
+def grid(family: str, kinds: list[str], cells: dict[Key, Cell]) -> list[str]:
+    lines = ["| | " + " | ".join(TITLES[kind] for kind in kinds) + " |", "|---" * (len(kinds) + 1) + "|"]
+    for name, row in ROWS.items():
+        found = [words_of(cells.get((family, kind, name))) for kind in kinds]
+        lines.append(f"| {row.title.replace('*', ' (*)')} | " + " | ".join(found) + " |")
+    return lines
+
+
+def failures(family: str, kinds: list[str], cells: dict[Key, Cell]) -> list[str]:
+    """Return a line for every error of a row, with the kinds that have it."""
+    lines = []
+    for name, row in ROWS.items():
+        by_error: dict[str, list[str]] = {}
+        for kind in kinds:
+            error = cells.get((family, kind, name), {}).get("error")
+            if error:
+                by_error.setdefault(error, []).append(TITLES[kind])
+        for error, titles in by_error.items():
+            title = row.title.partition(":")[0]
+            lines.append(f"- {title}; {', '.join(titles)}: `{error.replace('`', chr(39))}` ({reason(name, error)}).")
+    return lines
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="*", choices=list(CHECKS), metavar="CHECK", help="default: all")
-    parser.add_argument("--compile-backend", default="aot_eager", help="inductor takes minutes on a CPU")
+    parser.add_argument("scratch", type=Path)
+    parser.add_argument("--clients", type=Path, required=True, metavar="ENVIRONMENTS")
+    parser.add_argument("--rows", nargs="*", choices=list(ROWS), default=list(ROWS), metavar="ROW")
+    parser.add_argument("--kinds", nargs="*", choices=[*OTHER_KINDS, *KINDS], default=[*KINDS, *OTHER_KINDS])
+    parser.add_argument("--families", nargs="*", choices=list(FAMILIES), default=list(FAMILIES))
+    parser.add_argument("--again", nargs="*", choices=list(ROWS), default=[], metavar="ROW", help="make these anew")
     parser.add_argument("--output", type=Path, default=ROOT / "reports" / "consumers")
     options = parser.parse_args()
-    torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder:
-        scratch = Path(folder)
-        transformers.dynamic_module_utils.HF_MODULES_CACHE = str(scratch / "modules")
-        directories = make_subjects(DEMO_CHECKPOINT, scratch, first=0, second=7)
-        rows: dict[str, dict[str, Any]] = {}
-        for name in options.only or CHECKS:
-            rows[name] = {
-                kind: measure(CHECKS[name], kind, directories[kind], scratch, options.compile_backend) for kind in KINDS
-            }
-            print(name, *(f"{kind}: {cell['result']}" for kind, cell in rows[name].items()), sep="  ", flush=True)
-    packages = {name: version(name) for name in PACKAGES}
-    results = {"kinds": KINDS, "packages": packages, "compile_backend": options.compile_backend, "rows": rows}
-    write_report(options.output / "table.json", results)
-    (options.output / "table.md").write_text(page(rows, packages, options.compile_backend), encoding="utf-8")
+    file = options.scratch / "cells.jsonl"
+    options.scratch.mkdir(parents=True, exist_ok=True)
+    cells = stored(file)
+    wanted = [
+        (family, kind, row)
+        for row in options.rows
+        for family in options.families
+        for kind in options.kinds
+        if family == "demo" or kind in SECOND_KINDS
+    ]
+    wanted = [
+        key for key in wanted if key[2] in options.again or cells.get(key, {"result": "not run"})["result"] == "not run"
+    ]
+    for key, cell in make_cells(wanted, options.scratch, options.clients):
+        cells[key] = cell
+        with file.open("a", encoding="utf-8") as out:
+            print(json.dumps({"key": key, "cell": cell}), file=out)
+        print(*key, cell["result"], cell.get("measure") or cell.get("error", ""), sep="  ", flush=True)
+    packages = versions(options.clients)
+    rows: dict[str, Any] = {}
+    for (family, kind, row), cell in sorted(cells.items()):
+        rows.setdefault(family, {}).setdefault(row, {})[kind] = cell
+    made = {family: {kind: options_of(kind, original) for kind in KINDS} for family, original in FAMILIES.items()}
+    write_report(options.output / "table.json", {"kinds": made, "packages": packages, "cells": rows})
+    (options.output / "table.md").write_text(page(cells, packages), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@ calibration tokens and the same windows, and rises are paired by window with the
 those that remove layers remove as many as the size asks for, so that they are smaller than it.
 
 Every finished point goes to a scratch file beside the report (`*.partial.jsonl`), and a stopped run goes on; points of
-a finished report are kept as well, if checkpoint, seed and data are the same. With `--tasks`, choices between
-sentences are measured too (paired by item); with `--speed`, generation, in turns with the original.
+a finished report are kept as well, if checkpoint, seed and data are the same, and measured again where `--tasks`
+(choices between sentences, paired by item) or `--speed` (generation, in turns with the original) asks for more.
 """
 
 from __future__ import annotations
@@ -114,18 +114,24 @@ class Measuring:
             for name in WAYS:
                 forms = [name] if name in wanted else []
                 forms += [MIX_8_BIT] if name == MIX and MIX_8_BIT in wanted else []
-                if any((form, size) not in known for form in forms):
+                if any(not self._is_there(known, form, size) for form in forms):
                     yield from self._measure(name, forms, size, size)
         for name, bits in QUANTISED.items():
-            if name in wanted and (name, 1.0) not in known:
+            if name in wanted and not self._is_there(known, name, 1.0):
                 with self.work.own_scratch() as work:
                     yield self._row(work, name, 1.0, original_in(work, bits), 0.0)
         for name, (way, bits, as_bits) in EQUAL_BYTES.items():
             asked = f"bytes of {as_bits}-bit"
-            if name in wanted and (name, asked) not in known:
+            if name in wanted and not self._is_there(known, name, asked):
                 with self.work.own_scratch() as work:
                     size = size_of_equal_bytes(work, bits, as_bits)
                 yield from self._measure(way, [name], size, asked, in_8=bits == 8)
+
+    def _is_there(self, known: Any, name: str, asked: Any) -> bool:
+        """Return whether a point is known, with tasks and speed if these are asked for."""
+        row = known.get((name, asked))
+        also = [key for key in ("tasks", "speed") if name in getattr(self._arguments, key)]
+        return row is not None and ("unreachable" in row or all(key in row for key in also))
 
     def _measure(self, name: str, forms: list[str], size: float, asked: Any, in_8: bool = False) -> Any:
         with self.work.own_scratch() as work:

@@ -29,6 +29,7 @@ STYLES = {
     "removed + refit": ("#777777", "x", "--"),
     "Ghosted Layers": ("#777777", "o", ":"),
     "GRASP": ("#000000", "o", ":"),
+    "SVD": ("#999933", "s", ":"),
     "SVD-LLM": ("#E69F00", "s", ":"),
     "SVD-LLM, all layers": ("#E69F00", "<", ":"),
     "OBD-LLM": ("#F0E442", "s", ":"),
@@ -195,6 +196,33 @@ def plot(rows: Rows, texts: list[str], path: Path) -> None:
     _save(figure, path)
 
 
+def plot_time(rows: Rows, text: str, path: Path) -> bool:
+    """Draw loss against the time that a generated token takes, the original's being 1; return whether there are any."""
+    rows = [row for row in rows if "speed" in row]
+    if not rows:
+        return False
+    figure, axis = plt.subplots(figsize=(6.6, 4.6))
+    for way, (colour, marker, line) in STYLES.items():
+        found = sorted((decoding_time(row), row["extra_loss"][text]["rise"]) for row in rows if row["way"] == way)
+        if found:
+            axis.plot(*zip(*found, strict=True), line, color=colour, marker=marker, label=way, linewidth=1.3)
+    axis.set_yscale("symlog", linthresh=0.01)
+    axis.axhline(0, color="#bbbbbb", linewidth=0.8, zorder=0)
+    axis.invert_xaxis()
+    axis.set_xlabel("milliseconds of a generated token, the original's = 1")
+    axis.set_ylabel(f"extra loss on {text.removesuffix('.txt')} (nats per token)")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    _save(figure, path)
+    return True
+
+
+def decoding_time(row: dict[str, Any]) -> float:
+    """Return the time of a generated token, the original's being 1, measured in turns."""
+    speed = row["speed"]
+    return float(speed["original"]["decode_tokens_per_second"] / speed["result"]["decode_tokens_per_second"])
+
+
 def plot_kept(rows: Rows, path: Path) -> bool:
     """Draw which share of each layer's parameters `mix` keeps, a row for each size; return whether there are any."""
     rows = [row for row in rows if row["way"] == MIX and isinstance(row["asked"], float) and row.get("kept")]
@@ -249,10 +277,17 @@ def main() -> None:
         ]
         plot(rows, texts, folder / f"sizes_{name}")
         lines += [f"![Loss against parameters](sizes_{name}.png)", "", *loss_tables(rows, texts, sizes)]
-        lines += expected_table(rows, texts[0])
+        of_more = folder / "expected" / f"{name}.json"  # the same points on more text, so that errors are small
+        if of_more.exists():
+            report = json.loads(of_more.read_text(encoding="utf-8"))
+            lines += expected_table([{**row, "seed": report["seed"]} for row in report["rows"]], texts[0])
+        else:
+            lines += expected_table(rows, texts[0])
         lines += bytes_table(rows, texts, first["bytes"])
         originals = next((report["original_tasks"] for report in of_this if report["original_tasks"]), {})
         lines += [*task_tables(rows, originals), *speed_table(rows)]
+        if plot_time(rows, texts[0], folder / f"sizes_{name}_time"):
+            lines += [f"![Loss against the time of a token](sizes_{name}_time.png)", ""]
         if plot_kept(rows, folder / f"sizes_{name}_kept"):
             lines += [f"![Parameters that stay in each layer](sizes_{name}_kept.png)", ""]
     (folder / "sizes.md").write_text("\n".join(lines), encoding="utf-8")

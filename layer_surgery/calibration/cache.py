@@ -6,9 +6,9 @@ Found by content (hashes), never by name. What is damaged or of another release 
 import hashlib
 import json
 import os
-import secrets
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,18 @@ from layer_surgery.calibration.bypass import MapWorth
 from layer_surgery.calibration.couplings import Couplings
 from layer_surgery.calibration.statistics import Statistics, collect, useful_ranks
 from layer_surgery.calibration.units import UnitOrder
+from layer_surgery.checkpoint.contents import file_sha256
 from layer_surgery.checkpoint.new_tensors import FactorStore
+from layer_surgery.disk.own import own_directory, remove_dead
+from layer_surgery.disk.reading import read_json, why
+from layer_surgery.disk.renaming import rename_new, sync, sync_tree
 from layer_surgery.errors import UserError
 from layer_surgery.machine import code_sha256
 from layer_surgery.records import Part
 from layer_surgery.walk.walk import Walk
 
 RECORD_FILE = "statistics.json"
+_STAGING = ".statistics.partial-"
 
 
 class StatisticsCache:
@@ -54,6 +59,7 @@ class StatisticsCache:
             "checkpoint_sha256": self._base_sha256 or walk.model.checkpoint.sha256(),
             "part": part,
             "maps": self._maps,
+            "decomposition": walk.settings.decomposition,
             "data_sha256": walk.tokens.sha256,
             "compute_dtype": str(walk.model.dtype),
             "stored_dtype": str(dtype),
@@ -74,20 +80,47 @@ class StatisticsCache:
             self._note(f"warning: the cached statistics in {folder} are not used ({damage}); computing them again")
             if parallel.is_first():
                 shutil.rmtree(folder, ignore_errors=True)
-        staging = self._directory / f".{key}.partial-{parallel.from_first(lambda: secrets.token_hex(4))}"
-        if problem := parallel.from_first(lambda: _problem_of_making(staging)):
-            self._note(f"warning: statistics are not kept: --cache {self._directory} cannot be written ({problem})")
-            return None
-        try:
-            statistics = Statistics.empty(walk, FactorStore(staging, dtype))
+        with ExitStack() as stack:
+            staging = parallel.from_first(lambda: self._staging(stack, key))
+            if staging is None:
+                return None
+            statistics = Statistics.empty(walk, FactorStore(Path(staging), dtype))
             every = useful_ranks(walk.model, range(walk.model.layer_count), part)
             collect(walk, statistics, every, part, maps=self._maps)
-            final = Path(parallel.from_first(lambda: _put(staging, folder, scratch / key, identity, statistics)))
-        finally:
-            if parallel.is_first():
-                shutil.rmtree(staging, ignore_errors=True)
-        statistics.components = FactorStore(final, dtype)
+            parallel.barrier()  # all have written and read there what they will
+            final = parallel.from_first(lambda: self._put(Path(staging), folder, scratch / key, identity, statistics))
+        statistics.components = FactorStore(Path(final), dtype)
         return statistics
+
+    def _staging(self, stack: ExitStack, key: str) -> str | None:
+        """Return a new folder in the cache, gone with the stack; None, with a note, if it cannot be made."""
+        try:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            for left in remove_dead(self._directory, _STAGING):
+                self._note(f"removed {left}, which a run that was killed has left in the cache")
+            work = stack.enter_context(own_directory(self._directory, _STAGING))
+        except OSError as error:
+            reason = f"--cache {self._directory} cannot be written ({why(error)})"
+            self._note(f"warning: statistics are not kept: {reason}")
+            return None
+        staging = work / key
+        staging.mkdir()
+        return str(staging)
+
+    def _put(
+        self, staging: Path, folder: Path, other: Path, identity: Mapping[str, Any], statistics: Statistics
+    ) -> str:
+        """Complete a staging folder and move it to where it is found from now on; return where it is."""
+        _write(staging, identity, statistics)
+        sync_tree(staging)
+        try:
+            rename_new(staging, folder)
+            sync(self._directory)
+        except OSError as error:
+            if not folder.exists():  # else another run has put the same there, and may be reading it
+                self._note(f"warning: statistics are not kept in {self._directory} ({why(error)})")
+            return str(shutil.move(staging, other))
+        return str(folder)
 
 
 def check_cache(cache: Path | None) -> None:
@@ -99,27 +132,8 @@ def check_cache(cache: Path | None) -> None:
         raise UserError(f"--cache {cache} is no directory and cannot be made one; give another directory.")
 
 
-def _problem_of_making(folder: Path) -> str:
-    """Make a folder; return "", or why it cannot be made."""
-    try:
-        folder.mkdir(parents=True)
-    except OSError as error:
-        return str(error.strerror)
-    return ""
-
-
-def _put(staging: Path, folder: Path, other: Path, identity: Mapping[str, Any], statistics: Statistics) -> str:
-    """Complete a staging folder and move it to where it is found from now on; return where it is."""
-    _write(staging, identity, statistics)
-    try:
-        staging.rename(folder)
-    except OSError:  # another run has put the same there in the meantime and may be reading it
-        return str(shutil.move(staging, other))
-    return str(folder)
-
-
 def _write(folder: Path, identity: Mapping[str, Any], statistics: Statistics) -> None:
-    files = {path.name: _sha256(path) for path in sorted(folder.glob("*.safetensors"))}
+    files = {path.name: file_sha256(path) for path in sorted(folder.glob("*.safetensors"))}
     record = {
         "identity": dict(identity),
         "loss_scale": statistics.loss_scale,
@@ -139,14 +153,14 @@ def _write(folder: Path, identity: Mapping[str, Any], statistics: Statistics) ->
 
 def _read(folder: Path, identity: Mapping[str, Any], empty: Statistics) -> Statistics:
     """Read a folder into empty statistics and check every byte. Raises `ValueError` and the like for what is wrong."""
-    stored = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
+    stored = read_json(folder / RECORD_FILE)
     record = stored["record"]
     if stored["sha256"] != _record_sha256(record):
         raise ValueError(f"{RECORD_FILE} is damaged")
     if record["identity"] != dict(identity):
         raise ValueError("they were made from something else or by another release")
     for name, sha256 in record["files"].items():
-        if Path(name).name != name or _sha256(folder / name) != sha256:
+        if Path(name).name != name or file_sha256(folder / name) != sha256:
             raise ValueError(f"{name} is damaged")
     unlisted = {path.name for path in folder.glob("*.safetensors")} - set(record["files"])
     if unlisted:
@@ -182,8 +196,3 @@ def _read(folder: Path, identity: Mapping[str, Any], empty: Statistics) -> Stati
 
 def _record_sha256(record: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(record).encode()).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

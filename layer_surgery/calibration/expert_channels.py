@@ -18,11 +18,15 @@ from torch import Tensor, nn
 from layer_surgery.calibration.damping import damped
 from layer_surgery.calibration.units import UnitOrder
 from layer_surgery.checkpoint.experts import Experts
+from layer_surgery.linalg.blockwise_nystrom import blockwise_column_order
+from layer_surgery.linalg.decomposition import Decomposition, takes_leading
 from layer_surgery.linalg.nystrom import column_order, narrowed
 from layer_surgery.walk.expert_moments import ExpertMoments
 
 
-def expert_orders(experts: Experts, module: nn.Module, moments: ExpertMoments, index: int) -> list[UnitOrder]:
+def expert_orders(
+    experts: Experts, module: nn.Module, moments: ExpertMoments, index: int, way: Decomposition = "auto"
+) -> list[UnitOrder]:
     """Return the order of the channels of every expert of layer `index`, the one to keep first first.
 
     Gains are in nats per token, of all tokens and not of those that chose the expert, so that they add.
@@ -30,7 +34,8 @@ def expert_orders(experts: Experts, module: nn.Module, moments: ExpertMoments, i
     outputs = damped(moments.output_moment(), int(moments.chosen.sum()), index, experts.output)
     orders = []
     for expert, weight in enumerate(experts.down(module)):
-        order = column_order(weight, _inputs(experts, moments, expert, index), outputs)
+        choose = blockwise_column_order if takes_leading(way, *weight.shape) else column_order
+        order = choose(weight, _inputs(experts, moments, expert, index), outputs)
         share = moments.weight(expert)
         orders.append(UnitOrder(order.order.tolist(), [share * gain for gain in order.gains.tolist()]))
     return orders

@@ -26,8 +26,11 @@ from layer_surgery.checkpoint.modeling_layer_surgery import IN_FACTOR, OUT_FACTO
 from layer_surgery.checkpoint.new_tensors import FactorStore
 from layer_surgery.data.tokens import PackedTokens
 from layer_surgery.errors import DataError
+from layer_surgery.linalg.blockwise_nystrom import blockwise_column_order
+from layer_surgery.linalg.decomposition import takes_leading
+from layer_surgery.linalg.leading import leading_whitened_svd
 from layer_surgery.linalg.low_rank import Factors, knapsack, no_components, whitened_svd
-from layer_surgery.linalg.nystrom import column_order, narrowed
+from layer_surgery.linalg.nystrom import ColumnOrder, column_order, narrowed
 from layer_surgery.records import Part
 from layer_surgery.walk.boundaries import Boundary
 from layer_surgery.walk.expert_moments import ExpertMoments, ExpertRecorder
@@ -52,7 +55,8 @@ class Statistics:
     """Tokens per token that carries loss: moments are means over all tokens, a loss over those that carry it."""
     sizes: dict[int, dict[str, Size]] = field(default_factory=dict)  #: (out, in) of the linears, by layer and name.
     values: dict[int, dict[str, list[float]]] = field(default_factory=dict)
-    """Singular values in the metric, in descending order."""
+    """Singular values in the metric, in descending order. Of wide linears, those behind `ranks` are the root mean
+    square of the rest, so that what a cut to any rank up to that costs is right."""
     ranks: dict[int, dict[str, int]] = field(default_factory=dict)  #: How many components of each are kept.
     channels: dict[int, UnitOrder] = field(default_factory=dict)
     """Channels of the MLPs that can be cut, by layer; moments are means over all tokens, as for `values`."""
@@ -314,13 +318,16 @@ class _Collector(MomentObserver):
         found.values[index], found.sizes[index], found.ranks[index] = {}, {}, dict(ranks)
         for name, weight, inputs in weights_with_inputs(layer, parallel.own(self.owner_of, ranks), moments, index):
             outputs = damped(moments.output_moment(name), moments.tokens, index, name)
-            (left, right), values = whitened_svd(weight, inputs, outputs)
+            if takes_leading(self._walk.settings.decomposition, *weight.shape):
+                (left, right), values = leading_whitened_svd(weight, inputs, outputs, ranks[name])
+            else:
+                (left, right), values = whitened_svd(weight, inputs, outputs)
             found.components.write(index, {name: Factors(left[:, : ranks[name]], right[: ranks[name]])})
             found.values[index][name] = values.tolist()
             found.sizes[index][name] = _size(weight)
             for units, orders in ((channels, found.channels), (heads, found.heads)):
                 if units is not None and name == units.output:
-                    order = column_order(weight, inputs, outputs, None if units.size == 1 else units.size)
+                    order = self._order(weight, inputs, outputs, units.size)
                     orders[index] = found_order = UnitOrder(order.order.tolist(), order.gains.tolist())
                     if units is channels:
                         kept = found_order.kept(int(PART_LEVEL * units.count))
@@ -350,6 +357,14 @@ class _Collector(MomentObserver):
             half = self._half.get("mlp", {}).get(name)
             self._half["mlp"] = {name: parallel.broadcast(half, owner_of[channels.output], self._walk.model.device)}
 
+    def _order(self, weight: Tensor, inputs: Tensor, outputs: Tensor, size: int) -> ColumnOrder:
+        """Return the order in which to keep the units of an output projection, of so many inputs each."""
+        if size > 1:
+            return column_order(weight, inputs, outputs, size)
+        if takes_leading(self._walk.settings.decomposition, *weight.shape):
+            return blockwise_column_order(weight, inputs, outputs)
+        return column_order(weight, inputs, outputs)
+
     def _reduce_map(self, index: int, bypass: Bypass, recorder: MapRecorder, moments: LayerMoments) -> None:
         assert recorder.sums is not None
         gradients = damped(moments.output_moment(bypass.output), moments.tokens, index, bypass.output)
@@ -364,7 +379,7 @@ class _Collector(MomentObserver):
         module, owner = layer.get_submodule(experts.module), self.owner_of[experts.module]
         orders, half = list[UnitOrder](), None
         if moments is not None:
-            orders = expert_orders(experts, module, moments, index)
+            orders = expert_orders(experts, module, moments, index, self._walk.settings.decomposition)
             kept = kept_channels(orders, int(PART_LEVEL * experts.count))
             half = on_some_channels(experts, module, moments, kept, index)
         if parallel.group().world > 1:

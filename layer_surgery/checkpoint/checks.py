@@ -1,8 +1,8 @@
 """Checks of a checkpoint that is opened: it is a decoder-only language model, and its tensors are whole."""
 
-import json
+import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,20 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from layer_surgery.checkpoint.modeling_layer_surgery import QUANTISED_NAMES
 from layer_surgery.checkpoint.tensors import INDEX_FILE, SINGLE_FILE, TensorSpec
+from layer_surgery.disk.reading import read_json
 from layer_surgery.errors import CheckpointError
 
 #: Buffers that old checkpoints store and that follow from the configuration.
 CONSTANTS = re.compile(r"(rotary_emb\.inv_freq|\.attn\.bias|\.masked_bias|\.attention\.bias)$")
+#: Fields of a configuration that choose an implementation, in any spelling, and those that transformers has itself.
+IMPLEMENTATIONS = {
+    "attn_implementation": {"eager", "sdpa", "flex_attention"},
+    "experts_implementation": {"eager", "batched_mm", "grouped_mm"},
+}
+_COUNT = re.compile(r"(num|n)_(?!params|parameters)")
+_LAYER_COUNT = re.compile(r"(num_hidden_layers|num_layers|n_layers?|num_hidden_layer)")
+#: Numbers that are no burden, whatever the tensors are.
+_ALWAYS_FINE = 10_000
 #: Towers of a multimodal model.
 TOWERS = re.compile(r"(^|\.)(visual|vision\w*|audio\w*|multi_modal_projector|image_\w+)\.")
 
@@ -35,10 +45,67 @@ def check_directory(directory: Path) -> None:
 
 def _base_of(adapter: Path) -> str:
     try:
-        base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except (ValueError, AttributeError):
+        base = read_json(adapter).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError):
         return ""
     return f" for {base}" if base else ""
+
+
+def check_fields(fields: Mapping[str, Any], file: Path) -> None:
+    """Refuse fields of a configuration that are not what every configuration has."""
+    names = fields.get("architectures")
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise CheckpointError(f"{file} is damaged: architectures is {names!r}; it must be a list of names.")
+    for name, value in fields.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise CheckpointError(f"{file} is damaged: {name} is {value}; it must be a finite number.")
+
+
+def check_fetches_nothing(fields: Mapping[str, Any], file: Path) -> None:
+    """Refuse a configuration that makes transformers fetch code from the hub and run it, or read other weights.
+
+    transformers takes an attention or an experts implementation that it does not know by name for a kernel on the hub
+    (`is_kernel`), and fetches one for some that it knows too, where the package that has them is not installed.
+    """
+    for name, value in _nested(fields):
+        kind = next((kind for kind in IMPLEMENTATIONS if kind in name), None)
+        given = [value] if isinstance(value, str) else [] if value is None else None
+        if isinstance(value, dict):
+            given = [each for each in value.values() if isinstance(each, str)]
+        if kind is not None and (given is None or not set(given) <= IMPLEMENTATIONS[kind]):
+            raise CheckpointError(
+                f"{file} has {name}: {value!r}, which transformers may fetch from the hub and run; allowed: "
+                f"{', '.join(sorted(IMPLEMENTATIONS[kind]))}. Remove the field, or if you trust it pass "
+                "--trust-remote-code (trust_remote_code=True)."
+            )
+        if name == "transformers_weights" and value is not None:
+            raise CheckpointError(f"{file} names other weights (transformers_weights: {value!r}); remove the field.")
+
+
+def check_counts(fields: Mapping[str, Any], stored: Mapping[str, TensorSpec], file: Path) -> None:
+    """Refuse numbers of layers, experts, labels and the like that the stored tensors cannot bear out.
+
+    transformers would make as many modules, or entries of a list, before anything could be compared.
+    """
+    sizes = [size for spec in stored.values() for size in spec.shape]
+    largest = max([len(stored), *sizes, _ALWAYS_FINE])
+    for name, value in _nested(fields):
+        number = type(value) is int or (isinstance(value, float) and value.is_integer())
+        most = len(stored) if _LAYER_COUNT.fullmatch(name) else largest
+        if number and _COUNT.match(name) and value > most:
+            raise CheckpointError(
+                f"{file} has {name}: {value:.15g}, but the checkpoint's {len(stored)} tensors are not enough for it; "
+                "correct it, or download the checkpoint again."
+            )
+
+
+def _nested(fields: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield the fields of a configuration and of all that is nested in it."""
+    for name, value in fields.items():
+        yield str(name), value
+        for each in value if isinstance(value, list) else [value]:
+            if isinstance(each, dict):
+                yield from _nested(each)
 
 
 def check_not_quantised(fields: Mapping[str, Any], directory: Path) -> None:

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from layer_surgery.checkpoint.architectures import Architecture, base_model_type, longest_sequence
 from layer_surgery.checkpoint.checks import (
     check_causal_lm,
+    check_counts,
     check_directory,
+    check_fetches_nothing,
+    check_fields,
     check_layers_stand_alone,
     check_not_quantised,
     check_tensors,
@@ -32,6 +36,7 @@ from layer_surgery.checkpoint.modeling_layer_surgery import (
 from layer_surgery.checkpoint.recognition import architecture_of
 from layer_surgery.checkpoint.skeleton import make_skeleton
 from layer_surgery.checkpoint.tensors import SafetensorsSource, StateDictSource, TensorSource, checkpoint_files
+from layer_surgery.disk.reading import read_json, why
 from layer_surgery.errors import CheckpointError
 
 #: Files of a hub repository that are needed; nothing else is downloaded.
@@ -81,6 +86,11 @@ class Checkpoint:
     def vocabulary_size(self) -> int:
         """Number of rows of the embedding."""
         return int(self.skeleton.get_input_embeddings().weight.shape[0])
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the embeddings."""
+        return int(self.skeleton.get_input_embeddings().weight.shape[1])
 
     @property
     def longest_sequence(self) -> int | None:
@@ -189,10 +199,10 @@ def build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> 
 
 def _local_directory(model: str, revision: str | None) -> Path:
     """Return the directory of a local model, or of a hub model's snapshot (fetched if it is not in the cache)."""
-    directory = Path(model).expanduser()
-    if directory.is_dir():
+    directory = Path(os.path.expanduser(model))
+    if os.path.isdir(directory):  # False where Path raises: for names that are too long
         return directory
-    if directory.exists():
+    if os.path.exists(directory):
         raise CheckpointError(f"MODEL '{model}' is a file; give the directory that holds config.json and the weights.")
     looks_like_path = model.startswith((".", "/", "~")) or model.count("/") > 1 or not model.strip()
     if not looks_like_path:
@@ -217,11 +227,19 @@ def _from_directory(name: str, directory: Path, trust_remote_code: bool) -> Chec
     config_file = directory / "config.json"
     try:
         # transformers writes infinities as objects, which only its own reader turns back.
-        fields = PreTrainedConfig._decode_special_floats(json.loads(config_file.read_text(encoding="utf-8")))
+        fields = PreTrainedConfig._decode_special_floats(read_json(config_file))
         model_type = fields["model_type"]
+    except OSError as error:
+        raise CheckpointError(f"{config_file} cannot be read ({why(error)}).") from error
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{config_file} is damaged or has no model_type ({error}).") from error
+    check_fields(fields, config_file)
+    if not trust_remote_code:
+        check_fetches_nothing(fields, config_file)
     check_not_quantised(fields, directory)
+    files = checkpoint_files(directory)
+    source = SafetensorsSource(files)
+    check_counts(fields, source.specs, config_file)
     low_rank: dict[str, int] = {}
     narrowed: dict[str, tuple[int, int]] = {}
     model_class: type[PreTrainedModel] | None = None
@@ -238,14 +256,13 @@ def _from_directory(name: str, directory: Path, trust_remote_code: bool) -> Chec
         config = _stock_config(directory, trust_remote_code)
     check_causal_lm(config, fields, str(directory))
     check_layers_stand_alone(config, str(directory))
-    files = checkpoint_files(directory)
     return Checkpoint(
         name=name,
         config=config,
         config_fields=fields,
         low_rank=low_rank,
         narrowed=narrowed,
-        source=SafetensorsSource(files),
+        source=source,
         directory=directory,
         files=tuple(files),
         trust_remote_code=trust_remote_code,

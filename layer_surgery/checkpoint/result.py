@@ -4,6 +4,7 @@ Nothing is copied or written here, so evaluating it is evaluating exactly what w
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from torch import nn
@@ -188,3 +189,11 @@ def _config_and_class(
         config = LayerSurgeryConfig.from_dict(nested_config(fields, low_rank, narrowed))
         return config, model_class_for(type(config))
     return plain_config(base, fields)
+
+
+def with_new_tensors(base: Checkpoint, new: TensorSource, name: str) -> Checkpoint:
+    """Return `base` with other values for the tensors that `new` has, which are of the same shapes, under a name."""
+    mapping: dict[str, tuple[TensorSource, str]] = {
+        tensor: (new if tensor in new.specs else base.source, tensor) for tensor in base.source.specs
+    }
+    return replace(base, name=name, source=RenamedSource(mapping))

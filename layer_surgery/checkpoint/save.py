@@ -1,27 +1,25 @@
-"""Write a checkpoint: shard by shard, tensor by tensor, beside its destination, renamed into place at the end."""
+"""Write a checkpoint into an empty directory, shard by shard, tensor by tensor."""
 
 import json
 import os
 import shutil
 import struct
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from fnmatch import fnmatch
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from layer_surgery.checkpoint import modeling_layer_surgery
+from layer_surgery.checkpoint.contents import CODE_FILE, TEMPLATES_FOLDER
 from layer_surgery.checkpoint.conversion import as_stored
 from layer_surgery.checkpoint.open import Checkpoint, open_checkpoint
 from layer_surgery.checkpoint.tensors import INDEX_FILE, SAFETENSORS_DTYPES, SINGLE_FILE, SafetensorsSource, TensorSpec
-from layer_surgery.errors import CheckpointError, LayerSurgeryError, NumericalError, OutputError
+from layer_surgery.errors import CheckpointError, LayerSurgeryError, NumericalError
 from layer_surgery.machine import release_freed_memory
 from layer_surgery.progress import Progress, no_progress
-from layer_surgery.records.reading import REPORT_FILE
 
 #: Largest shard when the original was not in files (transformers' own default).
 DEFAULT_SHARD_BYTES = 50 * 1000**3
@@ -30,54 +28,9 @@ COMPANIONS = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "*.tiktoken"),
     *("chat_template*", "*.jinja", "generation_config.json", "LICENSE*", "LICENCE*", "NOTICE*"),
 )
-#: Folder of a tokenizer with several chat templates.
-TEMPLATES_FOLDER = "additional_chat_templates"
-#: What every output has beside its weights, made from the report.
-PAGE_FILES = ("report.html", "README.md")
 #: Freed memory goes back to the system after tensors of at least this size.
 _LARGE_BYTES = 1 << 20
-_CODE = Path(modeling_layer_surgery.__file__)
 _DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
-
-
-@contextmanager
-def staged_directory(output: Path, *, overwrite: bool) -> Iterator[Path]:
-    """Yield an empty directory beside `output` that becomes `output` if the block succeeds.
-
-    If it does not, also on Ctrl-C, the directory is removed and `output` is as it was. Raises `OutputError` if
-    `output` exists and `overwrite` is not set, or if it cannot be written.
-    """
-    check_output(output, overwrite=overwrite)
-    staging = output.parent / f".{output.name}.partial-{os.getpid()}"
-    shutil.rmtree(staging, ignore_errors=True)
-    with writable(output, output.parent, staging.mkdir):
-        try:
-            yield staging
-            _rename_into_place(staging, output)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
-
-
-@contextmanager
-def writable(output: Path, directory: Path, write: Callable[[], object]) -> Iterator[None]:
-    """Make `directory` for an output, and `write` there; folders that hold nothing in the end are gone again on exit.
-
-    Raises `OutputError`, which names `output`, if one of the two cannot be done.
-    """
-    made = [place for place in (directory, *directory.parents) if not place.exists()]
-    try:
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-            write()
-        except OSError as error:
-            raise OutputError(
-                f"--output {output} cannot be written ({error.strerror}); choose a directory that you may write to."
-            ) from error
-        yield
-    finally:
-        for place in made:
-            with suppress(OSError):  # holds the output, or what someone else has put there meanwhile
-                place.rmdir()
 
 
 def check_free_space(directory: Path, needed: int) -> None:
@@ -85,61 +38,9 @@ def check_free_space(directory: Path, needed: int) -> None:
     free = shutil.disk_usage(directory).free
     if needed > free:
         raise LayerSurgeryError(
-            f"the checkpoint takes {needed:,} bytes, but {directory.parent} has {free:,} free; make room or choose "
+            f"the checkpoint takes {needed:,} bytes, but the disk of --output has {free:,} free; make room or choose "
             "another --output. Nothing was written."
         )
-
-
-def check_output(output: Path, *, overwrite: bool) -> None:
-    """Raise `OutputError` if `output` exists and may not be replaced."""
-    if output.is_symlink() or (output.exists() and not output.is_dir()):
-        raise OutputError(f"--output {output} is a file or a link; give the name of a directory.")
-    if output.exists() and not overwrite:
-        raise OutputError(f"--output {output} exists already; choose another name, or pass --overwrite to replace it.")
-    entries = list(output.iterdir()) if output.exists() else []
-    foreign = sorted(entry.name for entry in entries if not _is_ours(entry))
-    if output in (Path.cwd(), *Path.cwd().parents):
-        raise OutputError(f"--output {output} is the current directory or above it; give a directory of its own.")
-    if entries and (foreign or not (output / REPORT_FILE).is_file()):
-        why = f"holds {foreign[0]}" if foreign else f"has no {REPORT_FILE}"
-        raise OutputError(
-            f"--output {output} {why}, so it is not a result of Layer Surgery alone and is not replaced, even with "
-            "--overwrite; choose another name."
-        )
-
-
-def check_not_same(model: str | Path | PreTrainedModel, output: Path) -> None:
-    """Raise `OutputError` if writing `output` would replace the model that is read."""
-    if isinstance(model, PreTrainedModel) or not (output.exists() and Path(model).exists()):
-        return
-    if output.samefile(model):
-        raise OutputError(f"--output {output} is the model itself; give another directory.")
-    if output.resolve() in Path(model).resolve().parents:
-        raise OutputError(f"--output {output} holds the model, which would be lost; give another directory.")
-
-
-def _is_ours(entry: Path) -> bool:
-    """Return whether an entry of an output directory is one that this module may have written there."""
-    if entry.is_dir():
-        return entry.name == TEMPLATES_FOLDER
-    code = ("modeling_*.py", "configuration_*.py", "tokenization_*.py")
-    own = (*COMPANIONS, *code, "*.safetensors", INDEX_FILE, "config.json", REPORT_FILE, *PAGE_FILES)
-    return any(fnmatch(entry.name, pattern) for pattern in own)
-
-
-def _rename_into_place(staging: Path, output: Path) -> None:
-    if not output.exists():
-        staging.rename(output)
-        return
-    old = output.parent / f".{output.name}.replaced-{os.getpid()}"
-    output.rename(old)
-    try:
-        staging.rename(output)
-    finally:  # also on Ctrl-C, before or after the renaming
-        if output.exists():
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            old.rename(output)
 
 
 def save_checkpoint(
@@ -153,21 +54,16 @@ def save_checkpoint(
     """Write weights, configuration and what travels with them into an empty `directory`.
 
     Shards are as large as those of `base`. A checkpoint with low-rank layers gets the modelling file beside it.
-    Raises `LayerSurgeryError` if the disk is full or a write fails.
+    Raises `LayerSurgeryError` if it does not fit on the disk, `OSError` if a write fails.
     """
     check_free_space(directory, checkpoint.size_bytes)
-    try:
-        write_shards(checkpoint, directory, shard_bytes=_shard_bytes(base), progress=progress)
-        fields = checkpoint.config_fields
-        if checkpoint.low_rank or checkpoint.narrowed:
-            fields = modeling_layer_surgery.nested_config(fields, checkpoint.low_rank, checkpoint.narrowed)
-            shutil.copyfile(_CODE, directory / _CODE.name)
-        write_json(directory / "config.json", PreTrainedConfig._encode_special_floats(fields))
-        _copy_companions(base, directory, tokenizer)
-    except OSError as error:
-        raise LayerSurgeryError(
-            f"writing to {directory.parent} failed ({error.strerror}); nothing was left there."
-        ) from error
+    write_shards(checkpoint, directory, shard_bytes=_shard_bytes(base), progress=progress)
+    fields = checkpoint.config_fields
+    if checkpoint.low_rank or checkpoint.narrowed:
+        fields = modeling_layer_surgery.nested_config(fields, checkpoint.low_rank, checkpoint.narrowed)
+        shutil.copyfile(CODE_FILE, directory / CODE_FILE.name)
+    write_json(directory / "config.json", PreTrainedConfig._encode_special_floats(fields))
+    _copy_companions(base, directory, tokenizer)
 
 
 def check_saved(directory: Path, checkpoint: Checkpoint) -> None:
@@ -287,29 +183,19 @@ def _copy_companions(base: Checkpoint, directory: Path, tokenizer: PreTrainedTok
         patterns = COMPANIONS + (("*.py",) if base.config_fields.get("auto_map") else ())
         for pattern in patterns:
             for path in sorted(base.directory.glob(pattern)):
-                if path.is_file() and path.name != _CODE.name:
+                if path.is_file() and path.name != CODE_FILE.name:
                     shutil.copyfile(path, directory / path.name)
-        if (base.directory / TEMPLATES_FOLDER).is_dir():
-            shutil.copytree(base.directory / TEMPLATES_FOLDER, directory / TEMPLATES_FOLDER)
+        # Of the folder only what belongs there: a pipe or a device would be copied for ever.
+        templates = [path for path in sorted((base.directory / TEMPLATES_FOLDER).glob("*.jinja")) if path.is_file()]
+        if templates:
+            (directory / TEMPLATES_FOLDER).mkdir()
+        for path in templates:
+            shutil.copyfile(path, directory / TEMPLATES_FOLDER / path.name)
         return
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
     if isinstance(base.generation_config, GenerationConfig):
         base.generation_config.save_pretrained(directory)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file so that there is never half of it, whatever happens meanwhile. Raises `OSError`."""
-    staging = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        with staging.open("w", encoding="utf-8", newline="") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())  # before it is renamed: a power cut must not leave an empty file there
-        staging.replace(path)
-    finally:
-        with suppress(OSError):
-            staging.unlink()
 
 
 def write_json(path: Path, data: Any) -> None:

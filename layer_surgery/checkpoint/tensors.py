@@ -1,6 +1,5 @@
 """Sources of tensors: files, a model in memory, or a mixture. Read by name, and only when asked for."""
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from layer_surgery.disk.reading import read_json
 from layer_surgery.errors import CheckpointError
 
 SINGLE_FILE = "model.safetensors"
@@ -80,10 +80,15 @@ class SafetensorsSource:
             by_file.setdefault(self._file_of[name], []).append(name)
         tensors: dict[str, Tensor] = {}
         for path, wanted in by_file.items():
-            with safe_open(path, framework="pt") as file:
-                for name in wanted:
-                    # copy=True: a view would keep the whole file mapped, and resident once touched.
-                    tensors[name] = file.get_tensor(name).to(device, copy=True)
+            try:
+                with safe_open(path, framework="pt") as file:
+                    for name in wanted:
+                        # copy=True: a view would keep the whole file mapped, and resident once touched.
+                        tensors[name] = file.get_tensor(name).to(device, copy=True)
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(
+                    f"{path} has gone or changed since it was opened ({error}); leave it alone while a run works."
+                ) from error
         return tensors
 
 
@@ -128,9 +133,9 @@ def checkpoint_files(directory: Path) -> list[Path]:
         return [directory / SINGLE_FILE]
     if index.is_file():
         try:
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            weight_map = read_json(index)["weight_map"]
             shards = sorted(set(map(str, weight_map.values())))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise CheckpointError(f"{index} is damaged ({error}); download the checkpoint again.") from error
         for shard in shards:
             if Path(shard).name != shard:

@@ -1,62 +1,48 @@
-"""Parts that every command has: help with names, progress, JSON, and the command for the record."""
+"""Parts that every command has: its options and help, progress, and the command for the record."""
 
-import json
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import click
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from layer_surgery.cli.options import AS_JSON, DEBUG, NO_EVAL, F, given, options_of
-from layer_surgery.config import DEFAULT_COMPONENTS, DEFAULT_METHOD, DEFAULT_SCORER, PerplexityConfig
+from layer_surgery.cli import stopping
+from layer_surgery.cli.completion import Completed
+from layer_surgery.cli.help import GroupedCommand
+from layer_surgery.cli.options import AS_JSON, DEBUG, NO_EVAL, QUIET, QUIET_KEY, F, given, options_of
+from layer_surgery.cli.progress import progress_ui
+from layer_surgery.cli.terminal import HarmlessConsole
+from layer_surgery.config import PerplexityConfig
 from layer_surgery.config.declaring import Options
 from layer_surgery.errors import LayerSurgeryError
-from layer_surgery.progress import Ui
 from layer_surgery.records.provenance import portable_command
 
 T = TypeVar("T")
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
 
-class WithNames(click.Command):
-    """A command whose help ends with the registered scorers and methods.
+def command_on_model(
+    config: type[Options], *, required: tuple[str, ...] = (), examples: Mapping[str, str], metavar: str = "MODEL"
+) -> Callable[[F], click.Command]:
+    """Return a decorator that makes a command of MODEL and a configuration.
 
-    They are looked up only when help is asked for, because importing torch takes seconds.
+    Args:
+        metavar: what help texts write in the place of MODEL.
+        required: names of fields.
+        examples: see `GroupedCommand`.
     """
-
-    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        from layer_surgery.scoring import SCORERS
-        from layer_surgery.surgeon import METHODS
-        from layer_surgery.surgeon.components import KINDS
-
-        options = {option.name for option in self.params}
-        registries: Any = (
-            ("scorer", "Scorers", SCORERS, (DEFAULT_SCORER,)),
-            ("method", "Methods", METHODS, (DEFAULT_METHOD,)),
-            ("components", "Components", KINDS, DEFAULT_COMPONENTS),
-        )
-        for option, title, registry, chosen in registries:
-            if option not in options:
-                continue
-            rows = [
-                (entry.name + (" (default)" if entry.name in chosen else ""), f"{entry.summary} {entry.source}".strip())
-                for entry in registry
-            ]
-            with formatter.section(title):
-                formatter.write_dl(rows)
-
-
-def command_on_model(config: type[Options], *, required: tuple[str, ...] = ()) -> Callable[[F], click.Command]:
-    """Return a decorator that makes a command of MODEL and a configuration; `required` names fields."""
 
     def decorate(function: F) -> click.Command:
         own = [options_of(config, required=required), *[NO_EVAL] * issubclass(config, PerplexityConfig)]
-        for option in (DEBUG, AS_JSON, *reversed(own), click.argument("model")):
+        for option in (
+            DEBUG,
+            QUIET,
+            AS_JSON,
+            *reversed(own),
+            click.argument("model", metavar=metavar, type=Completed(paths="dir")),
+        ):
             function = option(function)
-        return click.command(cls=WithNames, context_settings=CONTEXT)(function)
+        return click.command(cls=GroupedCommand, context_settings=CONTEXT, examples=examples)(function)
 
     return decorate
 
@@ -67,39 +53,15 @@ def check_complete(failures: list[Any]) -> None:
         raise LayerSurgeryError("; ".join(f"{failure.stage} failed: {failure.error}" for failure in failures))
 
 
-@contextmanager
-def progress_ui() -> Iterator[Ui]:
-    """Progress bars and notes on stderr; bars only where stderr is a terminal."""
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
-    bars = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
-
-    @contextmanager
-    def progress(what: str, total: int) -> Iterator[Callable[[], None]]:
-        task = bars.add_task(what, total=total)
-        try:
-            yield lambda: bars.advance(task)
-        finally:
-            bars.remove_task(task)
-
-    with bars:
-        yield Ui(progress=progress, note=lambda text: console.print(text, style="dim", markup=False))
-
-
-def print_json(data: Any) -> None:
-    """Print data as JSON on stdout."""
-    click.echo(json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False))
-
-
 def call(function: Callable[..., T], target: str, options: dict[str, Any]) -> T:
-    """Call a function of the Python interface with the options that were given, and the command for the record."""
+    """Call a function of the Python interface with the options that were given, and the command for the record.
+
+    Progress and notes go to stderr, unless `--quiet` is given.
+    """
     command = portable_command(["layer-surgery", *sys.argv[1:]])
-    with progress_ui() as ui:
+    stopping.stop_by_cleaning_up()
+    if click.get_current_context().meta.get(QUIET_KEY):
+        return function(target, command=command, **given(options))
+    console = HarmlessConsole(stderr=True, highlight=False, soft_wrap=True)
+    with progress_ui(console) as ui:
         return function(target, ui=ui, command=command, **given(options))

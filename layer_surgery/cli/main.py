@@ -1,18 +1,26 @@
 """The command line: its entry point, and what every error comes to."""
 
-import logging
 import os
 import signal
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from typing import NoReturn
 
-import click
+try:
+    import logging
 
-from layer_surgery import __version__
-from layer_surgery.cli import commands
-from layer_surgery.cli.common import CONTEXT
-from layer_surgery.errors import LayerSurgeryError, describe
+    import click
+
+    from layer_surgery import __version__
+    from layer_surgery.cli import commands, stopping
+    from layer_surgery.cli.common import CONTEXT
+    from layer_surgery.cli.help import Program
+    from layer_surgery.disk.signals import ignore_signals
+    from layer_surgery.errors import LayerSurgeryError, describe, exit_code
+    from layer_surgery.reporting.text import one_line
+except KeyboardInterrupt:
+    os.write(2, b"interrupted; nothing half-written is left.\n")
+    os._exit(128 + signal.SIGINT)
 
 
 def main() -> NoReturn:
@@ -20,24 +28,25 @@ def main() -> NoReturn:
     debug = "--debug" in sys.argv
     _quiet_libraries(debug)
     _first_process_speaks(debug)
-    # A terminated run cleans up like an interrupted one.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    stopping.stop_at_once()
     try:
         with _processes():
-            sys.exit(cli.main(standalone_mode=False, prog_name="layer-surgery"))
+            code = cli.main(standalone_mode=False, prog_name="layer-surgery")
+        sys.exit(code)
     except click.ClickException as error:
         if len(sys.argv) == 1:  # the message is the help
             error.show()
         else:
-            click.echo(f"error: {' '.join(error.format_message().split())}", err=True)
+            click.echo(f"error: {one_line(' '.join(error.format_message().split()))}", err=True)
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
-        click.echo("interrupted; nothing half-written is left.", err=True)
-        sys.exit(130)
+        stopping.end(signal.SIGINT)
+    except stopping.Stopped as stopped:
+        stopping.end(stopped.number)
     except LayerSurgeryError as error:
         if debug:
             raise
-        click.echo(f"error: {error}", err=True)
+        click.echo(f"error: {one_line(str(error))}", err=True)
         sys.exit(error.exit_code)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -45,11 +54,13 @@ def main() -> NoReturn:
     except Exception as error:
         if debug:
             raise
-        click.echo(f"error: {describe(error)} (--debug shows where)", err=True)
-        sys.exit(1)
+        click.echo(f"error: {one_line(describe(error))} (--debug shows where)", err=True)
+        sys.exit(exit_code(error))
+    finally:
+        ignore_signals()
 
 
-@click.group(context_settings=CONTEXT)
+@click.group(cls=Program, context_settings=CONTEXT)
 @click.version_option(__version__, prog_name="layer-surgery")
 def cli() -> None:
     """Make a causal language model smaller by removing its least important layers, and show what that costs.
@@ -58,7 +69,7 @@ def cli() -> None:
     """
 
 
-for _name in ("compress", "score", "evaluate", "sweep", "report", "export"):
+for _name in ("compress", "heal", "score", "evaluate", "sweep", "report", "export", "verify", "completion"):
     cli.add_command(getattr(commands, _name))
 
 

@@ -4,7 +4,15 @@ The options of the command line (`cli/options.py`) and the keyword arguments of 
 derived from the classes here. A class is a group of options; a command takes a class that inherits the groups it needs.
 """
 
-from layer_surgery.config.commands import CompressConfig, EvaluateConfig, ExportConfig, ScoreConfig, SweepConfig
+from layer_surgery.config.commands import (
+    CompressConfig,
+    EvaluateConfig,
+    ExportConfig,
+    HealConfig,
+    ScoreConfig,
+    SweepConfig,
+    VerifyConfig,
+)
 from layer_surgery.config.evaluation import (
     ContinuationConfig,
     EvaluationConfig,
@@ -12,6 +20,7 @@ from layer_surgery.config.evaluation import (
     SpeedConfig,
     TaskConfig,
 )
+from layer_surgery.config.healing import HealingConfig
 from layer_surgery.config.inputs import CalibrationConfig
 from layer_surgery.config.runtime import RuntimeConfig
 from layer_surgery.config.surgery import (
@@ -19,6 +28,7 @@ from layer_surgery.config.surgery import (
     DEFAULT_COMPONENTS,
     DEFAULT_METHOD,
     DEFAULT_SCORER,
+    LISTED_BELOW,
     UNIFORM_COMPONENTS,
     BudgetConfig,
     SearchConfig,

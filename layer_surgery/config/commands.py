@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import attrs
 
-from layer_surgery.config.declaring import Options, about, absolute_path, names, numbers, whole_numbers
+from layer_surgery.config.choices import METHOD_CHOICES, SCORER_CHOICES
+from layer_surgery.config.declaring import Group, Options, about, absolute_path, names, numbers, whole_numbers
 from layer_surgery.config.evaluation import EvaluationConfig
+from layer_surgery.config.healing import HealAfterwardsConfig, HealingConfig
 from layer_surgery.config.inputs import CalibrationConfig
 from layer_surgery.config.runtime import CallConfig, RuntimeConfig
 from layer_surgery.config.surgery import (
@@ -21,7 +23,7 @@ from layer_surgery.config.surgery import (
     SearchConfig,
     check_keep,
 )
-from layer_surgery.errors import UserError
+from layer_surgery.errors import DataError, UserError
 
 # The bases of a class are listed last group first; see evaluation.py.
 
@@ -29,6 +31,8 @@ from layer_surgery.errors import UserError
 @attrs.frozen(kw_only=True, slots=False)
 class OutputConfig(Options):
     """Where a result goes."""
+
+    GROUP: ClassVar[Group] = "Output"
 
     output: Path | None = attrs.field(
         default=None, converter=absolute_path, metadata=about("Directory for the compressed model.", metavar="DIR")
@@ -44,6 +48,7 @@ class CompressConfig(
     RuntimeConfig,
     OutputConfig,
     EvaluationConfig,
+    HealAfterwardsConfig,
     CalibrationConfig,
     RefitConfig,
     SearchConfig,
@@ -52,21 +57,47 @@ class CompressConfig(
 ):
     """Options of `compress`."""
 
-    FIRST = ("target_layers", "output", "keep", "target_parameters", "layers")
+    FIRST = ("target_layers", "output", "keep", "target_parameters", "layers", "calibration", "samples", "eval_data")
+
+
+@attrs.frozen(kw_only=True, slots=False)
+class HealConfig(RuntimeConfig, OutputConfig, EvaluationConfig, HealingConfig):
+    """Options of `heal`."""
+
+    GROUP: ClassVar[Group] = "Model and data"
+    FIRST = ("data", "output", "teacher")
+
+    teacher: Any = attrs.field(
+        default=None,
+        metadata=about(
+            "The original that the result was made of.",
+            metavar="MODEL",
+            default="where surgery.json says it was, if it is still there and the same",
+            recorded=False,
+        ),
+    )
+
+    def _check(self) -> None:
+        if not self.data:
+            raise DataError("--data names no text to heal on; give a name or a file, such as --data text.txt.")
 
 
 @attrs.frozen(kw_only=True, slots=False)
 class ScoreConfig(RuntimeConfig, CalibrationConfig, PartConfig):
     """Options of `score`."""
 
-    FIRST = ("scorer", "target_layers")
+    GROUP: ClassVar[Group] = "Surgery"
+    FIRST = ("scorer", "target_layers", "calibration", "samples")
 
     scorer: str = attrs.field(
-        default=DEFAULT_SCORER, metadata=about("How layers are ranked (see below).", metavar="NAME", default="")
+        default=DEFAULT_SCORER,
+        metadata=about("How layers are ranked (see below).", metavar="NAME", default="", choices=SCORER_CHOICES),
     )
     target_layers: int | None = attrs.field(
         default=None,
-        metadata=about("Choose the layers for this target (greedy and block scorers need it).", metavar="N"),
+        metadata=about(
+            "Choose the layers for this target (greedy and block scorers need it).", metavar="N", group="Budget"
+        ),
     )
 
 
@@ -74,12 +105,15 @@ class ScoreConfig(RuntimeConfig, CalibrationConfig, PartConfig):
 class EvaluateConfig(RuntimeConfig, EvaluationConfig):
     """Options of `evaluate`."""
 
-    FIRST = ("baseline",)
+    GROUP: ClassVar[Group] = "Model and data"
+    FIRST = ("baseline", "eval_data")
 
     baseline: Any = attrs.field(
         default=None,
         metadata=about(
-            "A second model to measure on the same tokens, for example the original.", metavar="OTHER", recorded=False
+            "A second model to measure on the same tokens, for example the original.",
+            metavar="DIR|NAME",
+            recorded=False,
         ),
     )
 
@@ -87,6 +121,8 @@ class EvaluateConfig(RuntimeConfig, EvaluationConfig):
 @attrs.frozen(kw_only=True, slots=False)
 class ExportConfig(CallConfig):
     """Options of `export`."""
+
+    GROUP: ClassVar[Group] = "Output"
 
     output: Path | None = attrs.field(
         default=None, converter=absolute_path, metadata=about("Directory for the exported model.", metavar="OUT")
@@ -97,16 +133,38 @@ class ExportConfig(CallConfig):
 
 
 @attrs.frozen(kw_only=True, slots=False)
+class VerifyConfig(CallConfig):
+    """Options of `verify`."""
+
+    GROUP: ClassVar[Group] = "Model and data"
+
+    base: str | None = attrs.field(
+        default=None,
+        converter=attrs.converters.optional(str),
+        metadata=about("The original, to compare with.", metavar="MODEL", default="where it was, if it is there"),
+    )
+    trust_remote_code: bool = attrs.field(
+        default=False, metadata=about("Run Python code that comes with the original.")
+    )
+
+
+@attrs.frozen(kw_only=True, slots=False)
 class SweepConfig(RuntimeConfig, EvaluationConfig, CalibrationConfig, PartConfig, RefitConfig, SearchConfig):
     """Options of `sweep`: several compressions of one model, every combination of the first four."""
 
-    FIRST = ("target_layers", "keep", "method", "scorer", "output", "best")
+    GROUP: ClassVar[Group] = "Surgery"
+    FIRST = ("target_layers", "keep", "method", "scorer", "output", "best", "calibration", "samples", "eval_data")
 
     target_layers: tuple[int, ...] = attrs.field(
         default=(),
         converter=whole_numbers,
         metadata=about(
-            "Numbers of layers left whole.", form="list", metavar="N,...", items="numbers of layers", example="11,10,9"
+            "Numbers of layers left whole.",
+            form="list",
+            metavar="N,...",
+            items="numbers of layers",
+            example="11,10,9",
+            group="Budget",
         ),
     )
     keep: tuple[float, ...] = attrs.field(
@@ -120,17 +178,30 @@ class SweepConfig(RuntimeConfig, EvaluationConfig, CalibrationConfig, PartConfig
             metavar="F,...",
             items="fractions",
             example="0,0.1,0.3",
+            group="Budget",
         ),
     )
     method: tuple[str, ...] = attrs.field(
         default=(DEFAULT_METHOD,),
         converter=names,
-        metadata=about("How low-rank components are made (see below).", form="list", metavar="NAME,...", default=""),
+        metadata=about(
+            "How low-rank components are made (see below).",
+            form="list",
+            metavar="NAME,...",
+            default="",
+            choices=METHOD_CHOICES,
+        ),
     )
     scorer: tuple[str, ...] = attrs.field(
         default=(DEFAULT_SCORER,),
         converter=names,
-        metadata=about("How layers are ranked (see below).", form="list", metavar="NAME,...", default=""),
+        metadata=about(
+            "How layers are ranked (see below).",
+            form="list",
+            metavar="NAME,...",
+            default="",
+            choices=SCORER_CHOICES,
+        ),
     )
     output: Path | None = attrs.field(
         default=None,
@@ -139,6 +210,7 @@ class SweepConfig(RuntimeConfig, EvaluationConfig, CalibrationConfig, PartConfig
             "Directory for sweep.json, sweep.csv, sweep.md and the page report.html. A sweep that was stopped goes on "
             "where it was, and one of the same model, data and settings grows by the points that it has not.",
             metavar="DIR",
+            group="Output",
         ),
     )
     best: str | None = attrs.field(
@@ -147,9 +219,12 @@ class SweepConfig(RuntimeConfig, EvaluationConfig, CalibrationConfig, PartConfig
             "Save the smallest model that satisfies this in DIR/best: 'perplexity<=1.1x' (times the original's), "
             "'perplexity<=20', 'kl_divergence<=0.05' or 'top1_agreement>=0.9'; of several texts the mean counts.",
             metavar="CONDITION",
+            group="Output",
         ),
     )
-    overwrite: bool = attrs.field(default=False, metadata=about("Start anew if the directory holds a sweep already."))
+    overwrite: bool = attrs.field(
+        default=False, metadata=about("Start anew if the directory holds a sweep already.", group="Output")
+    )
 
     @property
     def directory(self) -> Path:

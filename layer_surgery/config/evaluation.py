@@ -7,7 +7,8 @@ from typing import ClassVar
 
 import attrs
 
-from layer_surgery.config.declaring import Options, about, at_least, names, paths, whole_numbers
+from layer_surgery.config.choices import BUNDLED_TASKS, DATA_CHOICES
+from layer_surgery.config.declaring import Group, Options, about, at_least, names, paths, whole_numbers
 from layer_surgery.config.inputs import TextConfig
 from layer_surgery.errors import UserError
 
@@ -16,6 +17,7 @@ from layer_surgery.errors import UserError
 class ContinuationConfig(Options):
     """Greedy continuations of a few prompts, side by side."""
 
+    GROUP: ClassVar[Group] = "Evaluation"
     DEFAULT_COUNT: ClassVar[int] = 3
     PROMPT_TOKENS: ClassVar[int] = 24  #: Length of a prompt from the text.
     NEW_TOKENS: ClassVar[int] = 32
@@ -46,6 +48,8 @@ class ContinuationConfig(Options):
 class SpeedConfig(Options):
     """How speed and memory of generation are measured."""
 
+    GROUP: ClassVar[Group] = "Evaluation"
+
     speed: bool = attrs.field(default=False, metadata=about("Speed and memory of generation.", form="switch"))
     speed_batch_sizes: tuple[int, ...] = attrs.field(
         default=(1,),
@@ -73,20 +77,24 @@ class SpeedConfig(Options):
 class TaskConfig(Options):
     """Which lm-eval tasks are run."""
 
+    GROUP: ClassVar[Group] = "Evaluation"
+
     tasks: tuple[str, ...] = attrs.field(
         default=(),
         converter=names,
         metadata=about(
             "lm-eval tasks, groups or YAML files to run before and after; `bundled` is a set that needs no network.",
             form="list",
-            metavar="A,B",
+            metavar="NAME|FILE,...",
+            choices=BUNDLED_TASKS,
         ),
     )
     task_path: tuple[Path, ...] = attrs.field(
         default=(),
         converter=paths,
         metadata=about(
-            "Directory with lm-eval task configurations of your own; may be given several times.",
+            "Directory with lm-eval task configurations of your own; may be given several times. Python that the named "
+            "tasks refer to (`!function`) is run: name only tasks that you trust, here and in YAML files.",
             form="repeat",
             metavar="DIR",
         ),
@@ -119,11 +127,16 @@ class TaskConfig(Options):
 class PerplexityConfig(TextConfig):
     """The texts that perplexity and distance to the original are measured on."""
 
+    GROUP: ClassVar[Group] = "Evaluation"
+
     eval_data: tuple[str, ...] = attrs.field(
         default=("bundled",),
         converter=names,
         metadata=about(
-            "Text to measure perplexity on; may be given several times.", form="repeat", metavar="NAME|FILE"
+            "Text to measure perplexity on; may be given several times.",
+            form="repeat",
+            metavar="NAME|FILE",
+            choices=DATA_CHOICES,
         ),
     )
     eval_windows: int | None = attrs.field(

@@ -7,13 +7,16 @@ from typing import ClassVar
 
 import attrs
 
-from layer_surgery.config.declaring import Options, about, at_least, names, path
+from layer_surgery.config.choices import DATA_CHOICES
+from layer_surgery.config.declaring import Group, Options, about, at_least, names, path
 from layer_surgery.errors import UserError
 
 
 @attrs.frozen(kw_only=True, slots=False)
 class TextConfig(Options):
     """How any text is read."""
+
+    GROUP: ClassVar[Group] = "Model and data"
 
     sequence_length: int = attrs.field(
         default=256, validator=at_least(2), metadata=about("Tokens in a sequence, in calibration and evaluation.")
@@ -41,6 +44,7 @@ class CalibrationConfig(TextConfig):
             "way say how many of those each source has.",
             form="repeat",
             metavar="NAME|FILE[:WEIGHT]",
+            choices=DATA_CHOICES,
         ),
     )
     samples: int = attrs.field(

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar
 
 import attrs
 
-from layer_surgery.config.declaring import Options, about_of, fields_of
+from layer_surgery.config.choices import described
+from layer_surgery.config.declaring import Options, about_of, fields_of, grouped
+from layer_surgery.config.surgery import LISTED_BELOW
 from layer_surgery.errors import UserError, nearest_name
 
 if TYPE_CHECKING:
@@ -109,10 +111,23 @@ def _with_keywords(function: Any, *, options: Any, positional: tuple[str, ...]) 
 
 
 def _documented(options: type[Options], positional: tuple[str, ...]) -> Iterator[str]:
-    for field in fields_of(options):
-        if field.name in positional:
-            continue
-        about = about_of(field)
-        default = about.default if about.default is not None else repr(field.default)
-        text = f"{field.name}: {about.help}" + (f" (default: {default})" if default else "")
-        yield textwrap.fill(text, 110, initial_indent="    ", subsequent_indent="        ")
+    """Yield the lines of a docstring about the options, under the headings of the command line's help."""
+    types = {name: parameter.annotation for name, parameter in inspect.signature(options).parameters.items()}
+    for group, fields in grouped(options).items():
+        listed = [field for field in fields if field.name not in positional]
+        if listed:
+            yield f"    {group}:"
+        for field in listed:
+            about = about_of(field)
+            words = f" [{about.values}]" if about.form == "value" and "|" in about.values else ""
+            default = about.default or repr(field.default)
+            yield _filled(f"{field.name} ({types[field.name]}): {about.help}{words} (default: {default})", 8)
+    names = {field.name for field in attrs.fields(options)}
+    for option, title, choices, chosen in LISTED_BELOW:
+        if option in names:
+            yield f"\n{title}:"
+            yield from (_filled(f"{name}: {text}", 4) for name, text in described(choices, chosen))
+
+
+def _filled(text: str, indent: int) -> str:
+    return textwrap.fill(text, 110, initial_indent=" " * indent, subsequent_indent=" " * (indent + 4))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import attrs
 
-from layer_surgery.config.declaring import Options, about, at_least, path
+from layer_surgery.config.declaring import Group, Options, about, at_least, one_of, path
 from layer_surgery.errors import UserError
+from layer_surgery.linalg.decomposition import DECOMPOSITIONS, WIDE, Decomposition
 from layer_surgery.progress import Ui
 
 if TYPE_CHECKING:
@@ -17,8 +18,18 @@ if TYPE_CHECKING:
 
 #: The tool's own use of memory on a CPU must not grow with the model, so these limits are fixed.
 CPU_MEMORY_BYTES = 1 << 29
+#: Hidden size from which a CPU computes in bfloat16 if it can. Smaller models take little time in float32, which gives
+#: the same numbers on every machine.
+BFLOAT16_FROM = 2048
 DTYPES = ("float32", "bfloat16", "float16")
 _LARGEST_SEED = (1 << 63) - 1
+
+
+def _tokenizer(value: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase | None:
+    # Not by its class, whose import takes seconds: by what is asked of it.
+    if value is not None and not (callable(value) and hasattr(value, "get_vocab")):
+        raise UserError(f"tokenizer is {value!r}; give a tokenizer of transformers (AutoTokenizer.from_pretrained).")
+    return value
 
 
 def _ui(value: Ui | None) -> Ui:
@@ -37,8 +48,14 @@ def _dtype_name(value: str | torch.dtype) -> str:
 class CallConfig(Options):
     """Keyword arguments of the Python interface that are objects, and no settings."""
 
+    GROUP: ClassVar[Group] = "Runtime"
+
     tokenizer: PreTrainedTokenizerBase | None = attrs.field(
-        default=None, metadata=about("Tokenizer of a model that is given in memory.", terminal=False, recorded=False)
+        default=None,
+        converter=_tokenizer,
+        metadata=about(
+            "Tokenizer of a model that is given in memory.", group="Model and data", terminal=False, recorded=False
+        ),
     )
     ui: Ui = attrs.field(
         default=None,
@@ -55,19 +72,36 @@ class RuntimeConfig(CallConfig):
     """Where and how computations run."""
 
     device: str = attrs.field(
-        default="auto", converter=_device_name, metadata=about("Where to compute.", metavar="auto|cpu|cuda[:N]")
+        default="auto",
+        converter=_device_name,
+        metadata=about("Where to compute.", metavar="auto|cpu|cuda[:N]", choices=("auto", "cpu", "cuda")),
     )
     dtype: str = attrs.field(
         default="auto",
         converter=_dtype_name,
         metadata=about(
-            "dtype of computation; auto is float32 on a CPU and the checkpoint's own on CUDA. The saved checkpoint "
-            "always has the original's dtype.",
-            metavar="auto|float32|bfloat16|float16",
+            "dtype of computation; auto is the checkpoint's own on CUDA and float32 on a CPU, or bfloat16 if it is "
+            f"stored so, {BFLOAT16_FROM:,} or more wide, and the CPU multiplies bfloat16. The saved checkpoint always "
+            "has the original's dtype.",
+            choices=("auto", *DTYPES),
+        ),
+    )
+    decomposition: Decomposition = attrs.field(
+        default="auto",
+        validator=one_of(DECOMPOSITIONS),
+        metadata=about(
+            "How linears are decomposed: exact, or leading (components up to the largest useful rank, by matrix "
+            f"products; much faster where a side is {WIDE:,} or more); auto is leading for those, exact for others.",
+            choices=DECOMPOSITIONS,
         ),
     )
     batch_size: int = attrs.field(
-        default=8, validator=at_least(1), metadata=about("Sequences at a time; changes speed, not results.")
+        default=8,
+        validator=at_least(1),
+        metadata=about(
+            "Sequences at a time. More are faster and take more memory; sums are then rounded in another order, so "
+            "that results differ in their last digits, and with them the bytes of the result."
+        ),
     )
     memory_limit: int | None = attrs.field(
         default=None,
@@ -82,7 +116,8 @@ class RuntimeConfig(CallConfig):
     )
     seed: int = attrs.field(default=0, validator=at_least(0), metadata=about("Seed of every random choice."))
     trust_remote_code: bool = attrs.field(
-        default=False, metadata=about("Run Python code that comes with the checkpoint.")
+        default=False,
+        metadata=about("Run Python code that comes with the checkpoint.", group="Model and data"),
     )
     resident_bytes: int | None = attrs.field(
         default=None,
@@ -116,6 +151,8 @@ class RuntimeConfig(CallConfig):
             raise UserError(f"--dtype is '{self.dtype}'; allowed: auto, {', '.join(DTYPES)}.")
         if self.seed > _LARGEST_SEED:
             raise UserError(f"--seed is {self.seed}; allowed: 0 to {_LARGEST_SEED}.")
+        if self.scratch is not None and not self.scratch.is_dir():
+            raise UserError(f"scratch is {self.scratch}, which is not a directory; make it, or leave it out.")
 
     def torch_device(self) -> torch.device:
         """Return the device; `UserError` if it is not there."""
@@ -164,11 +201,17 @@ class RuntimeConfig(CallConfig):
             boundary if self.boundary_bytes is None else self.boundary_bytes,
         )
 
-    def torch_dtype(self, device: torch.device, stored: torch.dtype) -> torch.dtype:
-        """Return the dtype of computation on `device` for a checkpoint stored in `stored`."""
+    def torch_dtype(self, device: torch.device, stored: torch.dtype, hidden_size: int) -> torch.dtype:
+        """Return the dtype of computation on `device` for a checkpoint of this width, stored in `stored`."""
         import torch
+
+        from layer_surgery.machine import cpu_multiplies_bfloat16
 
         if self.dtype != "auto":
             dtype: torch.dtype = getattr(torch, self.dtype)
             return dtype
-        return torch.float32 if device.type == "cpu" else stored
+        if device.type != "cpu":
+            return stored
+        # On a CPU that multiplies bfloat16, the same loss in half of the time or less.
+        short = stored == torch.bfloat16 and hidden_size >= BFLOAT16_FROM and cpu_multiplies_bfloat16()
+        return stored if short else torch.float32

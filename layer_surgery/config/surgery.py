@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import attrs
 
+from layer_surgery.config.choices import (
+    COMPONENT_CHOICES,
+    DEFAULT_LOSSES,
+    LOSS_CHOICES,
+    METHOD_CHOICES,
+    SCORER_CHOICES,
+    Choice,
+)
 from layer_surgery.config.declaring import (
+    Group,
     Options,
     about,
     about_of,
@@ -24,10 +34,18 @@ from layer_surgery.records.plan import PARTS, REFIT_SCOPES, Part, RefitScope, Su
 DEFAULT_METHOD = "mix"
 DEFAULT_SCORER = "fisher"
 #: Kinds that the search may cut, and those that it cuts unless the user names others.
-COMPONENTS = ("channels", "singular", "heads", "attention", "mlp", "experts", "routed", "bypass")
+COMPONENTS = tuple(COMPONENT_CHOICES)
 DEFAULT_COMPONENTS = ("channels", "singular", "experts")
 #: Those that all layers can have as many of as the configuration says.
 UNIFORM_COMPONENTS = ("channels", "heads", "experts", "routed")
+#: What help texts list below all options: the option, the heading, the names, and those that are the default.
+LISTED_BELOW: tuple[tuple[str, str, Mapping[str, Choice], tuple[str, ...]], ...] = (
+    ("scorer", "Scorers", SCORER_CHOICES, (DEFAULT_SCORER,)),
+    ("method", "Methods", METHOD_CHOICES, (DEFAULT_METHOD,)),
+    ("components", "Components", COMPONENT_CHOICES, DEFAULT_COMPONENTS),
+    ("loss", "Losses", LOSS_CHOICES, DEFAULT_LOSSES),
+    ("heal__loss", "Losses to heal by", LOSS_CHOICES, DEFAULT_LOSSES),
+)
 
 
 @dataclass(frozen=True)
@@ -67,12 +85,14 @@ def _check_target(_instance: Any, field: attrs.Attribute[Any], value: float | No
 class PartConfig(Options):
     """Which part of each layer is operated on."""
 
+    GROUP: ClassVar[Group] = "Surgery"
+
     remove: Part = attrs.field(
         default="layer",
         validator=one_of(PARTS, PlanError),
         metadata=about(
             "Operate on whole layers, or only on their attention or their MLP; the budget is then of these.",
-            metavar="layer|attention|mlp",
+            choices=PARTS,
         ),
     )
 
@@ -81,6 +101,7 @@ class PartConfig(Options):
 class BudgetConfig(PartConfig):
     """Which layers are operated on, and how many parameters may stay in them."""
 
+    GROUP: ClassVar[Group] = "Budget"
     DEFAULT_KEEP: ClassVar[float] = 0.1
 
     target_layers: int | None = attrs.field(default=None, metadata=about("Number of layers left whole.", metavar="N"))
@@ -172,11 +193,15 @@ class BudgetConfig(PartConfig):
 class ChoiceConfig(Options):
     """Who chooses the layers, and what takes their place."""
 
+    GROUP: ClassVar[Group] = "Surgery"
+
     scorer: str = attrs.field(
-        default=DEFAULT_SCORER, metadata=about("How layers are ranked (see below).", metavar="NAME", default="")
+        default=DEFAULT_SCORER,
+        metadata=about("How layers are ranked (see below).", metavar="NAME", default="", choices=SCORER_CHOICES),
     )
     method: str | None = attrs.field(
-        default=None, metadata=about("How low-rank components are made (see below).", metavar="NAME")
+        default=None,
+        metadata=about("How low-rank components are made (see below).", metavar="NAME", choices=METHOD_CHOICES),
     )
     plan: GivenPlan | None = attrs.field(
         default=None,
@@ -191,6 +216,8 @@ class ChoiceConfig(Options):
 class SearchConfig(Options):
     """What the method `mix` may cut, and in which steps."""
 
+    GROUP: ClassVar[Group] = "Surgery"
+
     components: tuple[str, ...] | None = attrs.field(
         default=None,
         converter=maybe_names,
@@ -199,6 +226,9 @@ class SearchConfig(Options):
             form="list",
             metavar="NAME,...",
             default="channels,singular,experts, and what else a target needs",
+            items="components",
+            example="channels,singular",
+            choices=COMPONENT_CHOICES,
         ),
     )
     multiple: int | None = attrs.field(
@@ -239,6 +269,8 @@ class SearchConfig(Options):
 class RefitConfig(Options):
     """Whether and how what stays is re-solved after the surgery."""
 
+    GROUP: ClassVar[Group] = "Surgery"
+
     refit: bool | None = attrs.field(
         default=None,
         metadata=about(
@@ -251,7 +283,7 @@ class RefitConfig(Options):
         default="all",
         validator=one_of(REFIT_SCOPES),
         metadata=about(
-            "operated: low-rank layers only; the others stay as they are, bit for bit.", metavar="all|operated"
+            "operated: low-rank layers only; the others stay as they are, bit for bit.", choices=REFIT_SCOPES
         ),
     )
     refit_general: float = attrs.field(

@@ -1,11 +1,11 @@
 """The text and the tasks that come with the project, checked against their manifest."""
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
 from layer_surgery.data.documents import Document, LoadedData, Purpose, Text
+from layer_surgery.disk.reading import read_json
 from layer_surgery.errors import DataError
 
 BUNDLED = "bundled"
@@ -72,7 +72,7 @@ def _listed_files(directory: Path, what: str, *keys: str) -> dict[str, str]:
     """Map the names of the files that the manifest lists under these keys to their SHA-256 (hexadecimal)."""
     path = directory / "MANIFEST.json"
     try:
-        entries: Any = json.loads(path.read_text(encoding="utf-8"))
+        entries: Any = read_json(path)
         for key in keys:
             entries = entries[key]
         return {str(entry["file"]): str(entry["sha256"]) for entry in entries}

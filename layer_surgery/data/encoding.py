@@ -159,10 +159,9 @@ def _chat_segments(tokenizer: PreTrainedTokenizerBase, chat: Chat, at: str) -> l
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], generate: bool, at: str) -> str:
-    import jinja2
-
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
-    except (jinja2.TemplateError, ValueError, TypeError, LookupError) as error:
-        raise DataError(f"{at}: the chat template does not accept the messages ({error}).") from error
+    except Exception as error:  # a template is a program, which may fail in any way, an overflow of the stack too
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise DataError(f"{at}: the chat template does not accept the messages ({reason}).") from error
     return str(text)

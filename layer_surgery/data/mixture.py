@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from decimal import ROUND_DOWN, Context, Decimal
 from fractions import Fraction
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -26,6 +27,7 @@ def pack_mixture(
     samples: int,
     sequence_length: int,
     seed: int,
+    alone: bool = False,
 ) -> PackedTokens:
     """Pack `samples` sequences in all, divided among the sources by weight and put in an order chosen by `seed`.
 
@@ -39,19 +41,20 @@ def pack_mixture(
         data: at least one source.
         weights: one for each source, finite and above 0.
         samples: at least as many as there are sources.
+        alone: whether each example has a sequence of its own.
 
     Raises `DataError`: as `pack_calibration`; it names the source.
     """
+    size: dict[str, Any] = {"sequence_length": sequence_length, "alone": alone}
     if len(data) == 1:
-        tokens = pack_calibration(data[0], tokenizer, samples=samples, sequence_length=sequence_length, seed=seed)
+        tokens = pack_calibration(data[0], tokenizer, samples=samples, seed=seed, **size)
         return replace(tokens, sources=(_share(tokens, weights[0]),))
     generator = torch.Generator().manual_seed(seed)
     seeds = torch.randint(_SEEDS, (len(data),), generator=generator).tolist()
     parts = []
     for position, share in enumerate(apportion(weights, samples)):
         try:
-            size = {"samples": share, "sequence_length": sequence_length}
-            parts.append(pack_calibration(data[position], tokenizer, **size, seed=seeds[position]))
+            parts.append(pack_calibration(data[position], tokenizer, samples=share, seed=seeds[position], **size))
         except TooFewSequencesError as error:
             raise DataError(
                 f"{error.found}, fewer than its share of --samples {samples}, which is {share}; "
@@ -66,6 +69,34 @@ def pack_mixture(
         sum(part.tokens_available for part in parts),
     )
     return replace(mixed, sources=tuple(_share(part, weight) for part, weight in zip(parts, weights, strict=True)))
+
+
+def pack_at_most(
+    data: Sequence[LoadedData],
+    weights: Sequence[float],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    samples: int,
+    sequence_length: int,
+    seed: int,
+    alone: bool = False,
+) -> PackedTokens:
+    """Pack like `pack_mixture`, but where the sources have fewer sequences than `samples`, as many as there are.
+
+    The weights hold all the same: the source that is short for its weight decides.
+    Raises `DataError`: as `pack_calibration`, and for a source without a single sequence.
+    """
+    size: dict[str, Any] = {"sequence_length": sequence_length, "seed": seed, "alone": alone}
+    most = samples
+    for each, weight in zip(data, weights, strict=True):
+        share = max(1, math.ceil(samples * weight / sum(weights)))
+        try:
+            pack_calibration(each, tokenizer, samples=share, **size)
+        except TooFewSequencesError as error:
+            if error.count == 0:
+                raise DataError(f"{error.found}; lower --sequence-length, or pass more data.") from error
+            most = min(most, math.floor(error.count * sum(weights) / weight))
+    return pack_mixture(data, weights, tokenizer, samples=max(len(data), most), **size)
 
 
 def _share(part: PackedTokens, weight: float) -> SourceShare:

@@ -3,7 +3,6 @@
 Shapes: N sequences, S tokens each (`sequence_length`).
 """
 
-import hashlib
 from collections.abc import Iterable, Iterator
 from itertools import islice
 
@@ -13,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from layer_surgery.data.documents import LoadedData
 from layer_surgery.data.encoding import EncodedExample, encode_examples, encode_texts, leading_bos
-from layer_surgery.data.tokens import PackedTokens
+from layer_surgery.data.tokens import PackedTokens, tokens_hash
 from layer_surgery.errors import CheckpointError, DataError
 
 _LARGEST_SEED = 2**63 - 1
@@ -35,7 +34,13 @@ class TooFewSequencesError(DataError):
 
 
 def pack_calibration(
-    data: LoadedData, tokenizer: PreTrainedTokenizerBase, *, samples: int, sequence_length: int, seed: int
+    data: LoadedData,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    samples: int,
+    sequence_length: int,
+    seed: int,
+    alone: bool = False,
 ) -> PackedTokens:
     """Pack `samples` sequences of `sequence_length` tokens, chosen by `seed`; the CPU generator is the function's own.
 
@@ -44,7 +49,8 @@ def pack_calibration(
     All tokens but those at position 0 carry loss.
 
     Examples and chats: only answers carry loss (and the token that ends them). Whole examples are packed in shuffled
-    order: a row takes the next example while it fits, and is padded on the right. `samples` counts rows. Each
+    order: a row takes the next example while it fits, and is padded on the right; with `alone` each row has one example
+    only, so that no token sees another example. `samples` counts rows. Each
     prompt/answer example begins with BOS (if the tokenizer adds it) and ends with EOS (if there is one).
 
     Raises `DataError`: an argument out of range; fewer sequences than `samples` (`TooFewSequencesError`); an example
@@ -65,7 +71,9 @@ def pack_calibration(
     examples = encode_examples(tokenizer, data)
     _require_fit(data, examples, sequence_length)
     order = torch.randperm(len(examples), generator=generator).tolist()
-    rows = list(islice(_fill_rows((examples[i] for i in order), sequence_length), samples))
+    shuffled = (examples[i] for i in order)
+    filled = ([example] for example in shuffled) if alone else _fill_rows(shuffled, sequence_length)
+    rows = list(islice(filled, samples))
     available = sum(map(len, examples))
     if len(rows) < samples:
         raise TooFewSequencesError(data, available, len(rows), samples, sequence_length)
@@ -181,14 +189,11 @@ def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 def packed_tokens(name: str, token_ids: Tensor, loss_mask: Tensor, valid: Tensor, available: int) -> PackedTokens:
     """Put sequences and masks, each `[N, S]`, into a record with the hash of what is in them."""
-    digest = hashlib.sha256(f"{token_ids.shape[0]}x{token_ids.shape[1]}".encode())
-    for array in (token_ids.numpy().astype("<i8"), loss_mask.numpy(), valid.numpy()):
-        digest.update(array.tobytes())
     return PackedTokens(
         name=name,
         token_ids=token_ids,
         loss_mask=loss_mask,
         valid=valid,
         tokens_available=available,
-        sha256=digest.hexdigest(),
+        sha256=tokens_hash(token_ids, loss_mask, valid),
     )

@@ -7,7 +7,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from layer_surgery.data.rows import Row, Table
+from layer_surgery.disk.reading import check_regular, parse_json, read_bytes, why
 from layer_surgery.errors import DataError
+
+#: Text is read at once; what is larger is no calibration data, and would not fit into memory many times over.
+DATA_BYTES = 4_000_000_000
 
 
 def read_utf8(path: Path, *, keep_signature: bool = False) -> str:
@@ -18,9 +22,9 @@ def read_utf8(path: Path, *, keep_signature: bool = False) -> str:
     Raises `DataError`: the file cannot be opened, or is not UTF-8.
     """
     try:
-        text = path.read_bytes().decode("utf-8")
+        text = read_bytes(path, DATA_BYTES).decode("utf-8")
     except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}.") from error
+        raise DataError(f"cannot read {path}: {why(error)}.") from error
     except UnicodeDecodeError as error:
         raise DataError(
             f"{path} is not UTF-8 text (byte {error.start} is 0x{error.object[error.start]:02x}); convert it to UTF-8."
@@ -43,11 +47,11 @@ def _in_memory(path: Path, rows: list[tuple[str, Row]], columns: Sequence[str] |
 
 def _parse_json(text: str, at: str, hint: str) -> object:
     try:
-        return json.loads(text)
+        return parse_json(text)
     except json.JSONDecodeError as error:
         place = "" if error.lineno == 1 else f"line {error.lineno}, "
         raise DataError(f"{at}: invalid JSON ({error.msg}, {place}column {error.colno}); {hint}.") from error
-    except (RecursionError, ValueError) as error:
+    except ValueError as error:
         raise DataError(f"{at}: JSON that cannot be read ({error}); {hint}.") from error
 
 
@@ -109,6 +113,7 @@ def _read_parquet(path: Path) -> Table:
 
     failures = (OSError, ValueError, NotImplementedError, pyarrow.ArrowException)
     try:
+        check_regular(path)
         file = pyarrow.parquet.ParquetFile(path)
         columns = tuple(file.schema_arrow.names)
     except failures as error:

@@ -1,8 +1,12 @@
 """Packed token sequences: the one form in which text reaches a model."""
 
-from collections.abc import Iterator
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -51,7 +55,45 @@ class PackedTokens:
         """Number of tokens that carry loss."""
         return int(self.loss_mask.sum())
 
+    def select(self, rows: Tensor | slice) -> PackedTokens:
+        """Return some of the sequences, by number, under the same name; shares of sources are not known of them."""
+        return self.holding(self.token_ids[rows], self.loss_mask[rows], self.valid[rows])
+
+    def holding(self, token_ids: Tensor, loss_mask: Tensor, valid: Tensor) -> PackedTokens:
+        """Return other sequences [N, S] under the same name; shares of sources are not known of them."""
+        token_ids, loss_mask, valid = token_ids.contiguous(), loss_mask.contiguous(), valid.contiguous()
+        return PackedTokens(
+            name=self.name,
+            token_ids=token_ids,
+            loss_mask=loss_mask,
+            valid=valid,
+            tokens_available=self.tokens_available,
+            sha256=tokens_hash(token_ids, loss_mask, valid),
+        )
+
     def batches(self, batch_size: int) -> Iterator[slice]:
         """Yield slices over the sequences, each of at most `batch_size`."""
         for start in range(0, self.sequences, batch_size):
             yield slice(start, min(start + batch_size, self.sequences))
+
+
+def joined(name: str, parts: Sequence[PackedTokens]) -> PackedTokens:
+    """Return the sequences of all parts, which are of one length, behind one another."""
+    fields = ("token_ids", "loss_mask", "valid")
+    token_ids, loss_mask, valid = (torch.cat([getattr(part, field) for part in parts]) for field in fields)
+    return PackedTokens(
+        name=name,
+        token_ids=token_ids,
+        loss_mask=loss_mask,
+        valid=valid,
+        tokens_available=sum(part.tokens_available for part in parts),
+        sha256=tokens_hash(token_ids, loss_mask, valid),
+    )
+
+
+def tokens_hash(token_ids: Tensor, loss_mask: Tensor, valid: Tensor) -> str:
+    """Return the SHA-256 (hexadecimal) of sequences and masks, each [N, S]."""
+    digest = hashlib.sha256(f"{token_ids.shape[0]}x{token_ids.shape[1]}".encode())
+    for array in (token_ids.numpy().astype("<i8"), loss_mask.numpy(), valid.numpy()):
+        digest.update(array.tobytes())
+    return digest.hexdigest()

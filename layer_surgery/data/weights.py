@@ -21,8 +21,8 @@ class WeightedSource:
         return f"{self.name}:{self.weight:g}"
 
 
-def weighted_sources(sources: Sequence[str]) -> list[WeightedSource]:
-    """Take each `SOURCE[:WEIGHT]` apart and check that no source stands there twice.
+def weighted_sources(sources: Sequence[str], option: str = "--calibration") -> list[WeightedSource]:
+    """Take each `SOURCE[:WEIGHT]` of an option apart and check that no source stands there twice.
 
     Only a number behind the last colon is a weight, and none is if a file of the whole name exists.
 
@@ -30,20 +30,20 @@ def weighted_sources(sources: Sequence[str]) -> list[WeightedSource]:
     """
     seen: dict[str, WeightedSource] = {}
     for text in sources:
-        source = _take_apart(text)
+        source = _take_apart(text, option)
         identity = _identity(source.name)
         if identity in seen:
             first = seen[identity]
             both = WeightedSource(first.name, first.weight + source.weight)
             known_as = f" (first as '{first.name}')" if first.name != source.name else ""
             raise DataError(
-                f"--calibration names '{source.name}' more than once{known_as}; give it once, with a weight ({both})."
+                f"{option} names '{source.name}' more than once{known_as}; give it once, with a weight ({both})."
             )
         seen[identity] = source
     return list(seen.values())
 
 
-def _take_apart(text: str) -> WeightedSource:
+def _take_apart(text: str, option: str) -> WeightedSource:
     name, colon, tail = text.rpartition(":")
     if not colon or os.path.exists(os.path.expanduser(text)):
         return WeightedSource(text)
@@ -52,12 +52,12 @@ def _take_apart(text: str) -> WeightedSource:
     except ValueError:
         if os.path.isfile(os.path.expanduser(name)):
             raise DataError(
-                f"--calibration {text}: '{tail}' is not a weight, and there is no file of the whole name; give a "
+                f"{option} {text}: '{tail}' is not a weight, and there is no file of the whole name; give a "
                 f"number above 0 behind the colon, such as {name}:2."
             ) from None
         return WeightedSource(text)  # the colon belongs to the name: C:\text.txt, OWNER/NAME@train[:1000]
     if not (math.isfinite(weight) and weight > 0):
-        raise DataError(f"--calibration {text} has the weight {tail}; allowed: a finite number above 0.")
+        raise DataError(f"{option} {text} has the weight {tail}; allowed: a finite number above 0.")
     return WeightedSource(name, weight)
 
 

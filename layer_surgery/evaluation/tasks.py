@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from layer_surgery.config import TaskConfig
-from layer_surgery.errors import DataError, nearest_name
+from layer_surgery.errors import DataError
 from layer_surgery.evaluation.harness import HarnessModel
+from layer_surgery.evaluation.task_names import unknown_task
 from layer_surgery.evaluation.uncertainty import paired_difference
 from layer_surgery.progress import Progress
 from layer_surgery.records import Interval, TaskMetric, TaskResult
@@ -56,10 +57,7 @@ class Tasks:
             if unknown and not with_defaults:
                 continue
             if unknown:
-                raise DataError(
-                    f"unknown task '{unknown[0]}'.{nearest_name(unknown[0], self._manager.all_tasks)} Name tasks of "
-                    "lm-eval, `bundled`, a YAML file, or tasks of your own with --task-path DIR."
-                )
+                raise unknown_task(unknown[0], self._manager.all_tasks)
             try:
                 self._specs = [spec for name in dict.fromkeys(config.tasks) for spec in self._load(name)]
                 break

@@ -5,6 +5,7 @@ Knows torch only. Shapes: Z inputs [tokens, in], Y targets [tokens, out], W a we
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -13,6 +14,11 @@ from torch import Tensor
 
 #: Ridges that are tried, as multiples of the mean square of an input. Beyond the last, the weight stays as it is.
 RIDGES: tuple[float, ...] = tuple(10 ** (exponent / 2) for exponent in range(-12, 7))
+
+#: Random directions of the outputs that ridges are compared in, where inputs are too wide for their whole spectrum.
+_PROBES = 64
+#: Of `RIDGES`, one in so many is tried first there, and then those around the best.
+_COARSE = 3
 
 #: Symmetric products of matrices this wide and wider are formed block by block, on a CPU and on an accelerator.
 _BLOCK = {"cpu": 512, "cuda": 4096}
@@ -100,10 +106,95 @@ class RidgeProblem:
         change = _solve_damped(inputs, best * float(inputs.diagonal().mean()), remaining.T).T
         return Solution(w + change, best, before / norm, errors[best] / norm)
 
+    def solve_by_factors(self, weight: Tensor, shared: RidgeProblem | None = None) -> Solution:
+        """Return about what `solve` returns, from about a dozen Cholesky factors and no eigendecomposition.
+
+        Ridges are compared in the same `_PROBES` random directions of the outputs, which depend on the sizes only:
+        first one in `_COARSE`, then those around the best. The errors of the chosen one and of no change are of all
+        outputs. Ridges below the rounding of the sums, with which these are not positive definite, are left out. At
+        most three matrices [in, in] of float64 at a time.
+        """
+        source = shared or self
+        w, held_inputs = weight.double(), source.held_out.inputs
+        train_inputs, train_products = source.train.inputs.double(), self.train.products.double()
+        norm = self.held_out.targets or 1.0
+
+        def error(coordinates: Tensor, products: Tensor) -> float:
+            """Return the held-out squared error but for that of giving nothing; float32 where the sums are."""
+            quadratic = ((coordinates.to(held_inputs) @ held_inputs).double() * coordinates).sum()
+            return float(quadratic - 2 * (coordinates * products).sum())
+
+        held_products = self.held_out.products.double()
+        before = self.held_out.targets + error(w, held_products)
+        best = self._least_ridge(w, train_inputs, error)
+        if best is None:
+            return Solution(w, None, before / norm, before / norm)
+        remaining = train_products - w @ train_inputs
+        best, change = _solve_by_factor(train_inputs, best, remaining.T)
+        after = self.held_out.targets + error(w + change.T, held_products)
+        if after >= before - 8 * torch.finfo(held_inputs.dtype).eps * norm:
+            return Solution(w, None, before / norm, before / norm)
+        inputs = train_inputs + held_inputs
+        del train_inputs
+        remaining = train_products + held_products - w @ inputs
+        best, change = _solve_by_factor(inputs, best, remaining.T)
+        return Solution(w + change.T, best, before / norm, after / norm)
+
+    def _least_ridge(self, w: Tensor, inputs: Tensor, error: Callable[[Tensor, Tensor], float]) -> float | None:
+        """Return the ridge with the least held-out error in random directions of the outputs; None for no change.
+
+        `w` is the weight [out, in] and `inputs` the training sum [in, in], both float64.
+        """
+        scale = float(inputs.diagonal().mean())
+        if scale <= 0:
+            return None
+        generator = torch.Generator().manual_seed(len(w))
+        probes = torch.randn(_PROBES, len(w), generator=generator, dtype=w.dtype).to(w.device)
+        start, held_products = probes @ w, probes @ self.held_out.products.double()
+        remaining = (probes @ self.train.products.double() - start @ inputs).T
+
+        def try_ridge(number: int) -> None:
+            if number not in errors and 0 <= number < len(RIDGES):
+                factor = _factor(inputs, RIDGES[number] * scale)
+                if factor is not None:
+                    errors[number] = error(start + torch.cholesky_solve(remaining, factor).T, held_products)
+
+        errors: dict[int, float] = {len(RIDGES): error(start, held_products)}
+        for number in range(0, len(RIDGES), _COARSE):
+            try_ridge(number)
+        coarse = min(errors, key=lambda number: errors[number])
+        for distance in range(1, _COARSE):
+            try_ridge(coarse - distance)
+            try_ridge(coarse + distance)
+        best = min(errors, key=lambda number: errors[number])
+        return None if best == len(RIDGES) else RIDGES[best]
+
     @cached_property
     def _decomposition(self) -> tuple[Tensor, Tensor]:
         values, vectors = torch.linalg.eigh(self.train.inputs.double())
         return values.clamp_min(0.0), vectors
+
+
+def _factor(gram: Tensor, ridge: float) -> Tensor | None:
+    """Return the Cholesky factor of `gram + ridge I`; None where rounding has made that not positive definite."""
+    damped = gram.clone()
+    damped.diagonal().add_(ridge)
+    factor, failed = torch.linalg.cholesky_ex(damped)
+    return None if failed else factor
+
+
+def _solve_by_factor(gram: Tensor, ridge: float, right: Tensor) -> tuple[float, Tensor]:
+    """Return `(gram + ridge * scale I)^-1 right` with the first ridge of `RIDGES` from this one on that allows it.
+
+    `scale` is the mean of the diagonal. Returns the ridge too.
+    """
+    scale = float(gram.diagonal().mean())
+    for each in (known for known in RIDGES if known >= ridge):
+        factor = _factor(gram, each * scale)
+        if factor is not None:
+            return each, torch.cholesky_solve(right, factor)
+    # Larger than any rounding: the sums hold what is not finite, which a solution shows too.
+    return ridge, right * torch.nan
 
 
 def _solve_damped(gram: Tensor, ridge: float, right: Tensor) -> Tensor:

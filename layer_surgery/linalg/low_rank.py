@@ -117,10 +117,15 @@ def whitened_svd(weight: Tensor, inputs: Tensor, outputs: Tensor | None = None) 
         squares, v = _leading_first(whitened.T @ whitened)
         left = w @ (left_a @ v)
         right = torch.linalg.solve_triangular(left_a, v.T, upper=False, left=False)
-    # Both factors of the same magnitude, component by component: that suits 16-bit storage.
-    tiny = torch.finfo(torch.float64).tiny
+    return WhitenedFactors(balanced(Factors(left, right)), squares.clamp_min(0.0).sqrt())
+
+
+def balanced(factors: Factors) -> Factors:
+    """Return factors of the same product, each component of the same magnitude in both: that suits 16-bit storage."""
+    left, right = factors
+    tiny = torch.finfo(left.dtype).tiny
     balance = (right.norm(dim=1).clamp_min(tiny) / left.norm(dim=0).clamp_min(tiny)).sqrt()
-    return WhitenedFactors(Factors(left * balance, right / balance[:, None]), squares.clamp_min(0.0).sqrt())
+    return Factors(left * balance, right / balance[:, None])
 
 
 def _leading_first(gram: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ from layer_surgery.parallel.group import (
     barrier,
     broadcast,
     by_owner,
+    check_alone,
     from_first,
     gather,
     group,
@@ -22,6 +23,7 @@ from layer_surgery.parallel.group import (
     own,
     owners,
     rows_of_all,
+    shared_folder,
     temporary_folder,
     total,
 )
@@ -36,6 +38,7 @@ __all__ = [
     "barrier",
     "broadcast",
     "by_owner",
+    "check_alone",
     "from_first",
     "gather",
     "group",
@@ -48,6 +51,7 @@ __all__ = [
     "own",
     "owners",
     "rows_of_all",
+    "shared_folder",
     "temporary_folder",
     "total",
 ]

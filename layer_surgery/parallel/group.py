@@ -9,7 +9,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,8 +79,21 @@ def barrier() -> None:
 
 
 def from_first(make: Callable[[], Any]) -> Any:
-    """Return the JSON value that the first process makes; the others wait for it."""
-    return gather(make() if is_first() else None)[0]
+    """Return the JSON value that the first process makes; the others wait for it. What it refuses, all refuse."""
+    if _group.world == 1:
+        return make()
+    value, refused = None, None
+    if is_first():
+        try:
+            value = make()
+        except (UserError, NumericalError) as error:
+            refused = error
+    said = None if refused is None else [isinstance(refused, UserError), str(refused)]
+    value, said = gather([value, said])[0]
+    if said is not None:
+        by_user, message = said
+        raise refused or (UserError if by_user else NumericalError)(message)
+    return value
 
 
 def new_folder(parent: Path | None, prefix: str) -> Path:
@@ -89,13 +102,30 @@ def new_folder(parent: Path | None, prefix: str) -> Path:
     Raises `UserError` unless all processes see it.
     """
     folder = Path(from_first(lambda: tempfile.mkdtemp(prefix=prefix, dir=parent)))
+    _check_seen(folder)
+    return folder
+
+
+@contextmanager
+def shared_folder(made: AbstractContextManager[Path]) -> Iterator[Path]:
+    """Yield the folder that the first process gets from a context, which it leaves when all are done with it.
+
+    Raises `UserError` unless all processes see it, and what the context refuses.
+    """
+    with ExitStack() as stack:
+        folder = Path(from_first(lambda: str(stack.enter_context(made))))
+        _check_seen(folder)
+        yield folder
+        barrier()
+
+
+def _check_seen(folder: Path) -> None:
     unseen = [rank for rank, seen in enumerate(gather(folder.is_dir())) if not seen]
     if unseen:
         raise UserError(
             f"process {unseen[0]} does not see {folder}, which process 0 has made; have --output on a file system that "
             "all machines share."
         )
-    return folder
 
 
 @contextmanager
@@ -117,6 +147,12 @@ def in_step(error: Exception) -> bool:
     or a disk that is full, the others know nothing and would wait for what does not come.
     """
     return _group.world == 1 or isinstance(error, UserError | NumericalError)
+
+
+def check_alone(what: str) -> None:
+    """Raise `UserError` if there are several processes, for what works in one only."""
+    if _group.world > 1:
+        raise UserError(f"{what} works in one process, but {_group.world} were started; start it without a launcher.")
 
 
 def meet(device: torch.device) -> None:
@@ -185,7 +221,7 @@ class ProcessLost(LayerSurgeryError):
 
     def __init__(self) -> None:
         super().__init__(
-            "another process of this job has died or was stopped, so all of them end; its own message or the "
+            "a process of this job has died or was stopped, so all of them end; its own message or the "
             "launcher's says why (out of memory, if there is none), and with --cache the same command goes on from "
             "the statistics."
         )

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
+from layer_surgery.disk.signals import handled
 from layer_surgery.errors import LayerSurgeryError, describe
 from layer_surgery.parallel.group import Group, ProcessLost, gather, group, member
 
@@ -85,19 +86,18 @@ class _Watch:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        before = signal.signal(signal.SIGTERM, self._stop)
         thread = threading.Thread(target=self._look, args=(self._store.clone(),), daemon=True)
-        thread.start()
-        try:
-            yield
-        except BaseException as error:
-            self._stopping = True  # what is cleaned up from here on is not to be interrupted by the launcher
-            raise self._failed(error) from error
-        else:
-            signal.signal(signal.SIGTERM, before)
-        finally:
-            self._done.set()
-            thread.join()
+        # It stays after a failure: what is cleaned up and said then is not to be interrupted by the launcher.
+        with handled(signal.SIGTERM, self._stop):
+            thread.start()
+            try:
+                yield
+            except BaseException as error:
+                self._stopping = True
+                raise self._failed(error) from error
+            finally:
+                self._done.set()
+                thread.join()
 
     def _failed(self, error: BaseException) -> BaseException:
         """Tell the others of an error, unless it comes from one of them; return what it is to this process."""
@@ -106,7 +106,7 @@ class _Watch:
         with suppress(RuntimeError):  # the store may be gone with the process that held it
             if isinstance(error, ProcessLost):
                 self._failure = self._failure or self._said()
-            if self._failure is None and not isinstance(error, OtherFailed | ProcessLost | SystemExit):
+            if self._failure is None and not isinstance(error, OtherFailed | ProcessLost):
                 record = {"rank": self._rank, "message": _described(error), "exit_code": _exit_code(error)}
                 self._store.compare_set(_FAILED, "", json.dumps(record))
             if self._rank == 0:
@@ -150,9 +150,14 @@ class _Watch:
 
 
 def _described(error: BaseException) -> str:
-    """Return an error, or an interruption, as one line."""
-    return describe(error) if isinstance(error, Exception) else "interrupted"
+    """Return an error, or what has stopped a process, as one line."""
+    if isinstance(error, Exception):
+        return describe(error)
+    return "interrupted" if isinstance(error, KeyboardInterrupt) else "stopped"
 
 
 def _exit_code(error: BaseException) -> int:
-    return int(getattr(error, "exit_code", 130 if isinstance(error, KeyboardInterrupt) else 1))
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    code = error.code if isinstance(error, SystemExit) else getattr(error, "exit_code", 1)
+    return code if isinstance(code, int) else 1

@@ -3,6 +3,8 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from layer_surgery.records.shown import Shown
+
 #: Raised whenever what an evaluation's JSON holds changes.
 EVALUATION_SCHEMA_VERSION = 1
 
@@ -141,7 +143,7 @@ class Comparison:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationReport:
+class EvaluationReport(Shown):
     """Results of `layer-surgery evaluate`: `model` is the one after, `baseline` the one before."""
 
     model: EvaluationResult

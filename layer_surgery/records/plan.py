@@ -1,10 +1,10 @@
 """The plan: what is done to every layer, as plain JSON that a user may read, edit and apply again."""
 
-import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
 
+from layer_surgery.disk.reading import read_json, why
 from layer_surgery.errors import PlanError
 
 #: Raised whenever what a plan holds changes; 1 had no channels.
@@ -146,9 +146,9 @@ class SurgeryPlan:
     def read(cls, path: Path) -> Self:
         """Read a plan, or the plan in a `surgery.json`."""
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
+            data = read_json(path)
         except OSError as error:
-            raise PlanError(f"--plan {path} cannot be read ({error.strerror}).") from error
+            raise PlanError(f"--plan {path} cannot be read ({why(error)}).") from error
         except ValueError as error:
             raise PlanError(f"--plan {path} is not JSON ({error}).") from error
         return cls.from_dict(data, str(path))

@@ -3,13 +3,15 @@
 What is damaged is refused with one sentence.
 """
 
-import json
+import errno
 import math
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
+from layer_surgery.disk.reading import read_json as disk_json
+from layer_surgery.disk.reading import why
 from layer_surgery.errors import ReportError
 from layer_surgery.records.plan import SurgeryPlan
 from layer_surgery.records.surgery import REPORT_SCHEMA_VERSION, SurgeryReport
@@ -105,12 +107,12 @@ def read_sweep(directory: Path, advice: str) -> SweepReport | None:
 def read_json(file: Path, schema_version: int, advice: str) -> dict[str, Any]:
     """Return the object in a file of at most this schema version. Raises `ReportError`, which ends with the advice."""
     try:
-        if file.stat().st_size > _MOST_BYTES:
-            raise ReportError(f"{file} has more than {_MOST_BYTES:,} bytes, so it is none of ours; {advice}.")
-        data = json.loads(file.read_text(encoding="utf-8"), parse_constant=_refuse, parse_float=_finite)
+        data = disk_json(file, _MOST_BYTES, parse_constant=_refuse, parse_float=_finite)
     except OSError as error:
-        raise ReportError(f"{file} cannot be read ({error.strerror}).") from error
-    except (ValueError, RecursionError) as error:
+        if error.errno == errno.EFBIG:
+            raise ReportError(f"{file}: {why(error)}, so it is none of ours; {advice}.") from error
+        raise ReportError(f"{file} cannot be read ({why(error)}).") from error
+    except ValueError as error:
         reason = " ".join(str(error).split())[:200]
         raise ReportError(f"{file} is damaged: it is not JSON ({reason}); {advice}.") from error
     if not isinstance(data, dict):

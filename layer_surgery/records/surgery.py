@@ -4,17 +4,19 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from layer_surgery.records.evaluation import Comparison, Continuation, EvaluationResult, Interval, StageFailure
+from layer_surgery.records.healing import HealingRecord, UnhealedRecord
 from layer_surgery.records.plan import SurgeryPlan, UnitName
+from layer_surgery.records.shown import Shown
 
-#: Raised whenever what `surgery.json` holds changes; 1 had no spectra, 2 no channels and nested settings.
-REPORT_SCHEMA_VERSION = 3
+#: Raised whenever what `surgery.json` holds changes; 1 had no spectra, 2 no channels and nested settings, 3 no healing.
+REPORT_SCHEMA_VERSION = 4
 
 SpectrumMetric = Literal["fisher", "inputs", "weight"]
 """In which metric: of the task loss, of what the linear reads, or none (the weight as it is)."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class LayerScores:
+class LayerScores(Shown):
     """Importance of each decoder layer, by one scorer."""
 
     scorer: str
@@ -59,7 +61,15 @@ class SpectrumRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SurgeryReport:
+class FileRecord:
+    """One file of a result, as it was when the result was written."""
+
+    bytes: int | None  #: None for the page and the card, which may be made again.
+    sha256: str | None  #: Hexadecimal; None for these too.
+
+
+@dataclass(frozen=True, kw_only=True)
+class SurgeryReport(Shown):
     """All that happened in one compression: the content of `surgery.json`."""
 
     base_model: dict[str, Any]
@@ -81,6 +91,12 @@ class SurgeryReport:
     """Of every linear that a method cut down by a decomposition."""
     expected: Interval | None = None
     """Rise of the loss, nats per token, that is to be expected after the refit on text like the calibration data."""
+    files: dict[str, FileRecord] = field(default_factory=dict)
+    """Every file of the result but `surgery.json`, by its path in the directory; empty for a dry run, and in results of
+    releases up to 0.2."""
+    healing: HealingRecord | None = None
+    """How the result was healed after the surgery. `after` and `comparison` are of the healed model then."""
+    unhealed: UnhealedRecord | None = None  #: The model from before healing.
     output: str | None = None  #: Directory of the saved checkpoint; None for a dry run. Not part of `surgery.json`.
     schema_version: int = REPORT_SCHEMA_VERSION
 

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from layer_surgery.records.evaluation import Comparison, EvaluationResult, Interval, SpeedPoint, StageFailure
 from layer_surgery.records.plan import SurgeryPlan
+from layer_surgery.records.shown import Shown
 from layer_surgery.records.surgery import LayerScores
 
 #: Raised whenever what `sweep.json` holds changes; in 1 plans had no channels, and settings were nested.
@@ -82,7 +83,7 @@ class SweepBest:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SweepReport:
+class SweepReport(Shown):
     """A sweep over the settings of a compression."""
 
     identity: dict[str, Any]

@@ -4,8 +4,6 @@ Metadata: https://huggingface.co/docs/hub/model-cards. `base_model` takes names 
 named in the text instead.
 """
 
-import hashlib
-import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,16 +11,16 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from layer_surgery.checkpoint.origin import is_valid_hub_id
 from layer_surgery.records import SurgeryReport
+from layer_surgery.records.seal import sealed
 from layer_surgery.reporting.formats import with_interval
-from layer_surgery.reporting.measurements import measurement_tables
+from layer_surgery.reporting.measurements import report_tables
 from layer_surgery.reporting.provenance import calibration_sources
-from layer_surgery.reporting.sentences import how_to_load, refit_sentence, summary
+from layer_surgery.reporting.sentences import healing_sentence, how_to_load, refit_sentence, summary
 from layer_surgery.reporting.templates import render
 from layer_surgery.reporting.text import printable
 
 #: The hub's names for lm-eval's metrics; others are given as they are.
 _METRICS = {"acc": "accuracy", "acc_norm": "accuracy"}
-_MARK = re.compile(r"\n<!-- layer-surgery: SHA-256 of all above ([0-9a-f]{64}) -->\n\Z")
 
 
 def model_card(report: SurgeryReport, name: str, *, needs_code: bool, note: str = "") -> str:
@@ -33,34 +31,34 @@ def model_card(report: SurgeryReport, name: str, *, needs_code: bool, note: str 
         needs_code: whether the result loads with `trust_remote_code=True` only.
         note: a sentence before all others.
     """
+    columns, tables = report_tables(report)
     text = render(
         "card.md.jinja",
         metadata=metadata(report, name, needs_code=needs_code).to_yaml(line_break="\n").strip(),
         name=name,
         report=report,
         sentences=[note, *summary(report)] if note else summary(report),
-        tables=measurement_tables([report.before, report.after], report.comparison),
+        columns=columns,
+        tables=tables,
         refit=refit_sentence(report),
+        healing=healing_sentence(report),
+        healed_on=calibration_sources(report.healing.data if report.healing is not None else None),
         loading=how_to_load(name, needs_code=needs_code),
         needs_code=needs_code,
         sources=calibration_sources(report.calibration),
-        command=report.provenance.get("command"),
+        command="\n".join(_commands(report)),
         hub_id=_hub_id(report),
         sha256=report.base_model.get("sha256"),
         licence=report.base_model.get("licence") or {},
     )
-    text = text.rstrip() + "\n"
-    return f"{text}\n<!-- layer-surgery: SHA-256 of all above {_sha256(text)} -->\n"
+    return sealed(text)
 
 
-def is_unedited(card: str) -> bool:
-    """Whether a card is one that `model_card` has made and nobody has changed."""
-    match = _MARK.search(card)
-    return match is not None and match[1] == _sha256(card[: match.start()])
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+def _commands(report: SurgeryReport) -> Iterator[str]:
+    """Yield the command of the surgery, where a healing followed as a run of its own, and that of the run."""
+    for provenance in (report.provenance.get("surgery") or {}, report.provenance):
+        if command := provenance.get("command"):
+            yield command
 
 
 def metadata(report: SurgeryReport, name: str, *, needs_code: bool) -> ModelCardData:

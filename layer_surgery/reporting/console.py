@@ -1,6 +1,7 @@
 """Records as tables on the terminal."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -14,14 +15,15 @@ from layer_surgery.records import (
     EvaluationReport,
     EvaluationResult,
     LayerScores,
+    SpectrumRecord,
     SurgeryPlan,
     SurgeryReport,
 )
 from layer_surgery.records.sweep import SweepReport
-from layer_surgery.reporting.derived import changed_layers, kept_columns
+from layer_surgery.reporting.derived import changed_layers, is_joint, kept_columns, kept_count, ranked
 from layer_surgery.reporting.formats import with_interval
-from layer_surgery.reporting.measurements import measurement_tables
-from layer_surgery.reporting.sentences import best_sentence, failed_points
+from layer_surgery.reporting.measurements import Row, measurement_tables, report_tables
+from layer_surgery.reporting.sentences import best_sentence, budgets, failed_points, healing_sentence
 from layer_surgery.reporting.sweep_table import LEGEND, TEXT_COLUMNS, sweep_table
 
 _BLOCKS = "▏▎▍▌▋▊▉█"
@@ -37,8 +39,13 @@ def print_report(console: Console, report: SurgeryReport) -> None:
     changed = [f"{change}: {', '.join(map(str, layers))}" for change, layers in changes if layers]
     console.print("; ".join([whole, *changed]), highlight=False)
     if plan.smaller:
-        print_ranks(console, plan)
-    _print_measurements(console, report.before, report.after, report.comparison, ("before", "after", "change"))
+        print_ranks(console, plan, report.spectra)
+    titles, tables = report_tables(report)
+    _print_tables(console, tables, [*titles, "change"])
+    if healing := healing_sentence(report):
+        console.print(escape(healing), highlight=False)
+    for sentence in budgets(report):
+        console.print(sentence, highlight=False)
     _print_prediction(console, report)
     _print_continuations(console, report.continuations, ("before", "after"))
     if report.output is None:
@@ -63,20 +70,15 @@ def print_scores(console: Console, scores: LayerScores) -> None:
         table.add_column(title, justify="right", no_wrap=True)
     table.add_column("")
     span = max((abs(value) for value in scores.values), default=0.0) or 1.0
-    ascending = sorted(range(len(scores.values)), key=lambda index: scores.values[index])
-    rest = [index for index in ascending if index not in scores.removal_order]
-    for place, index in enumerate([*scores.removal_order, *rest], start=1):
-        value = scores.values[index]
-        goes = str(place) if index in scores.removal_order else "stays"
-        table.add_row(goes, str(index), f"{value:.5g}", _bar(abs(value) / span))
+    for row in ranked(scores):
+        table.add_row(row.goes, str(row.layer), f"{row.value:.5g}", _bar(abs(row.value) / span))
     console.print(table)
-    order = [scores.values[index] for index in scores.removal_order]
-    if order != sorted(order):
+    if is_joint(scores):
         console.print("values are of single layers; the order is of layers together")
 
 
-def print_sweep(console: Console, report: SweepReport, directory: Path) -> None:
-    """Print all points of a sweep, the fronts, and which model was saved."""
+def print_sweep(console: Console, report: SweepReport, directory: Path | None = None) -> None:
+    """Print all points of a sweep, the fronts, which model was saved, and where, if the directory is given."""
     titles, rows = sweep_table(report)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for title in titles:
@@ -91,12 +93,14 @@ def print_sweep(console: Console, report: SweepReport, directory: Path) -> None:
     for line in failed_points(report):
         console.print(escape(f"failed: {line}"))
     if report.best is not None and report.best.point is not None:
-        console.print(escape(best_sentence(report.best, directory)))
+        console.print(escape(best_sentence(report.best, directory or Path())))
+    if directory is None:
+        return
     files = "report.html, sweep.json, sweep.csv, sweep.md"
     console.print(f"kept in [bold]{escape(str(directory))}[/] ({files})")
 
 
-def print_ranks(console: Console, plan: SurgeryPlan) -> None:
+def print_ranks(console: Console, plan: SurgeryPlan, spectra: Sequence[SpectrumRecord] = ()) -> None:
     """Print what stays of the layers that are smaller: the rank of every linear, channels of the MLP and heads."""
     linears = kept_columns(plan)
     title = ", ".join(["ranks", *dict.fromkeys(name for layer in plan.smaller for name in layer.units)])
@@ -105,7 +109,7 @@ def print_ranks(console: Console, plan: SurgeryPlan) -> None:
     for title in linears.values():
         table.add_column(title, justify="right", overflow="fold")
     for layer in plan.smaller:
-        table.add_row(str(layer.index), *(str(layer.kept.get(name, "-")) for name in linears))
+        table.add_row(str(layer.index), *(kept_count(layer, name, spectra) or "-" for name in linears))
     console.print(table)
 
 
@@ -117,15 +121,20 @@ def _print_measurements(
     titles: tuple[str, str, str],
 ) -> None:
     results = [after] if before is None else [before, after]
-    rows = [row for _, rows in measurement_tables(results, comparison) for row in rows]
+    _print_tables(console, measurement_tables(results, comparison), titles if before is not None else titles[:1])
+
+
+def _print_tables(console: Console, tables: list[tuple[str, list[Row]]], titles: Sequence[str]) -> None:
+    """Print rows under the titles of the models and, of several, of the change."""
     cells = [
         [("  " if row.level == "part" else "") + row.label + (f"\n  ({row.note})" if row.note else ""), *row.values]
-        + ([] if before is None else [row.change])
+        + ([] if len(titles) == 1 else [row.change])
+        for _, rows in tables
         for row in rows
     ]
     table = Table(box=None, pad_edge=False, title_justify="left")
     table.add_column("", overflow="fold")
-    for column, title in enumerate(titles[: len(cells[0]) - 1], start=1):
+    for column, title in enumerate(titles, start=1):
         # Names may be folded on a narrow terminal; numbers must not be.
         width = max(len(line[column]) for line in cells)
         table.add_column(escape(title), justify="right", overflow="fold", min_width=width)

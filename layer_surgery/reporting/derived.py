@@ -1,8 +1,9 @@
 """Lists and ratios that more than one view takes from a record."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
-from layer_surgery.records import UNITS, EvaluationResult, SurgeryPlan
+from layer_surgery.records import UNITS, EvaluationResult, LayerPlan, LayerScores, SpectrumRecord, SurgeryPlan
 from layer_surgery.reporting.formats import short_names
 
 
@@ -35,6 +36,14 @@ def kept_columns(plan: SurgeryPlan) -> dict[str, str]:
     return dict(zip(names, short_names(names), strict=True))
 
 
+def kept_count(layer: LayerPlan, name: str, spectra: Sequence[SpectrumRecord]) -> str:
+    """Return what a layer keeps of a linear or unit, "" if all of it; of heads also of how many, where spectra tell."""
+    if name not in layer.kept:
+        return ""
+    known = [record.total for record in spectra if record.layer == layer.index and record.units == name == "heads"]
+    return f"{layer.kept[name]} of {known[0]}" if known else str(layer.kept[name])
+
+
 def main_tasks(result: EvaluationResult) -> list[str]:
     """Return the groups of tasks, or all tasks where there is no group."""
     return [name for name, task in result.tasks.items() if task.group] or list(result.tasks)
@@ -45,3 +54,26 @@ def decoding_ratio(before: EvaluationResult, after: EvaluationResult) -> float |
     if not (before.speed and after.speed and before.speed[0].decode_tokens_per_second):
         return None
     return after.speed[0].decode_tokens_per_second / before.speed[0].decode_tokens_per_second
+
+
+class RankedLayer(NamedTuple):
+    """A layer in a ranking."""
+
+    goes: str  #: The place in which it would go, or "stays".
+    layer: int
+    value: float
+
+
+def ranked(scores: LayerScores) -> list[RankedLayer]:
+    """Return the layers in the order in which they would go, then the others, the least important first."""
+    ascending = sorted(range(len(scores.values)), key=lambda index: scores.values[index])
+    order = scores.removal_order
+    going = [RankedLayer(str(place), index, scores.values[index]) for place, index in enumerate(order, start=1)]
+    staying = [RankedLayer("stays", index, scores.values[index]) for index in ascending if index not in order]
+    return [*going, *staying]
+
+
+def is_joint(scores: LayerScores) -> bool:
+    """Whether the order is not that of the values, because it looks at layers together."""
+    order = [scores.values[index] for index in scores.removal_order]
+    return order != sorted(order)

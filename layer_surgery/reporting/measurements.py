@@ -1,10 +1,10 @@
-"""Measurements of one model, or of two side by side, as rows of text for every kind of table."""
+"""Measurements of one model, or of two or three side by side, as rows of text for every kind of table."""
 
 from collections.abc import Iterator
 from itertools import zip_longest
 from typing import NamedTuple
 
-from layer_surgery.records import Comparison, EvaluationResult
+from layer_surgery.records import Comparison, EvaluationResult, SurgeryReport
 from layer_surgery.reporting.formats import percent_change, with_error, with_interval
 
 
@@ -18,13 +18,31 @@ class Row(NamedTuple):
     level: str = "row"  #: `head` (a heading without values), `row`, or `part` of the row above.
 
 
-def measurement_tables(results: list[EvaluationResult], comparison: Comparison | None) -> list[tuple[str, list[Row]]]:
-    """Return the measurements of one model or of two in groups, each with a heading; paired intervals in brackets."""
+def report_tables(report: SurgeryReport) -> tuple[list[str], list[tuple[str, list[Row]]]]:
+    """Return the titles of the models of a report, and their measurements as from `measurement_tables`."""
+    if report.unhealed is None:
+        return ["before", "after"], measurement_tables([report.before, report.after], report.comparison)
+    results, middle = [report.before, report.unhealed.result, report.after], report.unhealed.comparison
+    titles = ["before surgery", "after surgery", "after healing"]
+    return titles, measurement_tables(results, report.comparison, middle)
+
+
+def measurement_tables(
+    results: list[EvaluationResult], comparison: Comparison | None, middle: Comparison | None = None
+) -> list[tuple[str, list[Row]]]:
+    """Return the measurements of one model or of several in groups, each with a heading; paired intervals in brackets.
+
+    Args:
+        results: of the models; changes are those from the first to the last.
+        comparison: of the first with the last.
+        middle: of the first with the second, where there are three.
+    """
+    comparisons = [found for found in (middle, comparison or Comparison()) if found is not None]
     groups = {
         "Size and cost": _size(results),
-        "Perplexity": _perplexity(results, comparison or Comparison()),
-        "Distance to the original": _distance(comparison or Comparison()),
-        "Tasks": _tasks(results, comparison or Comparison()),
+        "Perplexity": _perplexity(results, comparisons[-1]),
+        "Distance to the original": _distance(comparisons),
+        "Tasks": _tasks(results, comparisons[-1]),
         "Speed": _speed(results),
     }
     return [(title, rows) for title, found in groups.items() if (rows := list(found))]
@@ -34,13 +52,13 @@ def _size(results: list[EvaluationResult]) -> Iterator[Row]:
     for label, attribute in (
         ("layers", "layers"),
         ("parameters", "parameters"),
-        ("bytes", "size_bytes"),
+        ("bytes of the tensors", "size_bytes"),
         ("KV cache bytes/token", "kv_cache_bytes_per_token"),
         ("FLOPs/token", "flops_per_token"),
     ):
         values = [getattr(result, attribute) for result in results]
         known = [float(value) for value in values if value is not None]
-        change = percent_change(known) if len(known) == len(values) else ""
+        change = percent_change(_ends(known)) if len(known) == len(values) else ""
         yield Row(label, ["-" if value is None else f"{value:,}" for value in values], change)
 
 
@@ -51,18 +69,21 @@ def _perplexity(results: list[EvaluationResult], comparison: Comparison) -> Iter
         change = ""
         if name in comparison.perplexity:
             change = f"x {with_interval(comparison.perplexity[name].ratio, '.3f')}"
-        elif len(found) == 2 and found[0] is not None and found[1] is not None:
-            change = f"x {found[1].value / found[0].value:.3f}"
+        elif len(found) > 1 and found[0] is not None and found[-1] is not None:
+            change = f"x {found[-1].value / found[0].value:.3f}"
         values = ["-" if value is None else with_error(value.value, value.stderr) for value in found]
         yield Row(f"perplexity, {name}", values, change, f"{tokens:,} tokens")
 
 
-def _distance(comparison: Comparison) -> Iterator[Row]:
-    for name, divergence in comparison.kl_divergence.items():
-        yield Row(f"KL, {name} (nats)", ["", with_error(divergence.mean, divergence.stderr, ".4f")])
-        yield Row("99.9th percentile", ["", f"{divergence.p99_9:.3f}"], level="part")
-        agreement = comparison.top1_agreement[name]
-        yield Row(f"top-1, {name}", ["", with_error(agreement.value, agreement.stderr, ".4f")])
+def _distance(comparisons: list[Comparison]) -> Iterator[Row]:
+    for name in dict.fromkeys(name for comparison in comparisons for name in comparison.kl_divergence):
+        found = [comparison.kl_divergence.get(name) for comparison in comparisons]
+        agreements = [comparison.top1_agreement.get(name) for comparison in comparisons]
+        means = ["-" if kl is None else with_error(kl.mean, kl.stderr, ".4f") for kl in found]
+        yield Row(f"KL, {name} (nats)", ["", *means])
+        yield Row("99.9th percentile", ["", *("-" if kl is None else f"{kl.p99_9:.3f}" for kl in found)], level="part")
+        values = ["-" if top is None else with_error(top.value, top.stderr, ".4f") for top in agreements]
+        yield Row(f"top-1, {name}", ["", *values])
 
 
 def _tasks(results: list[EvaluationResult], comparison: Comparison) -> Iterator[Row]:
@@ -78,11 +99,13 @@ def _tasks(results: list[EvaluationResult], comparison: Comparison) -> Iterator[
 
 
 def _speed(results: list[EvaluationResult]) -> Iterator[Row]:
-    for points in zip_longest(*(result.speed for result in results)):
+    measured = [result for result in results if result.speed]  # not of a model from before healing
+    for points in zip_longest(*(result.speed for result in measured)):
         if None in points:
             continue
+        gap = len(results) - len(points) if len(points) == 2 else 0
         setting = f"{points[0].batch_size} x {points[0].prompt_tokens} tokens"
-        yield Row(f"speed, {setting}", [""] * len(points), level="head")
+        yield Row(f"speed, {setting}", [""] * len(results), level="head")
         for label, attribute, factor in (
             ("prefill, tokens/s", "prefill_tokens_per_second", 1.0),
             ("decoding, tokens/s", "decode_tokens_per_second", 1.0),
@@ -92,4 +115,10 @@ def _speed(results: list[EvaluationResult]) -> Iterator[Row]:
             ("peak memory, MB", "peak_memory_bytes", 1e-6),
         ):
             values = [getattr(point, attribute) * factor for point in points]
-            yield Row(label, [f"{value:,.1f}" for value in values], percent_change(values), level="part")
+            cells = [f"{value:,.1f}" for value in values]
+            yield Row(label, [*cells[:1], *["-"] * gap, *cells[1:]], percent_change(values), level="part")
+
+
+def _ends(values: list[float]) -> list[float]:
+    """Return the first and the last of several values."""
+    return [values[0], values[-1]] if len(values) > 2 else values

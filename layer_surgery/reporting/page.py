@@ -1,15 +1,16 @@
-"""The report of one compression as one self-contained HTML page."""
+"""Records as self-contained HTML pages: the report of one compression, an evaluation, a ranking."""
 
 from typing import Any, NamedTuple
 
-from layer_surgery.records import SurgeryReport
-from layer_surgery.reporting.derived import decoding_ratio, kept_columns, main_tasks
+from layer_surgery.records import EvaluationReport, LayerScores, SurgeryReport
+from layer_surgery.reporting.derived import decoding_ratio, is_joint, kept_columns, kept_count, main_tasks, ranked
+from layer_surgery.reporting.figures import healing as healing_plots
 from layer_surgery.reporting.figures import layers as layer_plots
 from layer_surgery.reporting.figures import quality as quality_plots
 from layer_surgery.reporting.formats import ACTION_NAMES, percent_change, with_interval
-from layer_surgery.reporting.measurements import measurement_tables
+from layer_surgery.reporting.measurements import measurement_tables, report_tables
 from layer_surgery.reporting.provenance import provenance_section
-from layer_surgery.reporting.sentences import how_to_load, refit_sentence, summary
+from layer_surgery.reporting.sentences import healing_sentence, how_to_load, refit_sentence, summary
 from layer_surgery.reporting.templates import render
 
 
@@ -29,6 +30,7 @@ def report_page(report: SurgeryReport, name: str, *, needs_code: bool, note: str
         note: a sentence before all others.
     """
     linears = kept_columns(report.plan)
+    columns, tables = report_tables(report)
     return render(
         "report.html.jinja",
         title=f"{name}: {report.base_model['name']} after layer surgery",
@@ -36,7 +38,8 @@ def report_page(report: SurgeryReport, name: str, *, needs_code: bool, note: str
         report=report,
         sentences=[note, *summary(report)] if note else summary(report),
         tiles=tiles(report),
-        tables=measurement_tables([report.before, report.after], report.comparison),
+        columns=columns,
+        tables=tables,
         layers=layer_rows(report, list(linears)),
         linears=linears.items(),
         layer_plots=list(layer_plots.layer_plots(report)),
@@ -44,8 +47,43 @@ def report_page(report: SurgeryReport, name: str, *, needs_code: bool, note: str
         loss_plots=[*quality_plots.loss(report), quality_plots.costs(report.before, report.after)],
         task_plots=list(quality_plots.tasks(report)),
         refit=refit_sentence(report),
+        healing=healing_sentence(report),
+        healing_plots=list(healing_plots.curves(report)),
         loading=how_to_load(name, needs_code=needs_code),
         provenance=provenance_section(report.base_model, report.calibration, report.provenance, _facts(report)),
+    )
+
+
+def evaluation_page(report: EvaluationReport) -> str:
+    """Return the page of an evaluation, of one model or of two."""
+    names = {of: str(report.provenance.get(of) or of) for of in ("model", "baseline")}
+    alone = report.baseline is None
+    results = [report.model] if report.baseline is None else [report.baseline, report.model]
+    return render(
+        "evaluation.html.jinja",
+        title=f"{names['model']}, measured by Layer Surgery",
+        name=names["model"],
+        baseline="" if alone else names["baseline"],
+        report=report,
+        tables=measurement_tables(results, report.comparison),
+        titles=["model"] if alone else ["baseline", "model", "change"],
+        models=["model"] if alone else ["baseline", "model"],
+    )
+
+
+def scores_page(scores: LayerScores) -> str:
+    """Return the page of a ranking."""
+    span = max((abs(value) for value in scores.values), default=0.0) or 1.0
+    return render(
+        "scores.html.jinja",
+        title=f"Layers ranked by {scores.scorer}",
+        name=str((scores.provenance or {}).get("model") or ""),
+        scores=scores,
+        rows=[
+            {"goes": row.goes, "layer": row.layer, "value": f"{row.value:.5g}", "per_cent": abs(row.value) / span * 100}
+            for row in ranked(scores)
+        ],
+        together=is_joint(scores),
     )
 
 
@@ -79,7 +117,7 @@ def layer_rows(report: SurgeryReport, linears: list[str]) -> list[dict[str, Any]
             "place": places.get(layer.index, ""),
             "action": ACTION_NAMES[layer.action],
             "key": layer.action,
-            "ranks": [str(layer.kept.get(name, "whole" if layer.kept else "")) for name in linears],
+            "ranks": [kept_count(layer, name, report.spectra) or ("whole" if layer.kept else "") for name in linears],
         }
         for layer in report.plan.layers
     ]

@@ -1,17 +1,19 @@
 """Pages and cards, written for new results and for stored ones."""
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from layer_surgery.checkpoint.contents import PAGE_FILES
 from layer_surgery.checkpoint.modeling_layer_surgery import MODEL_TYPE
 from layer_surgery.checkpoint.origin import is_valid_hub_id
-from layer_surgery.checkpoint.save import PAGE_FILES, write_atomically
+from layer_surgery.disk.reading import read_bytes, read_json, why
+from layer_surgery.disk.writing import write_atomically
 from layer_surgery.errors import LayerSurgeryError, OutputError, ReportError, UserError
 from layer_surgery.records import SurgeryReport
 from layer_surgery.records.reading import read_report, read_sweep, report_file
+from layer_surgery.records.seal import is_unedited, sealed
 from layer_surgery.records.sweep import SweepReport
 
 # The modules that draw are imported where they are used: matplotlib takes a while.
@@ -57,7 +59,7 @@ def report_on(
     if len(results) > 1 and output is not None:
         with _consistent("a report"):
             text = _compared(results)
-        return _write(output, text), []
+        return _write(output, text, replace=overwrite), []
     sweep = read_sweep(results[0], SWEEP_ADVICE)
     if sweep is None:
         return _report_on_one(results[0], output, base_model, overwrite)
@@ -67,7 +69,7 @@ def report_on(
 
     with _consistent(f"the sweep of {results[0]}"):
         text = sweep_page(sweep)
-    return _write(output or results[0] / PAGE_FILE, text), []
+    return _write(output or results[0] / PAGE_FILE, text, replace=output is None or overwrite), []
 
 
 def _check(results: Sequence[Path], output: Path | None, base_model: str | None, overwrite: bool) -> None:
@@ -90,18 +92,16 @@ def _check(results: Sequence[Path], output: Path | None, base_model: str | None,
 
 def _report_on_one(path: Path, output: Path | None, base_model: str | None, overwrite: bool) -> tuple[Path, list[str]]:
     """Write the page of a result to `output`, or page and card into its directory."""
-    from layer_surgery.reporting.card import is_unedited
-
     report = read_report(report_file(path))
     if base_model is not None:
         report = replace(report, base_model=report.base_model | {"hub_id": base_model})
     with _consistent(f"the report of {path}"):
         page, card = _page_and_card(path if path.is_dir() else path.parent, report, _name(path))
     if output is not None:
-        return _write(output, page), []
+        return _write(output, page, replace=overwrite), []
     card_file = path / CARD_FILE
     try:
-        keep_card = not overwrite and card_file.exists() and not is_unedited(card_file.read_text(encoding="utf-8"))
+        keep_card = not overwrite and card_file.exists() and not is_unedited(read_bytes(card_file).decode("utf-8"))
     except (OSError, ValueError):
         keep_card = True
     _write(path / PAGE_FILE, page)
@@ -117,9 +117,9 @@ def _page_and_card(directory: Path, report: SurgeryReport, name: str, note: str 
     from layer_surgery.reporting.card import model_card
     from layer_surgery.reporting.page import report_page
 
-    needs_code = _needs_code(directory, report)
-    page = report_page(report, name, needs_code=needs_code, note=note)
-    return page, model_card(report, name, needs_code=needs_code, note=note)
+    code = needs_code(directory, report)
+    page = report_page(report, name, needs_code=code, note=note)
+    return sealed(page), model_card(report, name, needs_code=code, note=note)
 
 
 def _compared(results: Sequence[Path]) -> str:
@@ -141,10 +141,10 @@ def _name(path: Path) -> str:
     return (resolved if resolved.is_dir() else resolved.parent).name or str(path)
 
 
-def _needs_code(directory: Path, report: SurgeryReport) -> bool:
+def needs_code(directory: Path, report: SurgeryReport) -> bool:
     """Whether the result loads with remote code only; where its configuration is gone, as far as the plan tells."""
     try:
-        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        config = read_json(directory / "config.json")
         return config.get("model_type") == MODEL_TYPE or "auto_map" in config
     except (OSError, ValueError, AttributeError):
         return bool(report.plan.smaller)
@@ -161,10 +161,12 @@ def _consistent(what: str) -> Iterator[None]:
         raise ReportError(f"{what} contradicts itself ({error!r}); make it again.") from error
 
 
-def _write(path: Path, text: str) -> Path:
+def _write(path: Path, text: str, *, replace: bool = True) -> Path:
     """Write a file, or raise `OutputError`; return where it is."""
     try:
-        write_atomically(path, text)
+        write_atomically(path, text, replace=replace)
+    except FileExistsError:
+        raise OutputError(f"--output {path} has appeared meanwhile and is not replaced; choose another name.") from None
     except OSError as error:
-        raise OutputError(f"{path} cannot be written ({error.strerror}); give --output FILE elsewhere.") from error
+        raise OutputError(f"{path} cannot be written ({why(error)}); give --output FILE elsewhere.") from error
     return path

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from layer_surgery.records import SurgeryReport
+from layer_surgery.records import CurvePoint, HealingRecord, SurgeryReport
 from layer_surgery.records.sweep import SweepBest, SweepReport
 from layer_surgery.reporting.derived import changed_layers, decoding_ratio
 from layer_surgery.reporting.formats import number_list, with_interval
@@ -16,9 +16,22 @@ _OPERATIONS = (
 )
 
 
+#: Words for what was trained.
+TRAINED_NAMES = {
+    "all": "all weights",
+    "factors": "linears that the surgery made smaller",
+    "operated": "layers that the surgery changed",
+    "last": "the last layers and the head",
+    "lora": "low-rank adapters, merged",
+}
+#: Words for the texts that are watched.
+_TEXTS = {"validation": "held-out text", "general": "general text"}
+
+
 def summary(report: SurgeryReport) -> list[str]:
     """Return what a compression did, what it saved and what it cost, a sentence for each."""
-    return [_done(report), *_saved(report), *_lost(report)]
+    healing = healing_sentence(report)
+    return [_done(report), *([healing] if healing else []), *_saved(report), *budgets(report), *_lost(report)]
 
 
 def _done(report: SurgeryReport) -> str:
@@ -47,6 +60,22 @@ def _saved(report: SurgeryReport) -> Iterator[str]:
             f"Decoding at x {decoding:.2f} of the speed ({old.decode_tokens_per_second:,.1f} and "
             f"{new.decode_tokens_per_second:,.1f} tokens per second, batch {old.batch_size})."
         )
+
+
+def budgets(report: SurgeryReport) -> Iterator[str]:
+    """Yield a sentence for each budget that was set: what it allowed, and what was reached."""
+    plan, before, after = report.plan, report.before, report.after
+    allowed = {"parameters": float(plan.parameter_bound), **plan.bounds}
+    units = {
+        "parameters": ("parameters", "parameters"),
+        "flops": ("FLOPs per token", "flops_per_token"),
+        "kv_cache_bytes": ("bytes per token in the KV cache", "kv_cache_bytes_per_token"),
+    }
+    for resource, (unit, attribute) in units.items():
+        bound, original, reached = allowed.get(resource), getattr(before, attribute), getattr(after, attribute)
+        if bound and original and reached is not None and bound < original:
+            asked, found = (f"{100 * value / original:.1f} %" for value in (bound, reached))
+            yield f"Budget: at most {bound:,.0f} {unit} ({asked} of the original's); reached: {reached:,} ({found})."
 
 
 def _lost(report: SurgeryReport) -> Iterator[str]:
@@ -86,6 +115,38 @@ def refit_sentence(report: SurgeryReport) -> str:
         f"re-solved {len(solved)} of them; the others were left, because no change was better on held-out windows. "
         f"There the median error, as a fraction of what the original gives, went from {before:.4f} to {after:.4f}."
     )
+
+
+def healing_sentence(report: SurgeryReport) -> str:
+    """Return how the result was healed and what came of it, or ""."""
+    healing = report.healing
+    if healing is None:
+        return ""
+    did = []
+    if healing.local:
+        kept = sum(record.kept for record in healing.local)
+        did.append(f"trained {kept} of {len(healing.local)} changed layers by themselves to do what the original's do")
+    if healing.curve:
+        losses = " + ".join(
+            loss.name if loss.weight == 1 else f"{loss.weight:g} {loss.name}" for loss in healing.losses
+        )
+        what = TRAINED_NAMES[healing.train]
+        did.append(f"trained it on {healing.tokens:,} tokens to follow the original ({losses}; {what})")
+    said, stopped = " and ".join(did), f"; it ended early: {healing.stopped}" if healing.stopped else ""
+    if not healing.helped:
+        return _sentence(
+            f"{said}, which gained nothing on held-out text, so the result is the model from before healing{stopped}"
+        )
+    if healing.best_step is None:
+        return _sentence(said + stopped)
+    first, last = healing.curve[0].validation, _chosen(healing).validation
+    change = ", ".join(f"{last[name] - first[name]:+.4f} on {_TEXTS.get(name, name)}" for name in first)
+    return _sentence(f"{said}, which changed the loss by {change} (nats per token){stopped}")
+
+
+def _chosen(healing: HealingRecord) -> CurvePoint:
+    """Return the point of the curve whose weights are in the result."""
+    return next((point for point in healing.curve if point.step == healing.best_step), healing.curve[0])
 
 
 def best_sentence(best: SweepBest, directory: Path = Path()) -> str:

@@ -12,6 +12,11 @@ def printable(text: str) -> str:
     return "".join(_printable(character) for character in text)
 
 
+def one_line(text: str) -> str:
+    """Return text as one line for a terminal: nothing in it moves the cursor, changes colours or begins a line."""
+    return printable(text.translate(_DIRECTIONS)).replace("\n", "\u240a").replace("\t", " ")
+
+
 def plain_label(text: str, longest: int = 34) -> str:
     """Return a name on one line for a figure: as above, without marks of direction, cut in the middle if too long."""
     line = " ".join(printable(text.translate(_DIRECTIONS)).split())

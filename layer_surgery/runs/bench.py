@@ -104,7 +104,7 @@ class Bench:
         )
         key = (entry.name, *(getattr(context, name) for name in entry.depends_on))
         if known is None or key not in known:
-            with self.session.clock.stage("score"):
+            with self.session.stage("score"):
                 found = entry.scores(context)
             if known is None:
                 return found
@@ -132,7 +132,7 @@ class Bench:
         spectra: list[SpectrumRecord] = []
         rows: dict[int, dict[str, Tensor]] = {}
         if plan.smaller or entry.removes:
-            with session.clock.stage("operate"):
+            with session.stage("operate"):
                 context = SurgeryContext(
                     walk=self.walk,
                     factors=factors,
@@ -152,7 +152,7 @@ class Bench:
         checkpoint = result_checkpoint(session.checkpoint, plan, factors)
         if refit_scope is None:
             return Result(plan=plan, checkpoint=checkpoint, spectra=spectra)
-        with session.clock.stage("refit"), ExitStack() as stack:
+        with session.stage("refit"), ExitStack() as stack:
             walks = [self.walk]
             if self.general is not None:
                 walks.append(stack.enter_context(Walk(self.model, self.general, session.settings)))

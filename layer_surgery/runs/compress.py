@@ -2,37 +2,31 @@
 
 import logging
 from contextlib import ExitStack
-from dataclasses import replace
-from pathlib import Path
+
+import attrs
 
 from layer_surgery import parallel
 from layer_surgery.calibration.cache import check_cache
-from layer_surgery.checkpoint.save import (
-    check_free_space,
-    check_not_same,
-    check_output,
-    check_saved,
-    save_checkpoint,
-    staged_directory,
-    write_json,
-)
+from layer_surgery.checkpoint.save import check_free_space
 from layer_surgery.config import CompressConfig
-from layer_surgery.errors import OutputError, PlanError, describe
+from layer_surgery.data.bundled import bundled_tasks
+from layer_surgery.errors import PlanError
+from layer_surgery.evaluation.task_names import check_task_names
 from layer_surgery.machine import peak_device_memory_bytes, peak_memory_bytes
-from layer_surgery.records import LayerScores, StageFailure, SurgeryReport
-from layer_surgery.records.reading import REPORT_FILE
-from layer_surgery.reporting.publish import write_page_and_card
-from layer_surgery.runs.bench import Result, general_text, open_bench
+from layer_surgery.records import LayerScores, SurgeryReport
+from layer_surgery.runs.bench import general_text, open_bench
 from layer_surgery.runs.evaluator import Evaluator
+from layer_surgery.runs.healing import heal, prepare_healing, unhealed_record
+from layer_surgery.runs.output import check_output_given, open_output, save_result, write_report
 from layer_surgery.runs.planning import Planning, checked
 from layer_surgery.runs.provenance import (
     base_model_record,
     checkpoint_hash,
     described_tokens,
-    report_dict,
     run_provenance,
 )
-from layer_surgery.runs.session import Model, Session, check_sources, open_session
+from layer_surgery.runs.session import Model, check_sources, open_session
+from layer_surgery.runs.stages import stages_of_compression
 
 _LOG = logging.getLogger(__name__)
 
@@ -43,28 +37,43 @@ def run_compress(model: Model, config: CompressConfig, *, known_scores: LayerSco
     `known_scores` are what the scorer has given for the same options before; it is then not asked again.
     """
     config = checked(config)
-    if config.output is None and not config.dry_run:
-        raise OutputError("give --output (a directory for the compressed model), or --dry-run.")
+    check_output_given(config)
     check_cache(config.cache)
     check_sources(config.text_column, calibration=config.calibration, evaluation=config.eval_data)
+    check_task_names(config, bundled_tasks)
+    if config.heal is not None:
+        parallel.check_alone("--heal")
     with ExitStack() as stack:
         # Open: the output, the model, the data, and what there is to measure.
-        staging = _open_output(model, config, stack)
+        staging = open_output(model, config, stack)
         session = stack.enter_context(open_session(model, config, staging.parent if staging else None))
         original = session.checkpoint
         planning = Planning(config, original, session.device)
-        if staging is not None and parallel.is_first():
-            check_free_space(staging, planning.trial.parameters * original.dtype.itemsize)
+        if staging is not None:
+            needed = planning.trial.parameters * original.dtype.itemsize
+            parallel.from_first(lambda: check_free_space(staging, needed))
         scope, tokens, general = planning.refit_scope, None, None
         if planning.needs_data:
             tokens = session.calibration_tokens(config)
             general = general_text(session, tokens, config.refit_general) if scope is not None else None
-        evaluator = stack.enter_context(Evaluator(session, config, session.evaluation_tokens(config), baseline=session))
+        healing = None
+        if config.heal is not None:
+            option = "--heal-data" if config.heal.data else "--calibration"
+            chosen = attrs.evolve(config.heal, data=config.heal.data or config.calibration)
+            healing = prepare_healing(session, chosen, config, option)
+        texts = session.evaluation_tokens(config)
+        evaluator = stack.enter_context(Evaluator(session, config, texts, baseline=session))
         session.stream(original)  # proves, before anything else is done, that it can be walked over
         sha256 = checkpoint_hash(session)
         _check_plan_is_for(config, sha256)
+        scored = planning.chooses and known_scores is None
+        session.ui.plan(
+            stages_of_compression(
+                planning, texts, tokens, scored=scored, saved=staging is not None, healed=healing is not None
+            )
+        )
         # Evaluate the original.
-        with session.clock.stage("evaluate_before"):
+        with session.stage("evaluate_before"):
             evaluator.measure("before", original)
         # Calibrate, score, plan, operate.
         with open_bench(
@@ -76,22 +85,27 @@ def run_compress(model: Model, config: CompressConfig, *, known_scores: LayerSco
             general=general,
             base_sha256=sha256,
         ) as bench:
-            scores = known_scores
-            if scores is None and planning.chooses:
-                scores = bench.scores(**planning.ranking)
+            scores = bench.scores(**planning.ranking) if scored else known_scores
             result = bench.operate(planning.plan(scores, sha256), **planning.surgery)
+        # Heal.
+        checkpoint, healed, unhealed = result.checkpoint, None, None
+        if healing is not None:
+            with session.stage("evaluate_unhealed"):
+                evaluator.measure("unhealed", checkpoint)
+            healed = heal(
+                healing, session=session, teacher=session, teacher_sha256=sha256, student=checkpoint, plan=result.plan
+            )
+            checkpoint = healed.checkpoint
         # Evaluate the result.
-        with session.clock.stage("evaluate_after"):
-            evaluator.measure("after", result.checkpoint)
+        with session.stage("evaluate_after"):
+            evaluator.measure("after", checkpoint)
             comparison = evaluator.compare()
+            if healed is not None:
+                unhealed = unhealed_record(evaluator)
             device_peak = peak_device_memory_bytes(session.device)  # the next measurement begins to count anew
             evaluator.measure_speed()
         # Save.
-        if staging is not None:
-            with session.clock.stage("save"):
-                if parallel.is_first():
-                    _save(session, result, staging)
-                parallel.barrier()
+        files = save_result(session, checkpoint, staging, original, config) if staging is not None else {}
         report = SurgeryReport(
             base_model=base_model_record(original, sha256),
             plan=result.plan,
@@ -109,35 +123,12 @@ def run_compress(model: Model, config: CompressConfig, *, known_scores: LayerSco
             peak_device_memory_bytes=device_peak,
             calibration=described_tokens(tokens),
             provenance=run_provenance(session, config),
+            files=files,
+            healing=healed.record if healed is not None else None,
+            unhealed=unhealed,
             output=str(config.output) if staging is not None else None,
         )
-        return report if staging is None or not parallel.is_first() else _write_report(report, staging, config)
-
-
-def _save(session: Session, result: Result, directory: Path) -> None:
-    original, progress = session.checkpoint, session.ui.progress
-    save_checkpoint(result.checkpoint, directory, base=original, tokenizer=session.tokenizer, progress=progress)
-    check_saved(directory, result.checkpoint)
-
-
-def _open_output(model: Model, config: CompressConfig, stack: ExitStack) -> Path | None:
-    """Return a staging directory that becomes the output when `stack` is left; None for a dry run.
-
-    With several processes it is the first one's.
-    """
-    if config.output is None:
-        return None
-    made = None
-    if parallel.is_first():
-        made = _staging(model, config, config.output, stack)
-    staging = parallel.from_first(lambda: None if made is None else str(made))
-    return None if staging is None else Path(staging)
-
-
-def _staging(model: Model, config: CompressConfig, output: Path, stack: ExitStack) -> Path | None:
-    check_not_same(model, output)
-    check_output(output, overwrite=config.overwrite)
-    return None if config.dry_run else stack.enter_context(staged_directory(output, overwrite=config.overwrite))
+        return report if staging is None else write_report(report, staging, config)
 
 
 def _check_plan_is_for(config: CompressConfig, sha256: str) -> None:
@@ -147,17 +138,3 @@ def _check_plan_is_for(config: CompressConfig, sha256: str) -> None:
             f"{config.plan.plan.base_sha256[:12]}, this one's {sha256[:12]}); to apply it all the same, clear "
             "base_sha256 in the plan."
         )
-
-
-def _write_report(report: SurgeryReport, directory: Path, config: CompressConfig) -> SurgeryReport:
-    """Write `surgery.json`, page and card; if these fail, that is recorded and the model is not lost."""
-    write_json(directory / REPORT_FILE, report_dict(report))
-    assert config.output is not None
-    try:
-        write_page_and_card(directory, report, config.output.name)
-    except Exception as error:
-        _LOG.debug("the report page failed", exc_info=True)
-        failure = StageFailure(stage="report page", error=describe(error))
-        report = replace(report, failures=[*report.failures, failure])
-        write_json(directory / REPORT_FILE, report_dict(report))
-    return report

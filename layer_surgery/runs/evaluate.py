@@ -6,18 +6,22 @@ from dataclasses import replace
 import attrs
 
 from layer_surgery.config import EvaluateConfig
+from layer_surgery.data.bundled import bundled_tasks
 from layer_surgery.data.tokens import PackedTokens
 from layer_surgery.errors import CheckpointError
+from layer_surgery.evaluation.task_names import check_task_names
 from layer_surgery.progress import Ui
 from layer_surgery.records import EvaluationReport
 from layer_surgery.runs.evaluator import Evaluator
 from layer_surgery.runs.provenance import run_provenance
 from layer_surgery.runs.session import Model, Session, check_sources, open_session
+from layer_surgery.runs.stages import stages_of_evaluation
 
 
 def run_evaluate(model: Model, config: EvaluateConfig) -> EvaluationReport:
     """Measure a model and, with a baseline, another one on the same data."""
     check_sources(config.text_column, evaluation=config.eval_data)
+    check_task_names(config, bundled_tasks)
     with ExitStack() as stack:
         session = stack.enter_context(open_session(model, config, None))
         texts = session.evaluation_tokens(config)
@@ -27,11 +31,14 @@ def run_evaluate(model: Model, config: EvaluateConfig) -> EvaluationReport:
             _check_same_tokens(session, opened, texts, config)
             other = replace(opened, ui=session.ui)
         evaluator = stack.enter_context(Evaluator(session, config, texts, baseline=other))
+        session.ui.plan(stages_of_evaluation(texts, baseline=other is not None))
         if other is not None:
-            evaluator.measure("before", other.checkpoint)
-        evaluator.measure("after", session.checkpoint)
-        comparison = evaluator.compare() if other is not None else None
-        evaluator.measure_speed()
+            with session.ui.stage("evaluate_before"):
+                evaluator.measure("before", other.checkpoint)
+        with session.ui.stage("evaluate_after"):
+            evaluator.measure("after", session.checkpoint)
+            comparison = evaluator.compare() if other is not None else None
+            evaluator.measure_speed()
         return EvaluationReport(
             model=evaluator.result("after"),
             baseline=evaluator.result("before") if other is not None else None,

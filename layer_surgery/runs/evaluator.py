@@ -16,7 +16,8 @@ from layer_surgery.data import bundled_tasks
 from layer_surgery.data.tokens import PackedTokens
 from layer_surgery.errors import CheckpointError, DataError, describe
 from layer_surgery.evaluation.continuations import continuations, encode_prompt, prompts_from
-from layer_surgery.evaluation.distance import FinalStates, check_same_vocabulary, distance
+from layer_surgery.evaluation.distance import FinalStates, check_same_vocabulary
+from layer_surgery.evaluation.distance import distance as measure_distance
 from layer_surgery.evaluation.perplexity import summarise, window_losses
 from layer_surgery.evaluation.speed import measure_speed
 from layer_surgery.evaluation.uncertainty import perplexity_change
@@ -30,7 +31,7 @@ from layer_surgery.walk.walk import Losses, share_of
 if TYPE_CHECKING:
     from layer_surgery.evaluation.tasks import TaskOutcome, Tasks
 
-Moment = Literal["before", "after"]
+Moment = Literal["before", "unhealed", "after"]
 
 _LOG = logging.getLogger(__name__)
 #: Hidden states that wait for the other model take, all together, at most one part in so many of the memory that a walk
@@ -73,7 +74,7 @@ class Evaluator:
         """
         self.failures: list[StageFailure] = []
         self._session, self._config, self._texts = session, config, texts
-        self._sessions: dict[Moment, Session] = {"after": session}
+        self._sessions: dict[Moment, Session] = {"after": session, "unhealed": session}
         if baseline is not None:
             self._sessions["before"] = baseline
         self._measured: dict[Moment, _Measured] = {}
@@ -110,9 +111,12 @@ class Evaluator:
         tasks = measured.tasks.results if measured.tasks is not None else {}
         measured.result = replace(found, perplexity=perplexities, tasks=tasks)
 
-    def compare(self) -> Comparison:
-        """Compare the two models that have been measured, on everything that both have."""
-        before, after = self._measured["before"], self._measured["after"]
+    def compare(self, first: Moment = "before", second: Moment = "after", *, distance: bool = True) -> Comparison:
+        """Compare two models that have been measured, on everything that both have.
+
+        `distance` says whether the distance between them is among that.
+        """
+        before, after = self._measured[first], self._measured[second]
         changes, divergences, agreements = {}, {}, {}
         for tokens in self._texts:
             name = tokens.name
@@ -120,10 +124,10 @@ class Evaluator:
                 change = perplexity_change(before.losses[name], after.losses[name], self._session.runtime.seed)
                 if change is not None:
                     changes[name] = change
-            if name in before.states and name in after.states:
+            if distance and name in before.states and name in after.states:
                 with self._attempt(f"distance on '{name}'", "distance"):
                     old, new = (FinalStates(m.session.stream(m.checkpoint), m.states[name]) for m in (before, after))
-                    divergences[name], agreements[name] = distance(old, new, tokens, self._session.settings)
+                    divergences[name], agreements[name] = measure_distance(old, new, tokens, self._session.settings)
         result = Comparison(perplexity=changes, kl_divergence=divergences, top1_agreement=agreements)
         if before.tasks is not None and after.tasks is not None:
             from layer_surgery.evaluation.tasks import paired_tasks
@@ -244,7 +248,7 @@ class Evaluator:
         asked = [option for option, given in options.items() if given]
         if not asked or not parallel.is_first():
             return
-        sizes = [_whole_bytes(each) for each in self._sessions.values()]
+        sizes = [_whole_bytes(each) for moment, each in self._sessions.items() if moment != "unhealed"]
         needed = sum(sizes) if self._config.speed else max(sizes)
         available = available_memory_bytes(session.device)
         if available is not None and needed > available:

@@ -13,21 +13,17 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from layer_surgery.calibration.units import mlp_channels
+from layer_surgery.checkpoint.contents import list_files
 from layer_surgery.checkpoint.experts import experts_of
 from layer_surgery.checkpoint.modeling_layer_surgery import IN_FACTOR, OUT_FACTOR
 from layer_surgery.checkpoint.open import Checkpoint, open_checkpoint
-from layer_surgery.checkpoint.save import (
-    check_not_same,
-    check_output,
-    check_saved,
-    save_checkpoint,
-    staged_directory,
-    write_json,
-)
+from layer_surgery.checkpoint.output import check_not_same, check_output, staged_directory, writing
+from layer_surgery.checkpoint.save import check_saved, save_checkpoint, write_json
 from layer_surgery.checkpoint.tensors import TensorSource, TensorSpec
 from layer_surgery.config import ExportConfig
 from layer_surgery.errors import CheckpointError, NumericalError, OutputError
 from layer_surgery.machine import provenance
+from layer_surgery.progress import Stage
 from layer_surgery.records import REPORT_SCHEMA_VERSION, SurgeryReport
 from layer_surgery.records.reading import REPORT_FILE, read_json, read_report
 from layer_surgery.reporting.publish import write_page_and_card
@@ -75,10 +71,12 @@ def run_export(directory: Model, config: ExportConfig) -> DenseExport:
         )
     stored = low_rank.directory / REPORT_FILE if low_rank.directory is not None else None
     report = read_json(stored, REPORT_SCHEMA_VERSION, "repair or remove it") if stored and stored.is_file() else {}
-    with staged_directory(output, overwrite=config.overwrite) as staging:
+    with staged_directory(output, overwrite=config.overwrite, note=config.ui.note) as staging, writing(output):
         dense = dense_checkpoint(low_rank)
-        save_checkpoint(dense, staging, base=low_rank, progress=config.ui.progress)
-        check_saved(staging, dense)
+        config.ui.plan([Stage("save", "multiplying factors out")])
+        with config.ui.stage("save"):
+            save_checkpoint(dense, staging, base=low_rank, progress=config.ui.progress)
+            check_saved(staging, dense)
         record = DenseExport(
             source=str(directory),
             linears=len(low_rank.low_rank),
@@ -94,7 +92,8 @@ def run_export(directory: Model, config: ExportConfig) -> DenseExport:
             provenance=provenance(torch.device("cpu")) | {"command": config.command},
         )
         exported = {name: value for name, value in asdict(record).items() if name != "output"}
-        write_json(staging / REPORT_FILE, {**report, "dense_export": exported})
+        files = {name: asdict(file) for name, file in list_files(staging).items()}
+        write_json(staging / REPORT_FILE, {**report, "files": files, "dense_export": exported})
         if report and low_rank.directory is not None:
             measured = read_report(low_rank.directory / REPORT_FILE)
             write_page_and_card(staging, measured, output.name, note=_note(record, measured))

@@ -69,7 +69,7 @@ class Planning:
         self.config, self.checkpoint, self.method = config, checkpoint, METHODS[config.method]
         named = {"target_flops": FLOPS, "target_kv_cache": CACHE, "target_time": TIME}
         targets = {named[name]: share for name, share in config.other_targets.items()}
-        dtype = config.torch_dtype(device, checkpoint.dtype)
+        dtype = config.torch_dtype(device, checkpoint.dtype, checkpoint.hidden_size)
         self.pricing = pricing_of(checkpoint, targets, config.sequence_length, device, dtype)
         self.bounds = {resource: share * self.pricing.totals[resource] for resource, share in targets.items()}
         self.trial = self._trial_plan()

@@ -5,6 +5,7 @@ from dataclasses import replace
 from layer_surgery.calibration.cache import check_cache
 from layer_surgery.config import ScoreConfig
 from layer_surgery.errors import PlanError
+from layer_surgery.progress import Stage
 from layer_surgery.records import LayerScores
 from layer_surgery.runs.bench import open_bench
 from layer_surgery.runs.provenance import run_provenance
@@ -26,6 +27,7 @@ def run_score(model: Model, config: ScoreConfig) -> LayerScores:
                 f"--target-layers is {target}; allowed: 1 to {layer_count - 1} (the model has {layer_count} layers)."
             )
         tokens = session.calibration_tokens(config) if entry.needs_data else None
+        session.ui.plan([Stage("score", f"ranking the layers ({entry.name})")])
         with open_bench(session, tokens, config, part=config.remove) as bench:
             scores = bench.scores(entry.name, None if target is None else layer_count - target)
         return replace(scores, provenance=run_provenance(session, config, model=session.checkpoint.name))

@@ -1,7 +1,8 @@
 """One opened checkpoint with everything that the stages of a run share, and how a run speaks to its user."""
 
+import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Self, TypeAlias
@@ -12,9 +13,19 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from layer_surgery import parallel
 from layer_surgery.checkpoint.open import Checkpoint, open_checkpoint
 from layer_surgery.config import CalibrationConfig, PerplexityConfig, RuntimeConfig
-from layer_surgery.data import check_vocabulary, load_documents, pack_evaluation, pack_mixture, weighted_sources
+from layer_surgery.config.inputs import TextConfig
+from layer_surgery.data import (
+    check_vocabulary,
+    load_documents,
+    pack_at_most,
+    pack_evaluation,
+    pack_mixture,
+    weighted_sources,
+)
 from layer_surgery.data.tokens import PackedTokens
-from layer_surgery.errors import CheckpointError, DataError
+from layer_surgery.disk.own import own_directory, remove_dead
+from layer_surgery.disk.reading import why
+from layer_surgery.errors import CheckpointError, DataError, OutputError
 from layer_surgery.machine import PACKAGES, available_memory_bytes, code_sha256, version
 from layer_surgery.progress import Clock, Ui
 from layer_surgery.records.provenance import portable
@@ -46,13 +57,20 @@ class Session:
 
     @property
     def settings(self) -> WalkSettings:
-        """How walks of this run use memory."""
+        """How walks of this run use memory, and how what they see is decomposed."""
         return WalkSettings(
             batch_size=self.runtime.batch_size,
             boundary_memory_bytes=self.boundary_bytes,
             scratch=self.scratch,
             progress=self.ui.progress,
+            decomposition=self.runtime.decomposition,
         )
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """A stage of the run: its user is told, and its seconds are counted."""
+        with self.ui.stage(name), self.clock.stage(name):
+            yield
 
     def available_bytes(self) -> int | None:
         """Return how much memory the user allows, else what is free on the device; None where that is not known."""
@@ -109,6 +127,24 @@ class Session:
         _check_shares(tokens, self.runtime.batch_size)
         for line in _calibration_notes(tokens):
             self.ui.note(line)
+        return tokens
+
+    def healing_tokens(self, data: Sequence[str], text: TextConfig, samples: int, option: str) -> PackedTokens:
+        """Load and pack text to heal on: `samples` sequences, or as many as there are. Each example has its own."""
+        sources = weighted_sources(data, option)
+        tokens = pack_at_most(
+            [
+                load_documents(source.name, column=_column(text.text_column, source.name), part="calibration")
+                for source in sources
+            ],
+            [source.weight for source in sources],
+            self.need_tokenizer(),
+            samples=samples,
+            sequence_length=text.sequence_length,
+            seed=self.runtime.seed,
+            alone=True,
+        )
+        self._check(tokens)
         return tokens
 
     def evaluation_tokens(self, config: PerplexityConfig) -> list[PackedTokens]:
@@ -168,9 +204,27 @@ def open_session(model: Model, runtime: RuntimeConfig, scratch_parent: Path | No
     _say_what_is_special(checkpoint, ui)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    dtype, memory = runtime.torch_dtype(device, checkpoint.dtype), runtime.memory(device)
-    with parallel.temporary_folder(runtime.scratch or scratch_parent, SCRATCH_PREFIX) as scratch:
+    dtype = runtime.torch_dtype(device, checkpoint.dtype, checkpoint.hidden_size)
+    memory = runtime.memory(device)
+    parent = runtime.scratch or scratch_parent or Path(tempfile.gettempdir())
+    with parallel.shared_folder(_scratch(parent, ui)) as scratch:
         yield Session(checkpoint, tokenizer, runtime, device, dtype, scratch, ui, clock, *memory)
+
+
+@contextmanager
+def _scratch(parent: Path, ui: Ui) -> Iterator[Path]:
+    """Yield a folder for scratch files that is gone on exit; those that dead runs have left are removed first.
+
+    Raises `OutputError` if it cannot be made.
+    """
+    for left in remove_dead(parent, SCRATCH_PREFIX):
+        ui.note(f"removed {left}, scratch files which a run that was killed has left")
+    with ExitStack() as stack:
+        try:
+            scratch = stack.enter_context(own_directory(parent, SCRATCH_PREFIX))
+        except OSError as error:
+            raise OutputError(f"scratch files cannot be written to {parent} ({why(error)}).") from error
+        yield scratch
 
 
 def _check_processes(runtime: RuntimeConfig) -> None:
@@ -227,9 +281,14 @@ def _check_tokenizer(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase 
         )
 
 
-def check_sources(column: str | None, calibration: Sequence[str] = (), evaluation: Sequence[str] = ()) -> None:
+def check_sources(
+    column: str | None,
+    calibration: Sequence[str] = (),
+    evaluation: Sequence[str] = (),
+    option: str = "--calibration",
+) -> None:
     """Raise `DataError` for wrong weights, and for a column if none of the sources has columns."""
-    sources = [*(source.name for source in weighted_sources(calibration)), *evaluation]
+    sources = list(dict.fromkeys([*(source.name for source in weighted_sources(calibration, option)), *evaluation]))
     if column is not None and all(_column(column, source) is None for source in sources):
         raise DataError(
             f"--text-column {column} applies to none of {', '.join(sources) or 'no data'}, which have no columns; "
@@ -252,4 +311,9 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"the tokenizer in {checkpoint.directory} cannot be loaded: {reason}") from error
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
+    longest = tokenizer.model_max_length
+    if isinstance(longest, bool) or not isinstance(longest, int | float):
+        raise CheckpointError(
+            f"the tokenizer in {checkpoint.directory} has model_max_length: {longest!r}; it must be a number."
+        )
     return tokenizer

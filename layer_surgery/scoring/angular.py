@@ -39,8 +39,6 @@ def angular_distance(a: Tensor, b: Tensor) -> float:
 
 @SCORERS.add(
     "angular",
-    summary="angular distance across a contiguous block of layers, at the last token",
-    source="https://arxiv.org/abs/2403.17887",
     needs_data=True,
     depends_on=("count",),
 )

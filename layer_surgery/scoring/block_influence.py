@@ -39,8 +39,6 @@ class CosineObserver(Observer):
 
 @SCORERS.add(
     "block_influence",
-    summary="1 - mean cosine of a layer's input and output (ShortGPT)",
-    source="https://arxiv.org/abs/2403.03853",
     needs_data=True,
 )
 def block_influence(context: ScoringContext) -> Ranking:

@@ -1,11 +1,15 @@
 """The input of a scorer, and the registry of scorers."""
 
+import math
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
 
 from layer_surgery.calibration.source import StatisticsSource
+from layer_surgery.config.choices import SCORER_CHOICES
+from layer_surgery.errors import NumericalError
 from layer_surgery.records import LayerScores
 from layer_surgery.registry import Registry
+from layer_surgery.walk.finite import remedy
 from layer_surgery.walk.walk import Walk
 
 
@@ -51,18 +55,27 @@ class ScorerEntry:
     rank: Scorer
     name: str
     _: KW_ONLY
-    summary: str  #: One line for help texts.
-    source: str = ""  #: URL of the paper, or "" where there is none.
     needs_data: bool = False  #: Whether it looks at calibration data.
     parts: bool = False  #: Whether it can rank the attention and the MLP of layers too.
     depends_on: tuple[str, ...] = ()
     """The fields of the context, apart from model, data and seed, that what it returns depends on. Where these are the
     same, one ranking serves several compressions."""
 
+    @property
+    def source(self) -> str:
+        """URL of the paper, or "" where there is none."""
+        return SCORER_CHOICES[self.name].source
+
     def scores(self, context: ScoringContext) -> LayerScores:
         """Rank the layers."""
         ranking = self.rank(context)
         values = ranking.values
+        bad = next((index for index, value in enumerate(values) if not math.isfinite(value)), None)
+        if bad is not None:
+            raise NumericalError(
+                f"the score of layer {bad} by --scorer {self.name} is not finite ({values[bad]}); "
+                f"{remedy(context.walk.model.dtype)}."
+            )
         by_value = sorted(range(len(values)), key=lambda index: (values[index], -index))  # of equals the deeper first
         return LayerScores(
             scorer=self.name,
@@ -74,4 +87,4 @@ class ScorerEntry:
         )
 
 
-SCORERS = Registry("scorer", ScorerEntry)
+SCORERS = Registry("scorer", ScorerEntry, SCORER_CHOICES)

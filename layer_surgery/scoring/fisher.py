@@ -13,8 +13,6 @@ ABSORBED = 1 / 3
 
 @SCORERS.add(
     "fisher",
-    summary="predicted rise of the loss when layers are replaced by their best low-rank components, also jointly",
-    source="https://arxiv.org/abs/1412.1193",
     needs_data=True,
     parts=True,
     depends_on=("count", "keep", "refit"),

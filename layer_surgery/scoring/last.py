@@ -3,7 +3,7 @@
 from layer_surgery.scoring.context import SCORERS, Ranking, ScoringContext
 
 
-@SCORERS.add("last", summary="the deepest layers but the final one", parts=True)
+@SCORERS.add("last", parts=True)
 def deepest_first(context: ScoringContext) -> Ranking:
     """Return the distance from the end; the final layer, which prepares the output, goes last of all."""
     count = context.layer_count

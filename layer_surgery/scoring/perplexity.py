@@ -9,8 +9,6 @@ from layer_surgery.walk.boundaries import Boundary
 
 @SCORERS.add(
     "perplexity",
-    summary="greedy: remove the layer whose removal raises the loss least, repeat (SLEB)",
-    source="https://arxiv.org/abs/2402.09025",
     needs_data=True,
     depends_on=("count",),
 )

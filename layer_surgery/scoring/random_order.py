@@ -5,7 +5,7 @@ import torch
 from layer_surgery.scoring.context import SCORERS, Ranking, ScoringContext
 
 
-@SCORERS.add("random", summary="a seeded random order", parts=True)
+@SCORERS.add("random", parts=True)
 def random_order(context: ScoringContext) -> Ranking:
     """Return uniform random values from the user's seed."""
     generator = torch.Generator().manual_seed(context.seed)

@@ -40,8 +40,6 @@ class TaylorObserver(Observer):
 
 @SCORERS.add(
     "taylor",
-    summary="sum of |weight x gradient| over a layer's linears (one backward walk)",
-    source="https://arxiv.org/abs/2402.02834",
     needs_data=True,
 )
 def taylor(context: ScoringContext) -> Ranking:

@@ -1,6 +1,17 @@
 """Surgery: the plan, and the methods that make low-rank factors. Importing this package registers all methods."""
 
 from layer_surgery.checkpoint.new_tensors import FactorStore
+from layer_surgery.surgeon import (  # noqa: F401
+    fisher,
+    grasp,
+    grasp_sequential,
+    laco,
+    mix,
+    remove,
+    replaceme,
+    svd,
+    svd_llm,
+)
 from layer_surgery.surgeon.context import METHODS, Method, MethodEntry, SurgeryContext
 from layer_surgery.surgeon.plan import (
     LayerShape,
@@ -12,11 +23,6 @@ from layer_surgery.surgeon.plan import (
     removal_count,
 )
 from layer_surgery.surgeon.shape import model_shape
-
-# In the order in which `--help` lists them.
-# isort: off
-from layer_surgery.surgeon import grasp, grasp_sequential, replaceme, laco, mix, remove, svd, svd_llm, fisher  # noqa: F401
-# isort: on
 
 __all__ = [
     "METHODS",

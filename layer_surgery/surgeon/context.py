@@ -10,6 +10,7 @@ from layer_surgery import parallel
 from layer_surgery.calibration.source import StatisticsSource
 from layer_surgery.checkpoint.new_tensors import FactorStore
 from layer_surgery.config import SearchConfig
+from layer_surgery.config.choices import METHOD_CHOICES
 from layer_surgery.linalg.low_rank import Factors
 from layer_surgery.progress import Progress
 from layer_surgery.records import SpectrumMetric, SpectrumRecord, SurgeryPlan, UnitName
@@ -95,9 +96,6 @@ class MethodEntry:
     function: Method
     name: str
     _: KW_ONLY
-    summary: str  #: One line for help texts.
-    source: str = ""
-    """URL of the paper, or "" where there is none."""
     needs_data: bool = False  #: Whether it looks at calibration data.
     needs_boundaries: bool = False  #: Whether it reads the hidden states at all layer boundaries.
     removes: bool = False
@@ -107,4 +105,4 @@ class MethodEntry:
     """Whether it finds out itself what stays of which layer, under any budgets; else it is given ranks."""
 
 
-METHODS = Registry("method", MethodEntry)
+METHODS = Registry("method", MethodEntry, METHOD_CHOICES)

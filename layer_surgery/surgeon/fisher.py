@@ -15,8 +15,6 @@ from layer_surgery.surgeon.remove import without_parts
 
 @METHODS.add(
     "fisher",
-    summary="truncated SVD in the Kronecker-factored Fisher metric, ranks by one knapsack over all matrices",
-    source="https://arxiv.org/abs/2505.17974",
     needs_data=True,
     needs_boundaries=True,
     refits=True,

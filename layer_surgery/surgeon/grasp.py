@@ -15,8 +15,6 @@ from layer_surgery.surgeon.context import METHODS, SurgeryContext
 from layer_surgery.walk.gradients import accumulated_gradients
 from layer_surgery.walk.walk import Observer
 
-URL = "https://arxiv.org/abs/2501.00339"
-
 
 class GraspObserver(Observer):
     """Turns the linears of each layer that it sees into factors, on the spot, from their summed gradients."""
@@ -47,8 +45,6 @@ class GraspObserver(Observer):
 
 @METHODS.add(
     "grasp",
-    summary="singular groups by |s * dLoss/ds|, all from one backward walk (GRASP's importance)",
-    source=URL,
     needs_data=True,
     needs_boundaries=True,
 )

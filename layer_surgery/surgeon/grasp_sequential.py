@@ -7,13 +7,11 @@ from functools import partial
 
 from layer_surgery.records import SurgeryPlan
 from layer_surgery.surgeon.context import METHODS, SurgeryContext
-from layer_surgery.surgeon.grasp import URL, write_best_groups
+from layer_surgery.surgeon.grasp import write_best_groups
 
 
 @METHODS.add(
     "grasp_sequential",
-    summary="the same, recomputed after every replaced attention and MLP, last to first, as the paper does",
-    source=URL,
     needs_data=True,
     needs_boundaries=True,
 )

@@ -16,8 +16,6 @@ from layer_surgery.walk.streamed import StreamedModel
 
 @METHODS.add(
     "laco",
-    summary="remove; add the weight differences of each removed run to the layer before it (LaCo)",
-    source="https://arxiv.org/abs/2402.11187",
     removes=True,
 )
 def laco(plan: SurgeryPlan, context: SurgeryContext) -> SurgeryPlan:

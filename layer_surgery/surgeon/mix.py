@@ -47,7 +47,6 @@ from layer_surgery.surgeon.shape import model_shape
 from layer_surgery.walk.expert_moments import ExpertMoments
 from layer_surgery.walk.moments import LayerMoments
 
-URL = "https://arxiv.org/abs/2408.09632"
 #: What is cut beside the default where a resource is limited that channels and ranks save little of.
 _ALSO = {CACHE: ("heads", "attention"), TIME: ("attention", "mlp")}
 #: Largest default of `--multiple`, and the share of the hidden size that it is at most.
@@ -56,8 +55,6 @@ _LARGEST_MULTIPLE, _SHARE_OF_HIDDEN = 64, 16
 
 @METHODS.add(
     "mix",
-    summary="channels of MLPs and singular vectors of other linears by one search, and what else --components names",
-    source=URL,
     needs_data=True,
     needs_boundaries=True,
     refits=True,

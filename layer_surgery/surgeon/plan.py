@@ -97,12 +97,13 @@ def make_plan(shape: ModelShape, chosen: Sequence[int], budget: BudgetConfig, me
     operated_parameters = sum(layer.parameters for layer in operated)
     rest = shape.parameters - operated_parameters
     bound = parameter_bound(budget, shape, operated_parameters)
-    if bound != rest:
+    nothing_stays = _nothing_stays(budget, bound == rest)
+    if not nothing_stays:
         _check_linears(shape, chosen)
-    if bound == rest and budget.remove != "layer":
+    if nothing_stays and budget.remove != "layer":
         nothing = {index: dict.fromkeys(shape.layers[index].linears, 0) for index in chosen}  # biases stay
         return _low_rank_plan(shape, nothing, method)
-    if bound == rest:
+    if nothing_stays:
         layers = [LayerPlan(index=i, action="remove" if i in chosen else "keep") for i in range(len(shape.layers))]
         return _plan(method, layers, rest, bound)
     ranks = uniform_ranks(
@@ -290,7 +291,7 @@ def plan_to_search(
     """
     parameters = sum(shape.layers[index].parameters for index in chosen)
     bound = parameter_bound(budget, shape, parameters)
-    if bound == shape.parameters - parameters and not bounds:
+    if _nothing_stays(budget, bound == shape.parameters - parameters) and not bounds:
         return make_plan(shape, sorted(chosen), budget, method)
     _check_linears(shape, chosen)
     layers = [LayerPlan(index=i, action="reduce" if i in chosen else "keep") for i in range(len(shape.layers))]
@@ -318,6 +319,16 @@ def parameter_bound(budget: BudgetConfig, shape: ModelShape, operated: int) -> i
         keep = budget.DEFAULT_KEEP if budget.keep is None else budget.keep
         return total - operated + _share(keep, operated)
     return _share(budget.target_parameters, total)
+
+
+def _nothing_stays(budget: BudgetConfig, reached: bool) -> bool:
+    """Return whether a budget asks for nothing to stay of the layers: `reached`, if it is in parameters of the model.
+
+    A `--keep` above 0 asks for something, however little, and is refused where it comes to no parameter at all.
+    """
+    if budget.target_parameters is None and budget.target_size is None:
+        return budget.keep == 0
+    return reached
 
 
 def _share(fraction: float, count: int) -> int:

@@ -21,6 +21,7 @@ from layer_surgery import parallel
 from layer_surgery.checkpoint.modeling_layer_surgery import IN_FACTOR, OUT_FACTOR, LowRankLinear
 from layer_surgery.checkpoint.new_tensors import FactorStore
 from layer_surgery.errors import DataError
+from layer_surgery.linalg.decomposition import Decomposition, takes_leading
 from layer_surgery.linalg.least_squares import RidgeProblem, Solution, Sums
 from layer_surgery.records import RefitRecord, RefitScope, SurgeryPlan
 from layer_surgery.surgeon.layer_pair import (
@@ -251,7 +252,7 @@ class _Pair:
         """Re-solve linears on what they read and should give, as `look` finds it, unless nothing is left of them."""
         if not names or self._gone(names[0]):
             return
-        problems = _Problems(self.layer, names)
+        problems = _Problems(self.layer, names, self.tracks[0].walk.settings.decomposition)
         for batch, present in self._rounds():
             if batch is not None:
                 problems.add(*look(batch), batch)
@@ -328,8 +329,8 @@ def _has(layer: nn.Module, name: str) -> bool:
 class _Problems:
     """The least-squares problems of some linears; those that read the same input share its sums."""
 
-    def __init__(self, layer: nn.Module, names: Sequence[str]) -> None:
-        self._layer, self._names = layer, names
+    def __init__(self, layer: nn.Module, names: Sequence[str], way: Decomposition) -> None:
+        self._layer, self._names, self._way = layer, names, way
         self._reads: dict[str, str] = {}
         self._sums = parallel.Sums(lambda name: (self.owner_of[name.partition(" ")[0]],))
 
@@ -380,9 +381,11 @@ class _Problems:
         problems: dict[str, RidgeProblem] = {}
         for name in parallel.own(self.owner_of):
             reader = self._reads.get(name, name)
-            problems[name] = RidgeProblem(*(self._of(name, reader, part) for part in ("train", "held_out")))
+            problems[name] = problem = RidgeProblem(*(self._of(name, reader, part) for part in ("train", "held_out")))
             shared = None if reader == name else problems[reader]
-            yield name, problems[name].solve(_solved_weight(self._layer, name).detach(), shared)
+            weight = _solved_weight(self._layer, name).detach()
+            by_factors = takes_leading(self._way, weight.shape[1])
+            yield name, problem.solve_by_factors(weight, shared) if by_factors else problem.solve(weight, shared)
 
     def _of(self, name: str, reader: str, part: str) -> Sums:
         totals = self._sums.totals

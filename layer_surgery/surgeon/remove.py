@@ -6,7 +6,7 @@ from layer_surgery.records import SurgeryPlan
 from layer_surgery.surgeon.context import METHODS, SurgeryContext
 
 
-@METHODS.add("remove", summary="remove the layers outright; nothing takes their place (--keep 0)", removes=True)
+@METHODS.add("remove", removes=True)
 def remove(plan: SurgeryPlan, context: SurgeryContext) -> SurgeryPlan:
     """Do nothing to removed layers; write factors of rank 0 for the removed attention or MLP of others."""
     return without_parts(plan, context)

@@ -18,8 +18,6 @@ from layer_surgery.walk.walk import Walk
 
 @METHODS.add(
     "replaceme",
-    summary="remove; fold the best linear map for each removed run into the MLP before it (ReplaceMe)",
-    source="https://arxiv.org/abs/2505.02819",
     needs_data=True,
     needs_boundaries=True,
     removes=True,

@@ -41,11 +41,10 @@ def model_shape(checkpoint: Checkpoint, part: Part = "layer") -> ModelShape:
                 bypass=bypass,
             )
         )
-    hidden_size = int(checkpoint.skeleton.get_input_embeddings().weight.shape[1])
     return ModelShape(
         layers=layers,
         parameters=checkpoint.parameters,
-        hidden_size=hidden_size,
+        hidden_size=checkpoint.hidden_size,
         size_bytes=checkpoint.size_bytes,
         itemsize=checkpoint.dtype.itemsize,
     )

@@ -5,7 +5,9 @@ from layer_surgery.records import SurgeryPlan
 from layer_surgery.surgeon.context import METHODS, SurgeryContext
 
 
-@METHODS.add("svd", summary="truncated SVD of each weight: the nearest in Frobenius norm; looks at no data")
+@METHODS.add(
+    "svd",
+)
 def plain_svd(plan: SurgeryPlan, context: SurgeryContext) -> SurgeryPlan:
     """Replace each linear of the low-rank layers by its truncated SVD."""
     with context.progress("truncating", len(plan.low_rank)) as advance:

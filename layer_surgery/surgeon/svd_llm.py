@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from torch import nn
 
 from layer_surgery.calibration.statistics import MomentObserver, check_tokens, weights_with_inputs
+from layer_surgery.linalg.decomposition import takes_leading
+from layer_surgery.linalg.leading import leading_whitened_svd
 from layer_surgery.linalg.low_rank import Factors, whitened_svd
 from layer_surgery.records import SurgeryPlan
 from layer_surgery.surgeon.context import METHODS, SurgeryContext
@@ -26,15 +28,16 @@ class WhitenedObserver(MomentObserver):
         ranks = self._ranks[index]
         with self._context.divided(dict.fromkeys(ranks, 1.0), self.owner_of) as names:
             for name, weight, inputs in weights_with_inputs(layer, names, moments, index):
-                (left, right), values = whitened_svd(weight, inputs)
+                if takes_leading(self._context.walk.settings.decomposition, *weight.shape):
+                    (left, right), values = leading_whitened_svd(weight, inputs, None, ranks[name])
+                else:
+                    (left, right), values = whitened_svd(weight, inputs)
                 factors = Factors(left[:, : ranks[name]], right[: ranks[name]])
                 self._context.write(index, name, factors, "inputs", values.tolist(), ranks[name])
 
 
 @METHODS.add(
     "svd_llm",
-    summary="truncated SVD that changes the outputs on the calibration data least (SVD-LLM)",
-    source="https://arxiv.org/abs/2403.07378",
     needs_data=True,
 )
 def svd_llm(plan: SurgeryPlan, context: SurgeryContext) -> SurgeryPlan:

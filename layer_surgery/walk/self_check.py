@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from layer_surgery.checkpoint.open import Checkpoint
 from layer_surgery.errors import CheckpointError, LayerSurgeryError, PlanError
+from layer_surgery.walk.finite import not_finite
 from layer_surgery.walk.rehearsal import LayerCall, Rehearsal, same_call, stubs
 from layer_surgery.walk.streamed import StreamedModel
 
@@ -64,6 +65,8 @@ def _walked_beside_own(model: StreamedModel, ids: tuple[Tensor, Tensor]) -> tupl
     the layers after which the two differ."""
     rehearsal = Rehearsal(model)
     states = [rehearsal.embed(tokens) for tokens in ids]
+    if not all(torch.isfinite(each).all() for each in states):
+        raise not_finite(model, "the embeddings")
     calls = [[rehearsal.call(index, tokens) for index in range(model.layer_count)] for tokens in ids]
     different: list[int] = []
 
@@ -71,6 +74,8 @@ def _walked_beside_own(model: StreamedModel, ids: tuple[Tensor, Tensor]) -> tupl
         with model.layer(index) as layer:
             for row in range(2):
                 states[row] = calls[row][index](layer, states[row])
+                if not torch.isfinite(states[row]).all():
+                    raise not_finite(model, f"the hidden states after layer {index}")
             output = layer(hidden, *call.args, **call.kwargs)
         own = output[0] if isinstance(output, tuple) else output
         if not _close(states[1], own):
@@ -79,7 +84,10 @@ def _walked_beside_own(model: StreamedModel, ids: tuple[Tensor, Tensor]) -> tupl
 
     with stubs(model, run):
         own_logits: Tensor = model.model(input_ids=ids[1].to(model.device), use_cache=False).logits
-    return [rehearsal.head(hidden) for hidden in states], own_logits, different
+    logits = [rehearsal.head(hidden) for hidden in states]
+    if not all(torch.isfinite(each).all() for each in logits):
+        raise not_finite(model, "the logits")
+    return logits, own_logits, different
 
 
 def _sequences(model: StreamedModel) -> tuple[Tensor, Tensor]:

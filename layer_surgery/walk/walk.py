@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from layer_surgery import parallel
 from layer_surgery.data.tokens import PackedTokens
 from layer_surgery.errors import NumericalError
+from layer_surgery.linalg.decomposition import Decomposition
 from layer_surgery.progress import Progress, no_progress
 from layer_surgery.walk.boundaries import Boundary, BoundaryStore
+from layer_surgery.walk.finite import Finite, remedy
 from layer_surgery.walk.rehearsal import Rehearsal, blocks
 from layer_surgery.walk.streamed import StreamedModel
 
@@ -33,12 +35,16 @@ _STREAM = -1
 
 @dataclass(frozen=True, kw_only=True)
 class WalkSettings:
-    """Memory that a walk may take, and its progress. None of this changes what is computed."""
+    """Memory that a walk may take, its progress, and how what it sees is decomposed.
+
+    Only the last changes what is computed.
+    """
 
     batch_size: int = 8
     boundary_memory_bytes: int = 1 << 29
     scratch: Path = Path()
     progress: Progress = no_progress
+    decomposition: Decomposition = "auto"
 
 
 class Observer:
@@ -155,8 +161,12 @@ class Walk:
         watched = set(path if watch is None else watch)
         known = self._kept or []
         if self._kept is None:
+            finite = Finite(self.model, "the embeddings")
             for rows in self.batches():
-                self.boundary(0).write(rows, self.rehearsal.embed(self.tokens.token_ids[rows]))
+                embedded = self.rehearsal.embed(self.tokens.token_ids[rows])
+                finite.see(embedded, self.tokens.valid[rows].to(self.model.device))
+                self.boundary(0).write(rows, embedded)
+            finite.check()
         start = 0
         while keep and not observers and start < min(len(known), len(path)) and known[start] == path[start]:
             start += 1
@@ -185,16 +195,19 @@ class Walk:
         with self.model.layer(index) as layer, ExitStack() as watching:
             for observer in observers:
                 watching.enter_context(observer.watching(index, layer))
+            finite = Finite(self.model, f"the hidden states after layer {index}")
             for rows, present in self.share.rounds:
                 if rows is not None:
                     before = source.read(rows)
                     valid = self._announce(rows, observers)
                     after = self._call(index, rows)(layer, before)
+                    finite.see(after, valid)
                     for observer in observers:
                         observer.boundaries(index, before, after, valid)
                     target.write(rows, after)
                 for observer in observers:
                     observer.end_round(present)
+            finite.check()
 
     def _announce(self, rows: slice, observers: Sequence[Observer]) -> Tensor:
         valid = self.tokens.valid[rows].to(self.model.device)
@@ -226,8 +239,7 @@ class Walk:
         if bad:
             raise NumericalError(
                 f"the loss of {self.model.checkpoint.name} on '{self.tokens.name}' is not finite in "
-                f"{len(bad)} of {len(sums)} windows (the first is window {bad[0]}); "
-                "try --dtype float32, and check the checkpoint."
+                f"{len(bad)} of {len(sums)} windows (the first is window {bad[0]}); {remedy(self.model.dtype)}."
             )
         return Losses(sums, self.all_tokens.loss_mask.sum(dim=1))
 
@@ -285,21 +297,24 @@ class Walk:
         with self.model.layer(index) as layer, ExitStack() as watching:
             for observer in observers:
                 watching.enter_context(observer.watching(index, layer))
+            finite = Finite(self.model, f"the gradients before layer {index}")
             for rows, present in self.share.rounds:
                 if rows is not None:
                     with torch.enable_grad():
-                        self._announce(rows, observers)
+                        valid = self._announce(rows, observers)
                         before = self.boundary(index).read(rows).detach().requires_grad_()
                         after = self._call(index, rows)(layer, before)
                         after.backward(gradient.read(rows))  # type: ignore[no-untyped-call]
                     assert before.grad is not None
+                    finite.see(before.grad, valid)
                     new.write(rows, before.grad)
                 for observer in observers:
                     observer.end_round(present)
+            finite.check()
         gradient.store.exchange(gradient.slot, new.slot)
 
 
-def next_tokens(tokens: PackedTokens, rows: slice) -> Tensor:
+def next_tokens(tokens: PackedTokens, rows: slice | Tensor) -> Tensor:
     """Return the labels [B, S] int64 of some sequences: the next token where it carries loss, else `NO_LABEL`.
 
     The label of position t is token t + 1: shifted here, once, and nowhere else.

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from surgery_helpers import LINEARS, statistics_source, walked_moments
+from tiny_families import dtype_of
 from tiny_models import (
     CALIBRATION,
     decoder_layers,
@@ -28,6 +29,7 @@ from layer_surgery.calibration.source import StatisticsSource
 from layer_surgery.calibration.statistics import Statistics, useful_rank, useful_ranks
 from layer_surgery.data.tokens import PackedTokens
 from layer_surgery.errors import DataError, NumericalError
+from layer_surgery.linalg.decomposition import Decomposition
 from layer_surgery.linalg.low_rank import shrunk
 from layer_surgery.walk.walk import Walk
 
@@ -40,9 +42,11 @@ def collected(
     layers: dict[int, dict[str, int]] | None = None,
     batch_size: int = 2,
     dtype: torch.dtype = torch.float64,
+    decomposition: Decomposition = "auto",
 ) -> Statistics:
     streaming = streamed(model, dtype=dtype)
-    with Walk(streaming, tokens, settings(scratch, batch_size=batch_size)) as walk:
+    how = replace(settings(scratch, batch_size=batch_size), decomposition=decomposition)
+    with Walk(streaming, tokens, how) as walk:
         wanted = layers or useful_ranks(streaming, range(streaming.layer_count))
         return statistics_source(scratch, dtype).get(walk, wanted)
 
@@ -245,3 +249,34 @@ def test_statistics_in_bfloat16_are_near_those_in_float32(tmp_path: Path) -> Non
     for name in LINEARS:
         a, b = (torch.tensor(s.values[1][name]) for s in (short, long))
         assert largest_difference(a / b[0], b / b[0]) < 0.1
+
+
+# Wide matrices
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mixtral"])
+def test_the_leading_way_gives_what_the_exact_way_does(tmp_path: Path, model_type: str) -> None:
+    """Costs of linears, channels, experts and couplings; that it was another way shows in the last digits."""
+    ways: tuple[Decomposition, ...] = ("exact", "leading")
+    found = {}
+    for way in ways:
+        (tmp_path / way).mkdir()
+        model = tiny_model(model_type)
+        found[way] = collected(model, tmp_path / way, dtype=dtype_of(model_type), decomposition=way)
+    exact, leading = found["exact"], found["leading"]
+    for index, ranks in exact.ranks.items():
+        for name, most in ranks.items():
+            assert len(leading.values[index][name]) == len(exact.values[index][name])
+            for rank in (0, most // 2, most):
+                expected = exact.cost(index, {name: rank})
+                assert leading.cost(index, {name: rank}) == pytest.approx(expected, rel=1e-2, abs=1e-9)
+    orders = [
+        *((leading.channels[i], exact.channels[i]) for i in exact.channels),
+        *(pair for i in exact.experts for pair in zip(leading.experts[i], exact.experts[i], strict=True)),
+    ]
+    assert orders
+    for one, other in orders:
+        assert one.costs() == pytest.approx(other.costs(), rel=1e-2, abs=1e-9)
+    for one_matrix, other_matrix in zip(leading.couplings.matrices, exact.couplings.matrices, strict=True):
+        assert largest_difference(torch.tensor(one_matrix), torch.tensor(other_matrix)) < 1e-3
+    assert leading.values != exact.values

@@ -16,6 +16,7 @@ from tiny_checkpoints import (
     VOCABULARY,
     CommandLine,
     Outcome,
+    assert_refused,
     edit_json,
     edit_tensors,
     listing,
@@ -30,18 +31,6 @@ from layer_surgery.cli.main import main
 from layer_surgery.errors import CheckpointError, DataError, NumericalError, PlanError, UserError
 
 CUDA = torch.cuda.is_available()
-
-
-def assert_refused(outcome: Outcome, *expected: str, code: int = 2) -> None:
-    """Check that a command ended with one sentence that holds every `expected` part, after at most some notes."""
-    assert outcome.code == code, outcome.err
-    *notes, message = outcome.error_lines
-    assert message.startswith("error: "), outcome.err
-    assert all(note.startswith(("calibration: ", "refit: ", "evaluation: ")) for note in notes), outcome.err
-    assert "Traceback" not in outcome.err
-    assert outcome.out == ""
-    for part in expected:
-        assert part in message, f"{part!r} is not in {message!r}"
 
 
 # Options
@@ -87,6 +76,7 @@ WRONG_OPTIONS: list[tuple[str, ...]] = [
     ("--target-layers 2 --device cuda:", "--device is 'cuda:'; allowed"),
     ("--target-layers 2 --device cuda:first", "--device is 'cuda:first'; allowed"),
     ("--target-layers 2 --device cpu:x", "--device is 'cpu:x'; allowed"),
+    ("--target-layers 2 --decomposition fast", "--decomposition is 'fast'; allowed: auto, exact, leading"),
     ("--target-layers 2 --dtype float8", "--dtype is 'float8'; allowed: auto, float32, bfloat16, float16"),
     ("--layers 4", "--layers names [4]", "0 to 3"),
     ("--layers -1", "--layers names [-1]", "0 to 3"),

@@ -10,8 +10,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -20,6 +22,7 @@ from tiny_checkpoints import (
     DEMO,
     CommandLine,
     environment,
+    finished,
     interrupt,
     listing,
     run_process,
@@ -30,10 +33,10 @@ from tiny_checkpoints import (
 
 import layer_surgery
 from layer_surgery.config import DEFAULT_COMPONENTS
+from layer_surgery.config.choices import METHOD_CHOICES, SCORER_CHOICES
 from layer_surgery.records import LayerScores
 from layer_surgery.reporting.console import print_scores
 from layer_surgery.scoring import SCORERS
-from layer_surgery.surgeon import METHODS
 
 SHORT = ("--sequence-length", 16)
 
@@ -68,8 +71,8 @@ def test_help_lists_every_command(run: CommandLine) -> None:
 
 def test_help_lists_scorers_and_methods_with_sources_defaults_and_how_to_mix_sources(run: CommandLine) -> None:
     compress, score = (" ".join(run(name, "--help").out.split()) for name in ("compress", "score"))
-    for entry in (*SCORERS, *METHODS):
-        assert f" {entry.name} " in compress and entry.source in compress
+    for name, choice in (*SCORER_CHOICES.items(), *METHOD_CHOICES.items()):
+        assert f" {name} " in compress and choice.source in compress
     assert compress.count("(default)") == 2 + len(DEFAULT_COMPONENTS)
     assert "Calibration sequences, from all sources together. [default: 128]" in compress
     assert "[default: 0.1]" in compress
@@ -121,7 +124,9 @@ def test_compress_prints_a_report_or_as_json_that_on_disk(
     shown, as_json = run(*arguments, output), run(*arguments, json_output, "--json")
     for outcome in (shown, as_json):
         assert outcome.code == 0
-        assert [line.split(":")[0] for line in outcome.error_lines] == ["calibration", "refit", "evaluation"]
+        beginnings = [line.split(":")[0] for line in outcome.error_lines]
+        assert beginnings[:3] == ["calibration", "refit", "evaluation"]
+        assert beginnings[3:] == [f"stage {number} of 6" for number in range(1, 7)]
     for part in ("2 of 4 layers whole", "perplexity", "change", f"saved to {output}"):
         assert part in shown.out
     assert (output / "surgery.json").is_file()
@@ -312,9 +317,71 @@ def test_a_run_that_cannot_go_on_says_why_and_leaves_nothing(
     options = ["--layers", 1, "--keep", 0.3, "--method", "svd", "--no-eval", "--output", tmp_path / "new" / "output"]
     outcome = run("compress", model, *options)
     assert outcome.code == code
-    (line,) = outcome.error_lines
-    assert re.match(message, line)
+    *stages, line = outcome.error_lines
+    assert re.match(message, line) and all(stage.startswith("stage ") for stage in stages)
     assert listing(tmp_path) == {}
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)], ids=["INT", "TERM", "HUP"]
+)
+def test_signals_in_the_middle_of_the_work_leave_nothing_even_if_there_are_many(
+    run: CommandLine, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, code: int
+) -> None:
+    """One at work, and one at each removal that follows it."""
+    removed = shutil.rmtree
+
+    def stop(*_: object, **__: object) -> None:
+        os.kill(os.getpid(), number)
+
+    def remove(*arguments: Any, **options: Any) -> None:
+        os.kill(os.getpid(), number)
+        removed(*arguments, **options)
+
+    monkeypatch.setattr("layer_surgery.runs.bench.result_checkpoint", stop)
+    monkeypatch.setattr(shutil, "rmtree", remove)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    options = ["--layers", 1, "--keep", 0, "--no-refit", "--no-eval", "--output", tmp_path / "new" / "output"]
+    outcome = run("compress", model, *options)
+    assert outcome.code == code
+    assert outcome.error_lines[-1] == "interrupted; nothing half-written is left."
+    assert all(line.startswith("stage ") for line in outcome.error_lines[:-1])
+    assert listing(tmp_path) == {}
+
+
+#: Sends a signal to itself when a module is looked for, and is `python -m layer_surgery` otherwise.
+SIGNALLED_AT_AN_IMPORT = """
+import os, runpy, sys
+
+module, number, *command = sys.argv[1:]
+
+class Signals:
+    def find_spec(self, name, path=None, target=None):
+        if name == module:
+            os.kill(os.getpid(), int(number))
+
+sys.meta_path.insert(0, Signals())
+sys.argv = ["layer-surgery", *command]
+runpy.run_module("layer_surgery", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "number", "code"),
+    [
+        ("click", signal.SIGINT, 130),
+        ("layer_surgery.cli.options", signal.SIGINT, 130),
+        ("torch", signal.SIGINT, 130),
+        ("torch", signal.SIGHUP, 129),
+        ("transformers.modeling_utils", signal.SIGTERM, 143),
+    ],
+)
+def test_a_signal_while_modules_are_imported_is_no_traceback(
+    model: Path, tmp_path: Path, module: str, number: int, code: int
+) -> None:
+    command = [sys.executable, "-c", SIGNALLED_AT_AN_IMPORT, module, str(int(number)), "score", str(model)]
+    outcome = finished(command, tmp_path, 120)
+    assert (outcome.code, outcome.error_lines) == (code, ["interrupted; nothing half-written is left."])
 
 
 # As a process of its own
@@ -343,7 +410,7 @@ def test_the_process_prints_json_alone_on_stdout(model: Path, text: Path, tmp_pa
     outcome = run_process("compress", model, *arguments, "--output", "output", "--json", home=tmp_path)
     assert outcome.code == 0, outcome.err
     assert strict_json(outcome.out)["plan"]["target_layers"] == 3
-    assert [line.split(":")[0] for line in outcome.error_lines] == ["evaluation"]
+    assert all(line.startswith(("evaluation: ", "stage ")) for line in outcome.error_lines)
 
 
 def test_the_installed_command_is_this_main() -> None:

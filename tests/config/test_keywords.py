@@ -31,6 +31,8 @@ from layer_surgery.errors import UserError
         ({"calibration": 3}, "--calibration is 3; give texts."),
         ({"prompts": [3]}, r"--prompt is \[3\]; give texts."),
         ({"cache": 3}, "--cache is 3; give a path."),
+        ({"tokenizer": 3}, "tokenizer is 3; give a tokenizer of transformers"),
+        ({"scratch": "/no/such/folder"}, "scratch is /no/such/folder, which is not a directory; make it"),
     ],
 )
 def test_a_value_of_a_wrong_type_is_refused_with_the_option(given: dict[str, Any], message: str) -> None:

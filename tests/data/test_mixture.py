@@ -229,7 +229,7 @@ def test_the_report_and_the_notes_list_every_source(
     for key in ("tokens", "predicted_tokens", "sequences", "tokens_available"):
         assert first[key] + second[key] == block[key]
     assert report["provenance"]["config"]["calibration"] == ["task.jsonl:2", "text.txt"]
-    (first_note, second_note) = outcome.error_lines
+    first_note, second_note = outcome.error_lines[:2]
     part = 100 * first["predicted_tokens"] / block["predicted_tokens"]
     assert first_note == (
         f"calibration: {first['tokens']} of the {first['tokens_available']} tokens of '{task}' (weight 2), as 4 x 32; "
@@ -264,6 +264,8 @@ def test_the_column_applies_to_the_sources_that_have_columns(model: Path, files:
     assert scores.tokens == 4 * 32
     with pytest.raises(DataError, match=r"--text-column body applies to none of .*text\.txt, bundled, which have no"):
         layer_surgery.score(model, calibration=[f"{files['text.txt']}:2", "bundled:1"], **options)
+    with pytest.raises(DataError, match="--text-column body applies to none of bundled, which have no columns"):
+        layer_surgery.compress(model, dry_run=True, target_layers=1, **options)
     with pytest.raises(DataError, match=r"task\.jsonl has no column 'body'"):
         layer_surgery.score(model, calibration=[files["body.csv"], files["task.jsonl"]], **options)
 

@@ -107,6 +107,52 @@ def test_inputs_that_are_all_zero_change_nothing() -> None:
     assert solution.ridge is None and torch.equal(solution.weight, start())
 
 
+# Without an eigendecomposition
+
+
+@pytest.mark.parametrize(("tokens", "noise"), [(200, 0.3), (200, 5.0), (12, 0.3)])
+def test_factors_choose_the_same_ridge_as_the_whole_spectrum(tokens: int, noise: float) -> None:
+    problem = RidgeProblem(sums(*rows(tokens, seed=1, noise=noise)), sums(*rows(40, seed=2, noise=noise)))
+    expected, found = problem.solve(start()), problem.solve_by_factors(start())
+    assert found.ridge == expected.ridge is not None
+    assert found.error_before == pytest.approx(expected.error_before, rel=1e-9)
+    assert found.error_after == pytest.approx(expected.error_after, rel=1e-9)
+    assert largest_difference(found.weight, expected.weight) < 1e-9
+    assert problem.solve(start()).error_after == expected.error_after, "the sums were changed"
+
+
+@pytest.mark.parametrize("tokens", [4, 30, 200])
+def test_factors_of_float32_sums_follow_as_well_as_the_whole_spectrum(tokens: int) -> None:
+    """With fewer rows than inputs too, where the least ridges are below the rounding of the sums."""
+    train, held = rows(tokens, seed=3, in_=40), rows(25, seed=4, in_=40)
+    problem = RidgeProblem(sums(*train, dtype=torch.float32), sums(*held, dtype=torch.float32))
+    expected, found = problem.solve(start(40)), problem.solve_by_factors(start(40))
+    assert found.error_after <= 1.05 * expected.error_after < found.error_before
+    error = held_out_error(found.weight, *(torch.cat(pair) for pair in zip(train, held, strict=True)))
+    both = held_out_error(expected.weight, *(torch.cat(pair) for pair in zip(train, held, strict=True)))
+    assert error <= 1.05 * both
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_factors_leave_a_weight_that_no_ridge_betters_as_it_is(seed: int) -> None:
+    z, _ = rows(8, seed=seed)
+    held, _ = rows(30, seed=seed + 100)
+    noise = torch.randn(8, OUT, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    solution = RidgeProblem(sums(z, z @ start().T + noise), sums(held, held @ start().T)).solve_by_factors(start())
+    assert solution.ridge is None and torch.equal(solution.weight, start())
+    empty = RidgeProblem(sums(0 * z, noise), sums(0 * z, noise)).solve_by_factors(start())
+    assert empty.ridge is None and torch.equal(empty.weight, start())
+
+
+def test_factors_share_inputs_too() -> None:
+    train, held = rows(50, seed=1), rows(20, seed=2)
+    owner, alone = (RidgeProblem(sums(train[0], y * train[1]), sums(held[0], y * held[1])) for y in (1, -1))
+    expected = alone.solve_by_factors(start())
+    for part in (alone.train, alone.held_out):
+        part.inputs = torch.full_like(part.inputs, torch.nan)  # not looked at
+    assert torch.equal(alone.solve_by_factors(start(), owner).weight, expected.weight)
+
+
 # Rank-deficient sums
 
 

@@ -15,7 +15,8 @@ from tiny_checkpoints import CommandLine, run_stock_script
 import layer_surgery
 from layer_surgery import SurgeryReport
 from layer_surgery.checkpoint.origin import hub_id, licence, origin
-from layer_surgery.reporting.card import is_unedited, model_card
+from layer_surgery.records.seal import is_unedited
+from layer_surgery.reporting.card import model_card
 from layer_surgery.reporting.text import code_span
 
 Result = tuple[Path, SurgeryReport]

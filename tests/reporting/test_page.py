@@ -20,10 +20,11 @@ from layer_surgery import SurgeryReport
 from layer_surgery.records import REPORT_SCHEMA_VERSION, Interval, LayerPlan, LayerScores
 from layer_surgery.records.reading import read_report
 from layer_surgery.reporting.compare import comparison_page, result_row, warnings
+from layer_surgery.reporting.derived import kept_count
 from layer_surgery.reporting.figures.tradeoff import Point, undominated
 from layer_surgery.reporting.formats import number_list
 from layer_surgery.reporting.page import report_page
-from layer_surgery.reporting.sentences import summary
+from layer_surgery.reporting.sentences import budgets, summary
 from layer_surgery.surgeon.spectra import MAX_POINTS, log_spaced, spectrum_record
 
 Result = tuple[Path, SurgeryReport]
@@ -372,3 +373,28 @@ def test_only_results_that_nothing_undercuts_are_filled() -> None:
         for number, (share, ratio) in enumerate(places)
     ]
     assert [point.number for point in undominated(points)] == [0, 3, 4]
+
+
+# Budgets and heads
+
+
+def test_budgets_are_beside_what_was_reached(result: Result) -> None:
+    report = result[1]
+    plan, before = report.plan, report.before
+    (sentence,) = budgets(report)
+    share = 100 * plan.parameter_bound / before.parameters
+    assert f"at most {plan.parameter_bound:,} parameters ({share:.1f} % of the original's)" in sentence
+    assert f"reached: {report.after.parameters:,}" in sentence and sentence in summary(report)
+    assert before.flops_per_token is not None and report.after.flops_per_token is not None
+    tighter = replace(report, plan=replace(plan, bounds={"flops": 0.5 * before.flops_per_token}))
+    flops = list(budgets(tighter))[1]
+    assert "FLOPs per token (50.0 %" in flops and f"reached: {report.after.flops_per_token:,}" in flops
+    assert not list(budgets(replace(report, plan=replace(plan, parameter_bound=before.parameters))))
+
+
+def test_kept_heads_say_of_how_many(result: Result) -> None:
+    layer = LayerPlan(index=1, action="reduce", ranks={"mlp.up_proj": 3}, heads=1)
+    spectrum = replace(result[1].spectra[0], layer=1, linear="self_attn.o_proj", units="heads", total=2)
+    assert kept_count(layer, "heads", [spectrum]) == "1 of 2"
+    assert kept_count(layer, "heads", []) == "1"
+    assert kept_count(layer, "mlp.up_proj", [spectrum]) == "3" and kept_count(layer, "other", [spectrum]) == ""

@@ -71,7 +71,7 @@ def test_report_on_disk_is_strict_json_with_all_its_fields(compressed: Result) -
     assert len(report["base_model"]["sha256"]) == 64
     assert report["plan"]["target_layers"] == 3
     assert all(
-        layer.keys() == {"index", "action", "ranks", "channels", "heads", "experts"}
+        layer.keys() == {"index", "action", "ranks", "channels", "heads", "experts", "routed", "bypass"}
         for layer in report["plan"]["layers"]
     )
     assert [layer["index"] for layer in report["plan"]["layers"]] == [0, 1, 2, 3, 4]

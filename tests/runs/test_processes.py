@@ -69,7 +69,7 @@ def test_when_one_process_fails_all_end_with_one_sentence(way: str, model: Path,
     assert done.code == 1
     (said,) = [line for line in done.error_lines if line.startswith("error: ")]
     expected = {
-        "killed": "error: another process of this job has died",
+        "killed": "error: a process of this job has died",
         "raises": "error: RuntimeError: on purpose (in",
     }
     assert said.startswith(expected[way])

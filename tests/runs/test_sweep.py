@@ -25,6 +25,7 @@ from layer_surgery.reporting.compare import sweep_rows
 from layer_surgery.runs.bench import Bench
 from layer_surgery.runs.evaluator import Evaluator
 from layer_surgery.runs.sweep.measuring import Measuring
+from layer_surgery.runs.sweep.state import sweep_directory
 from layer_surgery.scoring import SCORERS, ScoringContext
 from layer_surgery.scoring.context import Ranking
 from layer_surgery.walk.boundaries import BoundaryStore
@@ -353,10 +354,12 @@ def test_a_file_that_cannot_be_written_leaves_the_last_one_whole(
     def full(_descriptor: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("layer_surgery.checkpoint.save.os.fsync", full)
+    monkeypatch.setattr("os.fsync", full)
     outcome = run(*command, "--target-layers", 3)
     assert outcome.code == 1
-    assert outcome.error_lines[-1] == f"error: writing to {output} failed (No space left on device); is the disk full?"
+    assert outcome.error_lines[-1] == (
+        f"error: writing to --output {output} failed (No space left on device); nothing half-written is left."
+    )
     assert listing(tmp_path) == before
 
 
@@ -421,6 +424,18 @@ def test_a_directory_that_cannot_be_made_is_refused(run: CommandLine, model: Pat
         assert outcome.code == 2
         assert outcome.error_lines[-1].startswith(f"error: --output {output} cannot be written (")
         assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_two_sweeps_in_one_directory_are_not_let_in_together(
+    run: CommandLine, command: list[Any], tmp_path: Path
+) -> None:
+    command += ["--method", "remove", "--scorer", "last", "--target-layers", 3]
+    with sweep_directory(tmp_path / "output"):
+        outcome = run(*command)
+        assert outcome.code == 2
+        assert outcome.error_lines[-1].startswith(f"error: another run is working on --output {tmp_path / 'output'};")
+    assert run(*command).code == 0
+    assert not list((tmp_path / "output").glob(".*"))
 
 
 def test_what_a_killed_run_has_left_is_no_obstacle(sweep: Sweep, tmp_path: Path) -> None:

@@ -16,12 +16,12 @@ from layer_surgery.calibration.statistics import useful_ranks
 from layer_surgery.checkpoint.new_tensors import FactorStore
 from layer_surgery.config import EvaluationConfig, SweepConfig
 from layer_surgery.config.declaring import about_of, fields_of
-from layer_surgery.errors import UserError
+from layer_surgery.errors import OutputError, UserError
 from layer_surgery.records import Comparison, EvaluationResult, KlDivergence, Perplexity, Top1Agreement
 from layer_surgery.records.sweep import SweepPoint
 from layer_surgery.runs.session import open_session
 from layer_surgery.runs.sweep.condition import find_best, parse_condition
-from layer_surgery.runs.sweep.identity import sweep_identity
+from layer_surgery.runs.sweep.identity import check_same, sweep_identity
 from layer_surgery.runs.sweep.pareto import with_fronts
 from layer_surgery.scoring import SCORERS, ScoringContext
 from layer_surgery.walk.walk import Walk
@@ -224,3 +224,12 @@ def test_branches_of_statistics_share_the_walk_and_nothing_else(
         assert larger.covers(more) and walks == [0, 0]
         assert isinstance(larger.components, FactorStore) and larger.components.directory.parent == folders[1]
         assert not second.get(walk, usual).covers(more) and walks == [0, 0]
+
+
+def test_what_an_older_release_has_not_written_down_is_said_plainly(tmp_path: Path) -> None:
+    now = {"--seed": 0, "the code of layer-surgery (sha256)": "a" * 64}
+    with pytest.raises(OutputError) as refused:
+        check_same(tmp_path, {"--seed": 0, "--old": 1}, now)
+    message = str(refused.value)
+    assert "the code of layer-surgery (sha256) is aaaaaaaaaaaa..., and what it was is not written down" in message
+    assert "--old was 1, which this release does not know" in message and "None" not in message

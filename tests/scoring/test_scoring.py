@@ -244,12 +244,14 @@ def test_an_unknown_scorer_is_answered_with_the_nearest_or_all() -> None:
         SCORERS["zzz"]
 
 
-def test_a_registry_refuses_a_name_that_is_taken() -> None:
-    registry = Registry("thing", ScorerEntry)
+def test_a_registry_refuses_a_name_that_is_taken_or_not_listed() -> None:
+    registry = Registry("thing", ScorerEntry, listed=("one",))
     ranking = Ranking("things", [1.0])
-    registry.add("one", summary="")(lambda _context: ranking)
+    registry.add("one")(lambda _context: ranking)
     with pytest.raises(ValueError, match="thing 'one' is registered already"):
-        registry.add("one", summary="")(lambda _context: Ranking("others", []))
+        registry.add("one")(lambda _context: Ranking("others", []))
+    with pytest.raises(ValueError, match="thing 'two' is not listed"):
+        registry.add("two")(lambda _context: ranking)
     assert registry.names == ["one"] and registry["one"].rank(None) is ranking
 
 

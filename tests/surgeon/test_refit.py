@@ -41,6 +41,8 @@ from layer_surgery.checkpoint.result import result_checkpoint
 from layer_surgery.data.tokens import PackedTokens
 from layer_surgery.errors import DataError
 from layer_surgery.evaluation.perplexity import window_losses
+from layer_surgery.linalg import decomposition
+from layer_surgery.linalg.least_squares import RidgeProblem
 from layer_surgery.surgeon.layer_pair import ResidualScales, residual_scales
 from layer_surgery.surgeon.refit import refit
 from layer_surgery.walk.walk import Walk
@@ -139,6 +141,20 @@ def test_a_refit_brings_the_stream_nearer_to_the_originals(tmp_path: Path, model
     for record in result.records:
         assert record.error_after <= record.error_before
         assert (record.ridge is None) == (record.error_after == record.error_before)
+
+
+def test_wide_linears_are_refitted_as_well_without_eigendecompositions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The limit from which linears are wide is lowered, so `auto` takes the leading way throughout."""
+    model, plan = tiny_model(), make_test_plan(4, removed=[2], method="remove")
+    exact = refitted(model, plan, tmp_path / "exact")
+    monkeypatch.setattr(decomposition, "WIDE", 1)
+    monkeypatch.setattr(RidgeProblem, "solve", None)  # not called
+    leading = refitted(model, plan, tmp_path / "leading")
+    errors = [result.stream_errors(tmp_path, TOKENS)[1] for result in (exact, leading)]
+    assert errors[1] == pytest.approx(errors[0], rel=0.02)
+    assert len(leading.records) == len(exact.records) > 0
 
 
 @pytest.mark.parametrize("removed", [[0], [0, 1], [1], [1, 2], [3], [2, 3], [0, 3], [0, 2]], ids=str)

@@ -1,72 +1,67 @@
 """Weights in 8 and 4 bits (torchao, bitsandbytes) and quantised KV caches (quanto, HQQ), all on the CPU."""
 
-import json
-import sys
-import traceback
-from typing import Any
-
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
-
-directory = sys.argv[1]
-ids = torch.arange(3, 35).view(2, 16)
+from cells import TOKEN_IDS, Case, greedy, logits_of, main, near
+from transformers import BitsAndBytesConfig, TorchAoConfig
 
 
-def load(**options: Any) -> Any:
-    return AutoModelForCausalLM.from_pretrained(
-        directory, trust_remote_code=True, **{"dtype": torch.float32, **options}
-    ).eval()
+def uneven(model: torch.nn.Module) -> list[str]:
+    """Return the linears with sides that are no multiples of 32, which 4 bits do not take."""
+    linears = ((name, module) for name, module in model.named_modules() if isinstance(module, torch.nn.Linear))
+    return [name for name, linear in linears if linear.in_features % 32 or linear.out_features % 32]
 
 
-@torch.no_grad()
-def logits(model: Any) -> torch.Tensor:
-    return model(ids, use_cache=False).logits.float()
+def rounded(case: Case, settings: object, tolerance: float) -> str:
+    return near(logits_of(case.load(quantization_config=settings)), logits_of(case.load()), tolerance)
 
 
-def difference(model: Any) -> float:
-    return round(float((logits(model) - plain).norm() / plain.norm()), 4)
-
-
-def torchao() -> float:
+def torchao_int8(case: Case) -> str:
     from torchao.quantization import Int8WeightOnlyConfig
 
-    return difference(load(quantization_config=TorchAoConfig(Int8WeightOnlyConfig())))
+    return rounded(case, TorchAoConfig(Int8WeightOnlyConfig()), 0.1)
 
 
-def cache(backend: str) -> int:
-    options = {"max_new_tokens": 8, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+def torchao_int4(case: Case) -> str:
+    """4-bit weights, of every linear that groups of 32 divide."""
+    from torchao.quantization import IntxWeightOnlyConfig
+    from torchao.quantization.granularity import PerGroup
+
+    left_out = uneven(case.load())
+    settings = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32))
+    found = rounded(case, TorchAoConfig(settings, modules_to_not_convert=["lm_head", *left_out]), 0.4)
+    return f"{found}; {len(left_out)} left out"
+
+
+def bitsandbytes_int8(case: Case) -> str:
+    return rounded(case, BitsAndBytesConfig(load_in_8bit=True), 0.1)
+
+
+def bitsandbytes_nf4(case: Case) -> str:
+    left_out = uneven(case.load())
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=["lm_head", *left_out]
+    )
+    return f"{rounded(case, settings, 0.4)}; {len(left_out)} left out"
+
+
+def cache(case: Case, backend: str) -> str:
+    """Generate with keys and values in 4 bits; how many of 16 tokens are those without."""
     settings = {"backend": backend, "nbits": 4, "q_group_size": 32, "residual_length": 4}
     if backend == "hqq":
         settings |= {"axis_key": 1, "axis_value": 1}
-    model = load()
-    found = model.generate(ids, cache_implementation="quantized", cache_config=settings, **options)
-    return int((found == model.generate(ids, **options))[:, ids.shape[1] :].sum())
+    model = case.load()
+    found = greedy(model, TOKEN_IDS, cache_implementation="quantized", cache_config=settings)
+    return f"{int((found == greedy(model, TOKEN_IDS)).sum())} of {found.numel()} tokens"
 
 
-original = load()
-plain = logits(original)
-linears = {name: module for name, module in original.named_modules() if isinstance(module, torch.nn.Linear)}
-#: Sides that are no multiples of 32, which 4 bits do not take; in the names of models with low-rank layers too.
-uneven = [name for name, linear in linears.items() if linear.in_features % 32 or linear.out_features % 32]
-tries = {
-    "torchao int8": torchao,
-    "bitsandbytes int8": lambda: difference(load(quantization_config=BitsAndBytesConfig(load_in_8bit=True))),
-    "bitsandbytes nf4": lambda: difference(
-        load(
-            quantization_config=BitsAndBytesConfig(
-                load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=["lm_head", *uneven]
-            )
-        )
-    ),
-    "bitsandbytes nf4 left out": lambda: f"{len(uneven)} of {len(linears)}",
-    "cache, quanto 4 bits: tokens of 16 as without": lambda: cache("quanto"),
-    "cache, HQQ 4 bits: tokens of 16 as without": lambda: cache("hqq"),
-}
-found: dict[str, Any] = {}
-for name, attempt in tries.items():
-    try:
-        found[name] = attempt()
-    except Exception as error:
-        traceback.print_exc()
-        found[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
-print("\n" + json.dumps(found))
+if __name__ == "__main__":
+    main(
+        {
+            "torchao_int8": torchao_int8,
+            "torchao_int4": torchao_int4,
+            "bnb_int8": bitsandbytes_int8,
+            "bnb_nf4": bitsandbytes_nf4,
+            "cache_quanto": lambda case: cache(case, "quanto"),
+            "cache_hqq": lambda case: cache(case, "hqq"),
+        }
+    )

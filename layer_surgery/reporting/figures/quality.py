@@ -131,7 +131,7 @@ def costs(before: EvaluationResult, after: EvaluationResult) -> Plot:
         _Bar(label, 100 * new / old, BLUE)
         for label, old, new in (
             ("parameters", before.parameters, after.parameters),
-            ("bytes on disk", before.size_bytes, after.size_bytes),
+            ("bytes of the tensors", before.size_bytes, after.size_bytes),
             ("KV cache", before.kv_cache_bytes_per_token, after.kv_cache_bytes_per_token),
             ("operations a token", before.flops_per_token, after.flops_per_token),
         )

@@ -14,6 +14,12 @@ from layer_surgery.records.sweep import SweepBest, SweepPoint
 Quantity = Literal["perplexity", "kl_divergence", "top1_agreement"]
 #: Whether less of it is better.
 QUANTITIES: dict[Quantity, bool] = {"perplexity": True, "kl_divergence": True, "top1_agreement": False}
+#: Least and greatest value that each can have.
+RANGES: dict[Quantity, tuple[float, float]] = {
+    "perplexity": (1.0, math.inf),
+    "kl_divergence": (0.0, math.inf),
+    "top1_agreement": (0.0, 1.0),
+}
 _FORM = re.compile(r"\s*([\w-]+)\s*(<=|>=|<|>|=)\s*([0-9.eE+-]+)\s*(x?)\s*")
 
 
@@ -74,6 +80,10 @@ def parse_condition(text: str, evaluation: EvaluationConfig) -> Condition:
         raise UserError(f"--best is '{text}', but only perplexity is compared with the original's; leave out the x.")
     if not math.isfinite(bound):
         raise UserError(f"--best is '{text}'; give a finite number.")
+    low, high = (0.0, math.inf) if times else RANGES[quantity]
+    if not low <= bound <= high:
+        allowed = f"{low:g} or more" if high == math.inf else f"{low:g} to {high:g}"
+        raise UserError(f"--best is '{text}', but no model has such a {quantity}; allowed: {allowed}.")
     if not evaluation.eval_data or (quantity != "perplexity" and not evaluation.distance):
         option = "--no-distance" if evaluation.eval_data else "--no-eval"
         raise UserError(f"--best is '{text}', but {quantity} is not measured with {option}; leave that out.")

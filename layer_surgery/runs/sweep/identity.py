@@ -44,6 +44,7 @@ def sweep_identity(
         "--speed": speed if config.speed else None,
         "--device": session.device.type,
         "--dtype": str(session.dtype).removeprefix("torch."),
+        "--decomposition": config.decomposition,
         "the release of layer-surgery": version("layer-surgery"),
         "the code of layer-surgery (sha256)": code_sha256(),
     }
@@ -55,9 +56,18 @@ def check_same(directory: Path, was: dict[str, Any], now: dict[str, Any]) -> Non
     if different:
         raise OutputError(
             f"--output {directory} holds a sweep with other settings: "
-            + "; ".join(f"{name} was {_short(was.get(name))} and is {_short(now.get(name))}" for name in different)
+            + "; ".join(_difference(name, was, now) for name in different)
             + "; give the same settings to go on with it, another --output, or --overwrite to start anew."
         )
+
+
+def _difference(name: str, was: dict[str, Any], now: dict[str, Any]) -> str:
+    """Say how a setting differs; sweeps of older releases have not written down all of them."""
+    if name not in was:
+        return f"{name} is {_short(now[name])}, and what it was is not written down (an older release made the sweep)"
+    if name not in now:
+        return f"{name} was {_short(was[name])}, which this release does not know"
+    return f"{name} was {_short(was[name])} and is {_short(now[name])}"
 
 
 def _tasks(config: TaskConfig) -> dict[str, Any] | None:
@@ -83,5 +93,5 @@ def _short(value: Any) -> str:
     """Return a value for a message; of a hash the beginning."""
     if isinstance(value, list):
         return f"[{', '.join(map(_short, value))}]"
-    text = str(value)
+    text = "none" if value is None else str(value)
     return f"{text[:12]}..." if len(text) == 64 else text

@@ -9,10 +9,12 @@ import attrs
 
 from layer_surgery import parallel
 from layer_surgery.calibration.cache import check_cache
-from layer_surgery.checkpoint.save import check_not_same
+from layer_surgery.checkpoint.output import check_not_same, writing
 from layer_surgery.config import SweepConfig
+from layer_surgery.data.bundled import bundled_tasks
 from layer_surgery.data.tokens import PackedTokens
 from layer_surgery.errors import LayerSurgeryError, PlanError
+from layer_surgery.evaluation.task_names import check_task_names
 from layer_surgery.records import SurgeryPlan
 from layer_surgery.records.reading import REPORT_FILE, read_sweep
 from layer_surgery.records.sweep import SweepBest, SweepPoint, SweepReport, SweepSettings
@@ -23,6 +25,7 @@ from layer_surgery.runs.evaluator import Evaluator
 from layer_surgery.runs.planning import Planning
 from layer_surgery.runs.provenance import base_model_record, checkpoint_hash, described_tokens, run_provenance
 from layer_surgery.runs.session import Model, Session, check_sources, open_session
+from layer_surgery.runs.stages import stages_of_sweep
 from layer_surgery.runs.sweep.condition import Condition, find_best, parse_condition
 from layer_surgery.runs.sweep.grid import compress_config, grid, in_order, same_surgery
 from layer_surgery.runs.sweep.identity import check_same, sweep_identity
@@ -49,19 +52,22 @@ def run_sweep(model: Model, config: SweepConfig) -> SweepReport:
     condition = parse_condition(config.best, config) if config.best is not None else None
     check_cache(config.cache)
     check_sources(config.text_column, calibration=config.calibration, evaluation=config.eval_data)
+    check_task_names(config, bundled_tasks)
     if condition is not None or config.overwrite:
         check_not_same(model, config.directory / BEST_FOLDER)
         check_best(config.directory)
     check_sweep_directory(config.directory)
-    known = None if config.overwrite else read_sweep(config.directory, _ADVICE)
-    with sweep_directory(config.directory) as directory, open_session(model, config, directory) as session:
-        report = _Sweep.begin(session, config, points, known).finished()
-    if condition is not None:
-        report = _with_best(model, config, condition, report)
-    elif report.best is not None:
-        report = _with_old_best(config, report.best, report)
-    if parallel.is_first():
-        write_sweep_page(config.directory, report)
+    with parallel.shared_folder(sweep_directory(config.directory)) as directory:
+        known = None if config.overwrite else read_sweep(directory, _ADVICE)
+        with open_session(model, config, directory) as session:
+            report = _Sweep.begin(session, config, points, known).finished()
+        if condition is not None:
+            report = _with_best(model, config, condition, report)
+        elif report.best is not None:
+            report = _with_old_best(config, report.best, report)
+        if parallel.is_first():
+            with writing(directory):
+                write_sweep_page(directory, report)
     return report
 
 
@@ -134,7 +140,8 @@ class _Sweep:
             f"{count} point{'s' * (count > 1)}, {count - len(missing)} of them known; each is kept in "
             f"{config.directory} when it is done, and the same command goes on from there"
         )
-        with session.clock.stage("evaluate_before"):
+        session.ui.plan(stages_of_sweep(len(missing), self.texts))
+        with session.stage("evaluate_before"):
             evaluator.measure("before", session.checkpoint)
         failures = list(evaluator.failures)
         self._write(replace(self.report, original=evaluator.result("before"), failures=failures))
@@ -153,7 +160,8 @@ class _Sweep:
                 session.ui.note(f"point {number} of {len(missing)}: {settings.name}")
                 point = self._copied(settings)
                 if point is None:
-                    point = measuring.point(compress_config(config, settings), settings)
+                    with session.ui.stage(f"point {number}"):
+                        point = measuring.point(compress_config(config, settings), settings)
                     session.ui.note(_outcome(point))
                 others = [each for each in self.report.points if each.settings != settings]
                 self._write(replace(self.report, points=[*others, point]))

@@ -1,15 +1,16 @@
 """A sweep on disk: `sweep.json`, and the same as a table in `sweep.csv` and `sweep.md`."""
 
 import json
-import shutil
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from layer_surgery import parallel
-from layer_surgery.checkpoint.save import PAGE_FILES, check_output, writable, write_atomically
-from layer_surgery.errors import LayerSurgeryError, OutputError
+from layer_surgery.checkpoint.contents import PAGE_FILES, remove_result
+from layer_surgery.checkpoint.output import check_output, new_folders, output_lock, refusing, writing
+from layer_surgery.disk.locks import lock_file
+from layer_surgery.disk.writing import write_atomically
+from layer_surgery.errors import OutputError
 from layer_surgery.records.reading import SWEEP_FILE
 from layer_surgery.records.sweep import SweepReport
 from layer_surgery.reporting.sweep_table import csv_text, markdown_text
@@ -23,7 +24,7 @@ def check_sweep_directory(directory: Path) -> None:
     if directory.is_symlink() or (directory.exists() and not directory.is_dir()):
         raise OutputError(f"--output {directory} is a file or a link; give the name of a directory.")
     entries = sorted(entry.name for entry in directory.iterdir()) if directory.exists() else []
-    left = (SCRATCH_PREFIX, f".{SWEEP_FILE}.partial-")  # by a run that was killed
+    left = (SCRATCH_PREFIX, f".{SWEEP_FILE}.partial-", lock_file(Path(SWEEP_FILE)).name)  # by a run that was killed
     entries = [name for name in entries if not name.startswith(left)]
     if entries and SWEEP_FILE not in entries:
         raise OutputError(
@@ -41,18 +42,28 @@ def check_best(directory: Path) -> None:
 
 @contextmanager
 def sweep_directory(directory: Path) -> Iterator[Path]:
-    """Make the directory, or raise `OutputError`; if nothing was written there, it is gone again on exit."""
-    with writable(directory, directory, lambda: tempfile.TemporaryFile(dir=directory).close()):
+    """Make the directory and lock it, or raise `OutputError`; if nothing was written there, it is gone again on exit.
+
+    The lock is on `sweep.json`: two sweeps that write it would each lose what the other has found.
+    """
+    with ExitStack() as stack:
+        with refusing(directory):
+            stack.enter_context(new_folders(directory))
+            stack.enter_context(output_lock(directory, holds=SWEEP_FILE))
         yield directory
 
 
 def clear_sweep(directory: Path) -> None:
     """Remove the page and the best model of an old sweep; its other files are replaced."""
-    if not parallel.is_first():
-        return
-    (directory / PAGE_FILES[0]).unlink(missing_ok=True)
+    parallel.from_first(lambda: _clear(directory))
+
+
+def _clear(directory: Path) -> None:
     check_best(directory)
-    shutil.rmtree(directory / BEST_FOLDER, ignore_errors=True)
+    with writing(directory):
+        (directory / PAGE_FILES[0]).unlink(missing_ok=True)
+        if (directory / BEST_FOLDER).exists():
+            remove_result(directory / BEST_FOLDER)
 
 
 def write_sweep(directory: Path, report: SweepReport) -> None:
@@ -61,8 +72,6 @@ def write_sweep(directory: Path, report: SweepReport) -> None:
         return
     text = json.dumps(report.to_dict(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     files = {SWEEP_FILE: text, "sweep.csv": csv_text(report), "sweep.md": markdown_text(report)}
-    try:
+    with writing(directory):
         for name, content in files.items():
             write_atomically(directory / name, content)
-    except OSError as error:
-        raise LayerSurgeryError(f"writing to {directory} failed ({error.strerror}); is the disk full?") from error

@@ -2,7 +2,7 @@
 
 from layer_surgery.surgeon.components.kind import KINDS, Kind, PartOfLayer
 
-# In the order in which `--help` lists them.
+# In the order in which the search asks them.
 # isort: off
 from layer_surgery.surgeon.components import channels, singular, heads, whole, experts, routed, bypass  # noqa: F401
 # isort: on

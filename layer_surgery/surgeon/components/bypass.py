@@ -7,7 +7,7 @@ from layer_surgery.surgeon.components.kind import KINDS, PartOfLayer
 from layer_surgery.surgeon.curves import Alternative, Curve
 
 
-@KINDS.add("bypass", "a low-rank linear map in the place of an MLP", "https://arxiv.org/abs/2411.19146")
+@KINDS.add("bypass")
 def bypass(part: PartOfLayer) -> Alternative | None:
     """Offer every rank of the best linear map from what the MLP reads to what it gives."""
     found, statistics = part.bypass, part.statistics

@@ -4,7 +4,7 @@ from layer_surgery.surgeon.components.kind import KINDS, PartOfLayer
 from layer_surgery.surgeon.curves import Alternative
 
 
-@KINDS.add("channels", "channels of MLPs", "https://arxiv.org/abs/2408.09632")
+@KINDS.add("channels")
 def channels(part: PartOfLayer) -> Alternative | None:
     """Offer every width of an MLP; see `linalg/nystrom.py` for what each costs."""
     curve = part.unit_curve(part.multiple) if part.part == "mlp" else None

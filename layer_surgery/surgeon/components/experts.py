@@ -4,7 +4,7 @@ from layer_surgery.surgeon.components.kind import KINDS, PartOfLayer
 from layer_surgery.surgeon.curves import Alternative
 
 
-@KINDS.add("experts", "channels of experts", "https://arxiv.org/abs/2408.09632")
+@KINDS.add("experts")
 def experts(part: PartOfLayer) -> Alternative | None:
     """Offer every width of the experts; each output projection is re-solved on the channels that stay in it."""
     curve = part.expert_curve()

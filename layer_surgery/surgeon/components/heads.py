@@ -4,11 +4,7 @@ from layer_surgery.surgeon.components.kind import KINDS, PartOfLayer
 from layer_surgery.surgeon.curves import Alternative
 
 
-@KINDS.add(
-    "heads",
-    "key/value heads with their queries, so that the KV cache shrinks (default with --target-kv-cache)",
-    "https://arxiv.org/abs/2408.09632",
-)
+@KINDS.add("heads")
 def heads(part: PartOfLayer) -> Alternative | None:
     """Offer every number of heads; the output projection is re-solved on those that stay."""
     curve = part.unit_curve(1) if part.part == "attention" else None

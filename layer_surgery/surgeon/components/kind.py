@@ -11,6 +11,7 @@ from layer_surgery.calibration.statistics import Statistics
 from layer_surgery.calibration.units import UnitOrder, Units
 from layer_surgery.checkpoint.bypass import Bypass
 from layer_surgery.checkpoint.experts import WIDTH_MULTIPLE, Experts
+from layer_surgery.config.choices import COMPONENT_CHOICES
 from layer_surgery.registry import Registry
 from layer_surgery.surgeon.curves import Alternative, Curve, Floats
 from layer_surgery.surgeon.resources import Pricing
@@ -106,8 +107,6 @@ class Kind:
     offer: Callable[[PartOfLayer], Alternative | None]
     """Returns what the search may choose for a part of a layer; None where there is nothing of this kind."""
     name: str
-    summary: str  #: One line for help texts.
-    source: str = ""  #: URL of the paper, or "" where there is none.
 
 
-KINDS = Registry("component", Kind)
+KINDS = Registry("component", Kind, COMPONENT_CHOICES)

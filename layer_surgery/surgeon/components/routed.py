@@ -7,7 +7,7 @@ from layer_surgery.surgeon.components.kind import KINDS, PartOfLayer
 from layer_surgery.surgeon.curves import Alternative, Curve
 
 
-@KINDS.add("routed", "whole experts, with their rows of the router", "https://arxiv.org/abs/2510.13999")
+@KINDS.add("routed")
 def routed(part: PartOfLayer) -> Alternative | None:
     """Offer every number of experts that a token can still choose from."""
     experts, statistics = part.experts, part.statistics

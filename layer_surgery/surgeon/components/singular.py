@@ -7,7 +7,7 @@ from layer_surgery.surgeon.components.kind import KINDS, PartOfLayer
 from layer_surgery.surgeon.curves import Alternative, Curve
 
 
-@KINDS.add("singular", "singular vectors of linears", "https://arxiv.org/abs/2505.17974")
+@KINDS.add("singular")
 def singular(part: PartOfLayer) -> Alternative | None:
     """Offer every rank of each linear of the part, and each as it is."""
     return Alternative("singular", tuple(_curve(name, part) for name in part.linears)) if part.linears else None

@@ -12,15 +12,13 @@ from layer_surgery.surgeon.curves import Alternative
 GONE = "gone"
 
 
-@KINDS.add(
-    "attention", "the whole attention of a layer, with its KV cache (default with --target-kv-cache and --target-time)"
-)
+@KINDS.add("attention")
 def attention(part: PartOfLayer) -> Alternative | None:
     """Offer to remove the attention."""
     return _gone(part) if part.part == "attention" else None
 
 
-@KINDS.add("mlp", "the whole MLP of a layer (default with --target-time)")
+@KINDS.add("mlp")
 def mlp(part: PartOfLayer) -> Alternative | None:
     """Offer to remove the MLP."""
     return _gone(part) if part.part == "mlp" else None

@@ -1,0 +1,202 @@
+"""Options that say how a result is healed: trained a little, so that it follows the original again."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Literal, TypeAlias
+
+import attrs
+
+from layer_surgery.config.choices import DATA_CHOICES, DEFAULT_LOSSES, LOSS_CHOICES
+from layer_surgery.config.declaring import Group, Options, about, at_least, names, one_of, path
+from layer_surgery.config.keywords import check_type
+from layer_surgery.errors import UserError, nearest_name
+
+Trained: TypeAlias = Literal["all", "factors", "operated", "last", "lora"]
+TRAINED: tuple[Trained, ...] = ("all", "factors", "operated", "last", "lora")
+Stage: TypeAlias = Literal["local", "global"]
+STAGES: tuple[Stage, ...] = ("local", "global")
+LOCAL_ERRORS = ("fisher", "mse")
+
+
+@attrs.frozen(kw_only=True, slots=False)
+class HealingConfig(Options):
+    """How a result is healed. `compress` has the same options behind the prefix `--heal-`."""
+
+    GROUP: ClassVar[Group] = "Healing"
+    DEFAULT_MINUTES: ClassVar[float] = 10.0
+
+    data: tuple[str, ...] = attrs.field(
+        default=(),
+        converter=names,
+        metadata=about(
+            "Text to heal on, named like calibration data, with weights where there are several; one window in eight "
+            "(at most 64) is held out. Of examples and chats only the answers carry loss.",
+            form="repeat",
+            metavar="NAME|FILE[:WEIGHT]",
+            choices=DATA_CHOICES,
+        ),
+    )
+    minutes: float | None = attrs.field(
+        default=None,
+        metadata=about(
+            "Time for all of it: the original's outputs, the probe of learning rates, and training.",
+            metavar="M",
+            default=f"{DEFAULT_MINUTES:g}, or as long as the number of tokens takes",
+        ),
+    )
+    tokens: int | None = attrs.field(
+        default=None,
+        validator=at_least(1),
+        metadata=about("Train on this many tokens instead; the same result on every run.", metavar="N"),
+    )
+    loss: tuple[str, ...] = attrs.field(
+        default=DEFAULT_LOSSES,
+        converter=names,
+        metadata=about(
+            "What is made small (see below), with its weight; several add up. Or a YAML or JSON file with their "
+            "options.",
+            form="repeat",
+            metavar="NAME[:WEIGHT]|FILE",
+            choices=LOSS_CHOICES,
+        ),
+    )
+    train: Trained = attrs.field(
+        default="all",
+        validator=one_of(TRAINED),
+        metadata=about(
+            "What is trained: all weights; factors (linears that the surgery made smaller); operated (layers that it "
+            "changed, and those before a removed one); last (the last quarter of the layers and the head); lora "
+            "(adapters on all linears, merged at the end). Norms and biases are always trained.",
+            metavar="|".join(TRAINED),
+        ),
+    )
+    lora_rank: int = attrs.field(
+        default=16, validator=at_least(1), metadata=about("Rank of the adapters.", metavar="N")
+    )
+    learning_rate: float | None = attrs.field(
+        default=None,
+        metadata=about("Highest learning rate.", metavar="F", default="the best of a short probe"),
+    )
+    step_sequences: int = attrs.field(
+        default=16, validator=at_least(1), metadata=about("Sequences in one step of the optimiser.", metavar="N")
+    )
+    general: float = attrs.field(
+        default=0.25,
+        metadata=about(
+            "Sequences of general text (the bundled one) that are trained on, for each of the data; 0 for none.",
+            metavar="F",
+        ),
+    )
+    stages: tuple[str, ...] = attrs.field(
+        default=("global",),
+        converter=names,
+        metadata=about(
+            "local: each changed layer by itself, on the original's own inputs and outputs, in the memory of one layer "
+            "of each model; global: the whole model on the original's outputs.",
+            form="list",
+            metavar="local,global",
+        ),
+    )
+    local_error: str = attrs.field(
+        default="fisher",
+        validator=one_of(LOCAL_ERRORS),
+        metadata=about(
+            "How the local stage measures errors: in nats by the gradients of the original's loss, or as squares.",
+            metavar="|".join(LOCAL_ERRORS),
+        ),
+    )
+    teacher_cache: Path | None = attrs.field(
+        default=None,
+        converter=path,
+        metadata=about(
+            "Keep what the original says of the data here; another run on the same data takes it from there.",
+            metavar="DIR",
+        ),
+    )
+    teacher_rewrite: bool = attrs.field(
+        default=False,
+        metadata=about(
+            "Have the original answer the prompts of the data first, whole in memory, and train on its answers. "
+            "Answers that it does not end stay as they were."
+        ),
+    )
+    gradient_checkpointing: bool = attrs.field(
+        default=False, metadata=about("Compute activations twice instead of keeping them: less memory, more time.")
+    )
+    checkpoints: Path | None = attrs.field(
+        default=None,
+        converter=path,
+        metadata=about("Keep checkpoints of the training here, to resume from.", metavar="DIR"),
+    )
+    resume: Path | None = attrs.field(
+        default=None,
+        converter=path,
+        metadata=about("Go on from a checkpoint of the same training.", metavar="DIR/checkpoint-N"),
+    )
+    report_to: str = attrs.field(
+        default="none",
+        metadata=about("Tracker that transformers' Trainer knows, such as tensorboard.", metavar="NAME"),
+    )
+
+    def _check(self) -> None:
+        if self.minutes is not None and self.tokens is not None:
+            raise UserError("--minutes and --tokens both say how long to heal; give only one.")
+        if self.minutes is not None and not 0 < self.minutes < float("inf"):
+            raise UserError(f"--minutes is {self.minutes}; allowed: a number above 0.")
+        if self.resume is not None and self.tokens is None:
+            raise UserError("--resume goes on with a training of a fixed length; give the same --tokens as before.")
+        if self.learning_rate is not None and not 0 < self.learning_rate < float("inf"):
+            raise UserError(f"--learning-rate is {self.learning_rate}; allowed: a number above 0.")
+        if not 0 <= self.general <= 1:
+            raise UserError(f"--general is {self.general}; allowed: a fraction from 0 to 1.")
+        if not self.stages or not set(self.stages) <= set(STAGES):
+            raise UserError(f"--stages is '{','.join(self.stages)}'; allowed: {', '.join(STAGES)}, or both.")
+        if not self.loss:
+            raise UserError("--loss is empty; give a name such as kl, or leave it out.")
+
+    @property
+    def budget_minutes(self) -> float | None:
+        """Minutes that healing may take; None where a number of tokens says when it ends."""
+        return None if self.tokens is not None else self.minutes or self.DEFAULT_MINUTES
+
+
+def healing(value: HealingConfig | Mapping[str, Any] | bool | None) -> HealingConfig | None:
+    """Return the options of a healing that follows a compression: True takes the defaults, a mapping names some.
+
+    Errors name the options as `compress` has them.
+    """
+    if value is None or value is False:
+        return None
+    if isinstance(value, HealingConfig):
+        return value
+    given = {} if value is True else dict(value)
+    fields = {field.name: field for field in attrs.fields(HealingConfig)}
+    try:
+        for name, option in given.items():
+            if name not in fields:
+                raise UserError(f"--heal has no option '{name}'.{nearest_name(name, fields)}")
+            check_type(fields[name], option)
+        return HealingConfig(**given)
+    except UserError as error:
+        own = "|".join(sorted((name.replace("_", "-") for name in fields), key=len, reverse=True))
+        raise type(error)(re.sub(rf"--({own})\b", r"--heal-\1", str(error))) from error
+
+
+@attrs.frozen(kw_only=True, slots=False)
+class HealAfterwardsConfig(Options):
+    """Whether healing follows a compression, and how."""
+
+    GROUP: ClassVar[Group] = "Healing"
+
+    heal: HealingConfig | None = attrs.field(
+        default=None,
+        converter=healing,
+        metadata=about(
+            "Heal the result: train it a little to follow the original. In Python, True or a dictionary of the options "
+            "that follow, without their prefix.",
+            inner=HealingConfig,
+        ),
+    )

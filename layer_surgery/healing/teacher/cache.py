@@ -1,0 +1,389 @@
+"""The teacher's answers on disk: captured once, in shards, and read by sequence while a student is trained.
+
+A directory holds `teacher.json` (of what it was made, and the SHA-256 of every other file), `codebook.safetensors` and
+shards. Finished shards are kept whatever happens, and capturing goes on behind them. Nothing that is damaged is used:
+every byte is checked when the cache is opened.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import load_file, save_file
+from torch import Tensor
+
+from layer_surgery.errors import LayerSurgeryError, UserError
+from layer_surgery.healing.losses.inputs import TeacherLogits
+from layer_surgery.healing.teacher.bits import I64
+from layer_surgery.healing.teacher.codebook import Codebook, RecordReader
+from layer_surgery.healing.teacher.form import Observed, RecordForm, observe
+from layer_surgery.machine import code_sha256
+
+HEADER_FILE, CODEBOOK_FILE = "teacher.json", "codebook.safetensors"
+#: A shard is finished behind the sequence in which it gets so many tokens.
+SHARD_TOKENS = 1 << 14
+_OPTION = "--teacher-cache"
+#: Whatever is wrong with a file: it cannot be read, is no JSON or safetensors, or lacks something.
+_DAMAGE = (OSError, SafetensorError, ValueError, KeyError, TypeError, IndexError)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherIdentity:
+    """What the records of a cache are of; two caches with equal ones are interchangeable."""
+
+    teacher_sha256: str
+    tokenizer_sha256: str
+    data_sha256: str  #: Of the packed tokens, as `PackedTokens.sha256`.
+    chat_template_sha256: str = ""  #: "" where there is none.
+    code_sha256: str = field(default_factory=code_sha256)
+
+
+_WHAT_DIFFERS = {
+    "teacher_sha256": "another teacher",
+    "tokenizer_sha256": "another tokenizer",
+    "data_sha256": "other data",
+    "chat_template_sha256": "another chat template",
+    "code_sha256": "another release of layer-surgery",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """A file with the records of consecutive sequences."""
+
+    file: str
+    first: int  #: Its first sequence.
+    stop: int  #: The sequence behind its last.
+    sha256: str
+    nbytes: int
+
+
+class TeacherCache:
+    """The records of the tokens that carry loss, sequence after sequence, as far as they are captured."""
+
+    def __init__(
+        self, directory: Path, identity: TeacherIdentity, form: RecordForm, tokens: Sequence[int], vocabulary: int
+    ) -> None:
+        """Hold an empty cache; use `open`."""
+        self._directory, self._identity, self._form = directory, identity, form
+        self._tokens, self._vocabulary = [int(count) for count in tokens], vocabulary
+        self._shards: list[Shard] = []
+        self._book: Codebook | None = None
+        self._book_sha256 = ""
+
+    @classmethod
+    def open(
+        cls,
+        directory: Path,
+        identity: TeacherIdentity,
+        *,
+        tokens: Sequence[int],
+        vocabulary: int,
+        form: RecordForm | None = None,
+        note: Callable[[str], None] = lambda _: None,
+    ) -> Self:
+        """Return the cache in a directory, which is made if it is not there; checks every byte of one that is.
+
+        Args:
+            directory: of this cache alone.
+            identity: what the records are to be of.
+            tokens: [N] how many tokens of each sequence carry loss.
+            vocabulary: size of the teacher's.
+            form: of the records.
+            note: is told what is captured again because it is damaged.
+
+        Raises `UserError`: the directory cannot be made or written, holds something else, or a cache of something else.
+        """
+        cache = cls(directory, identity, form or RecordForm(), tokens, vocabulary)
+        header = directory / HEADER_FILE
+        if header.exists():
+            cache._read(header, note)
+        elif directory.is_dir() and any(directory.iterdir()):
+            raise UserError(f"{_OPTION} {directory} is not empty and no teacher cache; give another directory.")
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{_OPTION} {directory} cannot be made ({error.strerror}); give another.") from error
+        if not os.access(directory, os.W_OK | os.X_OK) and not cache.complete:
+            raise UserError(f"{_OPTION} {directory} cannot be written; give another directory.")
+        return cache
+
+    @property
+    def next_sequence(self) -> int:
+        """The first sequence that is not captured yet."""
+        return self._shards[-1].stop if self._shards else 0
+
+    @property
+    def complete(self) -> bool:
+        return self.next_sequence == len(self._tokens)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all shards."""
+        return sum(shard.nbytes for shard in self._shards)
+
+    def capture(self, logits: Iterable[Tensor]) -> None:
+        """Write the records of all sequences from `next_sequence` on.
+
+        What is finished stays if this is interrupted, and `open` with the same arguments goes on behind it.
+
+        Args:
+            logits: [n, V] of consecutive tokens that carry loss, beginning with the first of sequence `next_sequence`,
+                in pieces of any size.
+
+        Raises `LayerSurgeryError` if a file cannot be written (the disk is full), and `ValueError` if the logits are
+        not those of all the tokens.
+        """
+        pending, waiting = list[Observed](), 0
+        seen = sum(self._tokens[: self.next_sequence])
+        for piece in logits:
+            if piece.shape[1] != self._vocabulary:
+                raise ValueError(f"logits over {piece.shape[1]} tokens, and the vocabulary has {self._vocabulary}")
+            pending.append(observe(piece, self._form, seen))
+            seen, waiting = seen + len(piece), waiting + len(piece)
+            while (stop := self._shard_stop()) is not None and waiting >= sum(self._tokens[self.next_sequence : stop]):
+                waiting, pending = self._write_shard(pending, stop)
+        if waiting or not self.complete:
+            missing = sum(self._tokens[self.next_sequence :]) - waiting
+            raise ValueError(f"{missing} tokens of the teacher are missing" if missing > 0 else "too many logits")
+
+    def records(self) -> TeacherRecords:
+        """Return what is read by sequence. Raises `ValueError` unless the cache is complete."""
+        if not self.complete or self._book is None:
+            raise ValueError(f"{self.next_sequence} of {len(self._tokens)} sequences are captured")
+        return TeacherRecords(self._directory, self._shards, RecordReader(self._book, self._form.temperature))
+
+    def _shard_stop(self) -> int | None:
+        """Return the sequence behind the last of the next shard; None if there is none."""
+        if self.complete:
+            return None
+        count = 0
+        for index in range(self.next_sequence, len(self._tokens)):
+            count += self._tokens[index]
+            if count >= SHARD_TOKENS:
+                return index + 1
+        return len(self._tokens)
+
+    def _write_shard(self, pending: list[Observed], stop: int) -> tuple[int, list[Observed]]:
+        """Write the next shard; return how many tokens behind it are waiting, and what was seen of them."""
+        first, joined = self.next_sequence, Observed.joined(pending)
+        counts = np.array(self._tokens[first:stop], np.int64)
+        mine, rest = joined.split(int(counts.sum()))
+        if self._book is None:
+            self._book = Codebook.fitted(mine, self._form, self._vocabulary)
+            self._book_sha256 = self._save(CODEBOOK_FILE, self._book.arrays())
+        coded = self._book.encode(mine)
+        arrays: dict[str, NDArray[Any]] = {"stream": coded.stream, "bits": coded.bits.astype(np.uint16)}
+        arrays["tokens"] = counts.astype(np.int32)
+        if coded.tails is not None:
+            arrays["tails"] = coded.tails.astype(np.uint16)
+        name = f"shard-{len(self._shards):05d}.safetensors"
+        sha256 = self._save(name, arrays)
+        nbytes = (self._directory / name).stat().st_size
+        self._shards.append(Shard(file=name, first=first, stop=stop, sha256=sha256, nbytes=nbytes))
+        try:
+            self._write_header()
+        except OSError as error:
+            self._shards.pop()
+            raise self._unwritable(error) from error
+        return len(rest.counts), [rest]
+
+    def _save(self, name: str, arrays: Mapping[str, NDArray[Any]]) -> str:
+        """Write a file, under its name only when it is whole, and return its SHA-256."""
+        partial = self._directory / f".{name}.partial"
+        try:
+            save_file(dict(arrays), partial)
+            sha256 = _sha256(partial)
+            partial.replace(self._directory / name)
+        except (OSError, SafetensorError) as error:
+            partial.unlink(missing_ok=True)
+            raise self._unwritable(error) from error
+        return sha256
+
+    def _write_header(self) -> None:
+        record = self._header()
+        partial = self._directory / f".{HEADER_FILE}.partial"
+        try:
+            partial.write_text(json.dumps({"sha256": _record_sha256(record), "record": record}), encoding="utf-8")
+            partial.replace(self._directory / HEADER_FILE)
+        except OSError:
+            partial.unlink(missing_ok=True)
+            raise
+
+    def _header(self) -> dict[str, Any]:
+        return {
+            "identity": asdict(self._identity),
+            "form": self._form.to_dict(),
+            "sequences": len(self._tokens),
+            "tokens": sum(self._tokens),
+            "vocabulary": self._vocabulary,
+            "codebook_sha256": self._book_sha256,
+            "shards": [asdict(shard) for shard in self._shards],
+        }
+
+    def _unwritable(self, error: Exception) -> LayerSurgeryError:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        return LayerSurgeryError(
+            f"{_OPTION} {self._directory} cannot be written ({reason}); is the disk full? The "
+            f"{self.next_sequence} of {len(self._tokens)} sequences that are captured stay: make room and run the same "
+            "command again."
+        )
+
+    def _read(self, header: Path, note: Callable[[str], None]) -> None:
+        """Take over what a directory holds. Raises `UserError` if that is of something else, or none of ours."""
+        try:
+            stored = json.loads(header.read_text(encoding="utf-8"))
+            record = stored["record"]
+            if stored["sha256"] != _record_sha256(record):
+                raise ValueError("its checksum is wrong")
+            shards = [Shard(**shard) for shard in record["shards"]]
+            identity, form = dict(record["identity"]), dict(record["form"])
+            self._book_sha256 = record["codebook_sha256"]
+        except _DAMAGE as error:
+            raise UserError(
+                f"{_OPTION} {self._directory} has a damaged {HEADER_FILE} ({error}); delete the directory to capture "
+                "again, or give another."
+            ) from error
+        self._refuse_other(identity, form, record)
+        try:
+            if _sha256(self._directory / CODEBOOK_FILE) != self._book_sha256:
+                raise ValueError("its checksum is wrong")
+            self._book = Codebook.from_arrays(load_file(self._directory / CODEBOOK_FILE))
+        except _DAMAGE as error:
+            note(f"warning: {self._directory / CODEBOOK_FILE} is damaged ({error}); the teacher is captured again")
+            self._book, self._book_sha256 = None, ""
+            return
+        for shard in shards:
+            if not self._whole(shard):
+                note(
+                    f"warning: {self._directory / shard.file} is damaged or missing; the teacher is captured again "
+                    f"from sequence {shard.first} of {len(self._tokens)} on"
+                )
+                return
+            self._shards.append(shard)
+
+    def _refuse_other(self, identity: dict[str, Any], form: dict[str, Any], record: dict[str, Any]) -> None:
+        mine, other = asdict(self._identity), ""
+        differs = [name for name in mine if identity.get(name) != mine[name]]
+        if differs:
+            other = _WHAT_DIFFERS[differs[0]]
+        elif form != self._form.to_dict():
+            name = next(name for name in {**self._form.to_dict(), **form} if form.get(name) != asdict(self._form)[name])
+            other = f"{name} {form.get(name)} where {asdict(self._form)[name]} is asked for"
+        elif (record["sequences"], record["tokens"], record["vocabulary"]) != (
+            len(self._tokens),
+            sum(self._tokens),
+            self._vocabulary,
+        ):
+            other = "other data"
+        if other:
+            raise UserError(
+                f"{_OPTION} {self._directory} was captured with {other}; give another directory, or delete this one to "
+                "capture again."
+            )
+
+    def _whole(self, shard: Shard) -> bool:
+        path = self._directory / shard.file
+        try:
+            return Path(shard.file).name == shard.file and _sha256(path) == shard.sha256
+        except OSError:
+            return False
+
+
+class TeacherRecords:
+    """A complete cache, read by sequence. Holds the sizes of some shards; streams are read from the files."""
+
+    def __init__(self, directory: Path, shards: Sequence[Shard], reader: RecordReader) -> None:
+        self._directory, self._shards, self._reader = directory, list(shards), reader
+        self._firsts = np.array([shard.first for shard in shards])
+        self._index = functools.lru_cache(maxsize=32)(self._read_index)
+
+    def read(self, sequences: Tensor | Sequence[int]) -> TeacherLogits:
+        """Return the records of all tokens that carry loss in some sequences, sequence after sequence, in this order.
+
+        A sequence may be asked for more than once. Raises `LayerSurgeryError` if a file has changed since the cache was
+        opened, and `IndexError` for a sequence that is not there.
+        """
+        pieces: list[_Piece] = []
+        for sequence in map(int, sequences):
+            if not 0 <= sequence < self._shards[-1].stop:
+                raise IndexError(f"sequence {sequence} of {self._shards[-1].stop}")
+            shard = self._shards[int(np.searchsorted(self._firsts, sequence, side="right")) - 1]
+            try:
+                pieces.append(self._piece(shard, sequence - shard.first))
+            except _DAMAGE as error:
+                raise LayerSurgeryError(
+                    f"{_OPTION}: {self._directory / shard.file} cannot be read ({error})."
+                ) from error
+        lengths = np.array([len(piece.stream) for piece in pieces], np.int64)
+        offsets = 8 * (np.cumsum(lengths) - lengths)
+        sampled = pieces and pieces[0].tails is None
+        return self._reader.read(
+            _joined([piece.stream for piece in pieces], np.uint8),
+            _joined([piece.starts + offset for piece, offset in zip(pieces, offsets, strict=True)], np.int64),
+            _joined([piece.ends + offset for piece, offset in zip(pieces, offsets, strict=True)], np.int64),
+            None if sampled else _joined([piece.tails for piece in pieces if piece.tails is not None], np.int64),
+        )
+
+    def _piece(self, shard: Shard, position: int) -> _Piece:
+        index = self._index(shard.file)
+        tokens = slice(index.tokens[position], index.tokens[position + 1])
+        places = index.places[tokens.start : tokens.stop + 1]
+        first_byte = int(places[0]) // 8
+        with safe_open(self._directory / shard.file, framework="numpy") as file:
+            stream = file.get_slice("stream")[first_byte : (int(places[-1]) + 7) // 8]
+        inside = places - 8 * first_byte
+        return _Piece(stream, inside[:-1], inside[1:], None if index.tails is None else index.tails[tokens])
+
+    def _read_index(self, file: str) -> _Index:
+        with safe_open(self._directory / file, framework="numpy") as tensors:
+            names = set(tensors.keys())
+            bits, counts = tensors.get_tensor("bits"), tensors.get_tensor("tokens")
+            tails = tensors.get_tensor("tails").astype(np.int64) if "tails" in names else None
+        return _Index(_from_zero(counts), _from_zero(bits), tails)
+
+
+@dataclass(frozen=True)
+class _Index:
+    """Where sequences and tokens of a shard are."""
+
+    tokens: I64  #: [sequences + 1] the first token of each sequence.
+    places: I64  #: [tokens + 1] the first bit of each token.
+    tails: I64 | None  #: [tokens]
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """The records of one sequence."""
+
+    stream: NDArray[np.uint8]
+    starts: I64
+    ends: I64
+    tails: I64 | None
+
+
+def _from_zero(sizes: NDArray[Any]) -> I64:
+    return np.concatenate([[0], np.cumsum(sizes.astype(np.int64))])
+
+
+def _joined(arrays: list[Any], dtype: Any) -> Any:
+    return np.concatenate([np.zeros(0, dtype), *arrays])
+
+
+def _record_sha256(record: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,79 @@
+"""The module that Trainer trains: what a whole student and a single layer have in common."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from layer_surgery.data.tokens import PackedTokens
+from layer_surgery.healing.adapters import plain_name
+
+#: File of the trained parameters in a checkpoint of a training; Trainer looks for this name.
+WEIGHTS_FILE = "model.safetensors"
+
+
+@dataclass
+class Sums:
+    """Sums of each loss over the tokens since the last `take`."""
+
+    losses: dict[str, Tensor] = field(default_factory=dict)  # by name, scalars on the device
+    tokens: int = 0
+
+    def add(self, name: str, total: Tensor) -> None:
+        self.losses[name] = self.losses.get(name, torch.zeros_like(total)) + total.detach()
+
+    def take(self) -> dict[str, float]:
+        """Return the mean of each loss per token, and begin anew."""
+        means = {name: float(total) / max(1, self.tokens) for name, total in self.losses.items()}
+        self.losses, self.tokens = {}, 0
+        return means
+
+
+class Trainee(nn.Module, ABC):
+    """A module whose `forward` returns the loss of a micro-batch, divided by the tokens of the optimiser's step.
+
+    Its losses since the last validation are in `sums`. `model` is what has the parameters.
+    """
+
+    accepts_loss_kwargs = True  # Trainer then counts the labels of the whole step and hands the number on
+    _keys_to_ignore_on_save = None  # Trainer looks for it when a checkpoint lacks weights, as ours lack untrained ones
+    model: nn.Module
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sums = Sums()
+
+    @abstractmethod
+    def measure(self, text: str, tokens: PackedTokens, batch_size: int) -> float:
+        """Return what validation looks at: nats per token, on the text that is called `text`, less is better."""
+
+    def unfreeze(self, names: Collection[str]) -> int:
+        """Have the named parameters of the model trained, as copies in float32; return how many numbers are trained."""
+        count = 0
+        for name, parameter in self.model.named_parameters():
+            if plain_name(name) in names:
+                # A copy: the tensor may be shared with a model of the user's.
+                parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32), copy=True)
+                parameter.requires_grad_(True)
+            count += parameter.numel() if parameter.requires_grad else 0
+        return count
+
+    def save(self, directory: Path) -> Path:
+        """Write the parameters that are trained into a directory, and return the file."""
+        directory.mkdir(parents=True, exist_ok=True)
+        trained = {name: value.detach().cpu() for name, value in self.named_parameters() if value.requires_grad}
+        save_file(trained, directory / WEIGHTS_FILE)
+        return directory / WEIGHTS_FILE
+
+    @torch.no_grad()
+    def load(self, file: Path) -> None:
+        """Put what `save` wrote back."""
+        parameters = dict(self.named_parameters())
+        for name, tensor in load_file(file).items():
+            parameters[name].copy_(tensor)

@@ -1,0 +1,280 @@
+"""Training of a student by transformers' `Trainer` on accelerate: what is ours are the loss, validation and files.
+
+Checkpoints hold the trained parameters as safetensors beside Trainer's own files (optimiser, schedule, state of the
+random generators), which Trainer reads with torch's restricted loader: no code in them is run.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from layer_surgery.errors import LayerSurgeryError, NumericalError
+from layer_surgery.healing.trainee import WEIGHTS_FILE, Trainee
+from layer_surgery.healing.windows import HealingData, WindowDataset
+from layer_surgery.records import CurvePoint
+
+#: What decides which checkpoint is best.
+METRIC = "eval_regret"
+#: How many validations without a gain, in the second half, end a training.
+PATIENCE = 3
+WARM_UP = 0.1  #: Share of the steps in which the learning rate rises; after them it falls to 0.
+#: How Trainer's log names the mean of a loss since the last validation, and the tokens that it is over.
+_LOSS, _TOKENS = "eval_mean_", "eval_tokens"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings:
+    """How a student is trained."""
+
+    steps: int
+    learning_rate: float
+    step_sequences: int  #: Sequences in one step of the optimiser.
+    batch_size: int  #: Most sequences at a time; changes speed and memory, not results.
+    seed: int
+    directory: Path  #: For checkpoints.
+    device: torch.device
+    dtype: torch.dtype  #: Of computation; parameters that are trained are float32.
+    keep_state: bool = False  #: Whether checkpoints can be resumed from; else they hold weights only.
+    gradient_checkpointing: bool = False
+    report_to: str = "none"
+    seconds: float | None = None  #: Stop after so long, whatever the number of steps.
+    validations: int = 10  #: How often the student is validated.
+
+    @property
+    def micro_batch(self) -> int:
+        """The largest number of sequences at a time that divides a step."""
+        return max(size for size in range(1, self.batch_size + 1) if self.step_sequences % size == 0)
+
+
+@dataclass
+class Training:
+    """A training that has ended: the student has the best weights that were seen."""
+
+    curve: list[CurvePoint]
+    best_step: int | None  #: None: no validation was better than before the training.
+    steps: int  #: Steps that were taken.
+    stopped: str | None = None  #: Why before its time.
+
+
+def train(
+    student: Trainee,
+    data: HealingData,
+    settings: TrainingSettings,
+    *,
+    unhealed: dict[str, float],
+    say: Callable[[CurvePoint], None] = lambda _point: None,
+    advance: Callable[[], None] = lambda: None,
+    resume: Path | None = None,
+) -> Training:
+    """Train the parameters of a student that require gradients, and leave the best weights in it.
+
+    Best is the checkpoint with the lowest cross-entropy on the held-out text, to which a rise on general text is added;
+    if none is below what it was before, the student has its first weights again. A loss that is not finite ends the
+    training with the best weights so far.
+
+    Args:
+        unhealed: validation before the training, by text (`HealingData.texts`).
+        say: called with each point of the curve.
+        advance: called after each step.
+        resume: checkpoint of a training with the same settings to go on from; it ends with the same weights as one that
+            was never interrupted.
+    """
+    begun = student.save(settings.directory / "begin")
+    watch = _Watch(settings, advance)
+    stopped = None
+    with _own_random_state(settings.device):
+        trainer = HealingTrainer(student, data, settings, watch, unhealed, say)
+        try:
+            trainer.train(resume_from_checkpoint=str(resume) if resume is not None else None)
+        except NumericalError as error:
+            stopped = f"{error}, in step {trainer.state.global_step + 1}"
+        except OSError as error:
+            raise LayerSurgeryError(
+                f"a checkpoint of the training cannot be written to {settings.directory} ({error.strerror}); make "
+                "room, or give --checkpoints elsewhere."
+            ) from error
+    best, value = trainer.state.best_model_checkpoint, trainer.state.best_metric
+    helped = best is not None and value is not None and value < 0
+    student.load(Path(best) / WEIGHTS_FILE if helped and best is not None else begun)
+    return Training(
+        curve=[_at_the_start(unhealed), *curve_of(trainer.state.log_history, data)],
+        best_step=trainer.state.best_global_step if helped else None,
+        steps=trainer.state.global_step,
+        stopped=stopped or watch.stopped,
+    )
+
+
+@contextmanager
+def _own_random_state(device: torch.device) -> Iterator[None]:
+    """Give the block random generators of its own: Trainer seeds those of the whole process."""
+    states = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+
+
+class HealingTrainer(Trainer):  # type: ignore[misc]
+    """Trainer whose validation is the cross-entropy on held-out text and on general text, per token."""
+
+    def __init__(
+        self,
+        student: Trainee,
+        data: HealingData,
+        settings: TrainingSettings,
+        watch: _Watch,
+        unhealed: dict[str, float],
+        say: Callable[[CurvePoint], None],
+    ) -> None:
+        self._student, self._data, self._unhealed = student, data, unhealed
+        self._batch_size, self._watch, self._say = settings.batch_size, watch, say
+        windows = WindowDataset(data.train, data.order)
+        super().__init__(
+            model=student,
+            args=_arguments(settings),
+            train_dataset=windows,
+            eval_dataset=windows,  # Trainer asks for one; `evaluate` looks at the texts
+            data_collator=windows.collate,
+            callbacks=[watch, Patience(PATIENCE)],
+        )
+        self.remove_callback(PrinterCallback)
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Measure the student on the texts that are not trained on; log that with the losses since the last time."""
+        found = {name: self._student.measure(name, text, self._batch_size) for name, text in self._data.texts.items()}
+        bad = [name for name, value in found.items() if not math.isfinite(value)]
+        if bad:
+            raise NumericalError(f"the loss on the {bad[0]} text is not finite")
+        tokens = self._student.sums.tokens
+        metrics = {f"eval_{name}": value for name, value in found.items()}
+        metrics |= {METRIC: regret(found, self._unhealed), "eval_seconds": self._watch.seconds}
+        metrics |= {f"{_LOSS}{name}": value for name, value in self._student.sums.take().items()}
+        self.log(metrics | {_TOKENS: tokens})
+        self._say(curve_of(self.state.log_history, self._data)[-1])
+        self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the trained parameters alone."""
+        if self.args.should_save:
+            self._student.save(Path(output_dir or self.args.output_dir))
+
+
+def regret(losses: dict[str, float], unhealed: dict[str, float]) -> float:
+    """Return the change of the loss on held-out text and, where it rose, on general text; below 0 is a gain."""
+    changes = {name: value - unhealed[name] for name, value in losses.items()}
+    return changes.pop("validation") + sum(max(0.0, change) for change in changes.values())
+
+
+def curve_of(history: list[dict[str, Any]], data: HealingData) -> list[CurvePoint]:
+    """Return the curve in Trainer's log, which goes on where a training was resumed."""
+    points, tokens = [], 0
+    for entry in history:
+        if METRIC in entry:
+            tokens += entry[_TOKENS]
+            losses = {name.removeprefix(_LOSS): value for name, value in entry.items() if name.startswith(_LOSS)}
+            validation = {name: entry[f"eval_{name}"] for name in data.texts}
+            seconds = entry["eval_seconds"]
+            points.append(
+                CurvePoint(step=entry["step"], tokens=tokens, seconds=seconds, losses=losses, validation=validation)
+            )
+    return points
+
+
+def _at_the_start(unhealed: dict[str, float]) -> CurvePoint:
+    return CurvePoint(step=0, tokens=0, seconds=0.0, losses={}, validation=unhealed)
+
+
+class Patience(EarlyStoppingCallback):  # type: ignore[misc]
+    """Ends a training that no longer gains; which weights are taken then is not Trainer's business here."""
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        """Say nothing about `load_best_model_at_end`."""
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any, **more: Any) -> None:
+        """Count in the second half only: a training often gets worse while the learning rate is high."""
+        if 2 * state.global_step >= state.max_steps:
+            super().on_evaluate(args, state, control, metrics, **more)
+
+
+class _Watch(TrainerCallback):  # type: ignore[misc]
+    """Moves the bar, looks at the clock, and has the last step validated and saved."""
+
+    def __init__(self, settings: TrainingSettings, advance: Callable[[], None]) -> None:
+        self.stopped: str | None = None
+        self._limit, self._advance = settings.seconds, advance
+        self._start, self._before = time.monotonic(), 0.0
+
+    def on_train_begin(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
+        self._start = time.monotonic()
+        self._before = max((entry.get("eval_seconds", 0.0) for entry in state.log_history), default=0.0)
+
+    def on_step_end(self, _args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._advance()
+        if (
+            self._limit is not None
+            and time.monotonic() - self._start > self._limit
+            and not control.should_training_stop
+        ):
+            self.stopped = f"the time was up after {state.global_step} of {state.max_steps} steps"
+            control.should_training_stop = True
+        if control.should_training_stop:
+            control.should_evaluate = control.should_save = True
+
+    @property
+    def seconds(self) -> float:
+        """Return how long the training has taken, that before it was resumed included."""
+        return round(self._before + time.monotonic() - self._start, 1)
+
+
+def _arguments(settings: TrainingSettings) -> TrainingArguments:
+    every = max(1, settings.steps // settings.validations)
+    arguments = TrainingArguments(
+        output_dir=str(settings.directory),
+        max_steps=settings.steps,
+        per_device_train_batch_size=settings.micro_batch,
+        gradient_accumulation_steps=settings.step_sequences // settings.micro_batch,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="linear",
+        warmup_steps=round(WARM_UP * settings.steps),
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        bf16=settings.dtype is torch.bfloat16,
+        fp16=settings.dtype is torch.float16,
+        use_cpu=settings.device.type == "cpu",
+        eval_strategy="steps",
+        eval_steps=every,
+        save_strategy="steps",
+        save_steps=every,
+        save_only_model=not settings.keep_state,
+        save_total_limit=None if settings.keep_state else 1,
+        load_best_model_at_end=False,
+        metric_for_best_model=METRIC,
+        greater_is_better=False,
+        logging_steps=every,
+        logging_nan_inf_filter=False,
+        disable_tqdm=True,
+        report_to=settings.report_to,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        seed=settings.seed % 2**32,  # numpy takes no larger one
+        data_seed=settings.seed % 2**32,
+        activation_checkpointing=settings.gradient_checkpointing,
+        dataloader_pin_memory=settings.device.type == "cuda",
+    )
+    arguments._n_gpu = min(1, arguments.n_gpu)  # else Trainer would copy the model to every device that it sees
+    return arguments

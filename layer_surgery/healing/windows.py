@@ -1,0 +1,118 @@
+"""The text of a healing: what is trained on, and what is only watched."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from layer_surgery.data.tokens import PackedTokens, joined
+from layer_surgery.errors import DataError
+from layer_surgery.walk.walk import next_tokens
+
+#: One window in so many is held out, at least `LEAST_HELD_OUT` and at most `MOST_HELD_OUT`.
+HELD_OUT = 8
+LEAST_HELD_OUT, MOST_HELD_OUT = 2, 64
+#: A window of general text is trained on at most so many times in each pass over the data.
+MOST_REPEATS = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class HealingData:
+    """Windows of one length."""
+
+    train: PackedTokens  #: The data first, then general text.
+    order: Tensor  #: [n] int64: the windows of one pass over `train`; general ones may stand there several times.
+    data_windows: int  #: How many of `train` are of the data.
+    validation: PackedTokens  #: Held out from the data.
+    watched: PackedTokens | None  #: Held out from the general text.
+
+    @property
+    def general_windows(self) -> int:
+        """Windows of general text in one pass."""
+        return int((self.order >= self.data_windows).sum())
+
+    @property
+    def texts(self) -> dict[str, PackedTokens]:
+        """The texts that are not trained on, by name."""
+        return {"validation": self.validation} | ({"general": self.watched} if self.watched is not None else {})
+
+    def first(self, count: int) -> HealingData:
+        """Return the same with only the first `count` windows of the data, and as many fewer of the general text."""
+        if count >= self.data_windows:
+            return self
+        general = self.train.select(slice(self.data_windows, None))
+        share = self.general_windows / self.data_windows
+        return _arranged(self.train.select(slice(0, count)), general, share, self.validation, self.watched)
+
+
+def healing_data(tokens: PackedTokens, general: PackedTokens | None, share: float, seed: int) -> HealingData:
+    """Divide text into what is trained on and what is held out.
+
+    Args:
+        tokens: the data, in an order that is random already.
+        general: general text in its own order, if any is to be trained on.
+        share: windows of general text for each window of the data.
+        seed: of the choice of general windows.
+
+    Raises `DataError` if too few windows would be left.
+    """
+    held_out = min(MOST_HELD_OUT, tokens.sequences // HELD_OUT)
+    if held_out < LEAST_HELD_OUT:
+        raise DataError(
+            f"'{tokens.name}' makes {tokens.sequences} sequences of {tokens.sequence_length} tokens, too few to hold "
+            f"some out and train on the rest, which takes {HELD_OUT * LEAST_HELD_OUT}; pass more text, or lower "
+            "--sequence-length."
+        )
+    watched = None
+    if general is not None:
+        order = torch.randperm(general.sequences, generator=torch.Generator().manual_seed(seed))
+        apart = min(MOST_HELD_OUT, general.sequences // HELD_OUT)
+        watched = general.select(order[:apart]) if apart else None
+        general = general.select(order[apart:])
+    return _arranged(tokens.select(slice(held_out, None)), general, share, tokens.select(slice(0, held_out)), watched)
+
+
+def _arranged(
+    data: PackedTokens,
+    general: PackedTokens | None,
+    share: float,
+    validation: PackedTokens,
+    watched: PackedTokens | None,
+) -> HealingData:
+    count = data.sequences
+    order = torch.arange(count)
+    if general is not None and general.sequences:
+        repeated = min(round(share * count), MOST_REPEATS * general.sequences)
+        order = torch.cat([order, count + torch.arange(repeated) % general.sequences])
+        data = joined(f"{data.name} + {general.name}", [data, general.select(slice(0, repeated))])
+    return HealingData(train=data, order=order, data_windows=count, validation=validation, watched=watched)
+
+
+class WindowDataset(Dataset[int]):
+    """Numbers of windows, for a data loader; `collate` turns them into a batch."""
+
+    def __init__(self, tokens: PackedTokens, order: Tensor) -> None:
+        self.tokens, self.order = tokens, order
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, position: int) -> int:
+        return int(self.order[position])
+
+    def collate(self, windows: Sequence[int]) -> dict[str, Tensor]:
+        """Return token ids, labels (shifted, `NO_LABEL` without loss), each [B, S] int64, and `windows` [B] int64.
+
+        Columns at the end that are padding in all of them are left out, as examples are of different lengths.
+        """
+        rows = torch.tensor(list(windows))
+        length = int(self.tokens.valid[rows].sum(dim=1).max())
+        return {
+            "input_ids": self.tokens.token_ids[rows, :length],
+            "labels": next_tokens(self.tokens, rows)[:, :length],
+            "windows": rows,
+        }

@@ -1,0 +1,543 @@
+"""Healing as a stage of a run: its checks, the original's outputs, the learning rate, training, and what it gained."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from layer_surgery.checkpoint.open import Checkpoint
+from layer_surgery.checkpoint.result import with_new_tensors
+from layer_surgery.checkpoint.tensors import SafetensorsSource, TensorSpec
+from layer_surgery.config import HealingConfig
+from layer_surgery.config.inputs import TextConfig
+from layer_surgery.data import load_documents, pack_evaluation
+from layer_surgery.data.tokens import PackedTokens, joined
+from layer_surgery.errors import DataError, LayerSurgeryError, UserError
+from layer_surgery.evaluation.perplexity import window_losses
+from layer_surgery.healing.adapters import add_adapters, check_peft
+from layer_surgery.healing.capture import DenseTeacher, TeacherStatesStore, teacher_logits
+from layer_surgery.healing.local import GradientMoments, LayerStudent, Place
+from layer_surgery.healing.mixture import WeightedLoss, parse_losses
+from layer_surgery.healing.pairs import layer_pairs
+from layer_surgery.healing.probe import LEARNING_RATES, PROBE_STEPS, Probe, probe
+from layer_surgery.healing.rewrite import greedy, load_rewritten, prompts, rewritten, save_rewritten
+from layer_surgery.healing.student import Student
+from layer_surgery.healing.teacher.cache import TeacherCache, TeacherIdentity
+from layer_surgery.healing.teacher.form import RecordForm
+from layer_surgery.healing.trainable import adapter_targets, changed_positions, trained_names
+from layer_surgery.healing.training import Training, TrainingSettings, regret, train
+from layer_surgery.healing.windows import MOST_HELD_OUT, HealingData, healing_data
+from layer_surgery.records import CurvePoint, HealingRecord, LocalRecord, LossRecord, SurgeryPlan, UnhealedRecord
+from layer_surgery.runs.bench import GENERAL_TEXT
+from layer_surgery.runs.evaluator import Evaluator
+from layer_surgery.runs.provenance import described_tokens
+from layer_surgery.runs.session import Session
+from layer_surgery.walk.boundaries import BoundaryStore
+from layer_surgery.walk.rehearsal import Rehearsal
+from layer_surgery.walk.streamed import StreamedModel
+from layer_surgery.walk.walk import Walk
+
+#: Most windows that are packed where minutes are the budget: how many will be used is known only after the probe.
+_MOST_WINDOWS = 1 << 15
+#: Share of the time left that training is planned for; the rest is for validation and what comes after it.
+_PLANNED_SHARE = 0.9
+#: Most validations in a training; fewer where they would look at more than half as many windows as it trains on.
+_MOST_VALIDATIONS = 10
+#: Share of the minutes after which no further learning rate is tried.
+_PROBE_SHARE = 0.1
+#: Windows that the local stage trains on, steps for each layer, and its share of the minutes.
+LOCAL_WINDOWS, LOCAL_STEPS, _LOCAL_SHARE = 256, 48, 0.25
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparedHealing:
+    """A healing whose options and data have been checked. Nothing has been computed yet."""
+
+    config: HealingConfig
+    losses: tuple[WeightedLoss, ...]
+    data: HealingData
+    described: dict[str, object]  #: The data, for the record.
+
+
+@dataclass(frozen=True, kw_only=True)
+class Healed:
+    """The result of a healing; its tensors are in scratch files of the session."""
+
+    checkpoint: Checkpoint
+    record: HealingRecord
+
+
+def prepare_healing(
+    session: Session, config: HealingConfig, text: TextConfig, option: str = "--data"
+) -> PreparedHealing:
+    """Load the text and check the options, before any work is done.
+
+    Args:
+        session: of the original or the result, whose tokenizers are the same.
+        text: length of the sequences, and column.
+        option: what errors call the option that names the text.
+
+    Raises `UserError` for what cannot be done.
+    """
+    losses = parse_losses(config.loss)
+    unknown = [loss.name for loss in losses if loss.entry.needs not in ("labels", "logits", "states")]
+    if unknown:
+        raise UserError(
+            f"--loss {unknown[0]} needs the original beside the student, which is not in memory here; take losses over "
+            "logits or states."
+        )
+    if config.train == "lora":
+        if "local" in config.stages:
+            raise UserError("--train lora puts adapters on the whole model; leave out --stages local.")
+        check_peft()
+        adapter_targets(session.checkpoint.skeleton, session.checkpoint.architecture.layers)
+    if config.resume is not None and not (config.resume / "trainer_state.json").is_file():
+        raise UserError(
+            f"--resume {config.resume} is no checkpoint of a training; give --checkpoints' DIR/checkpoint-N."
+        )
+    windows = _MOST_WINDOWS
+    if config.tokens is not None:
+        windows = max(1, math.ceil(config.tokens / text.sequence_length))
+    tokens = session.healing_tokens(config.data, text, windows + MOST_HELD_OUT, option)
+    data = healing_data(tokens, _general_text(session, config, tokens), config.general, session.runtime.seed)
+    described = described_tokens(tokens) or {}
+    if config.teacher_rewrite and not prompts(data.train, stop_tokens(session)):
+        raise DataError(
+            f"--teacher-rewrite finds no prompts in {tokens.name} (one with one answer, which the tokenizer ends with "
+            "an end-of-text token); leave it out, or pass rows with prompt and answer."
+        )
+    return PreparedHealing(config=config, losses=losses, data=data, described=described)
+
+
+def stop_tokens(session: Session) -> set[int]:
+    """Return the tokens that end an answer: the tokenizer's, and those that the model's configuration names."""
+    named = getattr(session.checkpoint.config, "eos_token_id", None)
+    found = named if isinstance(named, list) else [named]
+    return {int(token) for token in [*found, session.need_tokenizer().eos_token_id] if token is not None}
+
+
+def _general_text(session: Session, config: HealingConfig, tokens: PackedTokens) -> PackedTokens | None:
+    """Return the bundled text in windows; None if none is wanted, or the data have it already."""
+    if not config.general or any(source.name == GENERAL_TEXT for source in tokens.sources):
+        return None
+    text = load_documents(GENERAL_TEXT, part="calibration")
+    return pack_evaluation(text, session.need_tokenizer(), sequence_length=tokens.sequence_length)
+
+
+def unhealed_record(evaluator: Evaluator) -> UnhealedRecord:
+    """Return what has been measured of the model from before healing, which is then forgotten."""
+    record = UnhealedRecord(
+        result=evaluator.result("unhealed"),
+        comparison=evaluator.compare("before", "unhealed"),
+        gain=evaluator.compare("unhealed", "after", distance=False),
+    )
+    evaluator.forget("unhealed")
+    return record
+
+
+def heal(
+    prepared: PreparedHealing,
+    *,
+    session: Session,
+    teacher: Session,
+    teacher_sha256: str,
+    student: Checkpoint,
+    plan: SurgeryPlan,
+) -> Healed:
+    """Train a student to follow its teacher; the result is never worse on the text that was held out.
+
+    Args:
+        session: whose device, dtype, scratch files and clock are used.
+        teacher: session of the original.
+        teacher_sha256: hash of the original.
+        student: what the surgery gave.
+        plan: that the surgery followed.
+    """
+    return _Healing(prepared, session, teacher, teacher_sha256, student, plan).run()
+
+
+class _Healing:
+    """One healing, with what its steps share."""
+
+    def __init__(
+        self,
+        prepared: PreparedHealing,
+        session: Session,
+        teacher: Session,
+        teacher_sha256: str,
+        checkpoint: Checkpoint,
+        plan: SurgeryPlan,
+    ) -> None:
+        self._config, self._losses, self._data = prepared.config, prepared.losses, prepared.data
+        self._prepared, self._session, self._checkpoint, self._plan = prepared, session, checkpoint, plan
+        self._teacher, self._teacher_sha256 = teacher, teacher_sha256
+        self._pairs = layer_pairs(plan.surviving, len(plan.layers))
+        self._start = time.monotonic()
+        self._bytes_per_token: float | None = None
+        self._kept = ExitStack()
+
+    def run(self) -> Healed:
+        config = self._config
+        names = trained_names(self._checkpoint, self._plan, config.train)
+        local: list[LocalRecord] = []
+        probed, rate, count = None, None, _numbers(self._checkpoint, names)
+        training = Training(curve=[], best_step=None, steps=0)
+        with self._session.stage("heal"), self._kept:
+            checkpoint = self._checkpoint
+            if config.teacher_rewrite:
+                self._rewrite()
+            if "local" in config.stages:
+                checkpoint, local = self._local_stage(names)
+            if "global" in config.stages:
+                student = self._student(checkpoint)
+                count = student.unfreeze(names)
+                probed = self._probe(student)
+                steps = self._steps(probed)
+                self._data = self._data.first(steps * config.step_sequences)
+                self._ask_teacher(student, self._data)
+                rate = probed.best if probed is not None else config.learning_rate
+                training = self._train(student, steps, rate or LEARNING_RATES[0])
+                if training.best_step is not None:
+                    checkpoint = self._better(checkpoint, self._as_saved(checkpoint, student))
+        record = HealingRecord(
+            losses=[LossRecord(name=loss.name, weight=loss.weight, options=loss.settings) for loss in self._losses],
+            train=config.train,
+            trained_parameters=count,
+            stages=list(config.stages),
+            learning_rate=rate,
+            steps=training.steps,
+            step_sequences=config.step_sequences,
+            tokens=training.curve[-1].tokens if training.curve else 0,
+            data=self._prepared.described,
+            held_out_windows=self._data.validation.sequences,
+            general_windows=self._data.general_windows,
+            curve=training.curve,
+            best_step=training.best_step,
+            helped=checkpoint is not self._checkpoint,
+            probe=probed.points if probed is not None else [],
+            local=local,
+            stopped=training.stopped,
+            teacher_bytes_per_token=self._bytes_per_token,
+        )
+        return Healed(checkpoint=checkpoint, record=record)
+
+    def _student(self, checkpoint: Checkpoint) -> Student:
+        """Load a student whole, with adapters if these are trained."""
+        device, dtype = self._session.device, self._session.dtype
+        streamed = StreamedModel(checkpoint, device=device, dtype=dtype, resident_bytes=0)
+        student = Student(streamed, self._losses, pairs=self._pairs)
+        if self._config.train == "lora":
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(self._session.runtime.seed)
+                add_adapters(student.model, checkpoint.architecture.layers, self._config.lora_rank)
+        return student
+
+    # -- the local stage -------------------------------------------------------------------------------------------
+
+    def _local_stage(self, names: set[str]) -> tuple[Checkpoint, list[LocalRecord]]:
+        """Train the changed layers one by one; return the checkpoint, which is the given one if that gains nothing."""
+        places = [
+            Place(position, self._plan.surviving[position], self._pairs[position][1] + 1)
+            for position in changed_positions(self._plan)
+        ]
+        windows = slice(0, min(LOCAL_WINDOWS, self._data.data_windows))
+        data = replace(
+            self._data,
+            train=self._data.train.select(windows),
+            order=torch.arange(windows.stop),
+            data_windows=windows.stop,
+            watched=None,
+        )
+        tokens = joined("local", [data.train, data.validation])
+        student, folder = self._session.stream(self._checkpoint), self._session.new_scratch("local")
+        records, calls = [], Rehearsal(student)
+        teacher = self._teacher.stream(self._teacher.checkpoint)
+        with Walk(teacher, tokens, self._session.settings) as walk:
+            moments = GradientMoments(walk)
+            if self._config.local_error == "fisher":
+                walk.backpropagate([moments], watch={place.after - 1 for place in places})
+            else:
+                walk.forward(range(teacher.layer_count), keep=True)
+            with self._session.ui.progress("healing layers", len(places)) as advance:
+                for place in places:
+                    with student.layer(place.position) as layer:
+                        metric = moments.moments.get(place.after - 1)
+                        one = LayerStudent(layer, place, walk, calls, metric, data.validation.sequences)
+                        records.append(self._heal_layer(one, place, data, names, folder, len(places)))
+                    advance()
+        files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            return self._checkpoint, records
+        healed = with_new_tensors(self._checkpoint, SafetensorsSource(files), f"{self._checkpoint.name} and healing")
+        checkpoint = self._better(self._checkpoint, healed)
+        if checkpoint is self._checkpoint:
+            self._session.ui.note("healing: the local stage made the whole no better, so its layers are not used")
+        return checkpoint, records
+
+    def _heal_layer(
+        self, one: LayerStudent, place: Place, data: HealingData, names: set[str], folder: Path, layers: int
+    ) -> LocalRecord:
+        """Train a layer, and write its tensors if that has lowered its error."""
+        prefix = self._checkpoint.layer_prefix(place.position)
+        one.unfreeze({name.removeprefix(prefix) for name in names if name.startswith(prefix)})
+        before = one.measure("validation", data.validation, self._session.runtime.batch_size)
+        settings = self._settings("layer", steps=LOCAL_STEPS, rate=LEARNING_RATES[0])
+        if self._config.budget_minutes is not None:
+            settings = replace(settings, seconds=max(1.0, _LOCAL_SHARE * 60 * self._config.budget_minutes / layers))
+        rate = self._config.learning_rate or probe(one, data, settings).best
+        training = train(one, data, replace(settings, learning_rate=rate), unhealed={"validation": before})
+        after = one.measure("validation", data.validation, self._session.runtime.batch_size)
+        kept = training.best_step is not None
+        if kept:
+            specs = self._checkpoint.source.specs
+            trained = {prefix + name: value for name, value in one.model.named_parameters() if value.requires_grad}
+            _write(folder / f"{place.position:05d}.safetensors", trained, specs)
+        self._session.ui.note(
+            f"healing: layer {self._plan.surviving[place.position]}: {one.name} {before:.5f} to {after:.5f}"
+        )
+        return LocalRecord(
+            layer=self._plan.surviving[place.position], metric=one.name, before=before, after=after, kept=kept
+        )
+
+    # -- the original's answers ------------------------------------------------------------------------------------
+
+    def _rewrite(self) -> None:
+        """Have the original answer the prompts of the data, or take its answers from the cache."""
+        tokens, stops, folder = self._data.train, stop_tokens(self._teacher), self._config.teacher_cache
+        key = _sha256(f"{self._teacher_sha256} {tokens.sha256} {sorted(stops)}")[:24]
+        file = folder / f"answers-{key}.safetensors" if folder is not None else None
+        found = load_rewritten(tokens, file) if file is not None else None
+        if found is None:
+            model = self._teacher.stream(self._teacher.checkpoint).load_whole()
+            count = len(prompts(tokens, stops))
+            with self._session.ui.progress("answering prompts", count) as advance:
+                found = rewritten(tokens, greedy(model, stops), stops, advance)
+            if file is not None:
+                save_rewritten(*found, file)
+        data, count = found
+        self._data = replace(self._data, train=data)
+        self._session.ui.note(f"healing: {count:,} answers of {data.sequences:,} are the original's own")
+
+    # -- the original's outputs ------------------------------------------------------------------------------------
+
+    def _ask_teacher(self, student: Student, data: HealingData) -> None:
+        """Take what the losses need of the original, once, and give it to the student."""
+        needs = {loss.entry.needs for loss in self._losses}
+        if "logits" not in needs and "states" not in needs:
+            return
+        tokens, depth = data.train, len(self._plan.layers)
+        temperature = self._kept_temperature()
+        layers = [layer for _, layer in self._pairs] if "states" in needs else []
+        if "logits" in needs and temperature is None and depth - 1 not in layers:
+            layers.append(depth - 1)
+        states = self._states(tokens, layers) if layers else None
+        model = self._teacher.stream(self._teacher.checkpoint)
+        cache = self._cache(model, tokens, temperature) if "logits" in needs and temperature is not None else None
+        first = cache.next_sequence if cache is not None else 0
+        with self._session.ui.progress("asking the original", tokens.sequences) as advance:
+
+            def logits() -> Iterator[Tensor]:
+                walked = slice(0 if states is not None else first, tokens.sequences)
+                found = teacher_logits(model, tokens, self._session.settings, walked, states)
+                for window, each in enumerate(found, walked.start):
+                    if window >= first:
+                        yield each
+                    advance()
+
+            if cache is not None and not cache.complete:
+                cache.capture(logits())
+            elif states is not None:
+                for _ in logits():
+                    pass
+        student.states = states if "states" in needs else None
+        if cache is not None:
+            student.outputs = cache.records()
+            self._bytes_per_token = round(cache.nbytes / max(1, tokens.predicted_tokens), 2)
+        elif states is not None and "logits" in needs:
+            student.outputs = DenseTeacher(model, tokens, states)
+
+    def _kept_temperature(self) -> float | None:
+        """Return the temperature at which the largest probabilities are kept; None if a loss needs the others too."""
+        losses = [loss for loss in self._losses if loss.entry.needs == "logits"]
+        found = {loss.settings.get("temperature", 1.0) for loss in losses}
+        return found.pop() if len(found) == 1 and all("top_k" in loss.entry.teachers for loss in losses) else None
+
+    def _cache(self, model: StreamedModel, tokens: PackedTokens, temperature: float) -> TeacherCache:
+        """Open the cache of the original's outputs: the user's, found by content, or one in a scratch folder."""
+        tokenizer = self._session.need_tokenizer()
+        template = str(tokenizer.chat_template or "")
+        identity = TeacherIdentity(
+            teacher_sha256=self._teacher_sha256,
+            tokenizer_sha256=_sha256(json.dumps(tokenizer.get_vocab(), sort_keys=True)),
+            data_sha256=tokens.sha256,
+            chat_template_sha256=_sha256(template) if template else "",
+        )
+        form = RecordForm(temperature=temperature)
+        folder = self._session.new_scratch("teacher")
+        if self._config.teacher_cache is not None:
+            described = {"identity": asdict(identity), "form": form.to_dict()}
+            folder = self._config.teacher_cache / _sha256(json.dumps(described, sort_keys=True))[:24]
+        return TeacherCache.open(
+            folder,
+            identity,
+            tokens=tokens.loss_mask.sum(dim=1).tolist(),
+            vocabulary=model.vocabulary_size,
+            form=form,
+            note=self._session.ui.note,
+        )
+
+    def _states(self, tokens: PackedTokens, layers: list[int]) -> TeacherStatesStore:
+        """Return room for hidden states of the original after some layers. Refuses what does not fit on the disk."""
+        hidden = int(self._teacher.checkpoint.config.hidden_size)
+        shape = (tokens.sequences, tokens.sequence_length, hidden)
+        memory = self._session.boundary_bytes // 2
+        needed = len(layers) * math.prod(shape) * torch.bfloat16.itemsize
+        free = shutil.disk_usage(self._session.scratch).free
+        if needed - memory > free:
+            names = ", ".join(loss.name for loss in self._losses)
+            raise LayerSurgeryError(
+                f"--loss {names} keeps states of the original, {needed:,} bytes, but {self._session.scratch.parent} "
+                f"has {free:,} free; lower --tokens or --minutes, or take losses over logits."
+            )
+        store = BoundaryStore(shape, torch.bfloat16, self._session.device, memory, self._session.scratch)
+        return TeacherStatesStore(self._kept.enter_context(store), layers)
+
+    # -- how long, and how fast ------------------------------------------------------------------------------------
+
+    def _probe(self, student: Student) -> Probe | None:
+        """Try learning rates, unless one is given; a budget of minutes needs the time of a step all the same."""
+        rate = self._config.learning_rate
+        if rate is not None and self._config.budget_minutes is None:
+            return None
+        few = self._data.first(PROBE_STEPS * self._config.step_sequences)
+        start = time.monotonic()
+        self._ask_teacher(student, few)
+        self._asking = (time.monotonic() - start) / few.train.sequences
+        rates = LEARNING_RATES if rate is None else (rate,)
+        settings = self._settings("probe", steps=PROBE_STEPS, rate=rates[0])
+        if self._config.budget_minutes is not None:
+            settings = replace(settings, seconds=_PROBE_SHARE * 60 * self._config.budget_minutes)
+        with self._session.ui.progress("trying learning rates", len(rates) * PROBE_STEPS) as advance:
+            found = probe(student, few, settings, rates, advance)
+        tried = ", ".join(
+            f"{point.learning_rate:g}: " + ("not finite" if point.regret is None else f"{point.regret:+.4f}")
+            for point in found.points
+        )
+        self._session.ui.note(
+            f"healing: learning rate {found.best:g} (change of the loss after a few steps with {tried})"
+        )
+        return found
+
+    def _steps(self, probed: Probe | None) -> int:
+        """Return how many steps the budget allows."""
+        sequences, length = self._config.step_sequences, self._data.train.sequence_length
+        if self._config.tokens is not None:
+            return max(1, math.ceil(self._config.tokens / (sequences * length)))
+        assert probed is not None and self._config.budget_minutes is not None
+        left = _PLANNED_SHARE * (60 * self._config.budget_minutes - (time.monotonic() - self._start))
+        asking, step = self._asking * sequences, probed.seconds_per_step
+        # Of more steps than there are windows, the original is asked about those windows only.
+        most = self._data.data_windows / sequences
+        steps = left / (asking + step)
+        if steps > most:
+            steps = (left - most * asking) / step
+        return max(1, int(steps))
+
+    # -- training --------------------------------------------------------------------------------------------------
+
+    def _settings(self, name: str, *, steps: int, rate: float) -> TrainingSettings:
+        config, session = self._config, self._session
+        held_out = sum(text.sequences for text in self._data.texts.values())
+        return TrainingSettings(
+            steps=steps,
+            learning_rate=rate,
+            step_sequences=config.step_sequences,
+            batch_size=session.runtime.batch_size,
+            seed=session.runtime.seed,
+            directory=session.new_scratch(name),
+            device=session.device,
+            dtype=session.dtype,
+            gradient_checkpointing=config.gradient_checkpointing,
+            validations=min(_MOST_VALIDATIONS, max(2, steps * config.step_sequences // (2 * held_out))),
+        )
+
+    def _train(self, student: Student, steps: int, rate: float) -> Training:
+        config, session = self._config, self._session
+        settings = self._settings("training", steps=steps, rate=rate)
+        if config.budget_minutes is not None:
+            left = 60 * config.budget_minutes - (time.monotonic() - self._start)
+            settings = replace(settings, seconds=max(1.0, left))
+        keep = config.checkpoints
+        settings = replace(
+            settings, report_to=config.report_to, keep_state=keep is not None, directory=keep or settings.directory
+        )
+        unhealed = {
+            name: student.measure(name, text, session.runtime.batch_size) for name, text in self._data.texts.items()
+        }
+        with session.ui.progress("healing", steps) as advance:
+            return train(
+                student,
+                self._data,
+                settings,
+                unhealed=unhealed,
+                say=lambda point: session.ui.note(_described(point, steps, unhealed)),
+                advance=advance,
+                resume=config.resume,
+            )
+
+    # -- the result ------------------------------------------------------------------------------------------------
+
+    def _better(self, old: Checkpoint, new: Checkpoint) -> Checkpoint:
+        """Return the checkpoint that is better on the texts that were held out, as it would be saved."""
+        return new if regret(self._validated(new), self._validated(old)) < 0 else old
+
+    def _as_saved(self, checkpoint: Checkpoint, student: Student) -> Checkpoint:
+        """Write the trained tensors, in the checkpoint's own dtypes, to a scratch file, and return the checkpoint."""
+        file = self._session.new_scratch("healed") / "healed.safetensors"
+        _write(file, student.trained_tensors(), checkpoint.source.specs)
+        return with_new_tensors(checkpoint, SafetensorsSource([file]), f"{self._checkpoint.name} and healing")
+
+    def _validated(self, checkpoint: Checkpoint) -> dict[str, float]:
+        model = self._session.stream(checkpoint)
+        return {
+            name: window_losses(model, text, self._session.settings).mean for name, text in self._data.texts.items()
+        }
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _numbers(checkpoint: Checkpoint, names: set[str]) -> int:
+    """Return how many numbers the named parameters have."""
+    return sum(value.numel() for name, value in checkpoint.skeleton.named_parameters() if name in names)
+
+
+def _write(file: Path, tensors: Mapping[str, Tensor], specs: Mapping[str, TensorSpec]) -> None:
+    """Write tensors in the dtypes of a checkpoint."""
+    stored = {name: tensor.detach().to("cpu", specs[name].dtype).contiguous() for name, tensor in tensors.items()}
+    try:
+        save_file(stored, file)
+    except (OSError, SafetensorError) as error:
+        raise LayerSurgeryError(
+            f"the healed tensors cannot be written to {file.parent} ({error}); is the disk full?"
+        ) from error
+
+
+def _described(point: CurvePoint, steps: int, unhealed: dict[str, float]) -> str:
+    """Return a point of the curve as a line."""
+    losses = [f"{name} {value:.4f}" for name, value in point.losses.items()]
+    texts = [f"{name} {value:.4f} ({value - unhealed[name]:+.4f})" for name, value in point.validation.items()]
+    return f"healing: step {point.step} of {steps}: " + ", ".join([*losses, *texts])

@@ -1,0 +1,287 @@
+"""Runs of `layer-surgery` that are stopped at one event of the file system, in forks of a process that is warm.
+
+An event is what changes something below the folder of a scenario: a file opened for writing, a rename, an exchange, a
+link, a removal, a new directory, an fsync. Just before it the process gets a signal, or the event fails with an error.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from layer_surgery.checkpoint.contents import PAGE_FILES, not_ours
+from layer_surgery.cli.main import main
+from layer_surgery.disk import own, renaming
+
+SIGNALS = {"KILL": signal.SIGKILL, "TERM": signal.SIGTERM, "INT": signal.SIGINT, "HUP": signal.SIGHUP}
+ERRORS = {"ENOSPC": errno.ENOSPC, "EIO": errno.EIO, "EACCES": errno.EACCES}
+FAULTS = (*SIGNALS, *ERRORS)
+#: Exit codes of a run that was stopped, by the fault; None stands for a process that was killed.
+CODES: dict[str, tuple[int | None, ...]] = {
+    "KILL": (None,),
+    "TERM": (143, 0),
+    "INT": (130, 0),
+    "HUP": (129, 0),
+    **dict.fromkeys(ERRORS, (0, 1, 2)),
+}
+_WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+_AUDITED = {"os.rename", "os.link", "os.remove", "os.rmdir", "os.mkdir", "open"}
+#: What the report says of one run only: times, and hashes and drawings of them.
+OF_ONE_RUN = ("surgery.json", "report.html", "README.md", "sweep.json", "sweep.csv", "sweep.md")
+
+
+@dataclass(frozen=True)
+class Ended:
+    """The end of a run: its exit code (None: killed), the events that there were, and what it said."""
+
+    code: int | None
+    events: list[str]
+    said: str
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A command, what is there before it, and what must be there after it."""
+
+    name: str
+    command: list[str]  #: The first time.
+    again: list[str]  #: The same after a fault, when it may be done already.
+    prepare: Callable[[Path], None] = field(default=lambda _folder: None)  #: Makes what is there before.
+    result: str = "output"  #: The result, in the folder of the scenario.
+
+
+def run(arguments: list[str], folder: Path, fault: str | None = None, at: int = -1) -> Ended:
+    """Run a command in a fork, in a folder, with a fault at an event (counted from 0); without one, count them."""
+    log = folder.with_name(f"{folder.name}.log")
+    log.unlink(missing_ok=True)
+    child = os.fork()
+    if child == 0:
+        _in_fork(arguments, folder, log, fault, at)
+    _, status = os.waitpid(child, 0)
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
+    return Ended(
+        code=None if os.WIFSIGNALED(status) else os.waitstatus_to_exitcode(status),
+        events=[line.removeprefix("event: ") for line in lines if line.startswith("event: ")],
+        said="\n".join(line for line in lines if not line.startswith("event: ")),
+    )
+
+
+def _in_fork(arguments: list[str], folder: Path, log: Path, fault: str | None, at: int) -> None:
+    code = 70
+    try:
+        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))  # noqa: SIM115
+        for number in SIGNALS.values():
+            if number != signal.SIGKILL:
+                signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        os.chdir(folder)
+        (folder / "tmp").mkdir(exist_ok=True)
+        tempfile.tempdir = str(folder / "tmp")
+        _watch(folder, output, fault, at)
+        sys.argv = ["layer-surgery", *arguments]
+        try:
+            main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        own._remove_all()  # as at the end of a process
+        sys.stdout.flush()
+    finally:
+        os._exit(code)
+
+
+def _watch(folder: Path, output: int, fault: str | None, at: int) -> None:
+    """Have the fault come at the event of this number."""
+    seen, busy = [0], [False]
+
+    def event(what: str, path: object) -> None:
+        if busy[0]:
+            return
+        busy[0] = True
+        try:
+            number = seen[0]
+            seen[0] += 1
+            os.write(output, f"event: {what} {_plain(path, folder)}\n".encode())
+            if number == at and fault in SIGNALS:
+                os.kill(os.getpid(), SIGNALS[fault])
+            elif number == at and fault is not None:
+                raise OSError(ERRORS[fault], os.strerror(ERRORS[fault]), str(path))
+        finally:
+            busy[0] = False
+
+    def audit(name: str, arguments: tuple[Any, ...]) -> None:
+        if name not in _AUDITED or busy[0]:
+            return
+        path = arguments[0]
+        if name == "open":
+            mode, flags = arguments[1], arguments[2]
+            if not ((isinstance(mode, str) and set(mode) & set("wax+")) or (mode is None and flags & _WRITES)):
+                return
+            relative = False
+        else:
+            relative = arguments[-1] != -1 and name != "os.mkdir"  # by shutil.rmtree, of what was found below
+        if relative or _below(path, folder):
+            event(name, path)
+
+    fsync, rename = os.fsync, renaming._renameat2
+
+    def noted_fsync(descriptor: int) -> None:
+        event("fsync", os.readlink(f"/proc/self/fd/{descriptor}"))
+        fsync(descriptor)
+
+    def noted_rename(source: Path, target: Path, flag: int) -> bool:
+        event("renameat2", source)
+        return rename(source, target, flag)
+
+    os.fsync, renaming._renameat2 = noted_fsync, noted_rename
+    sys.addaudithook(audit)
+
+
+def _below(path: object, folder: Path) -> bool:
+    if not isinstance(path, str | bytes | os.PathLike):
+        return False
+    return os.path.abspath(os.fsdecode(path)).startswith(f"{folder}/")
+
+
+def _plain(path: object, folder: Path) -> str:
+    """Return a path without what is random in it."""
+    return re.sub(r"[0-9a-f]{16}", "*", str(path).removeprefix(f"{folder}/"))
+
+
+# What must hold
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Return the hash of every file below a folder, of those that say something of one run only an empty text."""
+    return {
+        path.relative_to(folder).as_posix(): ""
+        if path.name in OF_ONE_RUN
+        else hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def place_for_faults() -> Path | None:
+    """Return a folder in memory, where fsync takes no time; None where there is none."""
+    memory = Path("/dev/shm")
+    return memory if memory.is_dir() and os.access(memory, os.W_OK) else None
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A scenario set up once: its state before and after, to compare every faulty run with."""
+
+    scenario: Scenario
+    folder: Path
+    before: dict[str, str]
+    after: dict[str, str]
+    events: list[str]
+
+    @classmethod
+    def begin(cls, scenario: Scenario, folder: Path) -> Trial:
+        """Prepare the scenario, and run it once without a fault."""
+        folder.mkdir()
+        scenario.prepare(folder)
+        before = contents(folder)
+        template = folder.with_name(f"{folder.name}.before")
+        shutil.copytree(folder, template)
+        ended = run(scenario.command, folder)
+        assert ended.code == 0, ended.said
+        return cls(scenario, folder, before, contents(folder), ended.events)
+
+    def problems(self, fault: str, at: int) -> Iterator[str]:
+        """Yield what does not hold after a fault at an event, and after the run that follows it."""
+        shutil.rmtree(self.folder)
+        shutil.copytree(self.folder.with_name(f"{self.folder.name}.before"), self.folder)
+        ended = run(self.scenario.command, self.folder, fault, at)
+        where = f"{self.scenario.name}, {fault} at {at} ({(ended.events or ['?'])[-1]})"
+        if ended.code not in CODES[fault]:
+            yield f"{where}: exit code {ended.code}\n{ended.said}"
+        if "Traceback" in ended.said:
+            yield f"{where}: a traceback\n{ended.said}"
+        found = contents(self.folder)
+        if problem := self._not_whole(found):
+            yield f"{where}: {problem}\n{ended.said}"
+        said_so = "statistics are not kept" in ended.said
+        if ended.code == 0 and not said_so and self._of_result(found) != self._of_result(self.after):
+            yield f"{where}: exit code 0, but the result is not there: {sorted(found)}\n{ended.said}"
+        if fault in ("TERM", "INT", "HUP") and (left := self._left(found)):
+            yield f"{where}: a run that could clean up has left {left}\n{ended.said}"
+        again = run(self.scenario.again, self.folder)
+        if again.code != 0:
+            yield f"{where}: the next run ends with {again.code}\n{again.said}"
+        found = contents(self.folder)
+        if self._of_result(found) != self._of_result(self.after):
+            yield f"{where}: the next run gives something else"
+        if left := self._left(found):
+            yield f"{where}: after the next run there is {left}\n{ended.said}\n{again.said}"
+
+    def _not_whole(self, found: dict[str, str]) -> str:
+        """Say what is wrong with what stands under the result's own name: it must be the old one or the new one."""
+        here = self._of_result(found)
+        if self.scenario.name in ("sweep", "cache"):
+            file = self.folder / self.scenario.result / "sweep.json"
+            if file.exists():
+                json.loads(file.read_text())
+            return ""
+        old, new = self._of_result(self.before), self._of_result(self.after)
+        # A page or a card that failed is recorded, and made again by the next run; the model is there.
+        without = {f"{self.scenario.result}/{name}" for name in PAGE_FILES} - here.keys()
+        if here not in (old, {name: digest for name, digest in new.items() if name not in without}):
+            return f"the result is neither the old nor the new one: {sorted(here)}"
+        path = self.folder / self.scenario.result
+        return (not_ours(path) or "") if path.exists() else ""
+
+    def _of_result(self, found: dict[str, str]) -> dict[str, str]:
+        prefix = f"{self.scenario.result}/"
+        return {name: digest for name, digest in found.items() if name.startswith(prefix) and "/." not in name}
+
+    def _left(self, found: dict[str, str]) -> list[str]:
+        """Return what should not be there: neither of before nor of after, nor a result that was kept in sight."""
+        known = {*self.before, *self.after}
+        kept = re.compile(rf"{self.scenario.result}(/best)?-(old-)?\d+/")
+        hidden = [path.relative_to(self.folder).as_posix() for path in self.folder.rglob(".*")]
+        return sorted({name for name in found if name not in known and not kept.match(name)} | {*hidden})
+
+
+def scenarios(model: Path, low_rank: Path, text: Path) -> list[Scenario]:
+    """Return the scenarios: a fresh compression, one over an old result, an export, a sweep and a cache.
+
+    Args:
+        model: a checkpoint with four layers.
+        low_rank: a result of it with low-rank layers.
+        text: to calibrate on.
+    """
+    data = ["--calibration", str(text), "--samples", "4", "--sequence-length", "16"]
+    removal = ["--keep", "0", "--no-refit", "--no-eval", "--output", "output"]
+    fresh = ["compress", str(model), "--layers", "1", *removal]
+    export = ["export", str(low_rank), "--dense", "--output", "output"]
+    sweep = ["sweep", str(model), "--target-layers", "3,2", "--method", "remove", "--scorer", "last", *data]
+    sweep += ["--eval-data", str(text), "--eval-windows", "2", "--continuations", "0", "--output", "output"]
+    sweep += ["--best", "perplexity<=1000x"]
+    score = ["score", str(model), *data, "--cache", "output"]
+
+    def old(folder: Path) -> None:
+        ended = run(["compress", str(model), "--layers", "2", *removal], folder)
+        assert ended.code == 0, ended.said
+
+    return [
+        Scenario("fresh", fresh, [*fresh, "--overwrite"]),
+        Scenario("overwrite", [*fresh, "--overwrite"], [*fresh, "--overwrite"], old),
+        Scenario("export", export, [*export, "--overwrite"]),
+        Scenario("sweep", sweep, sweep),
+        Scenario("cache", score, score),
+    ]

@@ -1,0 +1,248 @@
+"""Healing from beginning to end: what is written, what it says, and that nothing is ever worse."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_checkpoints import (
+    CommandLine,
+    load_stock,
+    logits,
+    model_with_vocabulary,
+    saved_model,
+    tensors_of,
+    text_file,
+)
+from tiny_models import changes, snapshot
+from tiny_tokenizer import tiny_tokenizer
+
+import layer_surgery
+from layer_surgery.checkpoint.open import open_checkpoint
+from layer_surgery.records.reading import read_report
+
+QUICK: dict[str, Any] = {"sequence_length": 16, "eval_windows": 8, "continuations": 0}
+HEAL: dict[str, Any] = QUICK | {"tokens": 1500, "learning_rate": 3e-3, "general": 0.0}
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return text_file(tmp_path_factory.mktemp("words") / "words.txt", lines=150)
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory, words: Path) -> Path:
+    """A tiny model that has learnt a little, so that there is something to heal."""
+    torch.manual_seed(0)
+    model = model_with_vocabulary().train()
+    ids = torch.tensor(tiny_tokenizer()(words.read_text(encoding="utf-8"))["input_ids"])[:960].view(-1, 16)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(30):
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    return saved_model(tmp_path_factory.mktemp("original") / "MODEL", model=model.eval())
+
+
+@pytest.fixture(scope="module")
+def result(original: Path, words: Path) -> Path:
+    """Low-rank layers beside whole ones."""
+    output = original.parent / "smaller"
+    layer_surgery.compress(
+        original, output, layers=[1, 2], keep=0.2, method="svd", calibration=str(words), samples=16, **QUICK
+    )
+    return output
+
+
+@pytest.fixture(scope="module")
+def healed(result: Path, original: Path, words: Path) -> Path:
+    output = original.parent / "healed"
+    layer_surgery.heal(result, output, data=str(words), eval_data=str(words), **HEAL)
+    return output
+
+
+def test_the_result_is_better_and_a_result_like_any_other(healed: Path, result: Path, original: Path) -> None:
+    report = read_report(healed / "surgery.json")
+    assert report.healing is not None and report.unhealed is not None
+    assert report.healing.helped
+    change = next(iter(report.unhealed.gain.perplexity.values())).ratio
+    assert change.high < 1
+    assert read_report(result / "surgery.json").plan == report.plan
+    files = {path.name for path in healed.iterdir()}
+    assert files == {path.name for path in result.iterdir()}
+    before, after = open_checkpoint(result), open_checkpoint(healed)
+    assert (after.parameters, after.low_rank, after.dtype) == (before.parameters, before.low_rank, before.dtype)
+    ids = torch.arange(12)[None]
+    ours = layer_surgery.load(healed)
+    assert not torch.equal(logits(ours, ids), logits(layer_surgery.load(result), ids))
+
+
+def test_a_healed_result_can_be_verified(healed: Path) -> None:
+    assert layer_surgery.verify(healed).problems == []
+
+
+def test_what_is_evaluated_is_what_is_saved(healed: Path, words: Path) -> None:
+    report = read_report(healed / "surgery.json")
+    again = layer_surgery.evaluate(healed, eval_data=str(words), **QUICK)
+    assert again.model.perplexity[str(words)].value == pytest.approx(
+        report.after.perplexity[str(words)].value, rel=1e-6
+    )
+
+
+def test_it_says_what_was_done(healed: Path, run: CommandLine) -> None:
+    page = (healed / "report.html").read_text(encoding="utf-8")
+    card = (healed / "README.md").read_text(encoding="utf-8")
+    assert "healing-validation" in page and "after healing" in page
+    assert "to follow the original (kl; all weights)" in page and "to follow the original" in card
+    assert "Healed on:" in card and "after surgery" in card
+    assert run("report", healed).code == 0
+
+
+def test_tokens_are_a_budget_that_gives_the_same_again(healed: Path, result: Path, words: Path, tmp_path: Path) -> None:
+    layer_surgery.heal(result, tmp_path / "again", data=str(words), eval_data=None, **HEAL)
+    first, second = tensors_of(healed), tensors_of(tmp_path / "again")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("train", ["factors", "operated", "last", "lora"])
+def test_only_what_is_to_be_trained_changes(result: Path, words: Path, tmp_path: Path, train: str) -> None:
+    options = HEAL | {"train": train, "eval_data": None}
+    report = layer_surgery.heal(result, tmp_path / "out", data=str(words), **options)
+    assert report.healing is not None and report.healing.helped
+    before, after = tensors_of(result), tensors_of(tmp_path / "out")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    norms = {name for name, tensor in before.items() if tensor.dim() == 1}
+    matrices = changed - norms
+    assert changed & norms
+    expected = {
+        "factors": {name for name in before if "_factor" in name},
+        "operated": {name for name in before if name.startswith(("model.layers.1.", "model.layers.2."))} - norms,
+        "last": {name for name in before if name.startswith(("model.layers.3.", "lm_head."))} - norms,
+        "lora": {name for name in before if name.startswith("model.layers.")} - norms,
+    }[train]
+    assert matrices == expected
+    load_stock(original_of(tmp_path / "out")) if train == "never" else None
+
+
+def original_of(path: Path) -> Path:
+    return path
+
+
+def test_if_nothing_is_gained_the_result_is_the_one_from_before(
+    result: Path, words: Path, tmp_path: Path, run: CommandLine
+) -> None:
+    options = ["--data", words, "--tokens", 300, "--learning-rate", 30, "--sequence-length", 16, "--no-eval"]
+    outcome = run("heal", result, *options, "--output", tmp_path / "out")
+    assert outcome.code == 0, outcome.err
+    assert "gained nothing on held-out text, so the result is the model from before healing" in " ".join(
+        outcome.out.split()
+    )
+    before, after = tensors_of(result), tensors_of(tmp_path / "out")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert "gained nothing" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+
+
+def test_removed_layers_are_healed_in_a_plain_checkpoint_after_a_compression(
+    original: Path, words: Path, tmp_path: Path
+) -> None:
+    options = {name: HEAL[name] for name in ("tokens", "learning_rate", "general")}
+    report = layer_surgery.compress(
+        original,
+        tmp_path / "out",
+        target_layers=3,
+        keep=0,
+        method="remove",
+        calibration=str(words),
+        eval_data=str(words),
+        samples=16,
+        heal=options | {"loss": ["kl:1", "hidden:0.1"]},
+        **QUICK,
+    )
+    assert report.healing is not None and report.unhealed is not None
+    assert report.healing.helped and set(report.healing.curve[-1].losses) == {"kl", "hidden"}
+    assert next(iter(report.unhealed.gain.perplexity.values())).ratio.high < 1
+    model, info = load_stock(tmp_path / "out")
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert model.config.model_type == "llama" and model.config.num_hidden_layers == 3
+    settings = json.loads((tmp_path / "out" / "surgery.json").read_text())["provenance"]["config"]
+    assert settings["heal"] is True and settings["heal_tokens"] == 1500
+
+
+def test_the_local_stage_lowers_the_error_of_each_changed_layer(result: Path, words: Path, tmp_path: Path) -> None:
+    options = HEAL | {"stages": ["local"], "eval_data": None}
+    report = layer_surgery.heal(result, tmp_path / "out", data=str(words), **options)
+    assert report.healing is not None
+    assert [record.layer for record in report.healing.local] == [1, 2]
+    assert all(record.kept and record.after < record.before for record in report.healing.local)
+    before, after = tensors_of(result), tensors_of(tmp_path / "out")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all(name.startswith(("model.layers.1.", "model.layers.2.")) for name in changed)
+
+
+def test_a_model_in_memory_is_not_touched(original: Path, result: Path, words: Path) -> None:
+    teacher = layer_surgery.load(original)
+    before = snapshot(teacher)
+    layer_surgery.heal(result, dry_run=True, teacher=teacher, data=str(words), eval_data=None, **HEAL)
+    assert changes(before, snapshot(teacher)) == []
+
+
+def test_the_probe_chooses_a_rate_within_the_minutes(result: Path, words: Path) -> None:
+    options = QUICK | {"minutes": 0.05, "general": 0.25, "eval_data": None}
+    report = layer_surgery.heal(result, dry_run=True, data=str(words), **options)
+    assert report.healing is not None
+    tried = {point.learning_rate: point.regret for point in report.healing.probe}
+    assert report.healing.learning_rate == min(tried, key=lambda rate: tried[rate] or 0.0)
+    assert "general" in report.healing.curve[0].validation
+
+
+def test_a_file_of_the_schema_before_is_read(healed: Path, tmp_path: Path) -> None:
+    data = json.loads((healed / "surgery.json").read_text(encoding="utf-8"))
+    older = {name: value for name, value in data.items() if name not in ("healing", "unhealed")} | {"schema_version": 3}
+    (tmp_path / "surgery.json").write_text(json.dumps(older), encoding="utf-8")
+    report = read_report(tmp_path / "surgery.json")
+    assert report.healing is None and report.unhealed is None
+
+
+def test_examples_are_healed_on_their_answers_and_by_losses_that_look_at_everything(
+    result: Path, tmp_path: Path
+) -> None:
+    rows = [{"prompt": f"one two {number}", "answer": "the answer is the other thing"} for number in range(60)]
+    (tmp_path / "task.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    options = HEAL | {"sequence_length": 32, "eval_data": None, "loss": ["dkd:0.1", "cosine:1"]}
+    report = layer_surgery.heal(result, dry_run=True, data=str(tmp_path / "task.jsonl"), **options)
+    assert report.healing is not None and report.healing.helped
+    assert report.healing.data is not None and report.healing.data["sequences"] == 60
+    assert report.healing.data["predicted_tokens"] < report.healing.data["tokens"]
+    assert report.healing.teacher_bytes_per_token is None  # nothing was cut off
+
+
+def test_the_original_is_asked_once_for_the_same_data(
+    result: Path, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = HEAL | {"eval_data": None, "teacher_cache": tmp_path / "cache"}
+    first = layer_surgery.heal(result, tmp_path / "first", data=str(words), **options)
+    monkeypatch.setattr(
+        "layer_surgery.runs.healing.teacher_logits", lambda *_: pytest.fail("the original was asked again")
+    )
+    second = layer_surgery.heal(result, tmp_path / "second", data=str(words), **options)
+    one, other = tensors_of(tmp_path / "first"), tensors_of(tmp_path / "second")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert first.healing is not None and second.healing is not None
+    assert first.healing.teacher_bytes_per_token == second.healing.teacher_bytes_per_token
+
+
+def test_a_full_disk_is_one_sentence_and_nothing_is_lost(
+    result: Path, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: CommandLine
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("layer_surgery.healing.teacher.cache.save_file", full)
+    options = ["--data", words, "--tokens", 300, "--learning-rate", 1e-3, "--sequence-length", 16, "--no-eval"]
+    outcome = run("heal", result, *options, "--teacher-cache", tmp_path / "cache", "--output", tmp_path / "out")
+    assert outcome.code == 1 and "Traceback" not in outcome.err
+    assert "--teacher-cache" in outcome.error_lines[-1] and "No space left on device" in outcome.error_lines[-1]
+    assert not (tmp_path / "out").exists()
