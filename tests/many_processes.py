@@ -9,8 +9,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from layer_surgery import UserError, api, parallel
 from layer_surgery.cli.main import main
+from layer_surgery.errors import NumericalError
+from layer_surgery.walk.finite import Finite
 from layer_surgery.walk.walk import Walk
 
 TOKENS: dict[str, Any] = {"samples": 20, "sequence_length": 12, "batch_size": 3}
@@ -37,6 +42,24 @@ def refusal(action: Any) -> str:
     return ""
 
 
+def not_finite_in_one(model: Path, text: Path) -> list[str]:
+    """Return what is said in each process if only the last sees a number that is not finite."""
+    see, said = Finite.see, ""
+
+    def broken(self: Finite, values: Tensor, valid: Tensor) -> None:
+        last = parallel.group().rank == parallel.group().world - 1
+        see(self, values * torch.nan if last else values, valid)
+
+    Finite.see = broken  # type: ignore[method-assign]
+    try:
+        api.score(model, scorer="block_influence", calibration=[text], **TOKENS)
+    except NumericalError as error:
+        said = str(error)
+    finally:
+        Finite.see = see  # type: ignore[method-assign]
+    return parallel.gather(said)
+
+
 def compress_all(folder: Path) -> None:
     """Carry out all cases; write down how what several processes cannot do is refused."""
     text = folder / "text.txt"
@@ -48,6 +71,11 @@ def compress_all(folder: Path) -> None:
                     folder / "llama", **options_of("mix", text) | {"samples": 5, "batch_size": 5}, dry_run=True
                 )
             ),
+            "healing": refusal(
+                lambda: api.compress(folder / "llama", **options_of("mix", text), dry_run=True, heal=True)
+            ),
+            "output": refusal(lambda: api.compress(folder / "llama", **options_of("mix", text), output=text)),
+            "not finite": not_finite_in_one(folder / "llama", text),
         }
         for case, (family, _) in CASES.items():
             api.compress(folder / family, **options_of(case, text), output=folder / f"{case} by {group.world}")
@@ -55,14 +83,14 @@ def compress_all(folder: Path) -> None:
             (folder / "refusals.json").write_text(json.dumps(refusals), encoding="utf-8")
 
 
-def fail(way: str) -> None:
-    """Run the command line, but have process 1 end in the midst of the statistics."""
+def fail(rank: str, way: str) -> None:
+    """Run the command line, but have a process end in the midst of the statistics: by an error, or by a signal."""
     walk_back = Walk.backpropagate
 
     def broken(self: Walk, *arguments: Any, **keywords: Any) -> None:
-        if os.environ["RANK"] == "1":
-            if way == "killed":
-                os.kill(os.getpid(), signal.SIGKILL)
+        if os.environ["RANK"] == rank:
+            if way in signal.Signals.__members__:
+                os.kill(os.getpid(), signal.Signals[way])
             raise RuntimeError("on purpose")
         walk_back(self, *arguments, **keywords)
 
@@ -75,4 +103,4 @@ if __name__ == "__main__":
     if what == "compress":
         compress_all(Path(sys.argv[1]))
     else:
-        fail(what)
+        fail(what, sys.argv.pop(1))

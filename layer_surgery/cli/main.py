@@ -31,7 +31,7 @@ def main() -> NoReturn:
     stopping.stop_at_once()
     try:
         with _processes():
-            code = cli.main(standalone_mode=False, prog_name="layer-surgery")
+            code = _run()
         sys.exit(code)
     except click.ClickException as error:
         if len(sys.argv) == 1:  # the message is the help
@@ -39,7 +39,7 @@ def main() -> NoReturn:
         else:
             click.echo(f"error: {one_line(' '.join(error.format_message().split()))}", err=True)
         sys.exit(error.exit_code)
-    except (click.Abort, KeyboardInterrupt):
+    except KeyboardInterrupt:
         stopping.end(signal.SIGINT)
     except stopping.Stopped as stopped:
         stopping.end(stopped.number)
@@ -71,6 +71,14 @@ def cli() -> None:
 
 for _name in ("compress", "heal", "score", "evaluate", "sweep", "report", "export", "verify", "completion"):
     cli.add_command(getattr(commands, _name))
+
+
+def _run() -> object:
+    """Run the command that was given, and return its exit code."""
+    try:
+        return cli.main(standalone_mode=False, prog_name="layer-surgery")
+    except click.Abort:  # what click makes of it
+        raise KeyboardInterrupt from None
 
 
 def _processes() -> AbstractContextManager[object]:

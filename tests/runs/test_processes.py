@@ -59,18 +59,23 @@ def test_what_processes_cannot_do_together_is_refused_in_one_sentence(folder: Pa
         "5 calibration sequences in micro-batches of 5 are 1, too few for 2 processes; pass --batch-size 2 or less, or "
         "raise --samples, or start fewer processes."
     )
+    assert refusals["healing"] == "--heal works in one process, but 2 were started; start it without a launcher."
+    assert "is a file or a link" in refusals["output"]
 
 
-@pytest.mark.parametrize("way", ["killed", "raises"])
+def test_a_number_that_is_not_finite_in_one_process_is_an_error_of_all(folder: Path) -> None:
+    first, second = json.loads((folder / "refusals.json").read_text(encoding="utf-8"))["not finite"]
+    assert first == second
+    assert first.startswith("the embeddings of ")
+
+
+@pytest.mark.parametrize("way", ["raises", "SIGKILL", "SIGTERM"])
 def test_when_one_process_fails_all_end_with_one_sentence(way: str, model: Path, text: Path, tmp_path: Path) -> None:
     tokens = [f"--{name.replace('_', '-')}={value}" for name, value in TOKENS.items()]
     command = ["compress", model, f"--calibration={text}", "--no-eval", "--target-parameters=0.8", *tokens]
-    done = launched(2, way, *command, "--refit-general=0", "--output=result", home=tmp_path)
+    done = launched(2, "1", way, *command, "--refit-general=0", "--output=result", home=tmp_path)
     assert done.code == 1
     (said,) = [line for line in done.error_lines if line.startswith("error: ")]
-    expected = {
-        "killed": "error: a process of this job has died",
-        "raises": "error: RuntimeError: on purpose (in",
-    }
-    assert said.startswith(expected[way])
+    expected = "RuntimeError: on purpose (in" if way == "raises" else "a process of this job has died or was stopped"
+    assert said.startswith(f"error: {expected}")
     assert [path.name for path in tmp_path.iterdir()] == []  # neither a half-written result nor scratch files
