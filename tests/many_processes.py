@@ -22,9 +22,9 @@ TOKENS: dict[str, Any] = {"samples": 20, "sequence_length": 12, "batch_size": 3}
 #: By name, the model's type and the options. 20 sequences make 7 micro-batches: in the last round some have none.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mix": ("llama", {"target_parameters": 0.8, "components": ["channels", "singular", "heads", "bypass"]}),
-    "grasp": ("llama", {"layers": [1, 2], "keep": 0.5, "method": "grasp", "refit": True}),
+    "grasp": ("llama", {"layers": [1, 2], "keep": 0.5, "method": "grasp", "refit": True, "decomposition": "leading"}),
     "removal": ("llama", {"target_layers": 3, "keep": 0.0, "scorer": "block_influence"}),
-    "experts": ("mixtral", {"target_parameters": 0.9}),
+    "experts": ("mixtral", {"target_parameters": 0.9, "decomposition": "leading"}),
 }
 
 
