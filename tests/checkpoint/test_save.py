@@ -409,11 +409,11 @@ STAGES = [
     "layer_surgery.calibration.couplings.Responses.add",
     "layer_surgery.surgeon.grasp.attributed_groups",
     "layer_surgery.runs.bench.result_checkpoint",
-    "layer_surgery.runs.compress.save_checkpoint",
+    "layer_surgery.runs.output.save_checkpoint",
     "layer_surgery.checkpoint.save.StreamedSafetensors.write",
     "layer_surgery.checkpoint.save._copy_companions",
-    "layer_surgery.runs.compress.check_saved",
-    "layer_surgery.runs.compress.report_dict",
+    "layer_surgery.runs.output.check_saved",
+    "layer_surgery.runs.output.report_dict",
 ]
 
 

@@ -33,7 +33,7 @@ from tiny_checkpoints import (
 
 import layer_surgery
 from layer_surgery.config import DEFAULT_COMPONENTS
-from layer_surgery.config.choices import METHOD_CHOICES, SCORER_CHOICES
+from layer_surgery.config.choices import DEFAULT_LOSSES, METHOD_CHOICES, SCORER_CHOICES
 from layer_surgery.records import LayerScores
 from layer_surgery.reporting.console import print_scores
 from layer_surgery.scoring import SCORERS
@@ -73,7 +73,7 @@ def test_help_lists_scorers_and_methods_with_sources_defaults_and_how_to_mix_sou
     compress, score = (" ".join(run(name, "--help").out.split()) for name in ("compress", "score"))
     for name, choice in (*SCORER_CHOICES.items(), *METHOD_CHOICES.items()):
         assert f" {name} " in compress and choice.source in compress
-    assert compress.count("(default)") == 2 + len(DEFAULT_COMPONENTS)
+    assert compress.count("(default)") == 2 + len(DEFAULT_COMPONENTS) + len(DEFAULT_LOSSES)
     assert "Calibration sequences, from all sources together. [default: 128]" in compress
     assert "[default: 0.1]" in compress
     assert all(name in score for name in SCORERS.names)
@@ -294,7 +294,7 @@ NO_MEMORY = RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
     [
         ("checkpoint.save.StreamedSafetensors.write", NO_SPACE, 1, "error: .*No space left on device"),
         ("checkpoint.new_tensors.save_file", NO_SPACE_FOR_FACTORS, 1, "error: .*No space left on device"),
-        ("runs.compress.report_dict", NO_SPACE, 1, "error: .*No space left on device"),
+        ("runs.output.report_dict", NO_SPACE, 1, "error: .*No space left on device"),
         ("runs.bench.result_checkpoint", NO_MEMORY, 1, "error: .*--batch-size"),
         ("runs.bench.result_checkpoint", KeyboardInterrupt(), 130, "interrupted; nothing half-written is left.$"),
     ],

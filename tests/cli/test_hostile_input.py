@@ -357,7 +357,7 @@ def test_an_output_whose_folder_goes_away_is_a_failure(
     def gone(*_: object, **__: object) -> None:
         shutil.rmtree(tmp_path / "new")
 
-    monkeypatch.setattr("layer_surgery.runs.compress.write_page_and_card", gone)
+    monkeypatch.setattr("layer_surgery.runs.output.write_page_and_card", gone)
     options = ["--layers", 1, "--keep", 0, "--no-refit", "--no-eval", "--output", tmp_path / "new" / "output"]
     refused(run("compress", model, *options), "writing to --output", code=1)
     assert listing(tmp_path) == {}

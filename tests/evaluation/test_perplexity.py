@@ -183,7 +183,7 @@ def test_a_non_finite_loss_is_refused_with_the_window(tmp_path: Path) -> None:
     with torch.no_grad():  # finite weights whose sum overflows in a LayerNorm, for one token only
         model.get_submodule("model.embed_tokens").weight[poisoned] = 3e38
     tokens = replace(tokens, token_ids=token_ids)
-    with pytest.raises(NumericalError, match=r"not finite in 1 of 4 windows \(the first is window 2\)"):
+    with pytest.raises(NumericalError, match=r"hidden states after layer 0 of .* are not finite in float32"):
         measured(streamed(model, dtype=torch.float32), tokens, settings(tmp_path))
 
 

@@ -103,7 +103,7 @@ def test_leading_pairs_of_a_known_spectrum() -> None:
 
 
 @pytest.mark.parametrize("metric", ["inputs", "both"])
-@pytest.mark.parametrize(("block", "candidates"), [(64, 256), (7, 20), (1, 1)])
+@pytest.mark.parametrize(("block", "candidates"), [(64, 256), (20, 20), (1, 1)])
 def test_columns_go_in_blocks_as_they_go_one_by_one(
     block: int, candidates: int, metric: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -118,9 +118,9 @@ def test_columns_go_in_blocks_as_they_go_one_by_one(
     assert found.total == pytest.approx(exact.total, rel=1e-6)
     for kept in (0, 15, 75, 120, 149):
         expected = float(exact.costs()[kept])
-        assert float(found.costs()[kept]) == pytest.approx(expected, rel=1e-3), kept
+        assert float(found.costs()[kept]) == pytest.approx(expected, rel=1e-5), kept
         columns = found.order[:kept].sort().values
-        assert dropped_cost(weight, inputs, outputs_or_none, columns) == pytest.approx(expected, rel=1e-3), kept
+        assert dropped_cost(weight, inputs, outputs_or_none, columns) == pytest.approx(expected, rel=1e-5), kept
 
 
 def test_inputs_that_are_not_positive_definite_are_refused() -> None:

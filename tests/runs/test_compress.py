@@ -16,8 +16,8 @@ from tiny_tokenizer import tiny_tokenizer
 
 import layer_surgery
 from layer_surgery import LayerPlan, SurgeryReport
+from layer_surgery.checkpoint.contents import PAGE_FILES
 from layer_surgery.checkpoint.open import open_checkpoint
-from layer_surgery.checkpoint.save import PAGE_FILES
 from layer_surgery.errors import DataError, OutputError, PlanError
 from layer_surgery.records import REPORT_SCHEMA_VERSION
 from layer_surgery.scoring import SCORERS

@@ -232,7 +232,7 @@ def failing(*_: Any, **__: Any) -> Any:
 @pytest.mark.parametrize(
     ("target", "stages", "lost"),
     [
-        ("runs.evaluator.distance", ["distance on"], "kl_divergence"),
+        ("runs.evaluator.measure_distance", ["distance on"], "kl_divergence"),
         ("evaluation.tasks.simple_evaluate", ["tasks before", "tasks after"], "tasks"),
         ("runs.evaluator.measure_speed", ["speed"], "speed"),
         ("runs.evaluator.continuations", ["continuations before", "continuations after"], "continuations"),
@@ -260,7 +260,7 @@ def test_a_stage_that_fails_loses_nothing_else(
 def test_a_failed_stage_is_printed_and_the_command_fails_after_printing_the_rest(
     run: CommandLine, model: Path, operated: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("layer_surgery.runs.evaluator.distance", failing)
+    monkeypatch.setattr("layer_surgery.runs.evaluator.measure_distance", failing)
     arguments = ["evaluate", operated, "--baseline", model, "--eval-data", text, "--sequence-length", SEQUENCE]
     outcome = run(*arguments)
     assert outcome.code == 1

@@ -163,7 +163,7 @@ def test_removed_layers_are_healed_in_a_plain_checkpoint_after_a_compression(
     )
     assert report.healing is not None and report.unhealed is not None
     assert report.healing.helped and set(report.healing.curve[-1].losses) == {"kl", "hidden"}
-    assert next(iter(report.unhealed.gain.perplexity.values())).ratio.high < 1
+    assert next(iter(report.unhealed.gain.perplexity.values())).ratio.value < 1
     model, info = load_stock(tmp_path / "out")
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert model.config.model_type == "llama" and model.config.num_hidden_layers == 3

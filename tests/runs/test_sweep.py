@@ -530,7 +530,7 @@ def test_the_best_of_a_sweep_is_not_replaced_while_it_is_the_model(
 
 
 def test_where_none_satisfies_the_nearest_is_named(run: CommandLine, swept: Swept, command: list[Any]) -> None:
-    command += ["--target-layers", "4,3", "--method", "remove", "--eval-windows", 6, "--output", swept[0]]
+    command = [*command[:-1], swept[0], "--target-layers", "4,3", "--method", "remove", "--eval-windows", 6]
     outcome = run(*command, "--best", "perplexity<=0.5x")
     assert outcome.code == 1
     nearest = min(swept[1].points, key=lambda point: point.perplexity_ratio or 0.0)
@@ -563,7 +563,7 @@ def test_the_csv_has_a_line_for_each_point(swept: Swept, text: Path) -> None:
 
 
 def test_json_is_the_file_and_nothing_else(run: CommandLine, swept: Swept, command: list[Any]) -> None:
-    command += [*REMOVE_TWO, "--eval-windows", 6, "--output", swept[0]]
+    command = [*command[:-1], swept[0], *REMOVE_TWO, "--eval-windows", 6]
     outcome = run(*command, "--json")
     assert outcome.code == 0
     assert strict_json(outcome.out) == strict_json((swept[0] / "sweep.json").read_text(encoding="utf-8"))

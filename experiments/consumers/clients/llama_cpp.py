@@ -52,7 +52,9 @@ def gguf(case: Case) -> str:
     for place in range(SKIPPED, len(tokens)):
         request = {"prompt": tokens[:place], "n_predict": 1, "n_probs": logs.shape[1], "temperature": 0.0}
         answer = server.handle_completions(request)
-        found = {entry["id"]: entry["logprob"] for entry in answer["completion_probabilities"][0]["top_logprobs"]}
+        found = {
+            entry["id"]: entry["logprob"] for entry in answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+        }
         theirs -= found[tokens[place]]
         ours -= float(logs[place - 1, tokens[place]])
     count = len(tokens) - SKIPPED
