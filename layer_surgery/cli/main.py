@@ -73,10 +73,11 @@ for _name in ("compress", "heal", "score", "evaluate", "sweep", "report", "expor
     cli.add_command(getattr(commands, _name))
 
 
-def _run() -> object:
+def _run() -> int | None:
     """Run the command that was given, and return its exit code."""
     try:
-        return cli.main(standalone_mode=False, prog_name="layer-surgery")
+        code: int | None = cli.main(standalone_mode=False, prog_name="layer-surgery")
+        return code
     except click.Abort:  # what click makes of it
         raise KeyboardInterrupt from None
 
