@@ -46,6 +46,9 @@ ROWS_OF_README = 150
 NOT_RUN = {
     "make demo": "tests/runs/test_demo.py compresses the same checkpoint; here it would take minutes",
     "make test": "it runs this test",
+    "torchrun --nproc-per-node 2 -m layer_surgery compress MODEL --target-layers 9 --output shared-out/": (
+        "tests/runs/test_processes.py starts processes"
+    ),
     "pip install .": "it changes the environment that the tests run in",
     "layer-surgery compress MODEL --target-layers 9 --calibration wikitext2 --eval-data wikitext2 --output wiki/": (
         "it needs the network"

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from layer_surgery import parallel
 from layer_surgery.calibration.source import StatisticsSource
 from layer_surgery.checkpoint.new_tensors import FactorStore
 from layer_surgery.checkpoint.open import Checkpoint
@@ -145,6 +146,8 @@ class Bench:
                 plan = entry.function(plan, context)
                 if not ranks_fixed:
                     plan = self._without_empty_layers(plan)
+            # It waits for all, too: what others have written is there.
+            parallel.agree({"another plan": plan.to_dict()}, "run all processes on machines of one kind")
         plan = replace(plan, refit=refit_scope or "none")
         checkpoint = result_checkpoint(session.checkpoint, plan, factors)
         if refit_scope is None:
@@ -155,6 +158,7 @@ class Bench:
                 walks.append(stack.enter_context(Walk(self.model, self.general, session.settings)))
             refitted = FactorStore(session.new_scratch("refitted"), session.checkpoint.dtype)
             found = refit(plan, walks, session.stream(checkpoint), refitted, refit_scope, rows)
+            parallel.barrier()
         checkpoint = result_checkpoint(session.checkpoint, plan, factors, refitted)
         expected = expected_rise(found.before, found.after, session.runtime.seed)
         return Result(plan=plan, checkpoint=checkpoint, refitted=found.records, spectra=spectra, expected=expected)

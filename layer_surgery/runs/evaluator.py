@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
+from layer_surgery import parallel
 from layer_surgery.checkpoint.costs import token_costs
 from layer_surgery.checkpoint.heads import CAUSAL_LM
 from layer_surgery.checkpoint.open import Checkpoint
@@ -27,7 +28,7 @@ from layer_surgery.records import Comparison, Continuation, EvaluationResult, Pe
 from layer_surgery.runs.session import Session
 from layer_surgery.walk.boundaries import Boundary, BoundaryStore
 from layer_surgery.walk.streamed import StreamedModel
-from layer_surgery.walk.walk import Losses
+from layer_surgery.walk.walk import Losses, share_of
 
 if TYPE_CHECKING:
     from layer_surgery.evaluation.tasks import TaskOutcome, Tasks
@@ -80,6 +81,7 @@ class Evaluator:
         if baseline is not None:
             self._sessions["before"] = baseline
         self._measured: dict[Moment, _Measured] = {}
+        self._alone = False  # whether the first process is at something that the others wait for
         self._kept = ExitStack()
         self._causal = session.checkpoint.head is CAUSAL_LM
         self._check_heads()
@@ -88,7 +90,7 @@ class Evaluator:
             self._check(each.checkpoint)
         self._check_memory()
         self._tasks: Tasks | None = None
-        if config.tasks:
+        if config.tasks and parallel.is_first():
             session.need_tokenizer()
             from layer_surgery.evaluation.tasks import Tasks  # lm-eval takes seconds to import
 
@@ -112,8 +114,9 @@ class Evaluator:
         else:
             perplexities, labelled = {}, self._labelled(moment, measured, required=required)
         self._measured[moment] = measured
-        if self._tasks is not None or self._prompts:
-            self._run_whole(moment, measured)
+        if self._config.tasks or self._prompts:
+            with self._by_first():
+                self._run_whole(moment, measured)
         tasks = measured.tasks.results if measured.tasks is not None else {}
         measured.result = replace(found, perplexity=perplexities, tasks=labelled | tasks)
 
@@ -149,6 +152,12 @@ class Evaluator:
     def measure_speed(self) -> None:
         """Measure the speed of all measured models, which take turns."""
         if not self._config.speed:
+            return
+        with self._by_first():
+            self._measure_speed()
+
+    def _measure_speed(self) -> None:
+        if not parallel.is_first():
             return
         models = list(self._measured.values())
         with self._attempt("speed"):
@@ -212,6 +221,8 @@ class Evaluator:
     def _run_whole(self, moment: Moment, measured: _Measured) -> None:
         """Run tasks and continuations on the model as a whole, loaded once for both."""
         session, model = measured.session, None
+        if not parallel.is_first():
+            return
         with self._attempt(f"loading the whole model {moment}", "load"):
             model = session.stream(measured.checkpoint).load_whole()
         if model is None:
@@ -281,7 +292,7 @@ class Evaluator:
         session = self._session
         options = {"--tasks": self._config.tasks, "--speed": self._config.speed, "--continuations": self._prompts}
         asked = [option for option, given in options.items() if given]
-        if not asked:
+        if not asked or not parallel.is_first():
             return
         sizes = [_whole_bytes(each) for moment, each in self._sessions.items() if moment != "unhealed"]
         needed = sum(sizes) if self._config.speed else max(sizes)
@@ -297,11 +308,24 @@ class Evaluator:
         return self._causal and self._config.distance and "before" in self._sessions
 
     def _new_boundary(self, model: StreamedModel, measured: _Measured, tokens: PackedTokens) -> Boundary:
-        shape = (tokens.sequences, tokens.sequence_length, model.hidden_size)
+        sequences = share_of(tokens, measured.session.runtime.batch_size).tokens.sequences
+        shape = (sequences, tokens.sequence_length, model.hidden_size)
         memory = measured.session.boundary_bytes // _WAITING_SHARE // (2 * len(self._texts))
         # In the scratch directory of the evaluator's own session, which lives as long as it.
         store = BoundaryStore(shape, model.dtype, model.device, memory, self._session.scratch)
         return Boundary(measured.kept.enter_context(store), 0)
+
+    @contextmanager
+    def _by_first(self) -> Iterator[None]:
+        """Tell the other processes which failures the first one records in the block, where it works alone."""
+        known = len(self.failures)
+        self._alone = True
+        try:
+            yield
+        finally:
+            self._alone = False
+        found = parallel.from_first(lambda: [asdict(failure) for failure in self.failures[known:]])
+        self.failures[known:] = [StageFailure(**failure) for failure in found]
 
     @contextmanager
     def _attempt(self, stage: str, clock: str | None = None, *, required: bool = False) -> Iterator[None]:
@@ -310,7 +334,7 @@ class Evaluator:
             try:
                 yield
             except Exception as error:
-                if required:
+                if required or not (parallel.in_step(error) or self._alone):
                     raise
                 _LOG.debug("%s failed", stage, exc_info=True)
                 self.failures.append(StageFailure(stage=stage, error=describe(error)))

@@ -88,7 +88,7 @@ class ScorerEntry:
             quantity=ranking.quantity,
             values=values,
             removal_order=by_value if ranking.order is None else ranking.order,
-            tokens=int(context.walk.tokens.valid.sum()) if self.needs_data else 0,
+            tokens=int(context.walk.all_tokens.valid.sum()) if self.needs_data else 0,
         )
 
 

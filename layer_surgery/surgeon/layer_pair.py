@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from layer_surgery import parallel
 from layer_surgery.walk.rehearsal import LayerCall
 
 #: How far `out = in + s * attention + t * mlp` may be off, relative to the change, to be taken for true, beside the
@@ -84,6 +85,12 @@ def residual_scales(
     rounding = torch.finfo(after.dtype).eps * float(after.double().norm() / size)
     tolerance = min(_TOLERANCE + rounding, _LARGEST_TOLERANCE)
     return ResidualScales(float(scales[0]), float(scales[1])) if off < tolerance else None
+
+
+def scales_of_all(own: ResidualScales | None) -> ResidualScales | None:
+    """Return what the first process has found in its first micro-batch, which is the first of all."""
+    found = parallel.from_first(lambda: None if own is None else [own.attention, own.mlp])
+    return None if found is None else ResidualScales(*found)
 
 
 def without_bias(output: Tensor, layer: nn.Module, name: str) -> Tensor:

@@ -6,13 +6,14 @@ Shapes: B sequences in a micro-batch, S tokens each, D hidden, V vocabulary.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
 import torch
 from torch import Tensor, nn
 
+from layer_surgery import parallel
 from layer_surgery.data.objective import NO_LABEL
 from layer_surgery.data.tokens import PackedTokens
 from layer_surgery.errors import NumericalError
@@ -58,6 +59,9 @@ class Observer:
     def batch(self, valid: Tensor) -> None:
         """Before each micro-batch: which of its tokens are no padding, [B, S] bool on the device."""
 
+    def end_round(self, present: int) -> None:
+        """After each round, in which the first `present` processes have had a micro-batch: sums go to their owners."""
+
     def boundaries(self, index: int, before: Tensor, after: Tensor, valid: Tensor) -> None:
         """Forward walk only: hidden states [B, S, D] at both sides of layer `index`; `valid` [B, S] bool."""
 
@@ -75,14 +79,49 @@ class Losses:
         return float(self.sums.sum() / self.tokens.sum())
 
 
+@dataclass(frozen=True)
+class Share:
+    """The micro-batches of one process: of every round, the one at the place of its rank."""
+
+    tokens: PackedTokens  #: Their sequences, one after the other: all of them, where there is one process.
+    windows: Tensor  #: [n] int64, the numbers of these sequences among all.
+    rounds: tuple[tuple[slice | None, int], ...]
+    """Of every round, where this process's micro-batch is in `tokens` (None: it has none), and how many have one."""
+
+
+def share_of(tokens: PackedTokens, batch_size: int) -> Share:
+    """Return what this process walks over: so many sequences at a time, in the same micro-batches as one would."""
+    group, batches = parallel.group(), [*tokens.batches(batch_size)]
+    rounds: list[tuple[slice | None, int]] = []
+    windows = list[int]()
+    for start in range(0, len(batches), group.world):
+        present = batches[start : start + group.world]
+        rows = None
+        if group.rank < len(present):
+            batch = present[group.rank]
+            rows = slice(len(windows), len(windows) + batch.stop - batch.start)
+            windows += range(batch.start, batch.stop)
+        rounds.append((rows, len(present)))
+    numbers = torch.tensor(windows, dtype=torch.int64)
+    if group.world > 1:
+        parts = ("token_ids", "loss_mask", "valid", "labels", "segments")
+        own = {name: found[numbers] for name in parts if (found := getattr(tokens, name)) is not None}
+        tokens = replace(tokens, **own)
+    return Share(tokens, numbers, tuple(rounds))
+
+
 class Walk:
-    """Walks one model over one set of packed tokens.
+    """Walks one model over one set of packed tokens, or over this process's share of them.
 
     The boundary before the k-th layer of a kept walk is in slot k. A context manager: frees its boundaries on exit.
     """
 
     def __init__(self, model: StreamedModel, tokens: PackedTokens, settings: WalkSettings) -> None:
-        self.model, self.tokens, self.settings = model, tokens, settings
+        self.model, self.settings = model, settings
+        self.all_tokens = tokens
+        """Those of all processes; `tokens` are what this one walks over, and all rows are rows of these."""
+        self.share = share_of(tokens, settings.batch_size)
+        self.tokens = self.share.tokens
         self.rehearsal = Rehearsal(model)
         self.store = self.new_store()
         self._kept: list[int] | None = None  # the path whose boundaries are in slots 0, 1, ...; None: not even slot 0
@@ -104,7 +143,11 @@ class Walk:
         return Boundary(self.store, position)
 
     def batches(self) -> Iterator[slice]:
-        return self.tokens.batches(self.settings.batch_size)
+        return (rows for rows, _present in self.share.rounds if rows is not None)
+
+    def rows_of_all(self, own: Tensor) -> Tensor:
+        """Return [N, ...] for all sequences, of what each process has found for its own [n, ...], on the CPU."""
+        return parallel.rows_of_all(own, self.share.windows, self.all_tokens.sequences)
 
     def forward(
         self, path: Sequence[int], *, keep: bool, observers: Sequence[Observer] = (), watch: Iterable[int] | None = None
@@ -153,14 +196,17 @@ class Walk:
             for observer in observers:
                 watching.enter_context(observer.watching(index, layer))
             finite = Finite(self.model, f"the hidden states after layer {index}")
-            for rows in self.batches():
-                before = source.read(rows)
-                valid = self._announce(rows, observers)
-                after = self._call(index, rows)(layer, before)
-                finite.see(after, valid)
+            for rows, present in self.share.rounds:
+                if rows is not None:
+                    before = source.read(rows)
+                    valid = self._announce(rows, observers)
+                    after = self._call(index, rows)(layer, before)
+                    finite.see(after, valid)
+                    for observer in observers:
+                        observer.boundaries(index, before, after, valid)
+                    target.write(rows, after)
                 for observer in observers:
-                    observer.boundaries(index, before, after, valid)
-                target.write(rows, after)
+                    observer.end_round(present)
             finite.check()
 
     def _announce(self, rows: slice, observers: Sequence[Observer]) -> Tensor:
@@ -173,7 +219,7 @@ class Walk:
         return self.rehearsal.call(index, self.tokens.inputs(rows))
 
     def losses(self, last: Boundary, gradient: Boundary | None = None) -> Losses:
-        """Return the losses that follow from the last boundary.
+        """Return the losses of all sequences that follow from the last boundary.
 
         With `gradient`, also write the gradient of the summed loss with respect to that boundary there.
         Raises `NumericalError` if a loss is not finite.
@@ -188,14 +234,14 @@ class Walk:
                     gradient.write(rows, grad)
                 for _ in range(rows.stop - rows.start):
                     advance()
+        sums = self.rows_of_all(sums)
         bad = (~torch.isfinite(sums)).nonzero().flatten().tolist()
         if bad:
             raise NumericalError(
                 f"the loss of {self.model.checkpoint.name} on '{self.tokens.name}' is not finite in "
-                f"{len(bad)} of {self.tokens.sequences} windows (the first is window {bad[0]}); "
-                f"{remedy(self.model.dtype)}."
+                f"{len(bad)} of {len(sums)} windows (the first is window {bad[0]}); {remedy(self.model.dtype)}."
             )
-        return Losses(sums, self.tokens.loss_mask.sum(dim=1))
+        return Losses(sums, self.all_tokens.loss_mask.sum(dim=1))
 
     def _batch_losses(self, hidden: Tensor, rows: slice, grad: Tensor | None) -> Tensor:
         """Return the summed loss [B] float64 of a micro-batch; add the gradient to `grad` [B, S, D] if given."""
@@ -271,14 +317,17 @@ class Walk:
             for observer in observers:
                 watching.enter_context(observer.watching(index, layer))
             finite = Finite(self.model, f"the gradients before layer {index}")
-            for rows in self.batches():
-                with torch.enable_grad():
-                    valid = self._announce(rows, observers)
-                    before = self.boundary(index).read(rows).detach().requires_grad_()
-                    after = self._call(index, rows)(layer, before)
-                    after.backward(gradient.read(rows))  # type: ignore[no-untyped-call]
-                assert before.grad is not None
-                finite.see(before.grad, valid)
-                new.write(rows, before.grad)
+            for rows, present in self.share.rounds:
+                if rows is not None:
+                    with torch.enable_grad():
+                        valid = self._announce(rows, observers)
+                        before = self.boundary(index).read(rows).detach().requires_grad_()
+                        after = self._call(index, rows)(layer, before)
+                        after.backward(gradient.read(rows))  # type: ignore[no-untyped-call]
+                    assert before.grad is not None
+                    finite.see(before.grad, valid)
+                    new.write(rows, before.grad)
+                for observer in observers:
+                    observer.end_round(present)
             finite.check()
         gradient.store.exchange(gradient.slot, new.slot)

@@ -4,6 +4,7 @@ import logging
 import time
 from dataclasses import dataclass, field, replace
 
+from layer_surgery import parallel
 from layer_surgery.checkpoint.heads import CAUSAL_LM
 from layer_surgery.config import CompressConfig
 from layer_surgery.errors import describe
@@ -36,6 +37,8 @@ class Measuring:
                 result = bench.operate(planning.plan(scores, self.base_sha256), **planning.surgery)
                 point = self._evaluate(settings, scores, result, failures)
         except Exception as error:
+            if not parallel.in_step(error):
+                raise
             _LOG.debug("%s failed", settings.name, exc_info=True)
             point = _point(settings, status="failed", error=describe(error))
         finally:

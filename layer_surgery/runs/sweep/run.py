@@ -7,6 +7,7 @@ from typing import Self
 
 import attrs
 
+from layer_surgery import parallel
 from layer_surgery.calibration.cache import check_cache
 from layer_surgery.checkpoint.heads import CAUSAL_LM
 from layer_surgery.checkpoint.output import check_not_same, writing
@@ -57,7 +58,7 @@ def run_sweep(model: Model, config: SweepConfig) -> SweepReport:
         check_not_same(model, config.directory / BEST_FOLDER)
         check_best(config.directory)
     check_sweep_directory(config.directory)
-    with sweep_directory(config.directory) as directory:
+    with parallel.shared_folder(sweep_directory(config.directory)) as directory:
         known = None if config.overwrite else read_sweep(directory, _ADVICE)
         with open_session(model, config, directory) as session:
             if condition is not None and session.checkpoint.head is not CAUSAL_LM:
@@ -70,8 +71,9 @@ def run_sweep(model: Model, config: SweepConfig) -> SweepReport:
             report = _with_best(model, config, condition, report)
         elif report.best is not None:
             report = _with_old_best(config, report.best, report)
-        with writing(directory):
-            write_sweep_page(directory, report)
+        if parallel.is_first():
+            with writing(directory):
+                write_sweep_page(directory, report)
     return report
 
 
