@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
 from tiny_checkpoints import CommandLine, assert_refused, edit_json, listing
 from tiny_encoders import TAGS, labelled_file, saved_encoder
@@ -19,9 +20,12 @@ from layer_surgery.data.objective import Problem
 CUT = ("--target-parameters", 0.8, "--samples", 50)
 
 
-def compressed(run: CommandLine, tmp_path: Path, problem: Problem, *options: Any) -> tuple[Path, Path, dict[str, Any]]:
+def compressed(
+    run: CommandLine, tmp_path: Path, problem: Problem, *options: Any, model_type: str = "bert"
+) -> tuple[Path, Path, dict[str, Any]]:
     """Compress a tiny classifier; return the result, the labelled file and `surgery.json`."""
-    model, data = saved_encoder(tmp_path / "model", problem), labelled_file(tmp_path / "data.jsonl", problem)
+    model = saved_encoder(tmp_path / "model", problem, model_type)
+    data = labelled_file(tmp_path / "data.jsonl", problem)
     output = tmp_path / "output"
     outcome = run("compress", model, "--calibration", data, "--eval-data", data, "--output", output, *options)
     assert outcome.code == 0, outcome.err
@@ -59,6 +63,33 @@ def test_a_compressed_classifier_gives_in_a_pipeline_the_accuracy_that_was_measu
     page = (output / "report.html").read_text(encoding="utf-8")
     assert "throughput" in page and "nats per example" in page
     assert "nats per token" not in page and "KV cache" not in page
+
+
+@pytest.mark.parametrize(("model_type", "component"), [("modernbert", "bypass"), ("mixtral", "routed")])
+def test_a_classifier_with_another_kind_of_component_has_in_transformers_the_loss_that_was_measured(
+    run: CommandLine, tmp_path: Path, model_type: str, component: str
+) -> None:
+    output, data, report = compressed(
+        run, tmp_path, "single_label", *CUT, "--components", component, model_type=model_type
+    )
+    assert any(layer.get(component) for layer in report["plan"]["layers"])
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(output, trust_remote_code=True)
+    tokenizer = AutoTokenizer.from_pretrained(output, trust_remote_code=True)
+    losses = []
+    for line in data.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        label = torch.tensor([model.config.label2id[row["label"]]])
+        losses.append(float(model(**tokenizer(row["text"], return_tensors="pt"), labels=label).loss.detach()))
+    found = report["after"]["tasks"][str(data)]["metrics"]["loss"]["value"]
+    assert found == pytest.approx(sum(losses) / len(losses), rel=1e-4)
+
+
+def test_an_mlp_that_is_no_module_of_linears_only_is_not_bypassed(run: CommandLine, tmp_path: Path) -> None:
+    model, data = saved_encoder(tmp_path / "model", "single_label"), labelled_file(tmp_path / "d.jsonl", "single_label")
+    before = listing(tmp_path)
+    given = ("--calibration", data, "--no-eval", *CUT, "--components", "bypass", "--output", tmp_path / "output")
+    assert_refused(run("compress", model, *given), "--components bypass: none of the chosen layers can be cut")
+    assert listing(tmp_path) == before
 
 
 def test_a_tagger_without_two_layers_is_a_plain_checkpoint_with_the_answers_that_were_measured(
