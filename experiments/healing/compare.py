@@ -3,9 +3,8 @@
     python experiments/healing/compare.py MODEL --data train.txt --eval-data held-out.txt --minutes 10 --seeds 0 1 2
 
 For each seed the model is compressed by the default method, by plain removal and by GRASP, all calibrated on the data;
-the unhealed default is then healed in every way (`ROWS`), each for so many minutes with everything (or, on a machine that
-is not quiet, on so many `--tokens`), and removal by the
-default recipe. `--curve` gives the default recipe other times. Losses are on texts that nothing else looks at, paired
+the unhealed default is then healed in every way (`ROWS`), each for so many minutes with everything (or, on a machine
+that is not quiet, on so many `--tokens`), and removal by the default recipe. `--curve` gives the default recipe other times. Losses are on texts that nothing else looks at, paired
 by window with the original's. Every finished row goes to a scratch file beside the report; a stopped run goes on.
 """
 
@@ -162,6 +161,7 @@ def measured(arguments: argparse.Namespace, key: tuple[int, str, str], row: str,
         dry_run=True,
         teacher=arguments.model,
         data=arguments.data,
+        teacher_cache=work / "teacher" if arguments.tokens else None,  # in minutes, asking the original counts
         **{budget.split()[1]: float(budget.split()[0]) if budget.endswith("minutes") else int(budget.split()[0])},
         **common | changes,
     )
