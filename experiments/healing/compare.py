@@ -4,8 +4,9 @@
 
 For each seed the model is compressed by the default method, by plain removal and by GRASP, all calibrated on the data;
 the unhealed default is then healed in every way (`ROWS`), each for so many minutes with everything (or, on a machine
-that is not quiet, on so many `--tokens`), and removal by the default recipe. `--curve` gives the default recipe other times. Losses are on texts that nothing else looks at, paired
-by window with the original's. Every finished row goes to a scratch file beside the report; a stopped run goes on.
+that is not quiet, on so many `--tokens`), and removal by the default recipe. `--curve` gives it other
+times. Losses are on texts that nothing else looks at, paired by window with the original's. Every finished row goes to
+a scratch file beside the report; a stopped run goes on.
 """
 
 from __future__ import annotations
