@@ -3,9 +3,10 @@
     python experiments/healing/compare.py MODEL --data train.txt --eval-data held-out.txt --minutes 10 --seeds 0 1 2
 
 For each seed the model is compressed by the default method, by plain removal and by GRASP, all calibrated on the data;
-the unhealed default is then healed in every way (`ROWS`), each for so many minutes with everything, and removal by the
-default recipe. `--curve` gives the default recipe other times. Losses are on texts that nothing else looks at, paired
-by window with the original's. Every finished row goes to a scratch file beside the report; a stopped run goes on.
+the unhealed default is then healed in every way (`ROWS`), each for so many minutes with everything (or, on a machine
+that is not quiet, on so many `--tokens`), and removal by the default recipe. `--curve` gives it other
+times. Losses are on texts that nothing else looks at, paired by window with the original's. Every finished row goes to
+a scratch file beside the report; a stopped run goes on.
 """
 
 from __future__ import annotations
@@ -64,6 +65,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--eval-windows", type=int, default=200, help="of each text")
     parser.add_argument("--target-layers", type=int, default=9)
     parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--tokens", type=int, help="train every row on so many tokens, instead of minutes")
     parser.add_argument("--curve", type=float, nargs="*", default=[], help="other minutes for the default recipe")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS), metavar="ROW")
@@ -90,20 +92,20 @@ class Rows:
         else:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._scratch.write_text(json.dumps(identity) + "\n", encoding="utf-8")
-        self.known = {(row["seed"], row["row"], row["minutes"]): row for row in found}
+        self.known = {(row["seed"], row["row"], row["budget"]): row for row in found}
 
     def _check(self, identity: dict[str, Any], path: Path) -> None:
         if identity != self._identity:
             raise SystemExit(f"{path} is of other data or settings; delete it, or give another --report.")
 
     def add(self, row: dict[str, Any]) -> None:
-        self.known[row["seed"], row["row"], row["minutes"]] = row
+        self.known[row["seed"], row["row"], row["budget"]] = row
         with self._scratch.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row, allow_nan=False) + "\n")
-        print(row["seed"], row["row"], row["minutes"], row.get("extra_loss", row.get("refused")), flush=True)
+        print(row["seed"], row["row"], row["budget"], row.get("extra_loss", row.get("refused")), flush=True)
 
     def finish(self) -> None:
-        rows = sorted(self.known.values(), key=lambda row: (row["seed"], row["minutes"], row["row"]))
+        rows = sorted(self.known.values(), key=lambda row: (row["seed"], row["budget"], row["row"]))
         write_report(self._path, {"identity": self._identity, "rows": rows})
         self._path.with_suffix(".md").write_text(page(self._identity, rows), encoding="utf-8")
         self._scratch.unlink()
@@ -128,28 +130,29 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         work = arguments.work or Path(temporary)
         for seed in arguments.seeds:
-            for row, minutes in [
-                *((surgery, 0.0) for surgery in SURGERIES),
-                *((row, arguments.minutes) for row in arguments.rows),
-                *(("default", minutes) for minutes in arguments.curve),
+            budget = f"{arguments.tokens} tokens" if arguments.tokens else f"{arguments.minutes:g} minutes"
+            for row, own in [
+                *((surgery, "") for surgery in SURGERIES),
+                *((row, budget) for row in arguments.rows),
+                *(("default", f"{minutes:g} minutes") for minutes in arguments.curve),
             ]:
-                key = (seed, f"{row}, unhealed" if minutes == 0 else row, minutes)
+                key = (seed, row if own else f"{row}, unhealed", own)
                 if key not in rows.known:
                     try:
                         rows.add(measured(arguments, key, row, work))
                     except UserError as error:
-                        rows.add({"seed": seed, "row": key[1], "minutes": minutes, "refused": str(error)})
+                        rows.add({"seed": seed, "row": key[1], "budget": own, "refused": str(error)})
     rows.finish()
 
 
-def measured(arguments: argparse.Namespace, key: tuple[int, str, float], row: str, work: Path) -> dict[str, Any]:
-    """Return a row: of a surgery alone where it has no minutes, else of a healing."""
-    seed, name, minutes = key
+def measured(arguments: argparse.Namespace, key: tuple[int, str, str], row: str, work: Path) -> dict[str, Any]:
+    """Return a row: of a surgery alone where it has no budget, else of a healing."""
+    seed, name, budget = key
     common = {"eval_data": arguments.eval_data, "eval_windows": arguments.eval_windows, "continuations": 0}
     common |= {"seed": seed, "distance": False, "ui": Ui(note=print)}
-    if minutes == 0:
+    if not budget:
         report = surgery(arguments, row, work / f"{row}-{seed}", common)
-        return {"seed": seed, "row": name, "minutes": 0.0, "extra_loss": extra(report.comparison.perplexity)}
+        return {"seed": seed, "row": name, "budget": "", "extra_loss": extra(report.comparison.perplexity)}
     before, changes = ROWS[row]
     directory = work / f"{before}-{seed}"
     if not directory.exists():
@@ -159,7 +162,8 @@ def measured(arguments: argparse.Namespace, key: tuple[int, str, float], row: st
         dry_run=True,
         teacher=arguments.model,
         data=arguments.data,
-        minutes=minutes,
+        teacher_cache=work / "teacher" if arguments.tokens else None,  # in minutes, asking the original counts
+        **{budget.split()[1]: float(budget.split()[0]) if budget.endswith("minutes") else int(budget.split()[0])},
         **common | changes,
     )
     healing, unhealed = report.healing, report.unhealed
@@ -167,7 +171,7 @@ def measured(arguments: argparse.Namespace, key: tuple[int, str, float], row: st
     return {
         "seed": seed,
         "row": name,
-        "minutes": minutes,
+        "budget": budget,
         "extra_loss": extra(report.comparison.perplexity),
         "unhealed": extra(unhealed.comparison.perplexity),
         "gain": {Path(text).name: asdict(change.loss_difference) for text, change in unhealed.gain.perplexity.items()},
@@ -199,27 +203,27 @@ def page(identity: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     """Return the rows as a table: means over seeds, and of the first text also as a share of GRASP's."""
     rows = [row for row in rows if "extra_loss" in row]
     texts = list(rows[0]["extra_loss"])
-    by_name: dict[tuple[str, float], list[dict[str, Any]]] = {}
+    by_name: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in rows:
-        by_name.setdefault((row["row"], row["minutes"]), []).append(row)
+        by_name.setdefault((row["row"], row["budget"]), []).append(row)
 
     def mean(found: list[dict[str, Any]], text: str) -> float:
         return sum(row["extra_loss"][text]["value"] for row in found) / len(found)
 
-    grasp = by_name.get(("grasp, unhealed", 0.0))
+    grasp = by_name.get(("grasp, unhealed", ""))
     lines = [
         f"# Healing {identity['checkpoint']}, {identity['target_layers']} layers whole",
         "",
         "Extra loss over the original's, nats per token, means over seeds. Made by `experiments/healing/compare.py`.",
         "",
-        "| way | minutes | " + " | ".join(texts) + " | of GRASP's | tokens | seeds |",
+        "| way | budget | " + " | ".join(texts) + " | of GRASP's | tokens | seeds |",
         "|---|---:|" + "---:|" * (len(texts) + 3),
     ]
-    for (name, minutes), found in sorted(by_name.items(), key=lambda each: mean(each[1], texts[0])):
+    for (name, budget), found in sorted(by_name.items(), key=lambda each: mean(each[1], texts[0])):
         share = f"{mean(found, texts[0]) / mean(grasp, texts[0]):.3f}" if grasp else ""
         tokens = sum(row.get("healing", {}).get("tokens", 0) for row in found) // len(found)
         values = " | ".join(f"{mean(found, text):+.4f}" for text in texts)
-        lines.append(f"| {name} | {minutes:g} | {values} | {share} | {tokens:,} | {len(found)} |")
+        lines.append(f"| {name} | {budget} | {values} | {share} | {tokens:,} | {len(found)} |")
     return "\n".join(lines) + "\n"
 
 
