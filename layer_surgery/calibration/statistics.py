@@ -316,25 +316,26 @@ class _Collector(MomentObserver):
         channels, heads = (units(layer, self._walk.model.architecture) for units in (mlp_channels, attention_heads))
         self._half = {}
         found.values[index], found.sizes[index], found.ranks[index] = {}, {}, dict(ranks)
-        for name, weight, inputs in weights_with_inputs(layer, parallel.own(self.owner_of, ranks), moments, index):
-            outputs = damped(moments.output_moment(name), moments.tokens, index, name)
-            if takes_leading(self._walk.settings.decomposition, *weight.shape):
-                (left, right), values = leading_whitened_svd(weight, inputs, outputs, ranks[name])
-            else:
-                (left, right), values = whitened_svd(weight, inputs, outputs)
-            found.components.write(index, {name: Factors(left[:, : ranks[name]], right[: ranks[name]])})
-            found.values[index][name] = values.tolist()
-            found.sizes[index][name] = _size(weight)
-            for units, orders in ((channels, found.channels), (heads, found.heads)):
-                if units is not None and name == units.output:
-                    order = self._order(weight, inputs, outputs, units.size)
-                    orders[index] = found_order = UnitOrder(order.order.tolist(), order.gains.tolist())
-                    if units is channels:
-                        kept = found_order.kept(int(PART_LEVEL * units.count))
-                        self._half["mlp"] = {f"{name}.weight": _on_some(weight, inputs, kept)}
+        with parallel.together():
+            for name, weight, inputs in weights_with_inputs(layer, parallel.own(self.owner_of, ranks), moments, index):
+                outputs = damped(moments.output_moment(name), moments.tokens, index, name)
+                if takes_leading(self._walk.settings.decomposition, *weight.shape):
+                    (left, right), values = leading_whitened_svd(weight, inputs, outputs, ranks[name])
+                else:
+                    (left, right), values = whitened_svd(weight, inputs, outputs)
+                found.components.write(index, {name: Factors(left[:, : ranks[name]], right[: ranks[name]])})
+                found.values[index][name] = values.tolist()
+                found.sizes[index][name] = _size(weight)
+                for units, orders in ((channels, found.channels), (heads, found.heads)):
+                    if units is not None and name == units.output:
+                        order = self._order(weight, inputs, outputs, units.size)
+                        orders[index] = found_order = UnitOrder(order.order.tolist(), order.gains.tolist())
+                        if units is channels:
+                            kept = found_order.kept(int(PART_LEVEL * units.count))
+                            self._half["mlp"] = {f"{name}.weight": _on_some(weight, inputs, kept)}
 
-        if self._map is not None and self.owner_of[self._map[0].output] == parallel.group().rank:
-            self._reduce_map(index, *self._map, moments)
+            if self._map is not None and self.owner_of[self._map[0].output] == parallel.group().rank:
+                self._reduce_map(index, *self._map, moments)
         self._share(index, layer, channels)
 
     def _share(self, index: int, layer: nn.Module, channels: Units | None) -> None:
@@ -378,10 +379,11 @@ class _Collector(MomentObserver):
     def reduce_experts(self, index: int, layer: nn.Module, experts: Experts, moments: ExpertMoments | None) -> None:
         module, owner = layer.get_submodule(experts.module), self.owner_of[experts.module]
         orders, half = list[UnitOrder](), None
-        if moments is not None:
-            orders = expert_orders(experts, module, moments, index, self._walk.settings.decomposition)
-            kept = kept_channels(orders, int(PART_LEVEL * experts.count))
-            half = on_some_channels(experts, module, moments, kept, index)
+        with parallel.together():
+            if moments is not None:
+                orders = expert_orders(experts, module, moments, index, self._walk.settings.decomposition)
+                kept = kept_channels(orders, int(PART_LEVEL * experts.count))
+                half = on_some_channels(experts, module, moments, kept, index)
         if parallel.group().world > 1:
             orders = [UnitOrder(**order) for order in parallel.gather([asdict(order) for order in orders])[owner]]
         self._statistics.experts[index] = orders

@@ -25,6 +25,7 @@ from layer_surgery.parallel.group import (
     rows_of_all,
     shared_folder,
     temporary_folder,
+    together,
     total,
 )
 from layer_surgery.parallel.launch import joined, launched
@@ -53,5 +54,6 @@ __all__ = [
     "rows_of_all",
     "shared_folder",
     "temporary_folder",
+    "together",
     "total",
 ]

@@ -80,20 +80,30 @@ def barrier() -> None:
 
 def from_first(make: Callable[[], Any]) -> Any:
     """Return the JSON value that the first process makes; the others wait for it. What it refuses, all refuse."""
-    if _group.world == 1:
-        return make()
-    value, refused = None, None
-    if is_first():
-        try:
+    value = None
+    with together():
+        if is_first():
             value = make()
-        except (UserError, NumericalError) as error:
-            refused = error
-    said = None if refused is None else [isinstance(refused, UserError), str(refused)]
-    value, said = gather([value, said])[0]
+    return gather(value)[0]
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Have all processes raise what one of them has refused, or found not to be finite, in the block; see `in_step`.
+
+    Nothing is exchanged in the block.
+    """
+    if _group.world == 1:
+        yield
+        return
+    met: UserError | NumericalError | None = None
+    try:
+        yield
+    except (UserError, NumericalError) as error:
+        met = error
+    said = next(filter(None, gather(None if met is None else [isinstance(met, UserError), str(met)])), None)
     if said is not None:
-        by_user, message = said
-        raise refused or (UserError if by_user else NumericalError)(message)
-    return value
+        raise met or (UserError if said[0] else NumericalError)(said[1])
 
 
 def new_folder(parent: Path | None, prefix: str) -> Path:
@@ -143,8 +153,9 @@ def temporary_folder(parent: Path | None, prefix: str) -> Iterator[Path]:
 def in_step(error: Exception) -> bool:
     """Return whether all processes have met this error alike, so that they can go on together without what failed.
 
-    Such are refusals and numbers that are not finite, which all check on the same data; of anything else, as memory
-    or a disk that is full, the others know nothing and would wait for what does not come.
+    Such are refusals and numbers that are not finite, which all check on the same data or tell each other of
+    (`together`); of anything else, as memory or a disk that is full, the others know nothing and would wait for what
+    does not come.
     """
     return _group.world == 1 or isinstance(error, UserError | NumericalError)
 

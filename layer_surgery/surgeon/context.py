@@ -65,7 +65,8 @@ class SurgeryContext:
             owner_of: the process of each linear, if that is decided already.
         """
         owner_of, before = owner_of or parallel.owners(costs), len(self.spectra)
-        yield parallel.own(owner_of, costs)
+        with parallel.together():
+            yield parallel.own(owner_of, costs)
         if parallel.group().world == 1:
             return
         found = [

@@ -426,23 +426,25 @@ class _Narrowing(MomentObserver):
     def reduce(self, index: int, layer: nn.Module, moments: LayerMoments) -> None:
         cuts = {cut.units.output: cut for cut in self._cuts.get(index, ())}
         store, all_rows = self._context.factors, self._context.rows.setdefault(index, {})
-        for name, weight, inputs in weights_with_inputs(layer, parallel.own(self.owner_of, cuts), moments, index):
-            cut = cuts[name]
-            kept = cut.order.kept(cut.count)
-            store.write_tensors(index, name, {"weight": narrowed(weight, inputs, cut.units.columns(kept))})
-            for feeding, rows in cut.units.rows(kept).items():
-                linear = layer.get_submodule(feeding)
-                tensors = {part: tensor.detach()[rows] for part, tensor in linear.named_parameters()}
-                store.write_tensors(index, feeding, tensors)
+        with parallel.together():
+            for name, weight, inputs in weights_with_inputs(layer, parallel.own(self.owner_of, cuts), moments, index):
+                cut = cuts[name]
+                kept = cut.order.kept(cut.count)
+                store.write_tensors(index, name, {"weight": narrowed(weight, inputs, cut.units.columns(kept))})
+                for feeding, rows in cut.units.rows(kept).items():
+                    linear = layer.get_submodule(feeding)
+                    tensors = {part: tensor.detach()[rows] for part, tensor in linear.named_parameters()}
+                    store.write_tensors(index, feeding, tensors)
         for name, cut in cuts.items():
             all_rows |= cut.units.rows(cut.order.kept(cut.count))
             self._context.record_units(index, name, cut.name, cut.order.gains, cut.count)
 
     def reduce_experts(self, index: int, layer: nn.Module, experts: Experts, moments: ExpertMoments | None) -> None:
         cut, module = self._expert_cuts[index], layer.get_submodule(experts.module)
-        if moments is not None:
-            kept = kept_channels(cut.orders, cut.count)
-            outputs = narrowed_outputs(experts, module, moments, kept, index)
-            tensors = {"down_proj": experts.as_stored(outputs), **experts.only(module, kept)}
-            self._context.factors.write_tensors(index, experts.module, tensors)
+        with parallel.together():
+            if moments is not None:
+                kept = kept_channels(cut.orders, cut.count)
+                outputs = narrowed_outputs(experts, module, moments, kept, index)
+                tensors = {"down_proj": experts.as_stored(outputs), **experts.only(module, kept)}
+                self._context.factors.write_tensors(index, experts.module, tensors)
         self._context.record_units(index, experts.module, "experts", joint_gains(cut.orders), cut.count)

@@ -258,19 +258,20 @@ class _Pair:
                 problems.add(*look(batch), batch)
             problems.end_round(present)
         records, owner_of = {}, problems.owner_of
-        for name, solution in problems.solve():
-            if solution.ridge is not None:
-                weight = _solved_weight(self.layer, name)
-                # Rounded as it will be stored, so that what follows sees what the saved model has.
-                weight.data = solution.weight.to(self.refitted.dtype).to(weight.dtype)
-                linear = self.layer.get_submodule(name)
-                own = (OUT_FACTOR, IN_FACTOR) if isinstance(linear, LowRankLinear) else ("weight",)
-                self.refitted.write_tensors(self.index, name, {each: linear.get_parameter(each) for each in own})
-            records[name] = {
-                "ridge": solution.ridge,
-                "error_before": solution.error_before,
-                "error_after": solution.error_after,
-            }
+        with parallel.together():
+            for name, solution in problems.solve():
+                if solution.ridge is not None:
+                    weight = _solved_weight(self.layer, name)
+                    # Rounded as it will be stored, so that what follows sees what the saved model has.
+                    weight.data = solution.weight.to(self.refitted.dtype).to(weight.dtype)
+                    linear = self.layer.get_submodule(name)
+                    own = (OUT_FACTOR, IN_FACTOR) if isinstance(linear, LowRankLinear) else ("weight",)
+                    self.refitted.write_tensors(self.index, name, {each: linear.get_parameter(each) for each in own})
+                records[name] = {
+                    "ridge": solution.ridge,
+                    "error_before": solution.error_before,
+                    "error_after": solution.error_after,
+                }
         for name, record in parallel.by_owner(owner_of, records).items():
             self.records.append(RefitRecord(layer=self.index, linear=name, **record))
             if record["ridge"] is not None:
