@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+import transformers
+from transformers import PreTrainedModel
 
 from layer_surgery.checkpoint.open import open_checkpoint
 from layer_surgery.config import (
@@ -164,7 +165,7 @@ def load(
             f"{directory} has a PEFT adapter beside its weights, which transformers would put into the model; "
             "move adapter_config.json away, or load with transformers."
         )
-    loader: Any = checkpoint.model_class or AutoModelForCausalLM
+    loader: Any = checkpoint.model_class or getattr(transformers, checkpoint.head.auto_class)
     if checkpoint.model_class is None:
         kwargs["trust_remote_code"] = trust_remote_code
     model: PreTrainedModel = loader.from_pretrained(

@@ -46,10 +46,17 @@ ROWS_OF_README = 150
 NOT_RUN = {
     "make demo": "tests/runs/test_demo.py compresses the same checkpoint; here it would take minutes",
     "make test": "it runs this test",
+    "torchrun --nproc-per-node 2 -m layer_surgery compress MODEL --target-layers 9 --output shared-out/": (
+        "tests/runs/test_processes.py starts processes"
+    ),
     "pip install .": "it changes the environment that the tests run in",
     "layer-surgery compress MODEL --target-layers 9 --calibration wikitext2 --eval-data wikitext2 --output wiki/": (
         "it needs the network"
     ),
+    (
+        "layer-surgery compress CLASSIFIER --calibration labelled.jsonl --eval-data held-out.jsonl "
+        "--target-parameters 0.6 --output half/"
+    ): "tests/runs/test_encoders.py does this; the models here have no labels",
 }
 
 #: Put before the options of a command, so that what the documentation says comes later and counts.
@@ -289,7 +296,7 @@ def test_readme_lists_every_model_type() -> None:
     readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
     listed = re.search(r"- Model types: (.*?)\. Each", readme, re.DOTALL)
     assert listed is not None
-    assert re.findall(r"`(\w+)`", listed[1]) == sorted(ARCHITECTURES)
+    assert re.findall(r"`([\w-]+)`", listed[1]) == sorted(ARCHITECTURES)
     assert f"{len(ARCHITECTURES)} model types" in readme
 
 

@@ -6,7 +6,12 @@ from typing import Any
 
 import torch
 
+from layer_surgery.checkpoint.architectures import ARCHITECTURES
+
 VOCABULARY = 61
+#: Every token sees all others; see tiny_encoders.py. All other architectures predict the next token.
+ENCODERS = ("bert", "deberta-v2", "distilbert", "electra", "modernbert", "mpnet", "roberta", "xlm-roberta")
+DECODERS = sorted(ARCHITECTURES.keys() - {*ENCODERS})
 
 SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 import torch
 from common import ROOT, write_report
 from peft import LoraConfig, PeftModel, get_peft_model
-from tiny_families import LAYERS
+from tiny_families import DECODERS, LAYERS
 from tiny_models import largest_difference, packed_tokens, settings, streamed, tiny_model, walked_logits, without_layers
 from tiny_tokenizer import tiny_tokenizer
 from torch import Tensor, nn
@@ -35,7 +35,6 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 import layer_surgery
-from layer_surgery.checkpoint.architectures import ARCHITECTURES
 from layer_surgery.checkpoint.modeling_layer_surgery import LowRankLinear
 from layer_surgery.checkpoint.open import open_checkpoint
 from layer_surgery.records import LayerPlan, SurgeryPlan
@@ -267,7 +266,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     rows = []
-    for model_type in options.model_types or sorted(ARCHITECTURES):
+    for model_type in options.model_types or DECODERS:
         rows.append(measure(model_type))
         print(model_type, *(as_text(rows[-1]["cells"][name], name) for name in COLUMNS), sep="  ", flush=True)
     write_report(options.output / "matrix.json", {"rounding": ROUNDING, "rows": rows})

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from layer_surgery import parallel
 from layer_surgery.calibration.bypass import MapWorth
 from layer_surgery.calibration.couplings import Couplings
 from layer_surgery.calibration.statistics import Statistics, collect, useful_ranks
@@ -66,41 +67,60 @@ class StatisticsCache:
         }
         key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:40]
         folder = self._directory / key
-        if folder.exists():
+        if parallel.from_first(folder.exists):
+            statistics, damage = None, ""
             try:
                 statistics = _read(folder, identity, Statistics.empty(walk, FactorStore(folder, dtype)))
             except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-                self._note(f"warning: the cached statistics in {folder} are not used ({error}); computing them again")
-                shutil.rmtree(folder, ignore_errors=True)
-            else:
+                damage = str(error)
+            damage = next(filter(None, parallel.gather(damage)), "")  # what one cannot read, none uses
+            if statistics is not None and not damage:
                 self._note(f"statistics: from the cache, {folder}")
                 return statistics
+            self._note(f"warning: the cached statistics in {folder} are not used ({damage}); computing them again")
+            if parallel.is_first():
+                shutil.rmtree(folder, ignore_errors=True)
         with ExitStack() as stack:
-            try:
-                self._directory.mkdir(parents=True, exist_ok=True)
-                for left in remove_dead(self._directory, _STAGING):
-                    self._note(f"removed {left}, which a run that was killed has left in the cache")
-                work = stack.enter_context(own_directory(self._directory, _STAGING))
-            except OSError as error:
-                reason = f"--cache {self._directory} cannot be written ({why(error)})"
-                self._note(f"warning: statistics are not kept: {reason}")
+            staging = parallel.from_first(lambda: self._staging(stack, key))
+            if staging is None:
                 return None
-            staging = work / key
-            staging.mkdir()
-            statistics = Statistics.empty(walk, FactorStore(staging, dtype))
+            statistics = Statistics.empty(walk, FactorStore(Path(staging), dtype))
             every = useful_ranks(walk.model, range(walk.model.layer_count), part)
             collect(walk, statistics, every, part, maps=self._maps)
-            _write(staging, identity, statistics)
-            sync_tree(staging)
-            try:
-                rename_new(staging, folder)
-                sync(self._directory)
-            except OSError as error:
-                if not folder.exists():  # else another run has put the same there, and may be reading it
-                    self._note(f"warning: statistics are not kept in {self._directory} ({why(error)})")
-                folder = Path(shutil.move(staging, scratch / key))
-        statistics.components = FactorStore(folder, dtype)
+            parallel.barrier()  # all have written and read there what they will
+            final = parallel.from_first(lambda: self._put(Path(staging), folder, scratch / key, identity, statistics))
+        statistics.components = FactorStore(Path(final), dtype)
         return statistics
+
+    def _staging(self, stack: ExitStack, key: str) -> str | None:
+        """Return a new folder in the cache, gone with the stack; None, with a note, if it cannot be made."""
+        try:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            for left in remove_dead(self._directory, _STAGING):
+                self._note(f"removed {left}, which a run that was killed has left in the cache")
+            work = stack.enter_context(own_directory(self._directory, _STAGING))
+        except OSError as error:
+            reason = f"--cache {self._directory} cannot be written ({why(error)})"
+            self._note(f"warning: statistics are not kept: {reason}")
+            return None
+        staging = work / key
+        staging.mkdir()
+        return str(staging)
+
+    def _put(
+        self, staging: Path, folder: Path, other: Path, identity: Mapping[str, Any], statistics: Statistics
+    ) -> str:
+        """Complete a staging folder and move it to where it is found from now on; return where it is."""
+        _write(staging, identity, statistics)
+        sync_tree(staging)
+        try:
+            rename_new(staging, folder)
+            sync(self._directory)
+        except OSError as error:
+            if not folder.exists():  # else another run has put the same there, and may be reading it
+                self._note(f"warning: statistics are not kept in {self._directory} ({why(error)})")
+            return str(shutil.move(staging, other))
+        return str(folder)
 
 
 def check_cache(cache: Path | None) -> None:

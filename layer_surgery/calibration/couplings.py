@@ -108,8 +108,9 @@ class Responses:
 
     def __init__(self, walk: Walk, gradient: Boundary) -> None:
         self._walk, self._gradient = walk, gradient
-        count = walk.tokens.sequences
-        self._chosen = torch.arange(count) % (4 if count >= _MANY_SEQUENCES else 1) == 0
+        count = walk.all_tokens.sequences
+        self._all_chosen = torch.arange(count) % (4 if count >= _MANY_SEQUENCES else 1) == 0
+        self._chosen = self._all_chosen[walk.share.windows]
         self._values: dict[tuple[int, float], Tensor] = {}
         self._parts: dict[tuple[int, str], Tensor] = {}
 
@@ -123,8 +124,10 @@ class Responses:
 
     @torch.no_grad()
     def _changes(self, index: int, layer: nn.Module | None) -> Tensor:
-        """Return d [valid tokens] of the chosen sequences."""
-        walk, changes = self._walk, []
+        """Return d of the chosen sequences of all processes, [valid tokens] or, if there is one answer for each,
+        [sequences]."""
+        walk = self._walk
+        changes = torch.zeros(walk.tokens.valid.shape, dtype=torch.float64)
         for rows in walk.batches():
             chosen = self._chosen[rows]
             if not chosen.any():
@@ -132,16 +135,18 @@ class Responses:
             before = walk.boundary(index).read(rows)[chosen]
             after = before
             if layer is not None:
-                after = walk.rehearsal.call(index, walk.tokens.token_ids[rows][chosen])(layer, before)
+                after = walk.rehearsal.call(index, walk.tokens.inputs(rows, chosen))(layer, before)
             delta = after.double() - walk.boundary(index + 1).read(rows)[chosen].double()
-            change = (delta * self._gradient.read(rows)[chosen].double()).sum(dim=-1)
-            changes.append(change[walk.tokens.valid[rows][chosen].to(change.device)].cpu())
-        return torch.cat(changes)
+            changes[rows][chosen] = (delta * self._gradient.read(rows)[chosen].double()).sum(dim=-1).cpu()
+        counted, every = walk.all_tokens.valid & self._all_chosen[:, None], walk.rows_of_all(changes)
+        if walk.tokens.objective.of_sequences:  # tokens of one sequence move one loss if there is one answer for all
+            return (every * counted).sum(dim=1)[self._all_chosen]
+        return every[counted]
 
     def couplings(self) -> Couplings:
         """Return K for all layers that were added."""
         layers = sorted({index for index, _level in self._values})
-        predicted = int(self._walk.tokens.loss_mask[self._chosen].sum())
+        predicted = int(self._walk.all_tokens.loss_mask[self._all_chosen].sum())
         matrices = []
         for level in LEVELS:
             changes = torch.stack([self._values[index, level] for index in layers])

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 
+from layer_surgery import parallel
 from layer_surgery.calibration.cache import StatisticsCache
 from layer_surgery.calibration.statistics import Ranks, Statistics, collect, useful_ranks
 from layer_surgery.checkpoint.new_tensors import FactorStore
@@ -53,7 +53,7 @@ class StatisticsSource:
         if known is None or not known.covers(layers):
             # A cache goes on having what this source forgets.
             wanted = layers if known is None or self._cache is not None else {**known.ranks, **layers}
-            folder = Path(tempfile.mkdtemp(prefix="components-", dir=self._scratch))
+            folder = parallel.new_folder(self._scratch, "components-")
             computed = Statistics.empty(walk, FactorStore(folder, self._dtype))
             collect(walk, computed, wanted, self.part, maps=self.maps)
             self._statistics = known = computed

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from math import prod
 
 import torch
 from torch import Tensor, nn
 
+from layer_surgery import parallel
 from layer_surgery.calibration.bypass import MapWorth, best_map, bias_of
 from layer_surgery.calibration.couplings import LEVELS, PART_LEVEL, Couplings, Responses
 from layer_surgery.calibration.damping import damped
 from layer_surgery.calibration.expert_channels import expert_orders, kept_channels, on_some_channels
-from layer_surgery.calibration.units import UnitOrder, attention_heads, mlp_channels
+from layer_surgery.calibration.units import UnitOrder, Units, attention_heads, mlp_channels
 from layer_surgery.checkpoint.bypass import Bypass, bypass_of
 from layer_surgery.checkpoint.experts import Experts, experts_of
 from layer_surgery.checkpoint.modeling_layer_surgery import IN_FACTOR, OUT_FACTOR
@@ -74,7 +75,7 @@ class Statistics:
         """Return statistics of no linear yet, for what a walk goes over."""
         architecture = walk.model.architecture
         fed_by = {names[-1]: names[:-1] for names in (architecture.attention, architecture.mlp) if names}
-        return cls(components, int(walk.tokens.valid.sum()) / walk.tokens.predicted_tokens, fed_by=fed_by)
+        return cls(components, int(walk.all_tokens.valid.sum()) / walk.all_tokens.predicted_tokens, fed_by=fed_by)
 
     def covers(self, layers: Mapping[int, Ranks]) -> bool:
         """Return whether all of these components are there."""
@@ -190,7 +191,7 @@ def collect(
     """
     if not layers:
         return
-    check_tokens(walk.tokens, walk.model.hidden_size, "the fisher metric")
+    check_tokens(walk.all_tokens, walk.model.hidden_size, "the fisher metric")
     observer = _Collector(walk, statistics, layers, part, maps)
     walk.backpropagate([observer], watch=layers)
     statistics.couplings = observer.couplings()
@@ -211,39 +212,69 @@ class MomentObserver(Observer):
         And, in layers that are named there, at the experts.
         """
         self._linears, self._gradients, self._experts = layers, gradients, experts or {}
+        self.owner_of: dict[str, int] = {}
+        """Of the layer at hand, the process that each linear, or the experts' module, belongs to."""
         self._recorders: list[MomentRecorder | ExpertRecorder | MapRecorder] = []
 
     @contextmanager
     def watching(self, index: int, layer: nn.Module) -> Iterator[None]:
         linears = {name: layer.get_submodule(name) for name in self._linears.get(index, ())}
-        of_linears, experts = MomentRecorder(linears, gradients=self._gradients), self._experts.get(index)
+        experts = self._experts.get(index)
+        self.owner_of = _owners(layer, linears, experts)
+        of_linears = MomentRecorder(linears, gradients=self._gradients, owner_of=self.owner_of)
         self._recorders, of_experts = [of_linears], None
         with ExitStack() as recording:
             moments = recording.enter_context(of_linears.recording())
             if experts is not None:
-                recorder = ExpertRecorder(experts, layer.get_submodule(experts.module), gradients=self._gradients)
-                of_experts = recording.enter_context(recorder.recording())
-                self._recorders.append(recorder)
+                module, owner = layer.get_submodule(experts.module), self.owner_of[experts.module]
+                of_experts = ExpertRecorder(experts, module, gradients=self._gradients, owner=owner)
+                recording.enter_context(of_experts.recording())
+                self._recorders.append(of_experts)
             yield
+        for recorder in self._recorders:
+            recorder.finish()
         self.reduce(index, layer, moments)
         if experts is not None and of_experts is not None:
-            self.reduce_experts(index, layer, experts, of_experts)
+            mine = self.owner_of[experts.module] == parallel.group().rank
+            self.reduce_experts(index, layer, experts, of_experts.moments if mine else None)
         self.finish(index, layer)
 
     def batch(self, valid: Tensor) -> None:
         for recorder in self._recorders:
             recorder.start_batch(valid)
 
+    def end_round(self, present: int) -> None:
+        for recorder in self._recorders:
+            recorder.end_round(present)
+
     def reduce(self, index: int, layer: nn.Module, moments: LayerMoments) -> None:
-        """Make of the moments what is wanted of them; the layer still has its weights."""
+        """Make of the moments what is wanted of them; the layer still has its weights.
+
+        Those of linears that are not this process's own (`owner_of`) are not there.
+        """
         raise NotImplementedError
 
-    def reduce_experts(self, index: int, layer: nn.Module, experts: Experts, moments: ExpertMoments) -> None:
-        """Do the same with those of the experts, afterwards."""
+    def reduce_experts(self, index: int, layer: nn.Module, experts: Experts, moments: ExpertMoments | None) -> None:
+        """Do the same with those of the experts, afterwards; None if they are another process's."""
         raise NotImplementedError
 
     def finish(self, index: int, layer: nn.Module) -> None:
         """Do what is left to do with a layer, which still has its weights."""
+
+
+def _owners(layer: nn.Module, linears: Mapping[str, nn.Module], experts: Experts | None) -> dict[str, int]:
+    """Return the process that each linear of a layer, and the experts' module, belongs to: bins by their cost."""
+    costs = {}
+    for name, linear in linears.items():
+        out, in_ = _size(linear.get_parameter("weight"))
+        costs[name] = float(out * in_ * (out + in_) + out**3 + in_**3)
+    if experts is not None:
+        costs[experts.module] = float(experts.number * experts.count**3 + experts.hidden**3)
+    return parallel.owners(costs)
+
+
+def _size(weight: Tensor) -> Size:
+    return int(weight.shape[0]), int(weight.shape[1])
 
 
 class _Collector(MomentObserver):
@@ -266,7 +297,7 @@ class _Collector(MomentObserver):
         self._map = None
         with super().watching(index, layer), ExitStack() as recording:
             if bypass is not None and bypass.output in self._layers[index]:
-                recorder = MapRecorder(layer.get_submodule(bypass.module))
+                recorder = MapRecorder(layer.get_submodule(bypass.module), self.owner_of[bypass.output])
                 recording.enter_context(recorder.recording())
                 self._recorders.append(recorder)
                 self._map = (bypass, recorder)
@@ -285,25 +316,47 @@ class _Collector(MomentObserver):
         channels, heads = (units(layer, self._walk.model.architecture) for units in (mlp_channels, attention_heads))
         self._half = {}
         found.values[index], found.sizes[index], found.ranks[index] = {}, {}, dict(ranks)
-        for name, weight, inputs in weights_with_inputs(layer, ranks, moments, index):
-            outputs = damped(moments.output_moment(name), moments.tokens, index, name)
-            if takes_leading(self._walk.settings.decomposition, *weight.shape):
-                (left, right), values = leading_whitened_svd(weight, inputs, outputs, ranks[name])
-            else:
-                (left, right), values = whitened_svd(weight, inputs, outputs)
-            found.components.write(index, {name: Factors(left[:, : ranks[name]], right[: ranks[name]])})
-            found.values[index][name] = values.tolist()
-            found.sizes[index][name] = (weight.shape[0], weight.shape[1])
-            for units, orders in ((channels, found.channels), (heads, found.heads)):
-                if units is not None and name == units.output:
-                    order = self._order(weight, inputs, outputs, units.size)
-                    orders[index] = found_order = UnitOrder(order.order.tolist(), order.gains.tolist())
-                    if units is channels:
-                        kept = found_order.kept(int(PART_LEVEL * units.count))
-                        self._half["mlp"] = {f"{name}.weight": _on_some(weight, inputs, kept)}
+        with parallel.together():
+            for name, weight, inputs in weights_with_inputs(layer, parallel.own(self.owner_of, ranks), moments, index):
+                outputs = damped(moments.output_moment(name), moments.tokens, index, name)
+                if takes_leading(self._walk.settings.decomposition, *weight.shape):
+                    (left, right), values = leading_whitened_svd(weight, inputs, outputs, ranks[name])
+                else:
+                    (left, right), values = whitened_svd(weight, inputs, outputs)
+                found.components.write(index, {name: Factors(left[:, : ranks[name]], right[: ranks[name]])})
+                found.values[index][name] = values.tolist()
+                found.sizes[index][name] = _size(weight)
+                for units, orders in ((channels, found.channels), (heads, found.heads)):
+                    if units is not None and name == units.output:
+                        order = self._order(weight, inputs, outputs, units.size)
+                        orders[index] = found_order = UnitOrder(order.order.tolist(), order.gains.tolist())
+                        if units is channels:
+                            kept = found_order.kept(int(PART_LEVEL * units.count))
+                            self._half["mlp"] = {f"{name}.weight": _on_some(weight, inputs, kept)}
 
-        if self._map is not None:
-            self._reduce_map(index, *self._map, moments)
+            if self._map is not None and self.owner_of[self._map[0].output] == parallel.group().rank:
+                self._reduce_map(index, *self._map, moments)
+        self._share(index, layer, channels)
+
+    def _share(self, index: int, layer: nn.Module, channels: Units | None) -> None:
+        """Have all processes know what the owners of the linears of a layer have found; alone, change nothing."""
+        if parallel.group().world == 1:
+            return
+        found, owner_of = self._statistics, self.owner_of
+        values = parallel.by_owner({name: owner_of[name] for name in self._layers[index]}, found.values[index])
+        found.values[index] = values
+        found.sizes[index] = {name: _size(layer.get_parameter(f"{name}.weight")) for name in values}
+        for kind in (found.channels, found.heads):
+            own = asdict(kind[index]) if index in kind else None
+            if order := next(filter(None, parallel.gather(own)), None):
+                kind[index] = UnitOrder(**order)
+        worth = asdict(found.maps[index]) if index in found.maps else None
+        if other := next(filter(None, parallel.gather(worth)), None):
+            found.maps[index] = MapWorth(**other)
+        if channels is not None and channels.output in owner_of:
+            name = f"{channels.output}.weight"
+            half = self._half.get("mlp", {}).get(name)
+            self._half["mlp"] = {name: parallel.broadcast(half, owner_of[channels.output], self._walk.model.device)}
 
     def _order(self, weight: Tensor, inputs: Tensor, outputs: Tensor, size: int) -> ColumnOrder:
         """Return the order in which to keep the units of an output projection, of so many inputs each."""
@@ -323,13 +376,18 @@ class _Collector(MomentObserver):
         self._statistics.components.write_tensors(index, bypass.module, tensors)
         self._statistics.maps[index] = found.worth
 
-    def reduce_experts(self, index: int, layer: nn.Module, experts: Experts, moments: ExpertMoments) -> None:
-        module = layer.get_submodule(experts.module)
-        self._statistics.experts[index] = orders = expert_orders(
-            experts, module, moments, index, self._walk.settings.decomposition
-        )
-        kept = kept_channels(orders, int(PART_LEVEL * experts.count))
-        self._half["experts"] = {experts.output: on_some_channels(experts, module, moments, kept, index)}
+    def reduce_experts(self, index: int, layer: nn.Module, experts: Experts, moments: ExpertMoments | None) -> None:
+        module, owner = layer.get_submodule(experts.module), self.owner_of[experts.module]
+        orders, half = list[UnitOrder](), None
+        with parallel.together():
+            if moments is not None:
+                orders = expert_orders(experts, module, moments, index, self._walk.settings.decomposition)
+                kept = kept_channels(orders, int(PART_LEVEL * experts.count))
+                half = on_some_channels(experts, module, moments, kept, index)
+        if parallel.group().world > 1:
+            orders = [UnitOrder(**order) for order in parallel.gather([asdict(order) for order in orders])[owner]]
+        self._statistics.experts[index] = orders
+        self._half["experts"] = {experts.output: parallel.broadcast(half, owner, self._walk.model.device)}
 
     def finish(self, index: int, layer: nn.Module) -> None:
         self._try(index, layer)

@@ -1,4 +1,4 @@
-"""Names of decoder layers and of their linears, for every supported `model_type`.
+"""Names of layers and of their linears, for every supported `model_type`.
 
 Nothing else in the package knows a module name of an architecture. Embeddings, position embeddings, masks, final norm
 and head need no entry: the walk learns them by running the model itself with stubs in place of its layers.
@@ -37,6 +37,10 @@ class Architecture:
 _FUSED_QKV = ("self_attn.qkv_proj", "self_attn.o_proj")
 _FUSED_GATE_UP = ("mlp.gate_up_proj", "mlp.down_proj")
 _TWO_LAYER_MLP = ("mlp.c_fc", "mlp.c_proj")
+_BERT_ATTENTION = ("self.query", "self.key", "self.value")
+#: Where positions have projections of their own (pos_key_proj, ...), these read no tokens and stay as they are.
+_DEBERTA_ATTENTION = ("self.query_proj", "self.key_proj", "self.value_proj")
+_BERT_MLP = ("intermediate.dense", "output.dense")
 _SELF_ATTENTION, _GATED_MLP = Architecture.attention, Architecture.mlp
 _OPT_ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj")
 _BLOOM_ATTENTION = ("self_attention.query_key_value", "self_attention.dense")
@@ -127,6 +131,35 @@ ARCHITECTURES: dict[str, Architecture] = {
             attention=("mamba.in_proj", "mamba.out_proj", *_SELF_ATTENTION),
             mlp=("shared_mlp.input_linear", "shared_mlp.output_linear"),
         ),
+        # Encoders.
+        *(
+            Architecture(
+                model_type=name,
+                layers=f"{prefix}.encoder.layer",
+                attention=(*(f"attention.{part}" for part in linears), "attention.output.dense"),
+                mlp=_BERT_MLP,
+            )
+            for name, prefix, linears in (
+                ("bert", "bert", _BERT_ATTENTION),
+                ("roberta", "roberta", _BERT_ATTENTION),
+                ("xlm-roberta", "roberta", _BERT_ATTENTION),
+                ("electra", "electra", _BERT_ATTENTION),
+                ("deberta-v2", "deberta", _DEBERTA_ATTENTION),
+            )
+        ),
+        Architecture(
+            model_type="mpnet",
+            layers="mpnet.encoder.layer",
+            attention=tuple(f"attention.attn.{name}" for name in "qkvo"),
+            mlp=_BERT_MLP,
+        ),
+        Architecture(
+            model_type="distilbert",
+            layers="distilbert.transformer.layer",
+            attention=tuple(f"attention.{name}_lin" for name in ("q", "k", "v", "out")),
+            mlp=("ffn.lin1", "ffn.lin2"),
+        ),
+        Architecture(model_type="modernbert", attention=("attn.Wqkv", "attn.Wo"), mlp=("mlp.Wi", "mlp.Wo")),
     )
 }
 

@@ -1,4 +1,4 @@
-"""Checks of a checkpoint that is opened: it is a decoder-only language model, and its tensors are whole."""
+"""Checks of a checkpoint that is opened: a language model with a head that is known, whose tensors are whole."""
 
 import math
 import re
@@ -8,15 +8,17 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from layer_surgery.checkpoint.heads import CAUSAL_LM, Head, base_class_of, named_head
 from layer_surgery.checkpoint.modeling_layer_surgery import QUANTISED_NAMES
 from layer_surgery.checkpoint.tensors import INDEX_FILE, SINGLE_FILE, TensorSpec
 from layer_surgery.disk.reading import read_json
 from layer_surgery.errors import CheckpointError
 
 #: Buffers that old checkpoints store and that follow from the configuration.
-CONSTANTS = re.compile(r"(rotary_emb\.inv_freq|\.attn\.bias|\.masked_bias|\.attention\.bias)$")
+CONSTANTS = re.compile(r"(rotary_emb\.inv_freq|\.attn\.bias|\.masked_bias|\.attention\.bias|embeddings\.position_ids)$")
+#: Parts of an encoder that its other heads look at, and the one that is used does not: BERT stores them all.
+OTHER_HEADS = re.compile(r"(^|\.)(pooler|seq_relationship|mask_predictions)\.")
 #: Fields of a configuration that choose an implementation, in any spelling, and those that transformers has itself.
 IMPLEMENTATIONS = {
     "attn_implementation": {"eager", "sdpa", "flex_attention"},
@@ -124,14 +126,14 @@ def _quantised(where: str, method: str) -> CheckpointError:
     )
 
 
-def check_causal_lm(config: Any, fields: Mapping[str, Any], where: str) -> None:
-    """Refuse what is not a decoder-only language model by itself, saying what it is."""
+def find_head(config: Any, fields: Mapping[str, Any], where: str) -> Head:
+    """Return the head of a model; refuse what is no language model by itself, or has none, saying what it is."""
     names = ", ".join(fields.get("architectures") or []) or "none"
     told = f"architectures: {names}, model_type: {fields['model_type']}"
     if getattr(config, "is_encoder_decoder", False):
         raise CheckpointError(
             f"{where} is not a causal language model but an encoder-decoder ({told}); only decoder-only language "
-            "models have layers to operate on."
+            "models and encoders have layers to operate on."
         )
     towers = sorted(name for name in getattr(type(config), "sub_configs", None) or {} if name != "text_config")
     if getattr(config, "text_config", None) is not None:
@@ -140,17 +142,21 @@ def check_causal_lm(config: Any, fields: Mapping[str, Any], where: str) -> None:
             "models by themselves are operated on; save its language model as a checkpoint of its own, with its "
             "text_config, and give that."
         )
+    head = named_head(config, list(fields.get("architectures") or []))
+    if head is not None:
+        return head
     causal = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
     not_causal = names != "none" and not any(name.endswith(causal) for name in fields["architectures"])
-    base_class = getattr(config, "base_class", type(config))
-    unknown = base_class not in MODEL_FOR_CAUSAL_LM_MAPPING and not fields.get("auto_map")
+    unknown = base_class_of(config) not in CAUSAL_LM.stock_classes and not fields.get("auto_map")
     # Encoders may be built with a language-modelling head, and then see later tokens unless they are told not to.
     encoder = getattr(config, "is_decoder", None) is False and "type_vocab_size" in config.to_dict()
     if not_causal or unknown or encoder:
         raise CheckpointError(
-            f"{where} is not a causal language model ({told}); only decoder-only language models have layers to "
-            "operate on."
+            f"{where} is not a causal language model ({told}), nor has it another head that there is a loss for; "
+            "operated on are causal and masked language models, sequence classifiers and token classifiers "
+            "(...ForCausalLM, ...ForMaskedLM, ...ForSequenceClassification, ...ForTokenClassification)."
         )
+    return CAUSAL_LM
 
 
 def check_layers_stand_alone(config: Any, where: str) -> None:
@@ -171,6 +177,7 @@ def check_tensors(
     *,
     where: str,
     layer_count: int,
+    encoder: bool = False,
 ) -> tuple[str, ...]:
     """Compare names and shapes of tensors with those that the model has.
 
@@ -199,7 +206,8 @@ def check_tensors(
     )
     if one_byte is not None:
         raise _quantised(where, f"'{one_byte}' is {str(stored[one_byte].dtype).removeprefix('torch.')}")
-    return _left_out(skeleton, extra, where, layer_count)
+    others = [name for name in extra if encoder and OTHER_HEADS.search(name)]
+    return (*others, *_left_out(skeleton, [name for name in extra if name not in others], where, layer_count))
 
 
 def _layer_number(skeleton: PreTrainedModel, name: str) -> int:

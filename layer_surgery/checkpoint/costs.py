@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
+from layer_surgery.checkpoint.heads import CAUSAL_LM
 from layer_surgery.checkpoint.open import Checkpoint, build_skeleton
 
 _LOG = logging.getLogger(__name__)
@@ -36,7 +37,14 @@ class TokenCosts:
 
 
 def token_costs(checkpoint: Checkpoint, context: int) -> TokenCosts:
-    """Count what one more token behind `context` tokens costs."""
+    """Count what one more token behind `context` tokens costs.
+
+    Of a model that generates nothing: what one of `context` tokens costs that are given at once (of as many
+    as it takes, if that is less).
+    """
+    if checkpoint.head is not CAUSAL_LM:
+        length = min(context, checkpoint.longest_sequence or context)
+        return TokenCosts(None, _first_that_runs(checkpoint, lambda model: _flops_at_once(model, length)))
     cache_bytes = cache_bytes_by_layer(checkpoint)
     flops = _first_that_runs(checkpoint, lambda model: _flops(model, context))
     return TokenCosts(None if cache_bytes is None else sum(cache_bytes), flops)
@@ -74,6 +82,13 @@ def _cache_bytes(model: PreTrainedModel, length: int) -> list[int]:
     """Return the bytes of all tensors of the cache behind `length` tokens, layer by layer."""
     layers = [tree_leaves(vars(layer)) for layer in _run(model, length).layers]
     return [sum(tensor.nbytes for tensor in layer if isinstance(tensor, Tensor)) for layer in layers]
+
+
+def _flops_at_once(model: PreTrainedModel, length: int) -> int:
+    ids = torch.zeros(1, length, dtype=torch.int64, device="meta")
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=ids)
+    return int(counter.get_total_flops()) // length
 
 
 def _flops(model: PreTrainedModel, context: int) -> int:

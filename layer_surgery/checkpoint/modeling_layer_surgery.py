@@ -28,6 +28,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
     MODEL_MAPPING,
@@ -44,11 +45,13 @@ HOW_TO_LOAD = (
     "This is a Layer Surgery checkpoint with low-rank or narrower layers: load it with trust_remote_code=True "
     "or with layer_surgery.load(directory)."
 )
-CAUSAL_LM = "LayerSurgeryForCausalLM"
+CAUSAL_LM, MASKED_LM = "LayerSurgeryForCausalLM", "LayerSurgeryForMaskedLM"
+HEADLESS = "LayerSurgeryModel"
 #: By the name of an entry point at the end of this file: the auto class that asks for it, and where stock classes are.
 MODELS: dict[str, tuple[str, Any]] = {
-    "LayerSurgeryModel": ("AutoModel", MODEL_MAPPING),
+    HEADLESS: ("AutoModel", MODEL_MAPPING),
     CAUSAL_LM: ("AutoModelForCausalLM", MODEL_FOR_CAUSAL_LM_MAPPING),
+    MASKED_LM: ("AutoModelForMaskedLM", MODEL_FOR_MASKED_LM_MAPPING),
     "LayerSurgeryForSequenceClassification": (
         "AutoModelForSequenceClassification",
         MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
@@ -60,10 +63,21 @@ QUANTISED_NAMES = re.compile(
     r"\.(qweight|qzeros|g_idx|weight_scale|weight_scale_inv|weight_zero_point|weight_packed|weight_shape|absmax"
     r"|quant_state\..*|SCB|\w+_blocks)$"
 )
-AUTO_MAP = {
-    "AutoConfig": "modeling_layer_surgery.LayerSurgeryConfig",
-    **{auto_class: f"modeling_layer_surgery.{name}" for name, (auto_class, _) in MODELS.items()},
-}
+
+
+def auto_map(base_class: type, head: str) -> dict[str, str]:
+    """Return `auto_map` for a checkpoint of this architecture and this head: what can be loaded of it, by auto class.
+
+    An encoder is no causal language model, although transformers has classes for that; nor the other way round.
+    """
+    encoder = head != CAUSAL_LM and base_class in MODEL_FOR_MASKED_LM_MAPPING
+    left_out = CAUSAL_LM if encoder else MASKED_LM
+    return {
+        "AutoConfig": "modeling_layer_surgery.LayerSurgeryConfig",
+        **{
+            auto_class: f"modeling_layer_surgery.{name}" for name, (auto_class, _) in MODELS.items() if name != left_out
+        },
+    }
 
 
 #: Names of the tensors of a low-rank linear, behind its own: [r, in] and [out, r].
@@ -95,9 +109,10 @@ def nested_config(
     base = {name: value for name, value in fields.items() if name not in TOP_LEVEL}
     # Where tools look for it that read the file and not the configuration.
     quantised = {"quantization_config": base.pop("quantization_config")} if base.get("quantization_config") else {}
+    architectures = entry_points(fields.get("architectures"))
     return {
-        "architectures": [name for name in fields.get("architectures") or [] if name in MODELS] or [CAUSAL_LM],
-        "auto_map": dict(AUTO_MAP),
+        "architectures": architectures,
+        "auto_map": auto_map(type(AutoConfig.for_model(fields["model_type"])), head_of(architectures)),
         "model_type": MODEL_TYPE,
         "num_hidden_layers": HOW_TO_LOAD,
         "base_model_type": fields["model_type"],
@@ -108,6 +123,21 @@ def nested_config(
         "transformers_version": fields.get("transformers_version"),
         **quantised,
     }
+
+
+def entry_points(architectures: list[str] | None) -> list[str]:
+    """Return the names in `MODELS` for the classes that a configuration names, stock ones or these."""
+    ends = {name.removeprefix("LayerSurgery"): name for name in MODELS if name != HEADLESS}
+    found = [
+        name if name in MODELS else next((ours for end, ours in ends.items() if name.endswith(end)), "")
+        for name in architectures or []
+    ]
+    return [name for name in found if name] or [CAUSAL_LM]
+
+
+def head_of(architectures: list[str] | None) -> str:
+    """Return the name in `MODELS` of the model with the head that the weights of a checkpoint have."""
+    return next((name for name in entry_points(architectures) if name != HEADLESS), CAUSAL_LM)
 
 
 def base_fields(nested: dict[str, Any]) -> dict[str, Any]:
@@ -413,7 +443,7 @@ def config_class_for(base_class: type[PreTrainedConfig]) -> type:
             base_class.__init__(self, *args, **kwargs)
             self.low_rank = dict(low_rank or {})
             self.narrowed = dict(narrowed or {})
-            self.auto_map = dict(AUTO_MAP)
+            self.auto_map = auto_map(base_class, head_of(self.architectures))
 
         _config_classes[base_class] = type(
             "LayerSurgeryConfig",
@@ -460,15 +490,15 @@ def model_class_for(config_class: type, name: str = CAUSAL_LM) -> type[PreTraine
                 "checkpoint; load it with AutoModelForCausalLM or AutoModel."
             )
         base_model: type[PreTrainedModel] = stock_classes[base_config]
-        # Names in the configuration are those of the causal language model.
-        theirs = f"{MODEL_FOR_CAUSAL_LM_MAPPING[base_config].base_model_prefix}."
-        ours = "" if name == "LayerSurgeryModel" else f"{base_model.base_model_prefix}."
+        ours = "" if name == HEADLESS else f"{base_model.base_model_prefix}."
 
         # Its parameters have no annotations: vLLM compares arguments with these as if they were classes.
         def __init__(self, config, *args, **kwargs):  # type: ignore[no-untyped-def]
             base_model.__init__(self, config, *args, **kwargs)
             if isinstance(self.base_model, _LayerSurgeryModelMixin) and self.base_model is not self:
                 return  # made by `AutoModel`, see below
+            # Names in the configuration are those of the model whose head the weights have.
+            theirs = f"{MODELS[head_of(config.architectures)][1][base_config].base_model_prefix}."
             # A linear may be both: narrower first, and then made of factors of that size.
             narrow_linears(self, {_renamed(key, theirs, ours): size for key, size in config.narrowed.items()})
             replace_linears(self, {_renamed(key, theirs, ours): rank for key, rank in config.low_rank.items()})
@@ -502,11 +532,15 @@ def check_loaded(model: PreTrainedModel, info: dict[str, Any]) -> None:
     A head that the checkpoint does not have is new, and its own may be left out.
     """
     body = f"{model.base_model_prefix}."
-    kind = type(model).__name__
+    kind, head = type(model).__name__, head_of(model.config.architectures)
     missing = [
-        name for name in info["missing_keys"] if kind in (CAUSAL_LM, "LayerSurgeryModel") or name.startswith(body)
+        name
+        for name in info["missing_keys"]
+        if kind == head
+        # Encoders have a pooler for some heads only.
+        or ((kind == HEADLESS or name.startswith(body)) and not name.removeprefix(body).startswith("pooler."))
     ]
-    unexpected = [name for name in info["unexpected_keys"] if kind == CAUSAL_LM or name.startswith(body)]
+    unexpected = [name for name in info["unexpected_keys"] if kind == head or name.startswith(body)]
     if not missing and not unexpected:
         return
     quantised = next((name for name in unexpected if QUANTISED_NAMES.search(name)), None)
@@ -569,12 +603,16 @@ class LayerSurgeryForCausalLM(_EntryPoint):
     """Entry point for `AutoModelForCausalLM`."""
 
 
+class LayerSurgeryForMaskedLM(_EntryPoint):
+    """Entry point for `AutoModelForMaskedLM`."""
+
+
 class LayerSurgeryForSequenceClassification(_EntryPoint):
-    """Entry point for `AutoModelForSequenceClassification`: the head is new."""
+    """Entry point for `AutoModelForSequenceClassification`: the head is new unless the checkpoint is a classifier."""
 
 
 class LayerSurgeryForTokenClassification(_EntryPoint):
-    """Entry point for `AutoModelForTokenClassification`: the head is new."""
+    """Entry point for `AutoModelForTokenClassification`: the head is new unless the checkpoint is a tagger."""
 
 
 __all__ = ["LayerSurgeryConfig", *MODELS, "LowRankLinear", "replace_linears"]

@@ -13,11 +13,9 @@ import torch
 import transformers
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from layer_surgery.checkpoint.architectures import Architecture, base_model_type, longest_sequence
+from layer_surgery.checkpoint.architectures import Architecture, base_model_type
 from layer_surgery.checkpoint.checks import (
-    check_causal_lm,
     check_counts,
     check_directory,
     check_fetches_nothing,
@@ -25,17 +23,30 @@ from layer_surgery.checkpoint.checks import (
     check_layers_stand_alone,
     check_not_quantised,
     check_tensors,
+    find_head,
 )
 from layer_surgery.checkpoint.conversion import as_in_model, with_conv1d_transposed
+from layer_surgery.checkpoint.heads import (
+    CAUSAL_LM,
+    Head,
+    base_class_of,
+    head_of_model,
+    is_encoder,
+    longest_input,
+    objective_of,
+)
 from layer_surgery.checkpoint.modeling_layer_surgery import (
     MODEL_TYPE,
+    MODELS,
     LayerSurgeryConfig,
     base_fields,
+    head_of,
     model_class_for,
 )
 from layer_surgery.checkpoint.recognition import architecture_of
 from layer_surgery.checkpoint.skeleton import make_skeleton
 from layer_surgery.checkpoint.tensors import SafetensorsSource, StateDictSource, TensorSource, checkpoint_files
+from layer_surgery.data.objective import Objective
 from layer_surgery.disk.reading import read_json, why
 from layer_surgery.errors import CheckpointError
 
@@ -53,7 +64,7 @@ NOT_IDENTITY = {
 
 @dataclass(kw_only=True)
 class Checkpoint:
-    """A causal LM as configuration + named tensors + the files that travel with it."""
+    """A language model with its head as configuration + named tensors + the files that travel with it."""
 
     name: str  #: As the user gave it: a directory, a hub name, or the class of a model in memory.
     config: Any
@@ -61,6 +72,7 @@ class Checkpoint:
     """The configuration as the checkpoint stores it; for a low-rank checkpoint that of its base architecture."""
     low_rank: dict[str, int]  #: Rank of every linear that is stored as factors; empty for a plain checkpoint.
     source: TensorSource  #: The tensors as the model has them (see conversion.py), whatever their form in files.
+    head: Head = CAUSAL_LM
     narrowed: dict[str, tuple[int, int]] = field(default_factory=dict)
     """Size (out, in) of every linear that is smaller than its architecture has it."""
     left_out: tuple[str, ...] = ()
@@ -95,7 +107,17 @@ class Checkpoint:
     @property
     def longest_sequence(self) -> int | None:
         """Most tokens that the model takes; None where its configuration does not say."""
-        return longest_sequence(self.config)
+        return longest_input(self.config, self.skeleton)
+
+    @property
+    def encoder(self) -> bool:
+        """Whether every token sees all others, so that the model has to be told which are padding."""
+        return is_encoder(self.config, self.head)
+
+    @property
+    def objective(self) -> Objective:
+        """The problem that its head solves."""
+        return objective_of(self.config, self.head, self.longest_sequence)
 
     @functools.cached_property
     def skeleton(self) -> PreTrainedModel:
@@ -191,6 +213,7 @@ def build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> 
     return make_skeleton(
         checkpoint.config,
         checkpoint.model_class,
+        checkpoint.head,
         dtype=dtype,
         trust_remote_code=checkpoint.trust_remote_code,
         buffers=checkpoint.buffers,
@@ -249,12 +272,12 @@ def _from_directory(name: str, directory: Path, trust_remote_code: bool) -> Chec
         except Exception as error:  # transformers raises many types here, each about this one file
             reason = " ".join(str(error).split())[:300]
             raise CheckpointError(f"{config_file} is damaged ({type(error).__name__}: {reason}).") from error
-        model_class = model_class_for(type(config))
+        model_class = model_class_for(type(config), head_of(config.architectures))
         low_rank, narrowed, fields = config.low_rank, config.narrowed, _base_fields(config, fields)
         check_not_quantised(fields, directory)  # by what is nested, too
     else:
         config = _stock_config(directory, trust_remote_code)
-    check_causal_lm(config, fields, str(directory))
+    head = find_head(config, fields, str(directory))
     check_layers_stand_alone(config, str(directory))
     return Checkpoint(
         name=name,
@@ -263,6 +286,7 @@ def _from_directory(name: str, directory: Path, trust_remote_code: bool) -> Chec
         low_rank=low_rank,
         narrowed=narrowed,
         source=source,
+        head=head,
         directory=directory,
         files=tuple(files),
         trust_remote_code=trust_remote_code,
@@ -272,7 +296,7 @@ def _from_directory(name: str, directory: Path, trust_remote_code: bool) -> Chec
 
 def _base_fields(config: Any, nested: dict[str, Any]) -> dict[str, Any]:
     """Return what `config.json` of the stock architecture would hold, from the nested form of a low-rank checkpoint."""
-    stock_class = MODEL_FOR_CAUSAL_LM_MAPPING[config.base_class]
+    stock_class = MODELS[head_of(config.architectures)][1][config.base_class]
     fields = {**base_fields(nested), "model_type": nested["base_model_type"]}
     return fields | {"architectures": [stock_class.__name__]}
 
@@ -298,9 +322,12 @@ def _stock_config(directory: Path, trust_remote_code: bool) -> Any:
 
 
 def _from_memory(model: PreTrainedModel) -> Checkpoint:
-    if not {*MODEL_FOR_CAUSAL_LM_MAPPING.values()}.intersection(type(model).__mro__):
+    head = head_of_model(model)
+    if head is None:
         raise CheckpointError(
-            f"a {type(model).__name__} is not a causal language model; load it with AutoModelForCausalLM."
+            f"a {type(model).__name__} is not a causal language model and has no other head that there is a loss for; "
+            "load it with AutoModelForCausalLM, or with AutoModelForMaskedLM, ...ForSequenceClassification or "
+            "...ForTokenClassification."
         )
     fields = model.config.to_dict()
     low_rank = dict(getattr(model.config, "low_rank", {}) or {})
@@ -309,7 +336,9 @@ def _from_memory(model: PreTrainedModel) -> Checkpoint:
         fields = _base_fields(model.config, fields)
     # As save_pretrained does: a model made from its configuration has neither there.
     fields["architectures"] = fields.get("architectures") or [type(model).__name__]
-    check_causal_lm(model.config, fields, f"the {type(model).__name__}")
+    if head is not CAUSAL_LM:  # another one than that of the checkpoint it was loaded from, perhaps
+        fields["architectures"] = [head.stock_classes[base_class_of(model.config)].__name__]
+    find_head(model.config, fields, f"the {type(model).__name__}")
     check_layers_stand_alone(model.config, f"the {type(model).__name__}")
     fields["dtype"] = str(model.dtype).removeprefix("torch.")
     tensors = model.state_dict()
@@ -322,6 +351,7 @@ def _from_memory(model: PreTrainedModel) -> Checkpoint:
         config_fields=fields,
         low_rank=low_rank,
         narrowed=narrowed,
+        head=head,
         source=StateDictSource({name: tensor for name, tensor in tensors.items() if name not in tied}),
         model_class=type(model),
         buffers=dict(model.named_non_persistent_buffers()),
@@ -347,5 +377,10 @@ def _settle(checkpoint: Checkpoint) -> None:
     else:
         checkpoint.source, without_place = as_in_model(checkpoint.source, skeleton)
     checkpoint.left_out = check_tensors(
-        skeleton, checkpoint.source.specs, without_place, where=where, layer_count=checkpoint.layer_count
+        skeleton,
+        checkpoint.source.specs,
+        without_place,
+        where=where,
+        layer_count=checkpoint.layer_count,
+        encoder=checkpoint.encoder,
     )

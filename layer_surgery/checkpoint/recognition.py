@@ -4,9 +4,9 @@ import re
 
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from layer_surgery.checkpoint.architectures import ARCHITECTURES, Architecture, base_model_type
+from layer_surgery.checkpoint.heads import HEADS, base_class_of
 from layer_surgery.checkpoint.modeling_layer_surgery import LowRankLinear
 from layer_surgery.errors import CheckpointError, nearest_name
 
@@ -37,8 +37,7 @@ def architecture_of(model: PreTrainedModel) -> Architecture:
 
 def is_stock(model: PreTrainedModel) -> bool:
     """Return whether the model is transformers' own for its configuration, and not made by code that came with it."""
-    base_class = getattr(model.config, "base_class", type(model.config))
-    return base_class in MODEL_FOR_CAUSAL_LM_MAPPING
+    return any(base_class_of(model.config) in head.stock_classes for head in HEADS.values())
 
 
 def guess_architecture(model: PreTrainedModel, model_type: str) -> Architecture:

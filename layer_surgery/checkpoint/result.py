@@ -12,7 +12,12 @@ from torch import nn
 from layer_surgery.checkpoint.bypass import bypass_of
 from layer_surgery.checkpoint.experts import Experts, experts_of
 from layer_surgery.checkpoint.layer_config import surviving_fields
-from layer_surgery.checkpoint.modeling_layer_surgery import LayerSurgeryConfig, model_class_for, nested_config
+from layer_surgery.checkpoint.modeling_layer_surgery import (
+    LayerSurgeryConfig,
+    head_of,
+    model_class_for,
+    nested_config,
+)
 from layer_surgery.checkpoint.new_tensors import FactorStore
 from layer_surgery.checkpoint.open import Checkpoint
 from layer_surgery.checkpoint.size_fields import SizedKind, plain_config, plain_shapes, size_field
@@ -66,6 +71,7 @@ def result_checkpoint(base: Checkpoint, plan: SurgeryPlan, *stores: FactorStore)
         low_rank=low_rank,
         narrowed=narrowed,
         source=RenamedSource(mapping),
+        head=base.head,
         trust_remote_code=base.trust_remote_code,
         model_class=model_class,
         directory=base.directory,
@@ -187,7 +193,7 @@ def _config_and_class(
 ) -> tuple[Any, Any]:
     if low_rank or narrowed:
         config = LayerSurgeryConfig.from_dict(nested_config(fields, low_rank, narrowed))
-        return config, model_class_for(type(config))
+        return config, model_class_for(type(config), head_of(config.architectures))
     return plain_config(base, fields)
 
 

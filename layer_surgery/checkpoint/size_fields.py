@@ -24,7 +24,7 @@ SizedKind = Literal["channels", "experts", "routed"]
 #: What configurations call the width of an MLP, that of experts, and how many experts there are.
 _CANDIDATES: dict[SizedKind, tuple[str, ...]] = {
     "channels": (
-        *("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size"),
+        *("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "hidden_dim"),
         *("shared_expert_intermediate_size", "shared_intermediate_size"),
     ),
     "experts": ("moe_intermediate_size", "intermediate_size", "expert_intermediate_size"),
@@ -64,7 +64,8 @@ def plain_config(base: Checkpoint, fields: dict[str, Any]) -> tuple[Any, Any]:
 
 def plain_shapes(checkpoint: Checkpoint, fields: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """Return the shapes of the parameters of a plain checkpoint with these fields."""
-    skeleton = make_skeleton(*plain_config(checkpoint, fields), trust_remote_code=checkpoint.trust_remote_code)
+    config, model_class = plain_config(checkpoint, fields)
+    skeleton = make_skeleton(config, model_class, checkpoint.head, trust_remote_code=checkpoint.trust_remote_code)
     return {name: tuple(parameter.shape) for name, parameter in skeleton.named_parameters()}
 
 

@@ -5,21 +5,24 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from layer_surgery.checkpoint.conversion import replace_conv1d
+from layer_surgery.checkpoint.heads import Head
 
 
 def make_skeleton(
     config: Any,
     model_class: type[PreTrainedModel] | None,
+    head: Head,
     *,
     dtype: torch.dtype | None = None,
     trust_remote_code: bool = False,
     buffers: Mapping[str, Tensor] | None = None,
 ) -> PreTrainedModel:
-    """Make the model that `config` describes (of `model_class`, or of transformers' class for causal LMs).
+    """Make the model that `config` describes (of `model_class`, or of transformers' class for this head).
 
     `dtype` is that of computation, by default that of the configuration: some architectures keep constants in it
     (Gemma's scale of the embeddings). `buffers` take the place of freshly made non-persistent ones (rotary
@@ -29,7 +32,8 @@ def make_skeleton(
     dtype = dtype or config.dtype
     with torch.device("meta"):
         if model_class is None:
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code or None, dtype=dtype)
+            auto_class = getattr(transformers, head.auto_class)
+            model = auto_class.from_config(config, trust_remote_code=trust_remote_code or None, dtype=dtype)
         else:
             model = model_class._from_config(config, dtype=dtype)
     replace_conv1d(model)

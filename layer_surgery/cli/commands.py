@@ -177,10 +177,12 @@ def sweep(model: str, as_json: bool, **options: Any) -> None:
 @DEBUG
 def export(directory: str, dense: bool, as_json: bool, **options: Any) -> None:
     """Write the result in DIR in another form; so far there is --dense."""
-    from layer_surgery import api
+    from layer_surgery import api, parallel
 
     if not dense:
         raise UserError("say what to export: --dense (factors multiplied out) is the one form that there is.")
+    if not parallel.is_first():
+        return
     record = call(api.export_dense, directory, options)
     if as_json:
         print_json(asdict(record))
@@ -223,8 +225,10 @@ def report(results: tuple[Path, ...], **options: Any) -> None:
     With one result, report.html and the model card README.md in it are made again from its surgery.json; a card that
     was edited stays. Of a sweep, every point is compared.
     """
-    from layer_surgery import api
+    from layer_surgery import api, parallel
 
+    if not parallel.is_first():
+        return
     stopping.stop_by_cleaning_up()
     page, notes = api.report(*results, **options)
     for note in notes:

@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from typing import NoReturn
 
 try:
@@ -26,16 +27,19 @@ def main() -> NoReturn:
     """Run the command line; exit code 2 for a mistake in what was asked, 1 for a failure."""
     debug = "--debug" in sys.argv
     _quiet_libraries(debug)
+    _first_process_speaks(debug)
     stopping.stop_at_once()
     try:
-        sys.exit(cli.main(standalone_mode=False, prog_name="layer-surgery"))
+        with _processes():
+            code = _run()
+        sys.exit(code)
     except click.ClickException as error:
         if len(sys.argv) == 1:  # the message is the help
             error.show()
         else:
             click.echo(f"error: {one_line(' '.join(error.format_message().split()))}", err=True)
         sys.exit(error.exit_code)
-    except (click.Abort, KeyboardInterrupt):
+    except KeyboardInterrupt:
         stopping.end(signal.SIGINT)
     except stopping.Stopped as stopped:
         stopping.end(stopped.number)
@@ -67,6 +71,33 @@ def cli() -> None:
 
 for _name in ("compress", "heal", "score", "evaluate", "sweep", "report", "export", "verify", "completion"):
     cli.add_command(getattr(commands, _name))
+
+
+def _run() -> int | None:
+    """Run the command that was given, and return its exit code."""
+    try:
+        code: int | None = cli.main(standalone_mode=False, prog_name="layer-surgery")
+        return code
+    except click.Abort:  # what click makes of it
+        raise KeyboardInterrupt from None
+
+
+def _processes() -> AbstractContextManager[object]:
+    """Return what joins the processes that a launcher has started; nothing, where there is one."""
+    if os.environ.get("WORLD_SIZE", "1") in ("", "0", "1"):  # importing torch takes seconds
+        return nullcontext()
+    from layer_surgery import parallel
+
+    return parallel.joined()
+
+
+def _first_process_speaks(debug: bool) -> None:
+    """Keep the other processes of a job silent, but for tracebacks that were asked for."""
+    if os.environ.get("RANK", "0") == "0":
+        return
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
+    if not debug:
+        sys.stderr = sys.stdout
 
 
 def _quiet_libraries(debug: bool) -> None:

@@ -133,7 +133,7 @@ class PerplexityConfig(TextConfig):
         default=("bundled",),
         converter=names,
         metadata=about(
-            "Text to measure perplexity on; may be given several times.",
+            "Text to measure perplexity on, or labelled examples for a classifier; may be given several times.",
             form="repeat",
             metavar="NAME|FILE",
             choices=DATA_CHOICES,

@@ -38,7 +38,8 @@ class CalibrationConfig(TextConfig):
         metadata=about(
             "Calibration data: bundled, a .txt .jsonl .json .csv .parquet file, or a hub data set "
             "(wikitext2, c4, gsm8k, OWNER/NAME[#CONFIG][@SPLIT]). Rows with prompt and answer, or chat messages, carry "
-            "loss on the answer only. May be given several times to mix sources: --calibration task.jsonl:2 "
+            "loss on the answer only; a classifier needs rows with text and label, or tokens and tags. "
+            "May be given several times to mix sources: --calibration task.jsonl:2 "
             "--calibration bundled:1 takes two thirds of the sequences from task.jsonl. A weight (default "
             f"{DEFAULT_WEIGHT:g}) is a share of sequences, not of the tokens that carry loss; the notes printed on the "
             "way say how many of those each source has.",

@@ -158,7 +158,9 @@ class RuntimeConfig(CallConfig):
         """Return the device; `UserError` if it is not there."""
         import torch
 
-        name = self.device
+        from layer_surgery import parallel
+
+        name, group = self.device, parallel.group()
         if name == "auto":
             name = "cuda" if torch.cuda.is_available() else "cpu"
         kind, _, number = name.partition(":")
@@ -168,6 +170,20 @@ class RuntimeConfig(CallConfig):
             raise UserError(f"--device is '{self.device}', but torch sees no CUDA device; use --device cpu.")
         if kind == "cuda" and number and int(number) >= torch.cuda.device_count():
             raise UserError(f"--device is '{self.device}', but there are {torch.cuda.device_count()} CUDA devices.")
+        if kind == "cuda" and group.world > 1:
+            if number:
+                raise UserError(
+                    f"--device is '{self.device}', but each of {group.world} processes takes a GPU of its own; give "
+                    "--device cuda."
+                )
+            if group.local_world > torch.cuda.device_count():
+                raise UserError(
+                    f"--device is '{self.device}', but this machine has {torch.cuda.device_count()} CUDA devices for "
+                    f"{group.local_world} processes; start --nproc-per-node {torch.cuda.device_count()}, or give "
+                    "--device cpu."
+                )
+            name = f"cuda:{group.local_rank}"
+            torch.cuda.set_device(group.local_rank)
         return torch.device(name)
 
     def memory(self, device: torch.device) -> tuple[int, int]:

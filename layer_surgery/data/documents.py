@@ -7,8 +7,12 @@ from typing import Literal, TypeAlias
 Purpose: TypeAlias = Literal["calibration", "evaluation"]
 """Purpose of the data: it decides which half of the bundled text, or which split of a hub data set, is read."""
 
-Kind: TypeAlias = Literal["text", "example", "chat"]
+Kind: TypeAlias = Literal["text", "example", "chat", "labelled", "tagged"]
 """All documents of one source are of one kind."""
+
+
+Wanted: TypeAlias = Literal["text", "labels", "tags"]
+"""What a model learns from: text by itself (or answers in it), a label for each text, or a tag for each word."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,24 @@ class Chat:
     messages: list[dict[str, str]]
 
 
-Document: TypeAlias = Text | Example | Chat
+@dataclass(frozen=True)
+class Labelled:
+    """A text, or two that belong together, with the answer for the whole as it stands in the data."""
+
+    text: str
+    label: object  #: A name or number of a label, a list of several, or what a regression is to give.
+    second: str | None = None
+
+
+@dataclass(frozen=True)
+class Tagged:
+    """A text in words, with a tag (name or number) for each."""
+
+    words: list[str]
+    tags: list[object]
+
+
+Document: TypeAlias = Text | Example | Chat | Labelled | Tagged
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from layer_surgery.data.documents import LoadedData, Purpose, Text
+from layer_surgery.data.documents import LoadedData, Purpose, Text, Wanted
 from layer_surgery.data.rows import Row, Table, documents_from
 from layer_surgery.errors import DataError, unknown_name
 
@@ -78,7 +78,7 @@ def parse_reference(source: str, names: Sequence[str]) -> HubReference:
     raise DataError(f"'{source}' is neither a file nor a hub data set of the form OWNER/NAME[#CONFIG][@SPLIT].")
 
 
-def load_hub(reference: HubReference, part: Purpose, column: str | None) -> LoadedData:
+def load_hub(reference: HubReference, part: Purpose, column: str | None, wanted: Wanted = "text") -> LoadedData:
     """Read a hub data set; without `@SPLIT`, calibration reads `train`, evaluation `test` or else `validation`.
 
     Raises `DataError`: the hub cannot be reached, or it has no such data set, config, split or columns.
@@ -88,10 +88,10 @@ def load_hub(reference: HubReference, part: Purpose, column: str | None) -> Load
     try:
         dataset, origin = _open(reference, part)
         table = _table(reference.source, dataset, reference.known.limit if reference.known else None)
-        if lines_of is not None and column in (None, lines_of):
+        if lines_of is not None and column in (None, lines_of) and wanted == "text":
             text = "\n\n".join(str(row[lines_of]) for _, row in table.read([lines_of]))
             return LoadedData(reference.source, [Text(text)], "text", origin)
-        kind, documents = documents_from(table, column)
+        kind, documents = documents_from(table, column, wanted)
         return LoadedData(reference.source, documents, kind, origin)
     except DataError:
         raise

@@ -11,8 +11,9 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from layer_surgery.data.documents import LoadedData
-from layer_surgery.data.packing import TooFewSequencesError, pack_calibration, packed_tokens
-from layer_surgery.data.tokens import PackedTokens, SourceShare
+from layer_surgery.data.objective import NEXT_TOKEN, Objective
+from layer_surgery.data.packing import TooFewSequencesError, pack_calibration
+from layer_surgery.data.tokens import PackedTokens, SourceShare, joined
 from layer_surgery.data.weights import WeightedSource, apportion
 from layer_surgery.errors import DataError
 
@@ -27,6 +28,7 @@ def pack_mixture(
     samples: int,
     sequence_length: int,
     seed: int,
+    objective: Objective = NEXT_TOKEN,
     alone: bool = False,
 ) -> PackedTokens:
     """Pack `samples` sequences in all, divided among the sources by weight and put in an order chosen by `seed`.
@@ -41,11 +43,12 @@ def pack_mixture(
         data: at least one source.
         weights: one for each source, finite and above 0.
         samples: at least as many as there are sources.
+        objective: what the model's head is for.
         alone: whether each example has a sequence of its own.
 
     Raises `DataError`: as `pack_calibration`; it names the source.
     """
-    size: dict[str, Any] = {"sequence_length": sequence_length, "alone": alone}
+    size: dict[str, Any] = {"sequence_length": sequence_length, "alone": alone, "objective": objective}
     if len(data) == 1:
         tokens = pack_calibration(data[0], tokenizer, samples=samples, seed=seed, **size)
         return replace(tokens, sources=(_share(tokens, weights[0]),))
@@ -61,13 +64,8 @@ def pack_mixture(
                 f"{_advice(weights, position, samples, error.count)}, or pass more data."
             ) from error
     order = torch.randperm(samples, generator=generator)
-    mixed = packed_tokens(
-        " + ".join(str(WeightedSource(part.name, weight)) for part, weight in zip(parts, weights, strict=True)),
-        torch.cat([part.token_ids for part in parts])[order],
-        torch.cat([part.loss_mask for part in parts])[order],
-        torch.cat([part.valid for part in parts])[order],
-        sum(part.tokens_available for part in parts),
-    )
+    name = " + ".join(str(WeightedSource(part.name, weight)) for part, weight in zip(parts, weights, strict=True))
+    mixed = joined(name, parts, order)
     return replace(mixed, sources=tuple(_share(part, weight) for part, weight in zip(parts, weights, strict=True)))
 
 

@@ -12,7 +12,10 @@ from transformers import PreTrainedTokenizerBase
 
 from layer_surgery.data.documents import LoadedData
 from layer_surgery.data.encoding import EncodedExample, encode_examples, encode_texts, leading_bos
-from layer_surgery.data.tokens import PackedTokens, tokens_hash
+from layer_surgery.data.labelled import pack_labelled
+from layer_surgery.data.masking import pack_masked, text_windows
+from layer_surgery.data.objective import NEXT_TOKEN, Objective
+from layer_surgery.data.tokens import PackedTokens, packed_tokens
 from layer_surgery.errors import CheckpointError, DataError
 
 _LARGEST_SEED = 2**63 - 1
@@ -22,15 +25,20 @@ class TooFewSequencesError(DataError):
     """A source makes fewer sequences than are to be drawn from it."""
 
     def __init__(self, data: LoadedData, tokens: int, count: int, samples: int, sequence_length: int) -> None:
-        unit = "windows" if data.kind == "text" else f"rows of whole {data.kind}s"
+        labelled = data.kind in ("labelled", "tagged")
+        unit = "windows" if data.kind == "text" else "examples" if labelled else f"rows of whole {data.kind}s"
         lower = f"lower --samples to at most {count}, or lower" if count else "lower"
         self.count = count
         """Number of sequences that there are."""
         self.found = (
-            f"{data.name} has {tokens:,} tokens, which make {count:,} {unit} at --sequence-length {sequence_length}"
+            f"{data.name} has {count:,} {unit}"
+            if labelled
+            else f"{data.name} has {tokens:,} tokens, which make {count:,} {unit} at --sequence-length "
+            f"{sequence_length}"
         )
         """The first half of the message, for those who know better than `--samples` what to do."""
-        super().__init__(f"{self.found}, fewer than --samples {samples}; {lower} --sequence-length, or pass more data.")
+        lower = f"lower --samples to at most {count}" if labelled else f"{lower} --sequence-length"
+        super().__init__(f"{self.found}, fewer than --samples {samples}; {lower}, or pass more data.")
 
 
 def pack_calibration(
@@ -40,6 +48,7 @@ def pack_calibration(
     samples: int,
     sequence_length: int,
     seed: int,
+    objective: Objective = NEXT_TOKEN,
     alone: bool = False,
 ) -> PackedTokens:
     """Pack `samples` sequences of `sequence_length` tokens, chosen by `seed`; the CPU generator is the function's own.
@@ -53,6 +62,9 @@ def pack_calibration(
     only, so that no token sees another example. `samples` counts rows. Each
     prompt/answer example begins with BOS (if the tokenizer adds it) and ends with EOS (if there is one).
 
+    For a masked language model, windows are those of `text_windows`, and which tokens are masked is the seed's; for
+    classifiers each labelled example is a sequence (see `pack_labelled`).
+
     Raises `DataError`: an argument out of range; fewer sequences than `samples` (`TooFewSequencesError`); an example
     longer than `sequence_length`.
     """
@@ -60,6 +72,20 @@ def pack_calibration(
     _require("sequence_length", sequence_length, 2)
     _require("seed", seed, 0, _LARGEST_SEED)
     generator = torch.Generator().manual_seed(seed)
+    if objective.labelled:
+        count = len(data.documents)
+        if count < samples:
+            raise TooFewSequencesError(data, 0, count, samples, sequence_length)
+        drawn = torch.randperm(count, generator=generator)[:samples].tolist()
+        return pack_labelled(data, tokenizer, objective, sequence_length=sequence_length, chosen=drawn)
+    if objective.problem == "masked_token":
+        ids, text, available = text_windows(data, tokenizer, sequence_length=sequence_length)
+        full = int(text[:1].sum())
+        whole = (text.sum(dim=1) == full).nonzero().flatten()
+        if len(whole) < samples:
+            raise TooFewSequencesError(data, available, len(whole), samples, sequence_length)
+        drawn_rows = whole[torch.randperm(len(whole), generator=generator)[:samples]]
+        return pack_masked(data, tokenizer, objective, (ids[drawn_rows], text[drawn_rows], available), generator)
     if data.kind == "text":
         stream, bos = encode_texts(tokenizer, data), leading_bos(tokenizer)
         body = sequence_length - (bos is not None)
@@ -81,19 +107,35 @@ def pack_calibration(
 
 
 def pack_evaluation(
-    data: LoadedData, tokenizer: PreTrainedTokenizerBase, *, sequence_length: int, max_windows: int | None = None
+    data: LoadedData,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    sequence_length: int,
+    max_windows: int | None = None,
+    objective: Objective = NEXT_TOKEN,
+    seed: int = 0,
 ) -> PackedTokens:
     """Pack all of the data in its order, or the first `max_windows` sequences of it.
 
     Texts: consecutive non-overlapping windows, so that every token is in exactly one; the last is padded on the
     right. With a tokenizer that adds BOS (see `pack_calibration`) every text token is predicted exactly once; without,
     all but the first of each window, and a single token left for the last window, which nothing could predict, is
-    left out. Examples and chats: packed as in `pack_calibration`, in file order.
+    left out. Examples and chats: packed as in `pack_calibration`, in file order. For a masked language model, `seed`
+    says which tokens are masked.
 
     Raises `DataError`: an argument out of range; no token to predict; an example longer than `sequence_length`.
     """
     _require("sequence_length", sequence_length, 2)
     _require("max_windows", 1 if max_windows is None else max_windows, 1)
+    if objective.labelled:
+        every = range(len(data.documents))[:max_windows]
+        return pack_labelled(data, tokenizer, objective, sequence_length=sequence_length, chosen=every)
+    if objective.problem == "masked_token":
+        ids, text, available = text_windows(data, tokenizer, sequence_length=sequence_length)
+        if not len(ids):
+            raise DataError(f"{data.name} has no tokens; pass a longer text.")
+        windows = (ids[:max_windows], text[:max_windows], available)
+        return pack_masked(data, tokenizer, objective, windows, torch.Generator().manual_seed(seed))
     if data.kind != "text":
         examples = encode_examples(tokenizer, data)
         _require_fit(data, examples, sequence_length)
@@ -185,15 +227,3 @@ def _packed_rows(
 
 def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return next(int(i) for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
-
-
-def packed_tokens(name: str, token_ids: Tensor, loss_mask: Tensor, valid: Tensor, available: int) -> PackedTokens:
-    """Put sequences and masks, each `[N, S]`, into a record with the hash of what is in them."""
-    return PackedTokens(
-        name=name,
-        token_ids=token_ids,
-        loss_mask=loss_mask,
-        valid=valid,
-        tokens_available=available,
-        sha256=tokens_hash(token_ids, loss_mask, valid),
-    )

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
+
+from layer_surgery.data.objective import NEXT_TOKEN, NO_LABEL, Objective
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,10 +40,17 @@ class PackedTokens:
     because nothing predicts it. The prediction of position t is read off position t - 1."""
     valid: Tensor
     """[N, S] bool. False for right padding, which no statistic may see. Causal attention keeps padding on the
-    right from touching anything to its left, so no attention mask is needed."""
+    right from touching anything to its left, so no attention mask is needed to predict the next token; other models
+    are given one."""
     tokens_available: int  #: Number of tokens that the sources have; those used are `valid.sum()`.
     sha256: str  #: Hash of token ids and masks: the identity of the data for provenance and caches.
     sources: tuple[SourceShare, ...] = ()  #: The share of each source, in the user's order; for calibration data only.
+    objective: Objective = NEXT_TOKEN  #: What is predicted.
+    labels: Tensor | None = None
+    """What is predicted, where that is not the next token: [N, S] int64, `NO_LABEL` where there is none (masked tokens,
+    tags); one a sequence, [N] int64 (a label) or [N, L] float32 (several labels as 0 and 1, or numbers). The loss mask
+    of the latter is True at the first token of each sequence, and there only."""
+    segments: Tensor | None = None  #: [N, S] int64, which of two texts a token is of, where the model wants to know.
 
     @property
     def sequences(self) -> int:
@@ -55,21 +65,31 @@ class PackedTokens:
         """Number of tokens that carry loss."""
         return int(self.loss_mask.sum())
 
+    def inputs(self, rows: slice, chosen: Tensor | None = None) -> dict[str, Tensor]:
+        """Return what a model is called with for some sequences, or for those of them that `chosen` [B] bool names."""
+        given = {"input_ids": self.token_ids}
+        if self.objective.problem != "next_token":
+            given["attention_mask"] = self.valid.long()
+        if self.segments is not None:
+            given["token_type_ids"] = self.segments
+        return {name: tensor[rows] if chosen is None else tensor[rows][chosen] for name, tensor in given.items()}
+
     def select(self, rows: Tensor | slice) -> PackedTokens:
         """Return some of the sequences, by number, under the same name; shares of sources are not known of them."""
-        return self.holding(self.token_ids[rows], self.loss_mask[rows], self.valid[rows])
+        chosen = packed_tokens(
+            self.name,
+            self.token_ids[rows],
+            self.loss_mask[rows],
+            self.valid[rows],
+            self.tokens_available,
+            labels=None if self.labels is None else self.labels[rows],
+            segments=None if self.segments is None else self.segments[rows],
+        )
+        return replace(chosen, objective=self.objective)
 
     def holding(self, token_ids: Tensor, loss_mask: Tensor, valid: Tensor) -> PackedTokens:
-        """Return other sequences [N, S] under the same name; shares of sources are not known of them."""
-        token_ids, loss_mask, valid = token_ids.contiguous(), loss_mask.contiguous(), valid.contiguous()
-        return PackedTokens(
-            name=self.name,
-            token_ids=token_ids,
-            loss_mask=loss_mask,
-            valid=valid,
-            tokens_available=self.tokens_available,
-            sha256=tokens_hash(token_ids, loss_mask, valid),
-        )
+        """Return other sequences [N, S], whose labels are their next tokens, under the same name and without shares."""
+        return packed_tokens(self.name, token_ids, loss_mask, valid, self.tokens_available)
 
     def batches(self, batch_size: int) -> Iterator[slice]:
         """Yield slices over the sequences, each of at most `batch_size`."""
@@ -77,23 +97,62 @@ class PackedTokens:
             yield slice(start, min(start + batch_size, self.sequences))
 
 
-def joined(name: str, parts: Sequence[PackedTokens]) -> PackedTokens:
-    """Return the sequences of all parts, which are of one length, behind one another."""
-    fields = ("token_ids", "loss_mask", "valid")
-    token_ids, loss_mask, valid = (torch.cat([getattr(part, field) for part in parts]) for field in fields)
+def packed_tokens(
+    name: str,
+    token_ids: Tensor,
+    loss_mask: Tensor,
+    valid: Tensor,
+    available: int,
+    *,
+    labels: Tensor | None = None,
+    segments: Tensor | None = None,
+) -> PackedTokens:
+    """Put sequences and masks, each `[N, S]`, into a record with the hash of what is in them."""
+    token_ids, loss_mask, valid = token_ids.contiguous(), loss_mask.contiguous(), valid.contiguous()
+    digest = hashlib.sha256(f"{token_ids.shape[0]}x{token_ids.shape[1]}".encode())
+    for array in (token_ids.numpy().astype("<i8"), loss_mask.numpy(), valid.numpy()):
+        digest.update(array.tobytes())
+    for kind, more in (("labels", labels), ("segments", segments)):
+        if more is not None:
+            digest.update(f"{kind} {list(more.shape)} {more.dtype}".encode() + more.contiguous().numpy().tobytes())
     return PackedTokens(
         name=name,
         token_ids=token_ids,
         loss_mask=loss_mask,
         valid=valid,
-        tokens_available=sum(part.tokens_available for part in parts),
-        sha256=tokens_hash(token_ids, loss_mask, valid),
+        tokens_available=available,
+        sha256=digest.hexdigest(),
+        labels=labels,
+        segments=segments,
     )
 
 
-def tokens_hash(token_ids: Tensor, loss_mask: Tensor, valid: Tensor) -> str:
-    """Return the SHA-256 (hexadecimal) of sequences and masks, each [N, S]."""
-    digest = hashlib.sha256(f"{token_ids.shape[0]}x{token_ids.shape[1]}".encode())
-    for array in (token_ids.numpy().astype("<i8"), loss_mask.numpy(), valid.numpy()):
-        digest.update(array.tobytes())
-    return digest.hexdigest()
+def joined(name: str, parts: Sequence[PackedTokens], order: Tensor | slice = slice(None)) -> PackedTokens:
+    """Return the sequences of several records in one, padded to the longest, in the given order ([N] int64)."""
+    length = max(part.sequence_length for part in parts)
+    objective = parts[0].objective
+    padding = objective.padding_id or 0
+
+    def stacked(tensors: Sequence[Tensor], filling: int) -> Tensor:
+        wide = [pad(tensor, (0, length - tensor.shape[1]), value=filling) for tensor in tensors]
+        return torch.cat(wide)[order]
+
+    labels, segments = [part.labels for part in parts], [part.segments for part in parts]
+    known = [each for each in labels if each is not None]
+    if known and not objective.of_sequences:
+        together: Tensor | None = stacked(known, NO_LABEL)
+    else:
+        together = torch.cat(known)[order] if known else None
+    told = [
+        torch.zeros_like(part.token_ids) if each is None else each for part, each in zip(parts, segments, strict=True)
+    ]
+    mixed = packed_tokens(
+        name,
+        stacked([part.token_ids for part in parts], padding),
+        stacked([part.loss_mask for part in parts], 0),
+        stacked([part.valid for part in parts], 0),
+        sum(part.tokens_available for part in parts),
+        labels=together,
+        segments=stacked(told, 0) if any(each is not None for each in segments) else None,
+    )
+    return replace(mixed, objective=objective)

@@ -8,6 +8,8 @@ from typing import Any
 
 #: A terminal's Ctrl-C, a polite kill, and a terminal that is closed.
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+#: Signals that have a handler of their own for the time being.
+_handled: set[int] = set()
 
 
 @contextmanager
@@ -35,13 +37,31 @@ def signals_wait() -> Iterator[None]:
             signal.raise_signal(came[0])
 
 
+@contextmanager
+def handled(number: int, handler: Any) -> Iterator[None]:
+    """Have `handler` called for a signal, whatever `set_handlers` is asked for meanwhile.
+
+    After an exception it stays until `set_handlers` is called: what cleans up is to be stopped no second time.
+    """
+    before = signal.signal(number, handler)
+    _handled.add(number)
+    try:
+        yield
+        signal.signal(number, before)
+    finally:
+        _handled.discard(number)
+
+
 def ignore_signals() -> None:
     """Ignore the signals of `ENDING` from now on: the process is about to end by itself."""
     set_handlers(signal.SIG_IGN)
 
 
 def set_handlers(handler: Any) -> None:
-    """Have `handler` called for the signals of `ENDING`, but for those that the process was started to ignore."""
+    """Have `handler` called for the signals of `ENDING`, but for those that the process was started to ignore.
+
+    And for those that have a handler of their own; see `handled`.
+    """
     for number in ENDING:
-        if signal.getsignal(number) is not signal.SIG_IGN:
+        if number not in _handled and signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, handler)

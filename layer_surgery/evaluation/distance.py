@@ -10,15 +10,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from layer_surgery import parallel
 from layer_surgery.checkpoint.open import Checkpoint
+from layer_surgery.data.objective import NO_LABEL
 from layer_surgery.data.tokens import PackedTokens
 from layer_surgery.errors import CheckpointError, DataError, NumericalError
 from layer_surgery.evaluation.uncertainty import mean_per_token
 from layer_surgery.records import KlDivergence, Top1Agreement
 from layer_surgery.walk.boundaries import Boundary
+from layer_surgery.walk.losses import next_tokens
 from layer_surgery.walk.rehearsal import Rehearsal, blocks
 from layer_surgery.walk.streamed import StreamedModel
-from layer_surgery.walk.walk import NO_LABEL, WalkSettings, next_tokens
+from layer_surgery.walk.walk import WalkSettings, share_of
 
 #: Logits of one model exist for at most this many elements at a time (64 MiB in float32), and what is computed from
 #: them in float64 for at most as many as below (16 MiB; about five such tensors).
@@ -47,11 +50,15 @@ def distance(
     if not tokens.predicted_tokens:
         raise DataError(f"'{tokens.name}' has no token to predict.")
     heads = (Rehearsal(before.model), Rehearsal(after.model))
-    counted = next_tokens(tokens, slice(0, tokens.sequences)) != NO_LABEL
-    divergence = torch.zeros(tokens.loss_mask.shape)
-    agrees = torch.zeros_like(tokens.loss_mask)
-    with settings.progress("distance", tokens.sequences) as advance:
-        for rows in tokens.batches(settings.batch_size):
+    share = share_of(tokens, settings.batch_size)
+    own = share.tokens
+    counted = next_tokens(own, slice(0, own.sequences)) != NO_LABEL
+    divergence = torch.zeros(own.loss_mask.shape)
+    agrees = torch.zeros_like(own.loss_mask)
+    with settings.progress("distance", own.sequences) as advance:
+        for rows, _present in share.rounds:
+            if rows is None:
+                continue
             hidden = (before.hidden.read(rows), after.hidden.read(rows))
             for block in blocks(counted[rows].shape, LOGITS_AT_A_TIME // before.model.vocabulary_size):
                 if not counted[rows][block].any():
@@ -61,6 +68,9 @@ def distance(
                 agrees[rows][block] = (logits[0].argmax(dim=-1) == logits[1].argmax(dim=-1)).cpu()
             for _ in range(rows.stop - rows.start):
                 advance()
+    divergence, agrees, counted = (
+        parallel.rows_of_all(found, share.windows, tokens.sequences) for found in (divergence, agrees, counted)
+    )
     return _summarise(divergence, agrees, counted, tokens.name)
 
 

@@ -1,4 +1,5 @@
-"""Speed and memory of generation: two models take turns in one run, so that what else the machine does hits both.
+"""Speed and memory of generation, or of models that generate nothing: two models take turns in one run, so that what
+else the machine does hits both.
 
 Wall time of this machine through transformers' own modules, greedily and with a KV cache. It compares models; it is
 not what a serving engine reaches.
@@ -34,13 +35,15 @@ class _Timings:
 
 @torch.no_grad()
 def measure_speed(
-    models: Sequence[PreTrainedModel], config: SpeedConfig, progress: Progress, seed: int
+    models: Sequence[PreTrainedModel], config: SpeedConfig, progress: Progress, seed: int, *, generates: bool = True
 ) -> list[list[SpeedPoint]]:
     """Return the points of each model, in the order of `models`; every batch size with every prompt length.
 
     The prompts are random tokens of the smallest vocabulary: the time does not depend on which tokens they are.
-    Each point begins with a run of every model that does not count.
+    Each point begins with a run of every model that does not count. Models of which `generates` is False, encoders and
+    classifiers, are called once for each batch.
     """
+    new_tokens = config.speed_new_tokens if generates else 0
     points: list[list[SpeedPoint]] = [[] for _ in models]
     vocabulary = min(int(model.get_input_embeddings().weight.shape[0]) for model in models)
     shapes = [(batch, length) for batch in config.speed_batch_sizes for length in config.speed_lengths]
@@ -53,11 +56,11 @@ def measure_speed(
                 # The one that goes first changes, so that no model always finds the caches as the other left them.
                 order = range(len(models)) if turn % 2 == 0 else reversed(range(len(models)))
                 for k in order:
-                    _run(models[k], prompt, config.speed_new_tokens, timings[k] if turn else _Timings())
+                    _run(models[k], prompt, new_tokens, timings[k] if turn else _Timings())
                     advance()
             for k, model in enumerate(models):
-                peak = generation_memory_bytes(model, prompt)
-                points[k].append(_point(timings[k], peak, batch, length, config))
+                peak = generation_memory_bytes(model, prompt, min(2, new_tokens))
+                points[k].append(_point(timings[k], peak, prompt, new_tokens, config.speed_repeats))
                 advance()
     return points
 
@@ -124,8 +127,12 @@ class Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _run(model: PreTrainedModel, prompt: Tensor, new_tokens: int, timings: _Timings) -> None:
-    """Generate greedily after `prompt` [B, L]; the first token comes from the prefill."""
+    """Generate greedily after `prompt` [B, L]; the first token comes from the prefill. With 0 tokens, run it only."""
     start = _now(prompt.device)
+    if new_tokens == 0:
+        model(input_ids=prompt, attention_mask=torch.ones_like(prompt))
+        timings.prefill.append(_now(prompt.device) - start)
+        return
     # As generation does: logits are needed for the last token only.
     output: Any = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
     token = output.logits[:, -1:].argmax(dim=-1)
@@ -140,19 +147,20 @@ def _run(model: PreTrainedModel, prompt: Tensor, new_tokens: int, timings: _Timi
     timings.decode.append(last - begin)
 
 
-def _point(timings: _Timings, peak: int, batch: int, length: int, config: SpeedConfig) -> SpeedPoint:
-    p50, p95 = np.quantile(timings.steps, [0.5, 0.95])
+def _point(timings: _Timings, peak: int, prompt: Tensor, new_tokens: int, repeats: int) -> SpeedPoint:
+    batch, length = prompt.shape
     prefill = median(timings.prefill)
+    p50, p95 = map(float, np.quantile(timings.steps, [0.5, 0.95])) if new_tokens else (None, None)
     return SpeedPoint(
         batch_size=batch,
         prompt_tokens=length,
-        new_tokens=config.speed_new_tokens,
-        repeats=config.speed_repeats,
+        new_tokens=new_tokens,
+        repeats=repeats,
         prefill_tokens_per_second=batch * length / prefill,
-        decode_tokens_per_second=batch * (config.speed_new_tokens - 1) / median(timings.decode),
+        decode_tokens_per_second=batch * (new_tokens - 1) / median(timings.decode) if new_tokens else None,
         time_to_first_token_seconds=prefill,
-        latency_p50_seconds=float(p50),
-        latency_p95_seconds=float(p95),
+        latency_p50_seconds=p50,
+        latency_p95_seconds=p95,
         peak_memory_bytes=peak,
     )
 

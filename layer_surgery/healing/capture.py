@@ -8,12 +8,14 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 
+from layer_surgery.data.objective import NO_LABEL
 from layer_surgery.data.tokens import PackedTokens
 from layer_surgery.healing.losses.inputs import TeacherLogits
 from layer_surgery.walk.boundaries import BoundaryStore
+from layer_surgery.walk.losses import next_tokens
 from layer_surgery.walk.rehearsal import Rehearsal
 from layer_surgery.walk.streamed import StreamedModel
-from layer_surgery.walk.walk import LOGITS_AT_A_TIME, NO_LABEL, Observer, Walk, WalkSettings, next_tokens
+from layer_surgery.walk.walk import LOGITS_AT_A_TIME, Observer, Walk, WalkSettings
 
 
 def teacher_logits(

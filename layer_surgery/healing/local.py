@@ -15,12 +15,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from layer_surgery.data.objective import NO_LABEL
 from layer_surgery.data.tokens import PackedTokens
 from layer_surgery.healing.trainee import Trainee
 from layer_surgery.linalg.least_squares import add_gram
 from layer_surgery.walk.boundaries import Boundary
 from layer_surgery.walk.rehearsal import Rehearsal
-from layer_surgery.walk.walk import NO_LABEL, Observer, Walk
+from layer_surgery.walk.walk import Observer, Walk
 
 
 class Place(NamedTuple):

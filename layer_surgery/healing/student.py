@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from layer_surgery.data.objective import NO_LABEL
 from layer_surgery.data.tokens import PackedTokens
 from layer_surgery.errors import NumericalError
 from layer_surgery.healing.adapters import is_adapter, merged_weights, plain_name
@@ -21,9 +22,10 @@ from layer_surgery.healing.head import chunked_head_loss
 from layer_surgery.healing.losses.inputs import StatePair, TeacherLogits, TokenLogits
 from layer_surgery.healing.mixture import WeightedLoss, token_values
 from layer_surgery.healing.trainee import Trainee
+from layer_surgery.walk.losses import next_tokens
 from layer_surgery.walk.rehearsal import Rehearsal
 from layer_surgery.walk.streamed import StreamedModel
-from layer_surgery.walk.walk import LOGITS_AT_A_TIME, NO_LABEL, next_tokens
+from layer_surgery.walk.walk import LOGITS_AT_A_TIME
 
 
 class TeacherOutputs(Protocol):

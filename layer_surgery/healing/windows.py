@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from layer_surgery.data.tokens import PackedTokens, joined
 from layer_surgery.errors import DataError
-from layer_surgery.walk.walk import next_tokens
+from layer_surgery.walk.losses import next_tokens
 
 #: One window in so many is held out, at least `LEAST_HELD_OUT` and at most `MOST_HELD_OUT`.
 HELD_OUT = 8

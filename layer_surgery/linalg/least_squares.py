@@ -47,7 +47,7 @@ class Sums:
         z, y = z.to(self.inputs.dtype), y.to(self.inputs.dtype)
         if inputs:
             add_gram(self.inputs, z)
-        self.products.addmm_(y.T, z)
+        add_product(self.products, y, z)
         self.targets += float(y.pow(2).sum(dtype=torch.float64))
         self.tokens += len(z)
 
@@ -214,7 +214,7 @@ def add_gram(total: Tensor, rows: Tensor) -> None:
     """Add `rows^T rows` to `total` [d, d], for rows [tokens, d]; where d is large, half of it is computed."""
     d = rows.shape[1]
     if d < _BLOCK.get(rows.device.type, 4096):
-        total.addmm_(rows.T, rows)
+        total += rows.T @ rows  # formed by itself, so that its bits do not depend on where it is added: see parallel/
         return
     middle = d // 2
     left, right = rows[:, :middle], rows[:, middle:]
@@ -223,3 +223,13 @@ def add_gram(total: Tensor, rows: Tensor) -> None:
     corner = left.T @ right
     total[:middle, middle:] += corner
     total[middle:, :middle] += corner.T
+
+
+def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add `left^T right` to `total` [out, in], for left [tokens, out] and right [tokens, in], some rows at a time.
+
+    As in `add_gram` every part is formed by itself, and little of it exists beside the sum.
+    """
+    step = _BLOCK.get(left.device.type, 4096)
+    for start in range(0, left.shape[1], step):
+        total[start : start + step] += left[:, start : start + step].T @ right

@@ -87,13 +87,13 @@ class SpeedPoint:
 
     batch_size: int
     prompt_tokens: int  #: Per sequence.
-    new_tokens: int  #: Per sequence.
+    new_tokens: int  #: Per sequence; 0 for models that generate nothing, whose `prefill` is all that they do.
     repeats: int
     prefill_tokens_per_second: float  #: Over all sequences of the batch.
-    decode_tokens_per_second: float  #: Over all sequences of the batch.
+    decode_tokens_per_second: float | None  #: Over all sequences of the batch; None without `new_tokens`.
     time_to_first_token_seconds: float
-    latency_p50_seconds: float  #: Of one decoding step, over all steps of all runs.
-    latency_p95_seconds: float
+    latency_p50_seconds: float | None  #: Of one decoding step, over all steps of all runs.
+    latency_p95_seconds: float | None
     peak_memory_bytes: int  #: Weights and the most that was allocated beside them, for this model alone.
 
 

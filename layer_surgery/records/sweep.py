@@ -50,6 +50,9 @@ class SweepPoint(SweepSettings):
     expected: Interval | None = None  #: As in `SurgeryReport`.
     perplexity_ratio: float | None = None
     """Perplexity divided by the original's: the geometric mean over the texts. It is the quality in `fronts`."""
+    loss_ratio: float | None = None
+    """Of models that are no causal language models, the mean loss divided by the original's: the geometric mean over
+    the sets of examples. It takes the place of `perplexity_ratio`."""
     prefill_speed: float | None = None
     """Tokens per second divided by the original's, which was measured in turns with this point, at the first batch
     size and prompt length. None where speed was not measured."""

@@ -12,6 +12,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from layer_surgery.checkpoint.origin import is_valid_hub_id
 from layer_surgery.records import SurgeryReport
 from layer_surgery.records.seal import sealed
+from layer_surgery.reporting.derived import head_of
 from layer_surgery.reporting.formats import with_interval
 from layer_surgery.reporting.measurements import report_tables
 from layer_surgery.reporting.provenance import calibration_sources
@@ -43,7 +44,7 @@ def model_card(report: SurgeryReport, name: str, *, needs_code: bool, note: str 
         refit=refit_sentence(report),
         healing=healing_sentence(report),
         healed_on=calibration_sources(report.healing.data if report.healing is not None else None),
-        loading=how_to_load(name, needs_code=needs_code),
+        loading=how_to_load(name, head_of(report.base_model), needs_code=needs_code),
         needs_code=needs_code,
         sources=calibration_sources(report.calibration),
         command="\n".join(_commands(report)),
@@ -75,7 +76,7 @@ def metadata(report: SurgeryReport, name: str, *, needs_code: bool) -> ModelCard
         # of the hub's relations (adapter, merge, quantized, finetune) the one for weights that were changed
         base_model_relation="finetune" if hub_id else None,
         library_name="transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag=head_of(report.base_model).pipeline,
         tags=tags,
         eval_results=results or None,
         model_name=printable(name) if results else None,
@@ -90,11 +91,12 @@ def _hub_id(report: SurgeryReport) -> str | None:
 
 
 def _results(report: SurgeryReport) -> Iterator[EvalResult]:
+    task_type = head_of(report.base_model).pipeline
     for text, perplexity in report.after.perplexity.items():
         change = report.comparison.perplexity.get(text)
         against = "" if change is None else f" (of the original's: {with_interval(change.ratio, '.3f')})"
         yield EvalResult(
-            task_type="text-generation",
+            task_type=task_type,
             dataset_type=printable(text),
             dataset_name=printable(text),
             dataset_config="text",  # a task may have the same name
@@ -111,7 +113,7 @@ def _results(report: SurgeryReport) -> Iterator[EvalResult]:
         for metric, found in result.metrics.items():
             plain = metric.partition(",")[0]
             yield EvalResult(
-                task_type="text-generation",
+                task_type=task_type,
                 dataset_type=printable(task),
                 dataset_name=printable(task),
                 dataset_args={"num_fewshot": result.num_fewshot, "items": result.items, "version": result.version},

@@ -6,7 +6,7 @@ from typing import Any
 
 from layer_surgery.records import Comparison, EvaluationResult, Interval, SurgeryPlan, SurgeryReport, TaskMetric
 from layer_surgery.records.sweep import SweepReport
-from layer_surgery.reporting.derived import changed_layers, decoding_ratio, main_tasks
+from layer_surgery.reporting.derived import changed_layers, main_tasks, speed_change
 from layer_surgery.reporting.figures.tradeoff import Point, tradeoff
 from layer_surgery.reporting.formats import number_list
 from layer_surgery.reporting.provenance import Provenance, provenance_section
@@ -56,6 +56,7 @@ class ResultRow:
 
 def result_row(name: str, report: SurgeryReport) -> ResultRow:
     """Return the row of a compression's report."""
+    speed = speed_change(report.before, report.after)
     return ResultRow(
         name=name,
         base=report.base_model,
@@ -65,7 +66,7 @@ def result_row(name: str, report: SurgeryReport) -> ResultRow:
         before=report.before,
         after=report.after,
         comparison=report.comparison,
-        decoding=decoding_ratio(report.before, report.after),
+        decoding=speed.ratio if speed is not None and speed.word == "decoding" else None,
     )
 
 

@@ -24,7 +24,7 @@ from layer_surgery.reporting.derived import changed_layers, is_joint, kept_colum
 from layer_surgery.reporting.formats import with_interval
 from layer_surgery.reporting.measurements import Row, measurement_tables, report_tables
 from layer_surgery.reporting.sentences import best_sentence, budgets, failed_points, healing_sentence
-from layer_surgery.reporting.sweep_table import LEGEND, TEXT_COLUMNS, sweep_table
+from layer_surgery.reporting.sweep_table import TEXT_COLUMNS, legend, sweep_table
 
 _BLOCKS = "▏▎▍▌▋▊▉█"
 
@@ -89,7 +89,7 @@ def print_sweep(console: Console, report: SweepReport, directory: Path | None = 
     console.width = max(console.width, needed)  # a terminal that is too narrow breaks lines, but no number is cut
     console.print(table)
     if any(point.fronts for point in report.points):
-        console.print(LEGEND)
+        console.print(legend(report))
     for line in failed_points(report):
         console.print(escape(f"failed: {line}"))
     if report.best is not None and report.best.point is not None:

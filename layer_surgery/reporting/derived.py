@@ -1,8 +1,9 @@
 """Lists and ratios that more than one view takes from a record."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from layer_surgery.checkpoint.heads import CAUSAL_LM, HEADS, Head
 from layer_surgery.records import UNITS, EvaluationResult, LayerPlan, LayerScores, SpectrumRecord, SurgeryPlan
 from layer_surgery.reporting.formats import short_names
 
@@ -49,11 +50,34 @@ def main_tasks(result: EvaluationResult) -> list[str]:
     return [name for name, task in result.tasks.items() if task.group] or list(result.tasks)
 
 
-def decoding_ratio(before: EvaluationResult, after: EvaluationResult) -> float | None:
-    """Return decoding speed after over before, at the first batch size and prompt length; None if not measured."""
-    if not (before.speed and after.speed and before.speed[0].decode_tokens_per_second):
+class SpeedChange(NamedTuple):
+    """Speed at the first batch size and prompt length, in tokens per second."""
+
+    word: str  #: `decoding`, or `throughput` of a model that generates nothing.
+    before: float
+    after: float
+
+    @property
+    def ratio(self) -> float:
+        """After over before."""
+        return self.after / self.before
+
+
+def speed_change(before: EvaluationResult, after: EvaluationResult) -> SpeedChange | None:
+    """Return the speed that counts most; None if it was not measured."""
+    if not (before.speed and after.speed):
         return None
-    return after.speed[0].decode_tokens_per_second / before.speed[0].decode_tokens_per_second
+    old, new = before.speed[0], after.speed[0]
+    if old.decode_tokens_per_second and new.decode_tokens_per_second is not None:
+        return SpeedChange("decoding", old.decode_tokens_per_second, new.decode_tokens_per_second)
+    if not old.new_tokens and old.prefill_tokens_per_second:
+        return SpeedChange("throughput", old.prefill_tokens_per_second, new.prefill_tokens_per_second)
+    return None
+
+
+def head_of(base_model: dict[str, Any]) -> Head:
+    """Return the head of the original that a record tells of; records of causal language models do not name it."""
+    return HEADS.get(base_model.get("head", CAUSAL_LM.kind), CAUSAL_LM)
 
 
 class RankedLayer(NamedTuple):

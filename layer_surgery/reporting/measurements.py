@@ -57,6 +57,8 @@ def _size(results: list[EvaluationResult]) -> Iterator[Row]:
         ("FLOPs/token", "flops_per_token"),
     ):
         values = [getattr(result, attribute) for result in results]
+        if attribute == "kv_cache_bytes_per_token" and not any(values) and all(r.flops_per_token for r in results):
+            continue  # the model was run, and keeps no cache
         known = [float(value) for value in values if value is not None]
         change = percent_change(_ends(known)) if len(known) == len(values) else ""
         yield Row(label, ["-" if value is None else f"{value:,}" for value in values], change)
@@ -106,15 +108,19 @@ def _speed(results: list[EvaluationResult]) -> Iterator[Row]:
         gap = len(results) - len(points) if len(points) == 2 else 0
         setting = f"{points[0].batch_size} x {points[0].prompt_tokens} tokens"
         yield Row(f"speed, {setting}", [""] * len(results), level="head")
+        generates = any(point.new_tokens for point in points)
         for label, attribute, factor in (
-            ("prefill, tokens/s", "prefill_tokens_per_second", 1.0),
+            ("prefill, tokens/s" if generates else "tokens/s", "prefill_tokens_per_second", 1.0),
             ("decoding, tokens/s", "decode_tokens_per_second", 1.0),
-            ("first token, ms", "time_to_first_token_seconds", 1e3),
+            ("first token, ms" if generates else "a batch, ms", "time_to_first_token_seconds", 1e3),
             ("a token, median, ms", "latency_p50_seconds", 1e3),
             ("a token, 95th percentile, ms", "latency_p95_seconds", 1e3),
             ("peak memory, MB", "peak_memory_bytes", 1e-6),
         ):
-            values = [getattr(point, attribute) * factor for point in points]
+            known = [value for point in points if (value := getattr(point, attribute)) is not None]
+            if len(known) < len(points):
+                continue
+            values = [value * factor for value in known]
             cells = [f"{value:,.1f}" for value in values]
             yield Row(label, [*cells[:1], *["-"] * gap, *cells[1:]], percent_change(values), level="part")
 

@@ -3,7 +3,15 @@
 from typing import Any, NamedTuple
 
 from layer_surgery.records import EvaluationReport, LayerScores, SurgeryReport
-from layer_surgery.reporting.derived import decoding_ratio, is_joint, kept_columns, kept_count, main_tasks, ranked
+from layer_surgery.reporting.derived import (
+    head_of,
+    is_joint,
+    kept_columns,
+    kept_count,
+    main_tasks,
+    ranked,
+    speed_change,
+)
 from layer_surgery.reporting.figures import healing as healing_plots
 from layer_surgery.reporting.figures import layers as layer_plots
 from layer_surgery.reporting.figures import quality as quality_plots
@@ -49,7 +57,7 @@ def report_page(report: SurgeryReport, name: str, *, needs_code: bool, note: str
         refit=refit_sentence(report),
         healing=healing_sentence(report),
         healing_plots=list(healing_plots.curves(report)),
-        loading=how_to_load(name, needs_code=needs_code),
+        loading=how_to_load(name, head_of(report.base_model), needs_code=needs_code),
         provenance=provenance_section(report.base_model, report.calibration, report.provenance, _facts(report)),
     )
 
@@ -99,10 +107,10 @@ def tiles(report: SurgeryReport) -> list[Tile]:
         for metric, difference in list(report.comparison.tasks.get(name, {}).items())[:1]:
             value, _, interval = with_interval(difference, "+.3f").partition(" ")
             found.append(Tile(f"{name}, {metric.partition(',')[0]}", value, interval))
-    decoding = decoding_ratio(before, after)
-    if decoding is not None:
-        old, new = (result.speed[0].decode_tokens_per_second for result in (before, after))
-        found.append(Tile("decoding speed", f"x {decoding:.2f}", f"{old:,.1f} → {new:,.1f} tokens/s"))
+    speed = speed_change(before, after)
+    if speed is not None:
+        label = "decoding speed" if speed.word == "decoding" else speed.word
+        found.append(Tile(label, f"x {speed.ratio:.2f}", f"{speed.before:,.1f} → {speed.after:,.1f} tokens/s"))
     return found
 
 

@@ -4,9 +4,10 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from layer_surgery.checkpoint.heads import Head
 from layer_surgery.records import CurvePoint, HealingRecord, SurgeryReport
 from layer_surgery.records.sweep import SweepBest, SweepReport
-from layer_surgery.reporting.derived import changed_layers, decoding_ratio
+from layer_surgery.reporting.derived import changed_layers, speed_change
 from layer_surgery.reporting.formats import number_list, with_interval
 
 #: For removed layers, layers of which parts are removed, low-rank layers, and layers with fewer channels or heads.
@@ -53,12 +54,11 @@ def _saved(report: SurgeryReport) -> Iterator[str]:
             f"{fewer:.1f} % fewer parameters: {before.parameters:,} before, {after.parameters:,} after "
             f"({_megabytes(before.size_bytes)} and {_megabytes(after.size_bytes)})."
         )
-    decoding = decoding_ratio(before, after)
-    if decoding is not None:
-        old, new = before.speed[0], after.speed[0]
+    speed = speed_change(before, after)
+    if speed is not None:
         yield (
-            f"Decoding at x {decoding:.2f} of the speed ({old.decode_tokens_per_second:,.1f} and "
-            f"{new.decode_tokens_per_second:,.1f} tokens per second, batch {old.batch_size})."
+            f"{speed.word.capitalize()} at x {speed.ratio:.2f} of the speed ({speed.before:,.1f} and "
+            f"{speed.after:,.1f} tokens per second, batch {before.speed[0].batch_size})."
         )
 
 
@@ -170,7 +170,7 @@ def failed_points(report: SweepReport) -> list[str]:
     return [f"{point.name}: {point.error}" for point in report.points if point.status == "failed"]
 
 
-def how_to_load(name: str, *, needs_code: bool) -> str:
+def how_to_load(name: str, head: Head, *, needs_code: bool) -> str:
     """Return Python that loads the result in the directory or repository `name`.
 
     Args:
@@ -180,8 +180,8 @@ def how_to_load(name: str, *, needs_code: bool) -> str:
     where = json.dumps(name, ensure_ascii=False)
     remote = ", trust_remote_code=True" if needs_code else ""
     return (
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f'model = AutoModelForCausalLM.from_pretrained({where}, dtype="auto"{remote})\n'
+        f"from transformers import {head.auto_class}, AutoTokenizer\n\n"
+        f'model = {head.auto_class}.from_pretrained({where}, dtype="auto"{remote})\n'
         f"tokenizer = AutoTokenizer.from_pretrained({where}{remote})"
     )
 

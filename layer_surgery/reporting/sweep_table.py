@@ -4,19 +4,27 @@ import csv
 import io
 from typing import Any
 
+from layer_surgery.checkpoint.heads import CAUSAL_LM
 from layer_surgery.records import EvaluationResult
 from layer_surgery.records.sweep import FRONTS, SweepPoint, SweepReport
+from layer_surgery.reporting.derived import head_of
 from layer_surgery.reporting.formats import with_interval
 from layer_surgery.reporting.sentences import best_note, failed_points
 
 #: Columns of words; the others hold numbers.
 TEXT_COLUMNS = ("method", "scorer", "front")
-LEGEND = (
-    "front: no other point is at least as good in both perplexity and size (or speed), and better in one; of several "
-    "texts the geometric mean of the ratios counts."
+_LEGEND = (
+    "front: no other point is at least as good in both {quality} and size (or speed), and better in one; of several "
+    "{sets} the geometric mean of the ratios counts."
 )
 _NUMBERS = ("parameters", "predicted_loss_rise", "perplexity_ratio", "prefill_speed", "decode_speed")
 _FRONT_NAMES = {"parameters": "size", "prefill_speed": "prefill", "decode_speed": "decoding"}
+
+
+def legend(report: SweepReport) -> str:
+    """Return what the table's column `front` means."""
+    causal = head_of(report.base_model) is CAUSAL_LM
+    return _LEGEND.format(quality="perplexity" if causal else "loss", sets="texts" if causal else "sets of examples")
 
 
 def sweep_table(report: SweepReport) -> tuple[list[str], list[list[str]]]:
@@ -28,18 +36,20 @@ def sweep_table(report: SweepReport) -> tuple[list[str], list[list[str]]]:
             columns[title] = [original, *cells]
 
     points, model, original = report.points, report.base_model, report.original
+    causal = head_of(model) is CAUSAL_LM
     add("layers", str(model["layers"]), [str(point.target_layers) for point in points])
     add("keep", "", [f"{point.keep:g}" for point in points])
     add("method", "original", [point.method + (" + refit" if point.refit else "") for point in points])
     add("scorer", "", [point.scorer for point in points])
     add("parameters", f"{model['parameters']:,}", [_parameters(point, model["parameters"]) for point in points])
-    for text in report.evaluation:
+    for text in report.evaluation if causal else ():
         name = text["name"]
         of_text = "" if len(report.evaluation) == 1 else f", {name}"
         add(f"perplexity{of_text}", _perplexity(original, name), [_perplexity(point.result, name) for point in points])
         add(f"ratio{of_text}", "1", [_ratio(point, name) for point in points])
     add("KL", "0", [_mean_of(point, "kl_divergence", "mean") for point in points])
     add("top-1", "1", [_mean_of(point, "top1_agreement", "value") for point in points])
+    add("loss ratio", "1", ["" if point.loss_ratio is None else f"{point.loss_ratio:.3f}" for point in points])
     for task in _tasks(report):
         add(task, _task(original, task), [_task(point.result, task) for point in points])
     add("prefill", "1 x", [_times(point.prefill_speed) for point in points])
@@ -60,7 +70,7 @@ def markdown_text(report: SweepReport) -> str:
         "",
         *(f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in table),
         "",
-        LEGEND,
+        legend(report),
     ]
     notes = [*(f"Failed: {line}" for line in failed_points(report)), *best_note(report)]
     return "\n".join([*lines, *(f"\n{note}" for note in notes)]) + "\n"
@@ -82,7 +92,7 @@ def _csv_row(point: SweepPoint) -> dict[str, Any]:
         **vars(point.settings),
         "status": point.status,
         "layers": " ".join(map(str, point.layers)),
-        **{name: getattr(point, name) for name in _NUMBERS},
+        **{_quality(point, name): getattr(point, _quality(point, name)) for name in _NUMBERS},
         **{f"front_{front}": front in point.fronts for front in FRONTS},
         "seconds": point.seconds,
         "error": point.error,
@@ -106,9 +116,14 @@ def _csv_row(point: SweepPoint) -> dict[str, Any]:
         for speed in point.result.speed:
             shape = f"{speed.batch_size} x {speed.prompt_tokens}"
             row |= {f"prefill tokens/s: {shape}": speed.prefill_tokens_per_second}
-            row |= {f"decode tokens/s: {shape}": speed.decode_tokens_per_second}
+            row |= {f"decode tokens/s: {shape}": speed.decode_tokens_per_second or ""}
             row |= {f"peak memory bytes: {shape}": speed.peak_memory_bytes}
     return row
+
+
+def _quality(point: SweepPoint, name: str) -> str:
+    """Return the name of a number, with that of the loss for perplexity where there is none."""
+    return "loss_ratio" if name == "perplexity_ratio" and point.loss_ratio is not None else name
 
 
 def _parameters(point: SweepPoint, whole: int) -> str:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from layer_surgery import parallel
 from layer_surgery.calibration.source import StatisticsSource
 from layer_surgery.checkpoint.new_tensors import FactorStore
 from layer_surgery.checkpoint.open import Checkpoint
@@ -145,6 +146,8 @@ class Bench:
                 plan = entry.function(plan, context)
                 if not ranks_fixed:
                     plan = self._without_empty_layers(plan)
+            # It waits for all, too: what others have written is there.
+            parallel.agree({"another plan": plan.to_dict()}, "run all processes on machines of one kind")
         plan = replace(plan, refit=refit_scope or "none")
         checkpoint = result_checkpoint(session.checkpoint, plan, factors)
         if refit_scope is None:
@@ -155,6 +158,7 @@ class Bench:
                 walks.append(stack.enter_context(Walk(self.model, self.general, session.settings)))
             refitted = FactorStore(session.new_scratch("refitted"), session.checkpoint.dtype)
             found = refit(plan, walks, session.stream(checkpoint), refitted, refit_scope, rows)
+            parallel.barrier()
         checkpoint = result_checkpoint(session.checkpoint, plan, factors, refitted)
         expected = expected_rise(found.before, found.after, session.runtime.seed)
         return Result(plan=plan, checkpoint=checkpoint, refitted=found.records, spectra=spectra, expected=expected)
@@ -239,18 +243,22 @@ def general_text(session: Session, tokens: PackedTokens, share: float) -> Packed
     """Return the general text that a refit looks at: windows of the bundled text's calibration part.
 
     As many as `share` of the calibration sequences, but at least `LEAST_GENERAL`, if there are as many calibration
-    sequences. None with a share of 0, and beside calibration data that have it already.
+    sequences. None with a share of 0, beside calibration data that have it already, and for classifiers, which are
+    made for one kind of text.
     Raises `DataError` for too few windows, `UserError` if a refit does not fit into memory.
     """
     check_windows(tokens.sequences)
     _check_memory(session)
-    if not share or any(source.name == GENERAL_TEXT for source in tokens.sources):
+    known = any(source.name == GENERAL_TEXT for source in tokens.sources)
+    if not share or known or tokens.objective.labelled:
         return None
     general = pack_evaluation(
         load_documents(GENERAL_TEXT, part="calibration"),
         session.need_tokenizer(),
         sequence_length=tokens.sequence_length,
         max_windows=max(round(share * tokens.sequences), min(LEAST_GENERAL, tokens.sequences)),
+        objective=tokens.objective,
+        seed=session.runtime.seed,
     )
     session.ui.note(
         f"refit: on the calibration sequences and {general.sequences} of general text ('{GENERAL_TEXT}'; "

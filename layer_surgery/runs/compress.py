@@ -5,6 +5,7 @@ from contextlib import ExitStack
 
 import attrs
 
+from layer_surgery import parallel
 from layer_surgery.calibration.cache import check_cache
 from layer_surgery.checkpoint.save import check_free_space
 from layer_surgery.config import CompressConfig
@@ -40,6 +41,8 @@ def run_compress(model: Model, config: CompressConfig, *, known_scores: LayerSco
     check_cache(config.cache)
     check_sources(config.text_column, calibration=config.calibration, evaluation=config.eval_data)
     check_task_names(config, bundled_tasks)
+    if config.heal is not None:
+        parallel.check_alone("--heal")
     with ExitStack() as stack:
         # Open: the output, the model, the data, and what there is to measure.
         staging = open_output(model, config, stack)
@@ -47,7 +50,8 @@ def run_compress(model: Model, config: CompressConfig, *, known_scores: LayerSco
         original = session.checkpoint
         planning = Planning(config, original, session.device)
         if staging is not None:
-            check_free_space(staging, planning.trial.parameters * original.dtype.itemsize)
+            needed = planning.trial.parameters * original.dtype.itemsize
+            parallel.from_first(lambda: check_free_space(staging, needed))
         scope, tokens, general = planning.refit_scope, None, None
         if planning.needs_data:
             tokens = session.calibration_tokens(config)

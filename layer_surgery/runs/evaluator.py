@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
+from layer_surgery import parallel
 from layer_surgery.checkpoint.costs import token_costs
+from layer_surgery.checkpoint.heads import CAUSAL_LM
 from layer_surgery.checkpoint.open import Checkpoint
 from layer_surgery.config import EvaluationConfig
 from layer_surgery.data import bundled_tasks
@@ -17,15 +19,16 @@ from layer_surgery.errors import CheckpointError, DataError, describe
 from layer_surgery.evaluation.continuations import continuations, encode_prompt, prompts_from
 from layer_surgery.evaluation.distance import FinalStates, check_same_vocabulary
 from layer_surgery.evaluation.distance import distance as measure_distance
+from layer_surgery.evaluation.labelled import LabelOutcome, label_changes, label_outcome
 from layer_surgery.evaluation.perplexity import summarise, window_losses
 from layer_surgery.evaluation.speed import measure_speed
 from layer_surgery.evaluation.uncertainty import perplexity_change
 from layer_surgery.machine import available_memory_bytes
-from layer_surgery.records import Comparison, Continuation, EvaluationResult, Perplexity, StageFailure
+from layer_surgery.records import Comparison, Continuation, EvaluationResult, Perplexity, StageFailure, TaskResult
 from layer_surgery.runs.session import Session
 from layer_surgery.walk.boundaries import Boundary, BoundaryStore
 from layer_surgery.walk.streamed import StreamedModel
-from layer_surgery.walk.walk import Losses
+from layer_surgery.walk.walk import Losses, share_of
 
 if TYPE_CHECKING:
     from layer_surgery.evaluation.tasks import TaskOutcome, Tasks
@@ -47,6 +50,7 @@ class _Measured:
     result: EvaluationResult
     losses: dict[str, Losses] = field(default_factory=dict)
     states: dict[str, Boundary] = field(default_factory=dict)
+    labelled: dict[str, LabelOutcome] = field(default_factory=dict)
     tasks: TaskOutcome | None = None
     written: list[str] | None = None
     kept: ExitStack = field(default_factory=ExitStack)
@@ -77,13 +81,16 @@ class Evaluator:
         if baseline is not None:
             self._sessions["before"] = baseline
         self._measured: dict[Moment, _Measured] = {}
+        self._alone = False  # whether the first process is at something that the others wait for
         self._kept = ExitStack()
+        self._causal = session.checkpoint.head is CAUSAL_LM
+        self._check_heads()
         self._prompts = self._choose_prompts()
         for each in self._sessions.values():
             self._check(each.checkpoint)
         self._check_memory()
         self._tasks: Tasks | None = None
-        if config.tasks:
+        if config.tasks and parallel.is_first():
             session.need_tokenizer()
             from layer_surgery.evaluation.tasks import Tasks  # lm-eval takes seconds to import
 
@@ -101,12 +108,17 @@ class Evaluator:
         found = size_and_costs(checkpoint, self._config.sequence_length)
         measured = _Measured(self._sessions[moment], checkpoint, found)
         self._kept.enter_context(measured.kept)
-        perplexities = self._perplexities(moment, measured, required=not self._measured)
+        required = not self._measured
+        if self._causal:
+            perplexities, labelled = self._perplexities(moment, measured, required=required), {}
+        else:
+            perplexities, labelled = {}, self._labelled(moment, measured, required=required)
         self._measured[moment] = measured
-        if self._tasks is not None or self._prompts:
-            self._run_whole(moment, measured)
+        if self._config.tasks or self._prompts:
+            with self._by_first():
+                self._run_whole(moment, measured)
         tasks = measured.tasks.results if measured.tasks is not None else {}
-        measured.result = replace(found, perplexity=perplexities, tasks=tasks)
+        measured.result = replace(found, perplexity=perplexities, tasks=labelled | tasks)
 
     def compare(self, first: Moment = "before", second: Moment = "after", *, distance: bool = True) -> Comparison:
         """Compare two models that have been measured, on everything that both have.
@@ -130,11 +142,22 @@ class Evaluator:
             from layer_surgery.evaluation.tasks import paired_tasks
 
             result = replace(result, tasks=paired_tasks(before.tasks, after.tasks, self._session.runtime.seed))
-        return result
+        changes_of_labels = {
+            name: label_changes(before.labelled[name], outcome, self._session.runtime.seed)
+            for name, outcome in after.labelled.items()
+            if name in before.labelled
+        }
+        return replace(result, tasks=changes_of_labels | result.tasks)
 
     def measure_speed(self) -> None:
         """Measure the speed of all measured models, which take turns."""
         if not self._config.speed:
+            return
+        with self._by_first():
+            self._measure_speed()
+
+    def _measure_speed(self) -> None:
+        if not parallel.is_first():
             return
         models = list(self._measured.values())
         with self._attempt("speed"):
@@ -143,6 +166,7 @@ class Evaluator:
                 self._config,
                 self._session.ui.progress,
                 self._session.runtime.seed,
+                generates=self._causal,
             )
             for measured, found in zip(models, points, strict=True):
                 measured.result = replace(measured.result, speed=found)
@@ -183,9 +207,22 @@ class Evaluator:
                     measured.states[tokens.name] = keep
         return found
 
+    def _labelled(self, moment: Moment, measured: _Measured, *, required: bool) -> dict[str, TaskResult]:
+        """Measure loss, accuracy and the like on every set of labelled examples (or of masked text)."""
+        if not self._texts:
+            return {}
+        session = measured.session
+        with self._attempt(f"labels {moment}", required=required):
+            model = session.stream(measured.checkpoint)
+            for tokens in self._texts:
+                measured.labelled[tokens.name] = label_outcome(model, tokens, session.settings)
+        return {name: outcome.result(session.runtime.seed) for name, outcome in measured.labelled.items()}
+
     def _run_whole(self, moment: Moment, measured: _Measured) -> None:
         """Run tasks and continuations on the model as a whole, loaded once for both."""
         session, model = measured.session, None
+        if not parallel.is_first():
+            return
         with self._attempt(f"loading the whole model {moment}", "load"):
             model = session.stream(measured.checkpoint).load_whole()
         if model is None:
@@ -200,9 +237,28 @@ class Evaluator:
                 new_tokens = self._config.NEW_TOKENS
                 measured.written = continuations(model, tokenizer, prompts, new_tokens, session.ui.progress)
 
+    def _check_heads(self) -> None:
+        """Raise `CheckpointError` for measurements that a head does not allow."""
+        config, kinds = self._config, {each.checkpoint.head.kind for each in self._sessions.values()}
+        problems = {each.checkpoint.objective for each in self._sessions.values()}
+        if len(kinds) > 1 or len({(each.problem, each.labels) for each in problems}) > 1:
+            names = " and ".join(each.checkpoint.name for each in self._sessions.values())
+            raise CheckpointError(f"{names} have not the same head and labels, so they cannot be compared.")
+        if self._causal:
+            return
+        options = {"--tasks": config.tasks, "--prompt": config.prompts, "--continuations": config.continuations}
+        asked = [option for option, given in options.items() if given]
+        if asked:
+            raise CheckpointError(
+                f"{' and '.join(asked)} need a causal language model, but {self._session.checkpoint.name} is a "
+                f"{self._session.checkpoint.head.words}; leave that out."
+            )
+
     def _choose_prompts(self) -> list[str]:
         """Return the prompts of the user's, or the beginnings of windows of the first text."""
         config, session = self._config, self._session
+        if not self._causal:
+            return []
         if config.prompts:
             session.need_tokenizer()
             return list(config.prompts)
@@ -223,10 +279,11 @@ class Evaluator:
         if self._distance and self._texts:
             check_same_vocabulary(self._session.checkpoint, checkpoint)
         config, longest = self._config, checkpoint.longest_sequence
-        needed = max(config.speed_lengths) + config.speed_new_tokens
+        needed = max(config.speed_lengths) + (config.speed_new_tokens if self._causal else 0)
         if config.speed and longest is not None and needed > longest:
             raise DataError(
-                f"--speed-lengths and --speed-new-tokens make {needed} tokens, but {checkpoint.name} takes at most "
+                f"--speed-lengths{' and --speed-new-tokens' * self._causal} make {needed} tokens, but "
+                f"{checkpoint.name} takes at most "
                 f"{longest}; choose shorter ones."
             )
 
@@ -235,7 +292,7 @@ class Evaluator:
         session = self._session
         options = {"--tasks": self._config.tasks, "--speed": self._config.speed, "--continuations": self._prompts}
         asked = [option for option, given in options.items() if given]
-        if not asked:
+        if not asked or not parallel.is_first():
             return
         sizes = [_whole_bytes(each) for moment, each in self._sessions.items() if moment != "unhealed"]
         needed = sum(sizes) if self._config.speed else max(sizes)
@@ -248,14 +305,27 @@ class Evaluator:
 
     @property
     def _distance(self) -> bool:
-        return self._config.distance and "before" in self._sessions
+        return self._causal and self._config.distance and "before" in self._sessions
 
     def _new_boundary(self, model: StreamedModel, measured: _Measured, tokens: PackedTokens) -> Boundary:
-        shape = (tokens.sequences, tokens.sequence_length, model.hidden_size)
+        sequences = share_of(tokens, measured.session.runtime.batch_size).tokens.sequences
+        shape = (sequences, tokens.sequence_length, model.hidden_size)
         memory = measured.session.boundary_bytes // _WAITING_SHARE // (2 * len(self._texts))
         # In the scratch directory of the evaluator's own session, which lives as long as it.
         store = BoundaryStore(shape, model.dtype, model.device, memory, self._session.scratch)
         return Boundary(measured.kept.enter_context(store), 0)
+
+    @contextmanager
+    def _by_first(self) -> Iterator[None]:
+        """Tell the other processes which failures the first one records in the block, where it works alone."""
+        known = len(self.failures)
+        self._alone = True
+        try:
+            yield
+        finally:
+            self._alone = False
+        found = parallel.from_first(lambda: [asdict(failure) for failure in self.failures[known:]])
+        self.failures[known:] = [StageFailure(**failure) for failure in found]
 
     @contextmanager
     def _attempt(self, stage: str, clock: str | None = None, *, required: bool = False) -> Iterator[None]:
@@ -264,7 +334,7 @@ class Evaluator:
             try:
                 yield
             except Exception as error:
-                if required:
+                if required or not (parallel.in_step(error) or self._alone):
                     raise
                 _LOG.debug("%s failed", stage, exc_info=True)
                 self.failures.append(StageFailure(stage=stage, error=describe(error)))

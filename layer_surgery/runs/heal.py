@@ -9,6 +9,7 @@ from typing import Any
 
 import attrs
 
+from layer_surgery import parallel
 from layer_surgery.checkpoint.save import check_free_space
 from layer_surgery.config import HealConfig
 from layer_surgery.data.bundled import bundled_tasks
@@ -29,6 +30,7 @@ from layer_surgery.runs.stages import stages_of_healing
 
 def run_heal(result: str | Path, config: HealConfig) -> SurgeryReport:
     """Heal a saved result. Everything that can be refused is refused before any work is done."""
+    parallel.check_alone("heal")
     check_output_given(config)
     check_sources(config.text_column, calibration=config.data, evaluation=config.eval_data, option="--data")
     check_task_names(config, bundled_tasks)

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from layer_surgery.checkpoint.heads import CAUSAL_LM
 from layer_surgery.checkpoint.open import Checkpoint
 from layer_surgery.checkpoint.result import with_new_tensors
 from layer_surgery.checkpoint.tensors import SafetensorsSource, TensorSpec
@@ -24,7 +25,7 @@ from layer_surgery.config import HealingConfig
 from layer_surgery.config.inputs import TextConfig
 from layer_surgery.data import load_documents, pack_evaluation
 from layer_surgery.data.tokens import PackedTokens, joined
-from layer_surgery.errors import DataError, LayerSurgeryError, UserError
+from layer_surgery.errors import CheckpointError, DataError, LayerSurgeryError, UserError
 from layer_surgery.evaluation.perplexity import window_losses
 from layer_surgery.healing.adapters import add_adapters, check_peft
 from layer_surgery.healing.capture import DenseTeacher, TeacherStatesStore, teacher_logits
@@ -91,6 +92,12 @@ def prepare_healing(
 
     Raises `UserError` for what cannot be done.
     """
+    original = session.checkpoint
+    if original.head is not CAUSAL_LM:
+        raise CheckpointError(
+            f"{original.name} is a {original.head.words}, and healing trains causal language models; compress it "
+            "without --heal, and train the result with transformers."
+        )
     losses = parse_losses(config.loss)
     unknown = [loss.name for loss in losses if loss.entry.needs not in ("labels", "logits", "states")]
     if unknown:

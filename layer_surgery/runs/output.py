@@ -2,9 +2,11 @@
 
 import logging
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
+from layer_surgery import parallel
 from layer_surgery.checkpoint.contents import list_files
 from layer_surgery.checkpoint.open import Checkpoint
 from layer_surgery.checkpoint.output import check_not_same, check_output, staged_directory, writing
@@ -28,31 +30,47 @@ def check_output_given(config: CompressConfig | HealConfig) -> None:
 
 
 def open_output(model: Model, config: CompressConfig | HealConfig, stack: ExitStack) -> Path | None:
-    """Return a staging directory that becomes the output when `stack` is left; None for a dry run."""
-    if config.output is None:
+    """Return a staging directory that becomes the output when `stack` is left; None for a dry run.
+
+    With several processes it is the first one's.
+    """
+    if (output := config.output) is None:
         return None
-    check_not_same(model, config.output)
+
+    def check() -> None:
+        check_not_same(model, output)
+        if config.dry_run:
+            check_output(output, overwrite=config.overwrite)
+
+    parallel.from_first(check)
     if config.dry_run:
-        check_output(config.output, overwrite=config.overwrite)
         return None
-    staged = staged_directory(config.output, overwrite=config.overwrite, note=config.ui.note)
-    return stack.enter_context(staged)
+    staged = staged_directory(output, overwrite=config.overwrite, note=config.ui.note)
+    return stack.enter_context(parallel.shared_folder(staged))
 
 
 def save_result(
     session: Session, checkpoint: Checkpoint, staging: Path, base: Checkpoint, config: CompressConfig | HealConfig
 ) -> dict[str, FileRecord]:
     """Write a result, with what travels with `base`, into the staging directory; return the files, by their paths."""
-    assert config.output is not None
-    with session.stage("save"), writing(config.output):
-        save_checkpoint(checkpoint, staging, base=base, tokenizer=session.tokenizer, progress=session.ui.progress)
-        check_saved(staging, checkpoint)
-        return list_files(staging)
+    output = config.output
+    assert output is not None
+
+    def save() -> dict[str, Any]:
+        with writing(output):
+            save_checkpoint(checkpoint, staging, base=base, tokenizer=session.tokenizer, progress=session.ui.progress)
+            check_saved(staging, checkpoint)
+            return {name: asdict(record) for name, record in list_files(staging).items()}
+
+    with session.stage("save"):
+        return {name: FileRecord(**record) for name, record in parallel.from_first(save).items()}
 
 
 def write_report(report: SurgeryReport, directory: Path, config: CompressConfig | HealConfig) -> SurgeryReport:
     """Write `surgery.json`, page and card; if these fail, that is recorded and the model is not lost."""
     assert config.output is not None
+    if not parallel.is_first():
+        return report
     with writing(config.output):
         write_json(directory / REPORT_FILE, report_dict(report))
         try:

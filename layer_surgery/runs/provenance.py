@@ -4,10 +4,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from layer_surgery import parallel
+from layer_surgery.checkpoint.heads import CAUSAL_LM
 from layer_surgery.checkpoint.open import Checkpoint
 from layer_surgery.checkpoint.origin import origin
 from layer_surgery.config import RuntimeConfig
 from layer_surgery.data.tokens import PackedTokens
+from layer_surgery.errors import CheckpointError
 from layer_surgery.machine import provenance
 from layer_surgery.records import SurgeryReport
 from layer_surgery.records.provenance import portable
@@ -23,11 +26,20 @@ def checkpoint_hash(session: Session) -> str:
     """Return the hash of the session's checkpoint."""
     tensors = len(session.checkpoint.source.specs)
     with session.clock.stage("hash"), session.ui.progress("hashing", tensors) as advance:
-        return session.checkpoint.sha256(advance)
+        # Once on every machine: they may not read the same files.
+        sha256 = session.checkpoint.sha256(advance) if parallel.group().local_rank == 0 else None
+        found = [each for each in parallel.gather(sha256) if each is not None]
+    if len(set(found)) > 1:
+        raise CheckpointError(
+            f"the machines have different checkpoints under {session.checkpoint.name} (their hashes begin "
+            f"{' and '.join(sorted({each[:12] for each in found}))}); give all the same one."
+        )
+    return str(found[0])
 
 
 def base_model_record(checkpoint: Checkpoint, sha256: str) -> dict[str, Any]:
     """Return what a record says about the original."""
+    head = {"head": checkpoint.head.kind, "loss_unit": checkpoint.objective.unit}
     return {
         "name": _name(checkpoint),
         "model_type": checkpoint.architecture.model_type,
@@ -36,6 +48,7 @@ def base_model_record(checkpoint: Checkpoint, sha256: str) -> dict[str, Any]:
         "parameters": checkpoint.parameters,
         "size_bytes": checkpoint.size_bytes,
         "dtype": str(checkpoint.dtype).removeprefix("torch."),
+        **({} if checkpoint.head is CAUSAL_LM else head),
         **origin(checkpoint.directory, str(getattr(checkpoint.config, "_name_or_path", ""))),
     }
 

@@ -10,6 +10,8 @@ from typing import Self, TypeAlias
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from layer_surgery import parallel
+from layer_surgery.checkpoint.heads import CAUSAL_LM
 from layer_surgery.checkpoint.open import Checkpoint, open_checkpoint
 from layer_surgery.config import CalibrationConfig, PerplexityConfig, RuntimeConfig
 from layer_surgery.config.inputs import TextConfig
@@ -21,12 +23,15 @@ from layer_surgery.data import (
     pack_mixture,
     weighted_sources,
 )
+from layer_surgery.data.documents import Wanted
+from layer_surgery.data.labelled import count_labels
 from layer_surgery.data.tokens import PackedTokens
 from layer_surgery.disk.own import own_directory, remove_dead
 from layer_surgery.disk.reading import why
 from layer_surgery.errors import CheckpointError, DataError, OutputError
-from layer_surgery.machine import available_memory_bytes
+from layer_surgery.machine import PACKAGES, available_memory_bytes, code_sha256, version
 from layer_surgery.progress import Clock, Ui
+from layer_surgery.records.provenance import portable
 from layer_surgery.walk.self_check import check_walk
 from layer_surgery.walk.streamed import StreamedModel
 from layer_surgery.walk.walk import WalkSettings
@@ -77,15 +82,19 @@ class Session:
 
     def new_scratch(self, name: str) -> Path:
         """Return a new folder for scratch files."""
-        return Path(tempfile.mkdtemp(prefix=f"{name}-", dir=self.scratch))
+        return parallel.new_folder(self.scratch, f"{name}-")
 
     @contextmanager
     def own_scratch(self, name: str) -> Iterator[Self]:
         """Yield this session with a folder for scratch files that is gone on exit, and with it what was made in it."""
         proven = len(self._proven)
-        with tempfile.TemporaryDirectory(prefix=f"{name}-", dir=self.scratch) as folder:
+        with parallel.temporary_folder(self.scratch, f"{name}-") as folder:
             try:
-                yield replace(self, scratch=Path(folder))
+                yield replace(self, scratch=folder)
+            except Exception as error:
+                if parallel.in_step(error):  # the run may go on: nobody is to read what is deleted now
+                    parallel.barrier()
+                raise
             finally:
                 del self._proven[proven:]
 
@@ -108,7 +117,12 @@ class Session:
         sources = weighted_sources(config.calibration)
         tokens = pack_mixture(
             [
-                load_documents(source.name, column=_column(config.text_column, source.name), part="calibration")
+                load_documents(
+                    source.name,
+                    column=_column(config.text_column, source.name),
+                    part="calibration",
+                    wanted=self._wanted,
+                )
                 for source in sources
             ],
             [source.weight for source in sources],
@@ -116,8 +130,12 @@ class Session:
             samples=config.samples,
             sequence_length=config.sequence_length,
             seed=self.runtime.seed,
+            objective=self.checkpoint.objective,
         )
         self._check(tokens)
+        if tokens.objective.labelled:
+            self._say_which_labels_are_missing(tokens)
+        _check_shares(tokens, self.runtime.batch_size)
         for line in _calibration_notes(tokens):
             self.ui.note(line)
         return tokens
@@ -144,17 +162,38 @@ class Session:
         """Load and pack every evaluation text."""
         packed = []
         for source in config.eval_data:
-            data = load_documents(source, column=_column(config.text_column, source), part="evaluation")
+            data = load_documents(
+                source, column=_column(config.text_column, source), part="evaluation", wanted=self._wanted
+            )
             tokens = pack_evaluation(
-                data, self.need_tokenizer(), sequence_length=config.sequence_length, max_windows=config.eval_windows
+                data,
+                self.need_tokenizer(),
+                sequence_length=config.sequence_length,
+                max_windows=config.eval_windows,
+                objective=self.checkpoint.objective,
+                seed=self.runtime.seed,
             )
             self._check(tokens)
-            self.ui.note(
-                f"evaluation: {int(tokens.valid.sum()):,} of the {tokens.tokens_available:,} tokens of "
-                f"'{tokens.name}', in {tokens.sequences} windows of {tokens.sequence_length}"
-            )
+            self.ui.note(_evaluation_note(tokens))
             packed.append(tokens)
+        hashes = {f"other tokens of '{tokens.name}' (sha256)": tokens.sha256 for tokens in packed}
+        parallel.agree(hashes, "give all processes the same evaluation data and tokenizer")
         return packed
+
+    @property
+    def _wanted(self) -> Wanted:
+        """What data must have beside their text."""
+        objective = self.checkpoint.objective
+        return "text" if not objective.labelled else "tags" if objective.problem == "tags" else "labels"
+
+    def _say_which_labels_are_missing(self, tokens: PackedTokens) -> None:
+        counts = count_labels(tokens).tolist()
+        missing = [name for name, count in zip(tokens.objective.labels, counts, strict=False) if not count]
+        if missing:
+            self.ui.note(
+                f"warning: none of the calibration examples has the label {', '.join(missing)}, so nothing keeps what "
+                "the model knows of it; give examples of every label"
+            )
 
     def _check(self, tokens: PackedTokens) -> None:
         check_vocabulary(tokens, self.checkpoint.vocabulary_size)
@@ -165,11 +204,23 @@ class Session:
             )
 
 
+def _evaluation_note(tokens: PackedTokens) -> str:
+    if tokens.objective.labelled:
+        return f"evaluation: {tokens.sequences:,} examples of '{tokens.name}', {int(tokens.valid.sum()):,} tokens"
+    return (
+        f"evaluation: {int(tokens.valid.sum()):,} of the {tokens.tokens_available:,} tokens of "
+        f"'{tokens.name}', in {tokens.sequences} windows of {tokens.sequence_length}"
+    )
+
+
 def _calibration_notes(tokens: PackedTokens) -> Iterator[str]:
     """Yield a line for each source; in a mixture with its part of the loss, which its weight does not tell."""
     mixed = len(tokens.sources) > 1
     for source in tokens.sources:
         weight = f" (weight {source.weight:g})" if mixed else ""
+        if tokens.objective.labelled:
+            yield f"calibration: {source.sequences:,} examples of '{source.name}'{weight}, {source.tokens:,} tokens"
+            continue
         part = f", {100 * source.predicted_tokens / tokens.predicted_tokens:.1f} % of all that do" if mixed else ""
         yield (
             f"calibration: {source.tokens:,} of the {source.tokens_available:,} tokens of '{source.name}'{weight}, "
@@ -184,9 +235,13 @@ def open_session(model: Model, runtime: RuntimeConfig, scratch_parent: Path | No
     They are in `runtime.scratch`, else in `scratch_parent`, else where the system keeps its temporary files.
     """
     clock, tokenizer, ui = Clock(), runtime.tokenizer, runtime.ui
+    _check_processes(runtime)
     device = runtime.torch_device()
+    parallel.meet(device)
     with clock.stage("open"):
         checkpoint = open_checkpoint(model, trust_remote_code=runtime.trust_remote_code)
+        if checkpoint.head is not CAUSAL_LM:
+            parallel.check_alone("a model with another head than that of a causal language model")
         if tokenizer is None and checkpoint.directory is not None:
             tokenizer = load_tokenizer(checkpoint)
         _check_tokenizer(checkpoint, tokenizer)
@@ -195,7 +250,8 @@ def open_session(model: Model, runtime: RuntimeConfig, scratch_parent: Path | No
         torch.cuda.reset_peak_memory_stats(device)
     dtype = runtime.torch_dtype(device, checkpoint.dtype, checkpoint.hidden_size)
     memory = runtime.memory(device)
-    with _scratch(runtime.scratch or scratch_parent or Path(tempfile.gettempdir()), ui) as scratch:
+    parent = runtime.scratch or scratch_parent or Path(tempfile.gettempdir())
+    with parallel.shared_folder(_scratch(parent, ui)) as scratch:
         yield Session(checkpoint, tokenizer, runtime, device, dtype, scratch, ui, clock, *memory)
 
 
@@ -213,6 +269,32 @@ def _scratch(parent: Path, ui: Ui) -> Iterator[Path]:
         except OSError as error:
             raise OutputError(f"scratch files cannot be written to {parent} ({why(error)}).") from error
         yield scratch
+
+
+def _check_processes(runtime: RuntimeConfig) -> None:
+    """Raise `UserError` unless all processes run the same code with the same options."""
+    options = {f"--{name.replace('_', '-')}": value for name, value in runtime.described().items()}
+    parallel.agree(portable(options), "give all processes the same options")
+    running = {name: version(name) for name in PACKAGES} | {"the code (sha256)": code_sha256()}
+    parallel.agree(running, "install the same on all machines")
+    # Products of matrices are rounded differently with another number of threads.
+    parallel.agree({"CPU threads": torch.get_num_threads()}, "set OMP_NUM_THREADS to the same number everywhere")
+
+
+def _check_shares(tokens: PackedTokens, batch_size: int) -> None:
+    """Raise `DataError` unless all processes have the same calibration data, and each a micro-batch of them."""
+    parallel.agree(
+        {f"other tokens of '{tokens.name}' (sha256)": tokens.sha256},
+        "give all processes the same calibration data and tokenizer",
+    )
+    batches, world = -(-tokens.sequences // batch_size), parallel.group().world
+    if batches < world:
+        most = tokens.sequences // world
+        advice = f"pass --batch-size {most} or less, or " if most else ""
+        raise DataError(
+            f"{tokens.sequences} calibration sequences in micro-batches of {batch_size} are {batches}, too few for "
+            f"{world} processes; {advice}raise --samples, or start fewer processes."
+        )
 
 
 def _say_what_is_special(checkpoint: Checkpoint, ui: Ui) -> None:

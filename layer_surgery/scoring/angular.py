@@ -27,7 +27,7 @@ class LastTokenObserver(Observer):
         self.states.setdefault(index + 1, []).append(after[rows, last].double().cpu())
 
     def at(self, boundary: int) -> Tensor:
-        """Return [sequences, D] float64."""
+        """Return [n, D] float64 for the sequences of this process."""
         return torch.cat(self.states[boundary])
 
 
@@ -46,7 +46,7 @@ def angular(context: ScoringContext) -> Ranking:
     """Return the distance that each single layer spans; the block of `count` layers that spans least goes."""
     observer = LastTokenObserver()
     context.walk.forward(context.path, keep=context.keep_boundaries, observers=[observer])
-    states = [observer.at(boundary) for boundary in range(context.layer_count + 1)]
+    states = [context.walk.rows_of_all(observer.at(boundary)) for boundary in range(context.layer_count + 1)]
     values = [angular_distance(states[index], states[index + 1]) for index in context.path]
     size = context.count or 1
     blocks = [angular_distance(states[s], states[s + size]) for s in range(context.layer_count - size + 1)]

@@ -27,6 +27,11 @@ class ScoringContext:
     """Whether a later stage needs all boundaries, so that a forward walk had better keep them."""
 
     @property
+    def unit(self) -> str:
+        """Unit of the mean loss."""
+        return self.walk.tokens.objective.unit
+
+    @property
     def layer_count(self) -> int:
         return self.walk.model.layer_count
 
@@ -83,7 +88,7 @@ class ScorerEntry:
             quantity=ranking.quantity,
             values=values,
             removal_order=by_value if ranking.order is None else ranking.order,
-            tokens=int(context.walk.tokens.valid.sum()) if self.needs_data else 0,
+            tokens=int(context.walk.all_tokens.valid.sum()) if self.needs_data else 0,
         )
 
 

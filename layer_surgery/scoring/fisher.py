@@ -35,7 +35,7 @@ def predicted_cost(context: ScoringContext) -> Ranking:
     if context.refit:
         couplings = couplings.scaled([1 - ABSORBED * (1 - i / max(1, context.layer_count - 1)) for i in context.path])
     values = [couplings.cost([index], context.keep) for index in context.path]
-    quantity = f"predicted rise of the loss with a fraction {context.keep:g} kept (nats per token)"
+    quantity = f"predicted rise of the loss with a fraction {context.keep:g} kept ({context.unit})"
     return Ranking(quantity, values, greedy_order(couplings, context.keep, context.count or context.layer_count))
 
 

@@ -27,7 +27,7 @@ def rise_without_each(context: ScoringContext) -> Ranking:
             rises = [loss - original_loss for loss in losses]
         position = min(range(len(path)), key=lambda p: (losses[p], -p))
         order.append(path.pop(position))
-    quantity = "rise of the mean loss when this layer alone is removed (nats per token)"
+    quantity = f"rise of the mean loss when this layer alone is removed ({context.unit})"
     return Ranking(quantity, rises, order if context.count else None)
 
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from layer_surgery import parallel
 from layer_surgery.scoring.context import SCORERS, Ranking, ScoringContext
 from layer_surgery.walk.gradients import accumulated_gradients
 from layer_surgery.walk.walk import Observer
@@ -18,16 +19,23 @@ class TaylorObserver(Observer):
 
     def __init__(self) -> None:
         self.values: dict[int, float] = {}
+        self._sums = parallel.Sums()
 
     @contextmanager
     def watching(self, index: int, layer: nn.Module) -> Iterator[None]:
         weights = {name: p for name, p in layer.named_parameters() if p.dim() == 2}
-        with accumulated_gradients(weights) as gradients:
+        owner_of = parallel.owners({name: float(p.numel()) for name, p in weights.items()})
+        self._sums = parallel.Sums(lambda name: (owner_of[name],))
+        with accumulated_gradients(weights, self._sums) as gradients:
             yield
-            self.values[index] = sum(
-                float((weights[name].detach() * gradient).abs().sum(dtype=gradient.dtype))
-                for name, gradient in gradients.items()
-            )
+            values = {
+                name: float((weights[name].detach() * gradients[name]).abs().sum(dtype=gradients[name].dtype))
+                for name in parallel.own(owner_of)
+            }
+        self.values[index] = sum(parallel.by_owner(owner_of, values).values())
+
+    def end_round(self, present: int) -> None:
+        self._sums.close(present)
 
 
 @SCORERS.add(
@@ -39,4 +47,5 @@ def taylor(context: ScoringContext) -> Ranking:
     observer = TaylorObserver()
     context.walk.backpropagate([observer])
     values = [observer.values[index] for index in context.path]
-    return Ranking("sum of |weight x gradient| (nats, first order)", values)
+    unit = context.unit.partition(" per ")[0]
+    return Ranking(f"sum of |weight x gradient| ({unit}, first order)", values)

@@ -1,10 +1,12 @@
 """The input of a surgical method, and the registry of methods."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import KW_ONLY, dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import KW_ONLY, asdict, dataclass, field
 
 from torch import Tensor
 
+from layer_surgery import parallel
 from layer_surgery.calibration.source import StatisticsSource
 from layer_surgery.checkpoint.new_tensors import FactorStore
 from layer_surgery.config import SearchConfig
@@ -53,6 +55,25 @@ class SurgeryContext:
     def record_map(self, layer: int, module: str, values: Sequence[float], kept: int) -> None:
         """Keep, for the report, the singular values of a linear map that takes the place of a module."""
         self.spectra.append(spectrum_record(layer, module, "fisher", values, kept, "bypass"))
+
+    @contextmanager
+    def divided(self, costs: Mapping[str, float], owner_of: Mapping[str, int] | None = None) -> Iterator[list[str]]:
+        """Yield which of some linears this process is to write; on exit, all are there, and all spectra known.
+
+        Args:
+            costs: of each linear, by which they are shared out.
+            owner_of: the process of each linear, if that is decided already.
+        """
+        owner_of, before = owner_of or parallel.owners(costs), len(self.spectra)
+        with parallel.together():
+            yield parallel.own(owner_of, costs)
+        if parallel.group().world == 1:
+            return
+        found = [
+            [SpectrumRecord(**record) for record in records]
+            for records in parallel.gather([asdict(record) for record in self.spectra[before:]])
+        ]
+        self.spectra[before:] = [record for name in costs for record in found[owner_of[name]] if record.linear == name]
 
     @property
     def model(self) -> StreamedModel:

@@ -38,8 +38,9 @@ def fisher_svd(plan: SurgeryPlan, context: SurgeryContext) -> SurgeryPlan:
         spendable = _cost(planned, sizes) + plan.parameter_bound - plan.parameters
         ranks = statistics.best_ranks(planned, spendable)
     for index in ranks:
-        for name, factors in statistics.factors(index, ranks[index]).items():
-            context.write(index, name, factors, "fisher", statistics.values[index][name], ranks[index][name])
+        with context.divided(dict.fromkeys(ranks[index], 1.0)) as names:
+            for name, factors in statistics.factors(index, {name: ranks[index][name] for name in names}).items():
+                context.write(index, name, factors, "fisher", statistics.values[index][name], ranks[index][name])
     layers = [replace(layer, ranks=dict(ranks.get(layer.index, {}))) for layer in plan.layers]
     # The prediction knows neither layers removed outright nor plans of which other linears than usual are low-rank.
     usual = {index: replaceable_linears(context.model, index, context.statistics.part) for index in ranks}

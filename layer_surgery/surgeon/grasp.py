@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from layer_surgery import parallel
 from layer_surgery.linalg.low_rank import attributed_groups, select_groups, svd
 from layer_surgery.records import SurgeryPlan
 from layer_surgery.surgeon.context import METHODS, SurgeryContext
@@ -20,18 +21,26 @@ class GraspObserver(Observer):
 
     def __init__(self, ranks: Mapping[int, Mapping[str, int]], context: SurgeryContext) -> None:
         self._ranks, self._context = ranks, context
+        self._sums = parallel.Sums()
+
+    def end_round(self, present: int) -> None:
+        self._sums.close(present)
 
     @contextmanager
     def watching(self, index: int, layer: nn.Module) -> Iterator[None]:
         ranks = self._ranks[index]
         weights: dict[str, nn.Parameter] = {name: layer.get_parameter(f"{name}.weight") for name in ranks}
-        with accumulated_gradients(weights) as gradients:
+        costs = {name: float(weight.numel() * min(weight.shape)) for name, weight in weights.items()}
+        owner_of = parallel.owners(costs)
+        self._sums = parallel.Sums(lambda name: (owner_of[name],))
+        with accumulated_gradients(weights, self._sums) as gradients:
             yield
-            for name, rank in ranks.items():
-                spectrum = svd(weights[name].detach())
-                chosen = attributed_groups(spectrum, gradients[name], rank)
-                factors, values = select_groups(spectrum, chosen), spectrum.s.tolist()
-                self._context.write(index, name, factors, "weight", values, set(chosen.tolist()))
+            with self._context.divided(costs, owner_of) as names:
+                for name in names:
+                    spectrum = svd(weights[name].detach())
+                    chosen = attributed_groups(spectrum, gradients[name], ranks[name])
+                    factors, values = select_groups(spectrum, chosen), spectrum.s.tolist()
+                    self._context.write(index, name, factors, "weight", values, set(chosen.tolist()))
 
 
 @METHODS.add(

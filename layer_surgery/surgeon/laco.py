@@ -6,6 +6,7 @@ Yang et al., LaCo: Large Language Model Pruning via Layer Collapse.
 import torch
 from torch import Tensor
 
+from layer_surgery import parallel
 from layer_surgery.errors import PlanError
 from layer_surgery.records import SurgeryPlan
 from layer_surgery.surgeon.context import METHODS, SurgeryContext
@@ -35,7 +36,7 @@ def laco(plan: SurgeryPlan, context: SurgeryContext) -> SurgeryPlan:
             for name in model.architecture.linears:
                 merged = {own: _merged(model, f"{name}.{own}", first, after) for own in ("weight", "bias")}
                 tensors = {own: tensor for own, tensor in merged.items() if tensor is not None}
-                if tensors:
+                if tensors and parallel.is_first():
                     context.factors.write_tensors(first - 1, name, tensors)
             advance()
     return plan

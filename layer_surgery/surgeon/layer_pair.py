@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from layer_surgery import parallel
 from layer_surgery.walk.rehearsal import LayerCall
 
 #: How far `out = in + s * attention + t * mlp` may be off, relative to the change, to be taken for true, beside the
@@ -86,6 +87,12 @@ def residual_scales(
     return ResidualScales(float(scales[0]), float(scales[1])) if off < tolerance else None
 
 
+def scales_of_all(own: ResidualScales | None) -> ResidualScales | None:
+    """Return what the first process has found in its first micro-batch, which is the first of all."""
+    found = parallel.from_first(lambda: None if own is None else [own.attention, own.mlp])
+    return None if found is None else ResidualScales(*found)
+
+
 def without_bias(output: Tensor, layer: nn.Module, name: str) -> Tensor:
     """Return the output [..., out] of a linear of the layer without its bias, if it has one."""
     bias: Tensor | None = getattr(layer.get_submodule(name), "bias", None)
@@ -102,12 +109,13 @@ def _watching(layer: nn.Module, names: Sequence[str], seen: Seen, until: str) ->
     """Have hooks in that fill `seen`, and raise `_Reached` when it holds all the inputs or outputs that are wanted."""
 
     def take_input(name: str, _module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        seen.inputs[name] = arguments[0]
+        seen.inputs.setdefault(name, arguments[0])  # the first call is with tokens; DeBERTa's next with positions
         if until == "inputs" and len(seen.inputs) == len(names):
             raise _Reached
 
     def take_output(name: str, _module: nn.Module, _arguments: tuple[Tensor, ...], output: Tensor) -> None:
-        seen.outputs[name] = output.clone()  # some layers (Falcon) go on adding in place
+        if name not in seen.outputs:
+            seen.outputs[name] = output.clone()  # some layers (Falcon) go on adding in place
         if until == "outputs" and len(seen.outputs) == len(names):
             raise _Reached
 

@@ -12,6 +12,7 @@ from typing import Literal
 import numpy as np
 from torch import nn
 
+from layer_surgery import parallel
 from layer_surgery.calibration.expert_channels import (
     experts_by_worth,
     joint_gains,
@@ -80,9 +81,10 @@ def mix(plan: SurgeryPlan, context: SurgeryContext) -> SurgeryPlan:
     without_parts(plan, context)
     for layer in plan.low_rank:
         ranks = {name: rank for name, rank in layer.ranks.items() if rank}
-        for name, factors in statistics.factors(layer.index, ranks).items():
-            values = statistics.values[layer.index][name]
-            context.write(layer.index, name, factors, "fisher", values, ranks[name])
+        with context.divided(dict.fromkeys(ranks, 1.0)) as names:
+            for name, factors in statistics.factors(layer.index, {name: ranks[name] for name in names}).items():
+                values = statistics.values[layer.index][name]
+                context.write(layer.index, name, factors, "fisher", values, ranks[name])
     _narrow(plan, shape, statistics, context)
     return plan
 
@@ -394,7 +396,7 @@ def _write_fewer(index: int, cut: _Fewer, context: SurgeryContext) -> None:
     order = experts_by_worth(cut.orders)
     kept = order.kept(cut.count)
     with context.model.layer(index) as layer:
-        for name in (cut.experts.module, cut.experts.router):
+        for name in (cut.experts.module, cut.experts.router) if parallel.is_first() else ():
             context.factors.write_tensors(index, name, of_some(layer.get_submodule(name), kept))
     context.record_units(index, cut.experts.module, "routed", order.gains, cut.count)
 
@@ -403,8 +405,8 @@ def _write_map(index: int, bypass: Bypass, rank: int, statistics: Statistics, co
     """Write the linear map of this rank that takes the place of an MLP."""
     if index not in statistics.maps:
         raise PlanError(f"the plan has a bypass in layer {index}, but no statistics hold a linear map for its MLP.")
-    tensors = statistics.map_tensors(index, bypass.module, rank)
-    context.factors.write_tensors(index, bypass.module, tensors)
+    if parallel.is_first():
+        context.factors.write_tensors(index, bypass.module, statistics.map_tensors(index, bypass.module, rank))
     context.record_map(index, bypass.module, statistics.maps[index].values, rank)
 
 
@@ -424,21 +426,25 @@ class _Narrowing(MomentObserver):
     def reduce(self, index: int, layer: nn.Module, moments: LayerMoments) -> None:
         cuts = {cut.units.output: cut for cut in self._cuts.get(index, ())}
         store, all_rows = self._context.factors, self._context.rows.setdefault(index, {})
-        for name, weight, inputs in weights_with_inputs(layer, cuts, moments, index):
-            cut = cuts[name]
-            kept = cut.order.kept(cut.count)
-            store.write_tensors(index, name, {"weight": narrowed(weight, inputs, cut.units.columns(kept))})
-            for feeding, rows in cut.units.rows(kept).items():
-                all_rows[feeding] = rows
-                linear = layer.get_submodule(feeding)
-                tensors = {part: tensor.detach()[rows] for part, tensor in linear.named_parameters()}
-                store.write_tensors(index, feeding, tensors)
+        with parallel.together():
+            for name, weight, inputs in weights_with_inputs(layer, parallel.own(self.owner_of, cuts), moments, index):
+                cut = cuts[name]
+                kept = cut.order.kept(cut.count)
+                store.write_tensors(index, name, {"weight": narrowed(weight, inputs, cut.units.columns(kept))})
+                for feeding, rows in cut.units.rows(kept).items():
+                    linear = layer.get_submodule(feeding)
+                    tensors = {part: tensor.detach()[rows] for part, tensor in linear.named_parameters()}
+                    store.write_tensors(index, feeding, tensors)
+        for name, cut in cuts.items():
+            all_rows |= cut.units.rows(cut.order.kept(cut.count))
             self._context.record_units(index, name, cut.name, cut.order.gains, cut.count)
 
-    def reduce_experts(self, index: int, layer: nn.Module, experts: Experts, moments: ExpertMoments) -> None:
+    def reduce_experts(self, index: int, layer: nn.Module, experts: Experts, moments: ExpertMoments | None) -> None:
         cut, module = self._expert_cuts[index], layer.get_submodule(experts.module)
-        kept = kept_channels(cut.orders, cut.count)
-        outputs = narrowed_outputs(experts, module, moments, kept, index)
-        tensors = {"down_proj": experts.as_stored(outputs), **experts.only(module, kept)}
-        self._context.factors.write_tensors(index, experts.module, tensors)
+        with parallel.together():
+            if moments is not None:
+                kept = kept_channels(cut.orders, cut.count)
+                outputs = narrowed_outputs(experts, module, moments, kept, index)
+                tensors = {"down_proj": experts.as_stored(outputs), **experts.only(module, kept)}
+                self._context.factors.write_tensors(index, experts.module, tensors)
         self._context.record_units(index, experts.module, "experts", joint_gains(cut.orders), cut.count)

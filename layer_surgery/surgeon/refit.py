@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from layer_surgery import parallel
 from layer_surgery.checkpoint.modeling_layer_surgery import IN_FACTOR, OUT_FACTOR, LowRankLinear
 from layer_surgery.checkpoint.new_tensors import FactorStore
 from layer_surgery.errors import DataError
@@ -27,6 +28,7 @@ from layer_surgery.surgeon.layer_pair import (
     ResidualScales,
     residual_scales,
     run_watched,
+    scales_of_all,
     watch_linears,
     wide,
     without_bias,
@@ -58,7 +60,7 @@ class _Track:
 
     def held_out(self, rows: slice, every: int) -> Tensor:
         """Return which windows of a micro-batch are held out [B] bool."""
-        return torch.arange(self.first_window + rows.start, self.first_window + rows.stop) % every == every - 1
+        return (self.first_window + self.walk.share.windows[rows]) % every == every - 1
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ def refit(
 
     Memory: one layer of each model, and the sums of one group of linears. Raises `DataError` for too few windows.
     """
-    check_windows(sum(walk.tokens.sequences for walk in walks))
+    check_windows(sum(walk.all_tokens.sequences for walk in walks))
     surviving = plan.surviving
     calls = Rehearsal(result)
     records: list[RefitRecord] = []
@@ -100,7 +102,7 @@ def refit(
         for walk in walks:
             walk.forward(range(walk.model.layer_count), keep=True)
             room = Boundary(stack.enter_context(walk.new_store()), 0)
-            tracks.append(_Track(walk, sum(track.walk.tokens.sequences for track in tracks), room))
+            tracks.append(_Track(walk, sum(track.walk.all_tokens.sequences for track in tracks), room))
         original, progress = walks[0].model, walks[0].settings.progress
         advance = stack.enter_context(progress("refitting", len(surviving)))
         for position, index in enumerate(surviving):
@@ -139,7 +141,7 @@ def _step(layer: nn.Module, position: int, tracks: Sequence[_Track], calls: Rehe
         for track in tracks:
             source = track.stream(position)
             for rows in track.walk.batches():
-                after = calls.call(position, track.walk.tokens.token_ids[rows])(layer, source.read(rows))
+                after = calls.call(position, track.walk.tokens.inputs(rows))(layer, source.read(rows))
                 track.room.write(rows, after)
             track.differs = True
 
@@ -182,8 +184,9 @@ class _Pair:
         architecture, modules = self.tracks[0].walk.model.architecture, dict(self.reference.named_modules())
         *attention, attention_out = [name for name in architecture.attention if name in modules] or [""]
         *mlp, mlp_out = [name for name in architecture.mlp if name in modules] or [""]
-        first = next(self._batches())
-        scales = residual_scales(self.reference, attention_out, mlp_out, first.reference_call, first.reference)
+        first = next(batch for batch, _present in self._rounds() if batch is not None)
+        own = residual_scales(self.reference, attention_out, mlp_out, first.reference_call, first.reference)
+        scales = scales_of_all(own)
         map_ = mlp_out.rpartition(".")[0] if mlp_out and not _has(self.layer, mlp_out) else ""  # in the MLP's place
         self._follow_outputs(attention)
         if scales is None:
@@ -250,48 +253,59 @@ class _Pair:
         if not names or self._gone(names[0]):
             return
         problems = _Problems(self.layer, names, self.tracks[0].walk.settings.decomposition)
-        for batch in self._batches():
-            problems.add(*look(batch), batch)
-        for name, solution in problems.solve():
-            if solution.ridge is not None:
-                weight = _solved_weight(self.layer, name)
-                # Rounded as it will be stored, so that what follows sees what the saved model has.
-                weight.data = solution.weight.to(self.refitted.dtype).to(weight.dtype)
-                linear = self.layer.get_submodule(name)
-                own = (OUT_FACTOR, IN_FACTOR) if isinstance(linear, LowRankLinear) else ("weight",)
-                self.refitted.write_tensors(self.index, name, {each: linear.get_parameter(each) for each in own})
-            self.records.append(
-                RefitRecord(
-                    layer=self.index,
-                    linear=name,
-                    ridge=solution.ridge,
-                    error_before=solution.error_before,
-                    error_after=solution.error_after,
-                )
-            )
+        for batch, present in self._rounds():
+            if batch is not None:
+                problems.add(*look(batch), batch)
+            problems.end_round(present)
+        records, owner_of = {}, problems.owner_of
+        with parallel.together():
+            for name, solution in problems.solve():
+                if solution.ridge is not None:
+                    weight = _solved_weight(self.layer, name)
+                    # Rounded as it will be stored, so that what follows sees what the saved model has.
+                    weight.data = solution.weight.to(self.refitted.dtype).to(weight.dtype)
+                    linear = self.layer.get_submodule(name)
+                    own = (OUT_FACTOR, IN_FACTOR) if isinstance(linear, LowRankLinear) else ("weight",)
+                    self.refitted.write_tensors(self.index, name, {each: linear.get_parameter(each) for each in own})
+                records[name] = {
+                    "ridge": solution.ridge,
+                    "error_before": solution.error_before,
+                    "error_after": solution.error_after,
+                }
+        for name, record in parallel.by_owner(owner_of, records).items():
+            self.records.append(RefitRecord(layer=self.index, linear=name, **record))
+            if record["ridge"] is not None:
+                weight, owner = _solved_weight(self.layer, name), owner_of[name]
+                solved = weight.data if owner == parallel.group().rank else None
+                weight.data = parallel.broadcast(solved, owner, weight.device)
 
     # -- the micro-batches -----------------------------------------------------------------------------------------
 
-    def _batches(self) -> Iterator[_Batch]:
-        windows = sum(track.walk.tokens.sequences for track in self.tracks)
+    def _rounds(self) -> Iterator[tuple[_Batch | None, int]]:
+        """Yield of every round this process's micro-batch (None: it has none), and how many processes have one."""
+        windows = sum(track.walk.all_tokens.sequences for track in self.tracks)
         every = _HELD_OUT if windows >= _HELD_OUT else 2
         for track in self.tracks:
             device = track.walk.model.device
             stream = track.stream(self.position)
-            for rows in track.walk.batches():
-                ids = track.walk.tokens.token_ids[rows]
+            for rows, present in track.walk.share.rounds:
+                if rows is None:
+                    yield None, present
+                    continue
+                inputs = track.walk.tokens.inputs(rows)
                 tokens = track.walk.tokens.valid[rows]
                 held_out = tokens & track.held_out(rows, every)[:, None]
-                yield _Batch(
+                batch = _Batch(
                     track=track,
                     rows=rows,
                     tokens=tokens.to(device),
                     held_out=held_out.to(device),
                     reference=track.walk.boundary(self.index).read(rows),
                     result=stream.read(rows),
-                    reference_call=track.walk.rehearsal.call(self.index, ids),
-                    result_call=self.calls.call(self.position, ids),
+                    reference_call=track.walk.rehearsal.call(self.index, inputs),
+                    result_call=self.calls.call(self.position, inputs),
                 )
+                yield batch, present
 
     def _inputs(self, names: Sequence[str], batch: _Batch) -> dict[str, Tensor]:
         """Return what the linears read in the result [B, S, in]."""
@@ -318,8 +332,19 @@ class _Problems:
 
     def __init__(self, layer: nn.Module, names: Sequence[str], way: Decomposition) -> None:
         self._layer, self._names, self._way = layer, names, way
-        self._problems: dict[str, RidgeProblem] = {}
         self._reads: dict[str, str] = {}
+        self._sums = parallel.Sums(lambda name: (self.owner_of[name.partition(" ")[0]],))
+
+    @property
+    def owner_of(self) -> dict[str, int]:
+        """The process that each linear belongs to: one for all that share their inputs, and their decomposition."""
+        costs: dict[str, float] = {}
+        for name in self._names:
+            out, in_ = _solved_weight(self._layer, name).shape
+            reader = self._reads.get(name, name)
+            costs[reader] = costs.get(reader, 10.0 * in_**3) + out * in_ * (out + in_)
+        found = parallel.owners(costs)
+        return {name: found[self._reads.get(name, name)] for name in self._names}
 
     def add(self, inputs: dict[str, Tensor], targets: dict[str, Tensor], batch: _Batch) -> None:
         """Add a micro-batch: inputs [B, S, in] and targets [B, S, out] by linear."""
@@ -334,26 +359,39 @@ class _Problems:
                 first = reader == name
                 self._reads[name] = reader
             y = targets[name]
-            if name not in self._problems:
-                sizes = y.shape[-1], z.shape[-1]
-                self._problems[name] = RidgeProblem(Sums.zeros(*sizes, like=z), Sums.zeros(*sizes, like=z))
-                if not first:
-                    owner = self._problems[self._reads[name]]
-                    self._problems[name].train.inputs = owner.train.inputs
-                    self._problems[name].held_out.inputs = owner.held_out.inputs
-            problem = self._problems[name]
             trained = batch.tokens & ~batch.held_out
-            for sums, mask in ((problem.train, trained), (problem.held_out, batch.held_out)):
-                sums.add(rows_of(z, mask), rows_of(y, mask), inputs=first)
+            for part, mask in (("train", trained), ("held_out", batch.held_out)):
+                self._add(f"{name} {part}", rows_of(z, mask), rows_of(y, mask), inputs=first)
+
+    def _add(self, name: str, z: Tensor, y: Tensor, *, inputs: bool) -> None:
+        """Add tokens, z [tokens, in] and y [tokens, out]; their inputs only if no other linear adds them."""
+        out, in_ = y.shape[-1], z.shape[-1]
+        like = torch.empty(0, dtype=torch.promote_types(z.dtype, torch.float32), device=z.device)
+        of_inputs = self._sums.term(f"{name} inputs", (in_, in_), like) if inputs else like
+        batch = Sums(of_inputs, self._sums.term(f"{name} products", (out, in_), like))
+        batch.add(z, y, inputs=inputs)
+        counts = torch.tensor([batch.targets, batch.tokens], dtype=torch.float64)
+        self._sums.term(f"{name} counts", (2,), counts).add_(counts)
+
+    def end_round(self, present: int) -> None:
+        """Bring what the micro-batches of this round add to the owners."""
+        self._sums.close(present)
 
     def solve(self) -> Iterator[tuple[str, Solution]]:
-        """Yield each linear with its solution."""
-        for name in self._names:
+        """Yield each linear of this process with its solution."""
+        problems: dict[str, RidgeProblem] = {}
+        for name in parallel.own(self.owner_of):
             reader = self._reads.get(name, name)
-            shared = None if reader == name else self._problems[reader]
-            problem, weight = self._problems[name], _solved_weight(self._layer, name).detach()
+            problems[name] = problem = RidgeProblem(*(self._of(name, reader, part) for part in ("train", "held_out")))
+            shared = None if reader == name else problems[reader]
+            weight = _solved_weight(self._layer, name).detach()
             by_factors = takes_leading(self._way, weight.shape[1])
             yield name, problem.solve_by_factors(weight, shared) if by_factors else problem.solve(weight, shared)
+
+    def _of(self, name: str, reader: str, part: str) -> Sums:
+        totals = self._sums.totals
+        targets, tokens = totals[f"{name} {part} counts"].tolist()
+        return Sums(totals[f"{reader} {part} inputs"], totals[f"{name} {part} products"], targets, int(tokens))
 
 
 def _solved_weight(layer: nn.Module, name: str) -> nn.Parameter:

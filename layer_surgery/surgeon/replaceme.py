@@ -6,11 +6,12 @@ Shopkhoev et al., ReplaceMe: Network Simplification via Depth Pruning and Transf
 import torch
 from torch import Tensor, nn
 
+from layer_surgery import parallel
 from layer_surgery.calibration.statistics import check_tokens
 from layer_surgery.errors import PlanError
 from layer_surgery.records import SurgeryPlan
 from layer_surgery.surgeon.context import METHODS, SurgeryContext
-from layer_surgery.surgeon.layer_pair import residual_scales, run_watched
+from layer_surgery.surgeon.layer_pair import residual_scales, run_watched, scales_of_all
 from layer_surgery.surgeon.plan import runs_behind_a_layer
 from layer_surgery.walk.walk import Walk
 
@@ -30,14 +31,15 @@ def replaceme(plan: SurgeryPlan, context: SurgeryContext) -> SurgeryPlan:
     """
     walk = context.walk
     runs = runs_behind_a_layer(plan)
-    check_tokens(walk.tokens, context.model.hidden_size, "replaceme")
+    check_tokens(walk.all_tokens, context.model.hidden_size, "replaceme")
     walk.forward(range(context.model.layer_count), keep=True)
     with context.progress("solving", len(runs)) as advance:
         for first, after in runs:
             name, transform = _best_map(walk, first - 1, after)
             weight = f"{context.model.checkpoint.layer_prefix(first - 1)}{name}.weight"
             stored = context.model.read_weights([weight])[weight].double()
-            context.factors.write_tensors(first - 1, name, {"weight": transform.T @ stored})
+            if parallel.is_first():
+                context.factors.write_tensors(first - 1, name, {"weight": transform.T @ stored})
             advance()
     return plan
 
@@ -46,21 +48,26 @@ def replaceme(plan: SurgeryPlan, context: SurgeryContext) -> SurgeryPlan:
 def _best_map(walk: Walk, index: int, after: int) -> tuple[str, Tensor]:
     """Return the MLP's output projection, and T [D, D] float64 with `s M T ~ L - Y` over the valid tokens."""
     width = walk.model.hidden_size
-    gram, products = torch.zeros(2, width, width, dtype=torch.float64, device=walk.model.device)
+    sums, like = parallel.Sums(), torch.empty(0, dtype=torch.float64, device=walk.model.device)
     with walk.model.layer(index) as layer:
         name, scale = _mlp_out(walk, index, layer)
-        for rows in walk.batches():
-            hidden = walk.boundary(index).read(rows)
-            call = walk.rehearsal.call(index, walk.tokens.token_ids[rows])
-            output, seen = run_watched(layer, [name], call, hidden)
-            valid = walk.tokens.valid[rows].to(hidden.device)
-            mlp = scale * seen.outputs[name][valid].double()
-            wanted = walk.boundary(after).read(rows)[valid].double() - (output[valid].double() - mlp)
-            gram += mlp.T @ mlp
-            products += mlp.T @ wanted
-    gram.diagonal().add_(1e-9 * float(gram.diagonal().mean()))
-    solution: Tensor = torch.linalg.solve(gram, products)
-    return name, solution
+        for rows, present in walk.share.rounds:
+            if rows is not None:
+                hidden = walk.boundary(index).read(rows)
+                call = walk.rehearsal.call(index, walk.tokens.inputs(rows))
+                output, seen = run_watched(layer, [name], call, hidden)
+                valid = walk.tokens.valid[rows].to(hidden.device)
+                mlp = scale * seen.outputs[name][valid].double()
+                wanted = walk.boundary(after).read(rows)[valid].double() - (output[valid].double() - mlp)
+                sums.term("gram", (width, width), like).add_(mlp.T @ mlp)
+                sums.term("products", (width, width), like).add_(mlp.T @ wanted)
+            sums.close(present)
+    solution: Tensor | None = None
+    if parallel.is_first():
+        gram, products = sums.totals["gram"], sums.totals["products"]
+        gram.diagonal().add_(1e-9 * float(gram.diagonal().mean()))
+        solution = torch.linalg.solve(gram, products)
+    return name, parallel.broadcast(solution, 0, walk.model.device)
 
 
 def _mlp_out(walk: Walk, index: int, layer: nn.Module) -> tuple[str, float]:
@@ -82,8 +89,8 @@ def _mlp_out(walk: Walk, index: int, layer: nn.Module) -> tuple[str, float]:
     if getattr(projection, "bias", None) is not None:
         raise PlanError("--method replaceme folds a map into a projection without bias; this model's have one.")
     rows = next(walk.batches())
-    hidden, call = walk.boundary(index).read(rows), walk.rehearsal.call(index, walk.tokens.token_ids[rows])
-    scales = residual_scales(layer, attention_out, name, call, hidden)
+    hidden, call = walk.boundary(index).read(rows), walk.rehearsal.call(index, walk.tokens.inputs(rows))
+    scales = scales_of_all(residual_scales(layer, attention_out, name, call, hidden))
     if scales is None:
         raise PlanError(
             "--method replaceme needs a layer that adds the output of its MLP to the stream as it is, and layer "

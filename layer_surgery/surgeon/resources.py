@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from layer_surgery import parallel
 from layer_surgery.calibration.units import attention_heads
 from layer_surgery.checkpoint.costs import cache_bytes_by_layer, token_costs
 from layer_surgery.checkpoint.experts import Experts, experts_of
@@ -192,7 +193,8 @@ class TimeTable:
                     torch.nn.functional.linear(x, weight)
                 if repeat:
                     times.append((self._now() - start) / count)
-            self._known[out, in_] = 1e3 * parts * median(times)
+            # The first process's clock counts, so that all plan with the same prices.
+            self._known[out, in_] = parallel.from_first(lambda: 1e3 * parts * median(times))
         return self._known[out, in_]
 
     def _now(self) -> float:

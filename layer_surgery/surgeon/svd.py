@@ -13,10 +13,13 @@ def plain_svd(plan: SurgeryPlan, context: SurgeryContext) -> SurgeryPlan:
     with context.progress("truncating", len(plan.low_rank)) as advance:
         for layer in plan.low_rank:
             prefix = context.model.checkpoint.layer_prefix(layer.index)
-            for name, rank in layer.ranks.items():
-                weight = f"{prefix}{name}.weight"
-                spectrum = low_rank.svd(context.model.read_weights([weight])[weight])
-                factors = low_rank.truncated(spectrum, rank)
-                context.write(layer.index, name, factors, "weight", spectrum.s.tolist(), rank)
+            module = context.model.layers[layer.index]
+            costs = {name: float(module.get_parameter(f"{name}.weight").numel()) for name in layer.ranks}
+            with context.divided(costs) as names:
+                for name in names:
+                    weight, rank = f"{prefix}{name}.weight", layer.ranks[name]
+                    spectrum = low_rank.svd(context.model.read_weights([weight])[weight])
+                    factors = low_rank.truncated(spectrum, rank)
+                    context.write(layer.index, name, factors, "weight", spectrum.s.tolist(), rank)
             advance()
     return plan

@@ -26,13 +26,14 @@ class WhitenedObserver(MomentObserver):
 
     def reduce(self, index: int, layer: nn.Module, moments: LayerMoments) -> None:
         ranks = self._ranks[index]
-        for name, weight, inputs in weights_with_inputs(layer, ranks, moments, index):
-            if takes_leading(self._context.walk.settings.decomposition, *weight.shape):
-                (left, right), values = leading_whitened_svd(weight, inputs, None, ranks[name])
-            else:
-                (left, right), values = whitened_svd(weight, inputs)
-            factors = Factors(left[:, : ranks[name]], right[: ranks[name]])
-            self._context.write(index, name, factors, "inputs", values.tolist(), ranks[name])
+        with self._context.divided(dict.fromkeys(ranks, 1.0), self.owner_of) as names:
+            for name, weight, inputs in weights_with_inputs(layer, names, moments, index):
+                if takes_leading(self._context.walk.settings.decomposition, *weight.shape):
+                    (left, right), values = leading_whitened_svd(weight, inputs, None, ranks[name])
+                else:
+                    (left, right), values = whitened_svd(weight, inputs)
+                factors = Factors(left[:, : ranks[name]], right[: ranks[name]])
+                self._context.write(index, name, factors, "inputs", values.tolist(), ranks[name])
 
 
 @METHODS.add(
@@ -42,7 +43,7 @@ class WhitenedObserver(MomentObserver):
 def svd_llm(plan: SurgeryPlan, context: SurgeryContext) -> SurgeryPlan:
     """Truncate each linear in the metric of its inputs' second moment, at the plan's ranks."""
     walk = context.walk
-    check_tokens(walk.tokens, walk.model.hidden_size, "svd_llm")
+    check_tokens(walk.all_tokens, walk.model.hidden_size, "svd_llm")
     ranks = {layer.index: layer.ranks for layer in plan.low_rank}
     walk.forward(range(max(ranks) + 1), keep=False, observers=[WhitenedObserver(ranks, context)], watch=ranks)
     return plan

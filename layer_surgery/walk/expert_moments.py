@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from layer_surgery import parallel
 from layer_surgery.checkpoint.experts import Experts
 from layer_surgery.linalg.least_squares import add_gram
 
@@ -58,36 +59,52 @@ class ExpertRecorder:
     As `MomentRecorder` does for linears: in float32 or better, and padding is left out.
     """
 
-    def __init__(self, experts: Experts, module: nn.Module, *, gradients: bool) -> None:
-        """Watch `module`, which are these `experts`; with `gradients`, also the loss gradients behind them."""
+    def __init__(self, experts: Experts, module: nn.Module, *, gradients: bool, owner: int = 0) -> None:
+        """Watch `module`, which are these `experts`; with `gradients`, also the loss gradients behind them.
+
+        With several processes the sums are at their `owner`, but for the number of tokens.
+        """
         self._experts, self._gradients = experts, gradients
         self._module: Any = module
         weight = module.get_parameter("down_proj")
-        options: dict[str, Any] = {
-            "dtype": torch.promote_types(weight.dtype, torch.float32),
-            "device": weight.device,
-        }
-        number, count, hidden = experts.number, experts.count, experts.hidden
-        behind = hidden if gradients else 0
-        self.moments = ExpertMoments(
-            inputs=torch.zeros(number, count, count, **options),
-            outputs=torch.zeros(behind, behind, **options),
-            squares=torch.zeros(number, **options),
-            chosen=torch.zeros(number, dtype=torch.int64),
-        )
+        self._like = torch.empty(0, dtype=torch.promote_types(weight.dtype, torch.float32), device=weight.device)
+        self._sums, self._tokens = parallel.Sums(lambda _name: (owner,)), 0
         self._valid: Tensor | None = None
+
+    @property
+    def moments(self) -> ExpertMoments:
+        """The sums so far; to be asked for by their owner, after the last round."""
+        return ExpertMoments(**self._sums.totals, tokens=self._tokens)
 
     def start_batch(self, valid: Tensor) -> None:
         """Say which tokens of the micro-batch that comes next count: [B, S] bool."""
         self._valid = valid.flatten()
-        self.moments.tokens += int(valid.sum())
+        self._tokens += int(valid.sum())
+        for name in ("inputs", "outputs", "squares", "chosen"):
+            self._term(name)  # also of experts that no token chooses
+
+    def end_round(self, present: int) -> None:
+        """Bring what the micro-batches of this round add to the owner; see `parallel.Sums`."""
+        self._sums.close(present)
+
+    def finish(self) -> None:
+        """Count the tokens of all processes; after the last round."""
+        self._tokens = parallel.total(self._tokens)
+
+    def _term(self, name: str) -> Tensor:
+        number, count, behind = self._experts.number, self._experts.count, self._experts.hidden * self._gradients
+        shapes = {"inputs": (number, count, count), "outputs": (behind, behind), "squares": (number,)}
+        if name == "chosen":
+            return self._sums.term(name, (number,), torch.empty(0, dtype=torch.int64))
+        # What experts write is one sum: several of them add to it in a micro-batch.
+        return self._sums.term(name, shapes[name], self._like, whole=name == "outputs")
 
     @contextmanager
-    def recording(self) -> Iterator[ExpertMoments]:
+    def recording(self) -> Iterator[None]:
         """Have the experts run one by one, and watched, for the duration of the block."""
         self._module.forward = self._forward
         try:
-            yield self.moments
+            yield
         finally:
             del self._module.forward  # that of its class is behind it
 
@@ -113,14 +130,14 @@ class ExpertRecorder:
         return nn.functional.linear(x, weight.T if self._experts.transposed else weight, bias)
 
     def _take(self, expert: int, rows: Tensor) -> None:
-        add_gram(self.moments.inputs[expert], rows.to(self.moments.inputs.dtype))
-        self.moments.chosen[expert] += len(rows)
+        add_gram(self._term("inputs")[expert], rows.to(self._like.dtype))
+        self._term("chosen")[expert] += len(rows)
 
     def take_gradient(self, expert: int, rows: Tensor) -> None:
         """Add gradients [n, D] at the outputs of an expert."""
-        rows = rows.to(self.moments.outputs.dtype)
-        add_gram(self.moments.outputs, rows)
-        self.moments.squares[expert] += rows.pow(2).sum()
+        rows = rows.to(self._like.dtype)
+        add_gram(self._term("outputs"), rows)
+        self._term("squares")[expert] += rows.pow(2).sum()
 
 
 @dataclass(frozen=True)

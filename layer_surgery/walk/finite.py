@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from layer_surgery import parallel
 from layer_surgery.errors import NumericalError
 from layer_surgery.walk.streamed import StreamedModel
 
@@ -21,8 +22,8 @@ class Finite:
         self._finite = finite if self._finite is None else self._finite & finite
 
     def check(self) -> None:
-        """Raise `NumericalError` if something that was seen is not finite."""
-        if self._finite is not None and not self._finite:
+        """Raise `NumericalError`, in all processes alike, if something that one of them has seen is not finite."""
+        if not all(parallel.gather(self._finite is None or bool(self._finite))):
             raise not_finite(self._model, self._what)
 
 

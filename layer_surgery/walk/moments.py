@@ -1,6 +1,6 @@
 """Second moments of what goes into a linear and of the loss gradient at what comes out of it."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -8,12 +8,13 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from layer_surgery.linalg.least_squares import add_gram
+from layer_surgery import parallel
+from layer_surgery.linalg.least_squares import add_gram, add_product
 
 
 @dataclass
 class LayerMoments:
-    """Sums over tokens for the linears of one layer; sums of disjoint tokens may be added.
+    """Sums over tokens for the linears of one layer, those of a linear at the process that owns it.
 
     Linears that read the same tensor (q, k and v; gate and up) share one input sum.
     """
@@ -37,20 +38,42 @@ class LayerMoments:
 class MomentRecorder:
     """Takes the moments of some linears of one layer through hooks, micro-batch by micro-batch.
 
-    Products are formed and summed in float32 (float64 where the model computes in it). Padding is left out.
+    Products are formed and summed in float32 (float64 where the model computes in it). Padding is left out. With
+    several processes, sums are at the owner of each linear (the first process where `owner_of` does not say).
     """
 
-    def __init__(self, linears: Mapping[str, nn.Module], *, gradients: bool) -> None:
-        self.moments = LayerMoments()
+    def __init__(
+        self, linears: Mapping[str, nn.Module], *, gradients: bool, owner_of: Mapping[str, int] | None = None
+    ) -> None:
+        self._owner_of = owner_of or {}
+        self._inputs, self._outputs = parallel.Sums(self._owners_of_input), parallel.Sums(self._owner)
+        self.moments = LayerMoments(inputs=self._inputs.totals, outputs=self._outputs.totals)
         self._linears, self._gradients = linears, gradients
         self._valid: Tensor | None = None
         self._seen: list[tuple[Tensor, str]] = []
+        self._called: set[str] = set()
 
     def start_batch(self, valid: Tensor) -> None:
         """Say which tokens of the micro-batch that comes next count: [B, S] bool."""
         self._valid = valid
         self._seen.clear()
+        self._called.clear()
         self.moments.tokens += int(valid.sum())
+
+    def end_round(self, present: int) -> None:
+        """Bring what the micro-batches of this round add to the owners; see `parallel.Sums`."""
+        self._inputs.close(present)
+        self._outputs.close(present)
+
+    def finish(self) -> None:
+        """Count the tokens of all processes; after the last round."""
+        self.moments.tokens = parallel.total(self.moments.tokens)
+
+    def _owner(self, name: str) -> Iterable[int]:
+        return (self._owner_of.get(name, 0),)
+
+    def _owners_of_input(self, reader: str) -> Iterable[int]:
+        return (owner for name, of in self.moments.reads.items() if of == reader for owner in self._owner(name))
 
     @contextmanager
     def recording(self) -> Iterator[LayerMoments]:
@@ -62,9 +85,12 @@ class MomentRecorder:
             yield self.moments
 
     def _see(self, name: str, _module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+        if name in self._called:
+            return  # DeBERTa's queries and keys go over the embeddings of positions too, after the tokens
+        self._called.add(name)
         self._take_input(name, arguments[0].detach())
         if self._gradients and output.requires_grad:
-            output.register_hook(partial(self._add, self.moments.outputs, name))  # type: ignore[no-untyped-call]
+            output.register_hook(partial(self._add, self._outputs, name))  # type: ignore[no-untyped-call]
 
     def _take_input(self, name: str, x: Tensor) -> None:
         for seen, reader in self._seen:
@@ -73,19 +99,17 @@ class MomentRecorder:
                 return
         self._seen.append((x, name))
         self.moments.reads[name] = name
-        self._add(self.moments.inputs, name, x)
+        self._add(self._inputs, name, x)
 
-    def _add(self, sums: dict[str, Tensor], name: str, values: Tensor) -> None:
+    def _add(self, sums: parallel.Sums, name: str, values: Tensor) -> None:
         assert self._valid is not None, "start_batch comes first"
         rows = rows_of(values.detach(), self._valid).to(torch.promote_types(values.dtype, torch.float32))
-        if name not in sums:
-            sums[name] = torch.zeros(rows.shape[1], rows.shape[1], dtype=rows.dtype, device=rows.device)
-        add_gram(sums[name], rows)
+        add_gram(sums.term(name, (rows.shape[1], rows.shape[1]), rows), rows)
 
 
 @dataclass
 class MapSums:
-    """Sums over tokens of what one module reads, x [D], and gives, y [E]; sums of disjoint tokens may be added."""
+    """Sums over tokens of what one module reads, x [D], and gives, y [E]."""
 
     inputs: Tensor  #: `sum x` [D].
     outputs: Tensor  #: `sum y` [E].
@@ -98,17 +122,30 @@ class MapSums:
 class MapRecorder:
     """Takes the sums of a module's input and output, both [B, S, D], through a hook. Padding is left out.
 
-    Sums are in float32 (float64 where the model computes in it).
+    Sums are in float32 (float64 where the model computes in it). With several processes they are at their `owner`.
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        self._module = module
+    def __init__(self, module: nn.Module, owner: int = 0) -> None:
+        self._module, self._tokens = module, 0
         self._valid: Tensor | None = None
-        self.sums: MapSums | None = None  #: None until tokens have passed.
+        self._sums = parallel.Sums(lambda _name: (owner,))
+
+    @property
+    def sums(self) -> MapSums | None:
+        """The sums so far; None until tokens have passed, and at a process that does not own them."""
+        return MapSums(**self._sums.totals, tokens=self._tokens) if self._sums.totals else None
 
     def start_batch(self, valid: Tensor) -> None:
         """Say which tokens of the micro-batch that comes next count: [B, S] bool."""
         self._valid = valid
+
+    def end_round(self, present: int) -> None:
+        """Bring what the micro-batches of this round add to the owner; see `parallel.Sums`."""
+        self._sums.close(present)
+
+    def finish(self) -> None:
+        """Count the tokens of all processes; after the last round."""
+        self._tokens = parallel.total(self._tokens)
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -125,15 +162,14 @@ class MapRecorder:
             rows_of(values.detach(), self._valid).to(torch.promote_types(values.dtype, torch.float32))
             for values in (arguments[0], output)
         )
-        if self.sums is None:
-            d, e = x.shape[1], y.shape[1]
-            self.sums = MapSums(x.new_zeros(d), x.new_zeros(e), x.new_zeros(d, d), x.new_zeros(e, e), x.new_zeros(e, d))
-        self.sums.inputs += x.sum(dim=0)
-        self.sums.outputs += y.sum(dim=0)
-        add_gram(self.sums.input_squares, x)
-        add_gram(self.sums.output_squares, y)
-        self.sums.products.addmm_(y.T, x)
-        self.sums.tokens += len(x)
+        d, e = x.shape[1], y.shape[1]
+        sums = self._sums
+        sums.term("inputs", (d,), x).add_(x.sum(dim=0))
+        sums.term("outputs", (e,), x).add_(y.sum(dim=0))
+        add_gram(sums.term("input_squares", (d, d), x), x)
+        add_gram(sums.term("output_squares", (e, e), x), y)
+        add_product(sums.term("products", (e, d), x), y, x)
+        self._tokens += len(x)
 
 
 def rows_of(values: Tensor, valid: Tensor) -> Tensor:

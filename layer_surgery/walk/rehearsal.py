@@ -4,17 +4,28 @@ So embeddings, position embeddings, masks, the final norm, the head and whatever
 them are the model's own code, and no other code here knows about them.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from layer_surgery.errors import CheckpointError
 from layer_surgery.walk.streamed import StreamedModel
+
+Inputs: TypeAlias = Tensor | Mapping[str, Tensor]
+"""What a model is called with: token ids [batch, sequence] int64 alone, or all arguments, as `PackedTokens.inputs` has
+them."""
+
+#: What a layer may return, of its hidden states: models unpack it in different ways.
+_RETURNED: tuple[Callable[[Tensor], Any], ...] = (
+    lambda states: states,
+    lambda states: (states,),
+    lambda states: (states, None),
+)
 
 
 @dataclass(frozen=True)
@@ -70,66 +81,83 @@ class Rehearsal:
     def __init__(self, model: StreamedModel) -> None:
         self._model = model
         self._calls: dict[tuple[int, int], list[LayerCall]] = {}
-        self._layers_return_tuples: bool | None = None
+        self._returned: Callable[[Tensor], Any] | None = None
+        # Encoders keep no cache, and some do not know the word.
+        self._options = {} if model.checkpoint.encoder else {"use_cache": False}
         self.depends_on_content = False
         """Whether layers are called with something that depends on the tokens beside the hidden states (found out by
         comparing batches as they are embedded)."""
-        self._latest: tuple[Tensor, list[LayerCall]] | None = None
+        self._latest: tuple[Mapping[str, Tensor], list[LayerCall]] | None = None
 
     @torch.no_grad()
-    def embed(self, token_ids: Tensor) -> Tensor:
-        """Return the first boundary, [batch, sequence, hidden], for token ids [batch, sequence] int64."""
-        first, calls = self._rehearse(token_ids)
-        known = self._calls.setdefault((token_ids.shape[0], token_ids.shape[1]), calls)
+    def embed(self, inputs: Inputs) -> Tensor:
+        """Return the first boundary, [batch, sequence, hidden]."""
+        given = _named(inputs)
+        first, calls = self._rehearse(given)
+        known = self._calls.setdefault(_shape(given), calls)
         if not self.depends_on_content and known is not calls:
             self.depends_on_content = not all(map(same_call, known, calls))
         return first
 
     @torch.no_grad()
-    def call(self, index: int, token_ids: Tensor) -> LayerCall:
-        """Return what layer `index` is called with for these token ids.
+    def call(self, index: int, inputs: Inputs) -> LayerCall:
+        """Return what layer `index` is called with for these inputs.
 
-        Rehearsed once for each shape, or for each batch where calls depend on content (the latest batch is kept).
+        Rehearsed once for each shape, or for each batch where calls depend on content (the latest batch is kept), as
+        they do where the model is told which tokens are padding.
         """
-        if self.depends_on_content:
-            if self._latest is None or not torch.equal(self._latest[0], token_ids):
-                self._latest = (token_ids, self._rehearse(token_ids)[1])
+        given = _named(inputs)
+        if self.depends_on_content or "attention_mask" in given:
+            if self._latest is None or not _same(self._latest[0], given):
+                self._latest = (given, self._rehearse(given)[1])
             return self._latest[1][index]
-        shape = (token_ids.shape[0], token_ids.shape[1])
+        shape = _shape(given)
         if shape not in self._calls:
-            self._calls[shape] = self._rehearse(token_ids)[1]
+            self._calls[shape] = self._rehearse(given)[1]
         return self._calls[shape][index]
 
-    def head(self, hidden: Tensor) -> Tensor:
-        """Return the logits [batch, sequence, vocabulary] that follow the last boundary [batch, sequence, hidden].
+    def head(self, hidden: Tensor, inputs: Inputs | None = None) -> Tensor:
+        """Return the logits that follow the last boundary [batch, sequence, hidden]. Differentiable.
 
-        Everything after the last layer works on each token by itself, so any [batch, sequence] cut will do as long
-        as the sequence is not longer than the model allows. Differentiable.
+        For one answer a sequence they are [batch, labels], and `inputs` are what the model is called with: where the
+        answer is read off depends on it. Otherwise they are [batch, sequence, vocabulary or labels]: everything after
+        the last layer then works on each token by itself, so any [batch, sequence] cut will do as long as the sequence
+        is not longer than the model allows, and inputs do not matter.
         """
         last = self._model.layer_count - 1
-        dummy = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
-        if self._layers_return_tuples is None:
-            self._rehearse(dummy)
+        given = self._dummy(hidden) if inputs is None else _named(inputs)
+        if self._returned is None:
+            self._rehearse(given)
 
         with self._stubs(lambda index, passing, _call: hidden if index == last else passing):
-            logits: Tensor = self._model.model(input_ids=dummy, use_cache=False).logits
+            logits: Tensor = self._model.model(**self.arguments(given)).logits
         return logits
 
-    def _rehearse(self, token_ids: Tensor) -> tuple[Tensor, list[LayerCall]]:
+    def _dummy(self, hidden: Tensor) -> dict[str, Tensor]:
+        ids = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
+        # An encoder might otherwise take these for padding, and warn.
+        mask = {"attention_mask": torch.ones_like(ids)} if self._model.checkpoint.encoder else {}
+        return {"input_ids": ids, **mask}
+
+    def arguments(self, given: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Return these inputs, on the device, with what else the model is called with here."""
+        return {name: tensor.to(self._model.device) for name, tensor in given.items()} | self._options
+
+    def _rehearse(self, given: Mapping[str, Tensor]) -> tuple[Tensor, list[LayerCall]]:
         """Return the first boundary and what each layer is called with."""
-        if self._layers_return_tuples is not None:
-            return self._record(token_ids)
-        failures = []  # the first time: only one of the two works, as the model unpacks what a layer returns or not
-        for tuples in (False, True):
-            self._layers_return_tuples = tuples
+        if self._returned is not None:
+            return self._record(given)
+        failures = []  # the first time: only one of them works, as the model unpacks what a layer returns or not
+        for returned in _RETURNED:
+            self._returned = returned
             try:
-                return self._record(token_ids)
-            except Exception as error:  # whatever a model raises that gets the other kind
+                return self._record(given)
+            except Exception as error:  # whatever a model raises that gets another kind
                 failures.append(error)
-        self._layers_return_tuples = None
+        self._returned = None
         raise failures[0]
 
-    def _record(self, token_ids: Tensor) -> tuple[Tensor, list[LayerCall]]:
+    def _record(self, given: Mapping[str, Tensor]) -> tuple[Tensor, list[LayerCall]]:
         seen: list[Tensor] = []
         calls: list[LayerCall] = []
 
@@ -140,13 +168,13 @@ class Rehearsal:
 
         with self._stubs(record):
             # The decoder without its head: the head would make a needless [tokens, vocabulary] matrix.
-            output = self._model.model.base_model(input_ids=token_ids.to(self._model.device), use_cache=False)
+            output = self._model.model.base_model(**self.arguments(given))
         if len(calls) != self._model.layer_count:
             raise CheckpointError(
                 f"the layers of {self._model.checkpoint.name} are not called once each ({len(calls)} calls of "
                 f"{self._model.layer_count} layers), so they cannot be operated on."
             )
-        if {hidden.shape for hidden in seen} != {seen[0].shape} or output[0].shape[:2] != token_ids.shape:
+        if {hidden.shape for hidden in seen} != {seen[0].shape} or output[0].shape[:2] != _shape(given):
             raise CheckpointError(
                 f"the layers of {self._model.checkpoint.name} do not hand on hidden states of one shape, so they "
                 "cannot be operated on."
@@ -156,8 +184,8 @@ class Rehearsal:
     @contextmanager
     def _stubs(self, on_call: Callable[[int, Tensor, LayerCall], Tensor]) -> Iterator[None]:
         def returning(index: int, hidden: Tensor, call: LayerCall) -> Any:
-            states = on_call(index, hidden, call)
-            return (states,) if self._layers_return_tuples else states
+            assert self._returned is not None
+            return self._returned(on_call(index, hidden, call))
 
         with stubs(self._model, returning):
             yield
@@ -170,6 +198,15 @@ def blocks(shape: Sequence[int], most: int) -> Iterator[tuple[slice, slice]]:
     for row in range(0, batch, row_step):
         for column in range(0, length, column_step):
             yield slice(row, min(row + row_step, batch)), slice(column, min(column + column_step, length))
+
+
+def _named(inputs: Inputs) -> Mapping[str, Tensor]:
+    return {"input_ids": inputs} if isinstance(inputs, Tensor) else inputs
+
+
+def _shape(given: Mapping[str, Tensor]) -> tuple[int, int]:
+    batch, length = given["input_ids"].shape
+    return batch, length
 
 
 def same_call(a: LayerCall, b: LayerCall) -> bool:

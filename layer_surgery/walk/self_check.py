@@ -5,11 +5,12 @@ Architectures differ in more ways than a table can say. What is not as assumed i
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from layer_surgery.checkpoint.heads import CAUSAL_LM
 from layer_surgery.checkpoint.open import Checkpoint
 from layer_surgery.errors import CheckpointError, LayerSurgeryError, PlanError
 from layer_surgery.walk.finite import not_finite
@@ -20,6 +21,7 @@ from layer_surgery.walk.streamed import StreamedModel
 LENGTH = 16
 #: Largest difference, as a fraction of the largest value. The kernels are the same and so, normally, are the numbers.
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+_Inputs: TypeAlias = dict[str, Tensor]  # what a model is called with
 _NUMBER_OF_LAYER = ("layer_idx", "layer_id", "layer_index", "block_idx")
 
 
@@ -32,9 +34,9 @@ def check_walk(model: StreamedModel) -> None:
     one after the other in each layer, and the second is compared: what one leaves behind must not reach the other.
     """
     name = model.checkpoint.name
-    ids = _sequences(model)
+    inputs = _sequences(model)
     try:
-        logits, own_logits, different = _walked_beside_own(model, ids)
+        logits, own_logits, different = _walked_beside_own(model, inputs)
     except LayerSurgeryError:
         raise
     except Exception as error:  # whatever a model raises that is not built as the walk takes it to be
@@ -51,7 +53,9 @@ def check_walk(model: StreamedModel) -> None:
             f"running the layers of {name} one after another does not give what the model itself gives ({where}), so "
             f"nothing that is measured that way would be true; its architecture{_guessed(model)} is not supported."
         )
-    half = ids[0].shape[1] // 2
+    if model.checkpoint.head is not CAUSAL_LM:
+        return
+    half = inputs[0]["input_ids"].shape[1] // 2
     first, second = (part[:, :half].double() for part in logits)
     if (first - second).abs().mean() > 10 * TOLERANCE[model.dtype] * second.abs().mean():
         raise CheckpointError(
@@ -60,14 +64,14 @@ def check_walk(model: StreamedModel) -> None:
         )
 
 
-def _walked_beside_own(model: StreamedModel, ids: tuple[Tensor, Tensor]) -> tuple[list[Tensor], Tensor, list[int]]:
+def _walked_beside_own(model: StreamedModel, inputs: tuple[_Inputs, _Inputs]) -> tuple[list[Tensor], Tensor, list[int]]:
     """Return the logits of both sequences from the walk, those of the second from the model's own forward pass, and
     the layers after which the two differ."""
     rehearsal = Rehearsal(model)
-    states = [rehearsal.embed(tokens) for tokens in ids]
+    states = [rehearsal.embed(given) for given in inputs]
     if not all(torch.isfinite(each).all() for each in states):
         raise not_finite(model, "the embeddings")
-    calls = [[rehearsal.call(index, tokens) for index in range(model.layer_count)] for tokens in ids]
+    calls = [[rehearsal.call(index, given) for index in range(model.layer_count)] for given in inputs]
     different: list[int] = []
 
     def run(index: int, hidden: Tensor, call: LayerCall) -> Any:
@@ -83,20 +87,32 @@ def _walked_beside_own(model: StreamedModel, ids: tuple[Tensor, Tensor]) -> tupl
         return output
 
     with stubs(model, run):
-        own_logits: Tensor = model.model(input_ids=ids[1].to(model.device), use_cache=False).logits
-    logits = [rehearsal.head(hidden) for hidden in states]
+        own_logits: Tensor = model.model(**rehearsal.arguments(inputs[1])).logits
+    of_sequences = model.checkpoint.objective.of_sequences
+    logits = [
+        rehearsal.head(hidden, given if of_sequences else None) for hidden, given in zip(states, inputs, strict=True)
+    ]
     if not all(torch.isfinite(each).all() for each in logits):
         raise not_finite(model, "the logits")
     return logits, own_logits, different
 
 
-def _sequences(model: StreamedModel) -> tuple[Tensor, Tensor]:
-    """Return two sequences [1, S] of token ids that begin alike."""
-    length = min(LENGTH, model.checkpoint.longest_sequence or LENGTH)
+def _sequences(model: StreamedModel) -> tuple[_Inputs, _Inputs]:
+    """Return two sequences of token ids [1, S] that begin alike; the second, for models that are told so, padded."""
+    checkpoint = model.checkpoint
+    length = min(LENGTH, checkpoint.longest_sequence or LENGTH)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.vocabulary_size, (2, length), generator=generator)
     ids[0, : length // 2] = ids[1, : length // 2]
-    return ids[:1], ids[1:]
+    if checkpoint.head is CAUSAL_LM:
+        return {"input_ids": ids[:1]}, {"input_ids": ids[1:]}
+    mask = torch.ones_like(ids)
+    mask[1, length - length // 4 :] = 0
+    ids[1, length - length // 4 :] = checkpoint.objective.padding_id or 0
+    return (
+        {"input_ids": ids[:1], "attention_mask": mask[:1]},
+        {"input_ids": ids[1:], "attention_mask": mask[1:]},
+    )
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
@@ -120,11 +136,11 @@ def check_survivors(base: StreamedModel, result: StreamedModel, surviving: Seque
     """
     _check_outside(base.checkpoint, result.checkpoint)
     removed = sorted({*range(base.layer_count)} - {*surviving})
-    ids = _sequences(base)[1]
+    given = _sequences(base)[1]
     before, after = Rehearsal(base), Rehearsal(result)
     for new, old in enumerate(surviving):
         change = _difference(base.layers[old], result.layers[new], old, new)
-        if not change and not same_call(before.call(old, ids), after.call(new, ids)):
+        if not change and not same_call(before.call(old, given), after.call(new, given)):
             change = "it is called with another mask or other positions"
         if change:
             raise PlanError(

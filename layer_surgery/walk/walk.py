@@ -6,27 +6,27 @@ Shapes: B sequences in a micro-batch, S tokens each, D hidden, V vocabulary.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
+from layer_surgery import parallel
+from layer_surgery.data.objective import NO_LABEL
 from layer_surgery.data.tokens import PackedTokens
 from layer_surgery.errors import NumericalError
 from layer_surgery.linalg.decomposition import Decomposition
 from layer_surgery.progress import Progress, no_progress
 from layer_surgery.walk.boundaries import Boundary, BoundaryStore
 from layer_surgery.walk.finite import Finite, remedy
+from layer_surgery.walk.losses import losses, targets
 from layer_surgery.walk.rehearsal import Rehearsal, blocks
 from layer_surgery.walk.streamed import StreamedModel
 
 #: Logits of at most this many elements exist at a time (128 MiB in float32).
 LOGITS_AT_A_TIME = 1 << 25
-#: Label of a position whose next token carries no loss.
-NO_LABEL = -100
 
 _STREAM = -1
 """Slot of the latest boundary of a walk that keeps no other."""
@@ -59,31 +59,69 @@ class Observer:
     def batch(self, valid: Tensor) -> None:
         """Before each micro-batch: which of its tokens are no padding, [B, S] bool on the device."""
 
+    def end_round(self, present: int) -> None:
+        """After each round, in which the first `present` processes have had a micro-batch: sums go to their owners."""
+
     def boundaries(self, index: int, before: Tensor, after: Tensor, valid: Tensor) -> None:
         """Forward walk only: hidden states [B, S, D] at both sides of layer `index`; `valid` [B, S] bool."""
 
 
 @dataclass(frozen=True)
 class Losses:
-    """Summed next-token cross-entropy of every sequence, in nats, and the number of tokens it is over."""
+    """Summed loss of every sequence, and the number of tokens it is over (1 where there is one answer a sequence)."""
 
-    sums: Tensor  # [N] float64
+    sums: Tensor  # [N] float64, in nats but for a regression
     tokens: Tensor  # [N] int64
 
     @property
     def mean(self) -> float:
-        """Nats per predicted token."""
+        """Loss per token, or per sequence, that carries any."""
         return float(self.sums.sum() / self.tokens.sum())
 
 
+@dataclass(frozen=True)
+class Share:
+    """The micro-batches of one process: of every round, the one at the place of its rank."""
+
+    tokens: PackedTokens  #: Their sequences, one after the other: all of them, where there is one process.
+    windows: Tensor  #: [n] int64, the numbers of these sequences among all.
+    rounds: tuple[tuple[slice | None, int], ...]
+    """Of every round, where this process's micro-batch is in `tokens` (None: it has none), and how many have one."""
+
+
+def share_of(tokens: PackedTokens, batch_size: int) -> Share:
+    """Return what this process walks over: so many sequences at a time, in the same micro-batches as one would."""
+    group, batches = parallel.group(), [*tokens.batches(batch_size)]
+    rounds: list[tuple[slice | None, int]] = []
+    windows = list[int]()
+    for start in range(0, len(batches), group.world):
+        present = batches[start : start + group.world]
+        rows = None
+        if group.rank < len(present):
+            batch = present[group.rank]
+            rows = slice(len(windows), len(windows) + batch.stop - batch.start)
+            windows += range(batch.start, batch.stop)
+        rounds.append((rows, len(present)))
+    numbers = torch.tensor(windows, dtype=torch.int64)
+    if group.world > 1:
+        parts = ("token_ids", "loss_mask", "valid", "labels", "segments")
+        own = {name: found[numbers] for name in parts if (found := getattr(tokens, name)) is not None}
+        tokens = replace(tokens, **own)
+    return Share(tokens, numbers, tuple(rounds))
+
+
 class Walk:
-    """Walks one model over one set of packed tokens.
+    """Walks one model over one set of packed tokens, or over this process's share of them.
 
     The boundary before the k-th layer of a kept walk is in slot k. A context manager: frees its boundaries on exit.
     """
 
     def __init__(self, model: StreamedModel, tokens: PackedTokens, settings: WalkSettings) -> None:
-        self.model, self.tokens, self.settings = model, tokens, settings
+        self.model, self.settings = model, settings
+        self.all_tokens = tokens
+        """Those of all processes; `tokens` are what this one walks over, and all rows are rows of these."""
+        self.share = share_of(tokens, settings.batch_size)
+        self.tokens = self.share.tokens
         self.rehearsal = Rehearsal(model)
         self.store = self.new_store()
         self._kept: list[int] | None = None  # the path whose boundaries are in slots 0, 1, ...; None: not even slot 0
@@ -105,7 +143,11 @@ class Walk:
         return Boundary(self.store, position)
 
     def batches(self) -> Iterator[slice]:
-        return self.tokens.batches(self.settings.batch_size)
+        return (rows for rows, _present in self.share.rounds if rows is not None)
+
+    def rows_of_all(self, own: Tensor) -> Tensor:
+        """Return [N, ...] for all sequences, of what each process has found for its own [n, ...], on the CPU."""
+        return parallel.rows_of_all(own, self.share.windows, self.all_tokens.sequences)
 
     def forward(
         self, path: Sequence[int], *, keep: bool, observers: Sequence[Observer] = (), watch: Iterable[int] | None = None
@@ -121,7 +163,7 @@ class Walk:
         if self._kept is None:
             finite = Finite(self.model, "the embeddings")
             for rows in self.batches():
-                embedded = self.rehearsal.embed(self.tokens.token_ids[rows])
+                embedded = self.rehearsal.embed(self.tokens.inputs(rows))
                 finite.see(embedded, self.tokens.valid[rows].to(self.model.device))
                 self.boundary(0).write(rows, embedded)
             finite.check()
@@ -154,14 +196,17 @@ class Walk:
             for observer in observers:
                 watching.enter_context(observer.watching(index, layer))
             finite = Finite(self.model, f"the hidden states after layer {index}")
-            for rows in self.batches():
-                before = source.read(rows)
-                valid = self._announce(rows, observers)
-                after = self._call(index, rows)(layer, before)
-                finite.see(after, valid)
+            for rows, present in self.share.rounds:
+                if rows is not None:
+                    before = source.read(rows)
+                    valid = self._announce(rows, observers)
+                    after = self._call(index, rows)(layer, before)
+                    finite.see(after, valid)
+                    for observer in observers:
+                        observer.boundaries(index, before, after, valid)
+                    target.write(rows, after)
                 for observer in observers:
-                    observer.boundaries(index, before, after, valid)
-                target.write(rows, after)
+                    observer.end_round(present)
             finite.check()
 
     def _announce(self, rows: slice, observers: Sequence[Observer]) -> Tensor:
@@ -171,10 +216,10 @@ class Walk:
         return valid
 
     def _call(self, index: int, rows: slice) -> Callable[[nn.Module, Tensor], Tensor]:
-        return self.rehearsal.call(index, self.tokens.token_ids[rows])
+        return self.rehearsal.call(index, self.tokens.inputs(rows))
 
     def losses(self, last: Boundary, gradient: Boundary | None = None) -> Losses:
-        """Return the losses that follow from the last boundary.
+        """Return the losses of all sequences that follow from the last boundary.
 
         With `gradient`, also write the gradient of the summed loss with respect to that boundary there.
         Raises `NumericalError` if a loss is not finite.
@@ -189,40 +234,59 @@ class Walk:
                     gradient.write(rows, grad)
                 for _ in range(rows.stop - rows.start):
                     advance()
+        sums = self.rows_of_all(sums)
         bad = (~torch.isfinite(sums)).nonzero().flatten().tolist()
         if bad:
             raise NumericalError(
                 f"the loss of {self.model.checkpoint.name} on '{self.tokens.name}' is not finite in "
-                f"{len(bad)} of {self.tokens.sequences} windows (the first is window {bad[0]}); "
-                f"{remedy(self.model.dtype)}."
+                f"{len(bad)} of {len(sums)} windows (the first is window {bad[0]}); {remedy(self.model.dtype)}."
             )
-        return Losses(sums, self.tokens.loss_mask.sum(dim=1))
+        return Losses(sums, self.all_tokens.loss_mask.sum(dim=1))
 
     def _batch_losses(self, hidden: Tensor, rows: slice, grad: Tensor | None) -> Tensor:
         """Return the summed loss [B] float64 of a micro-batch; add the gradient to `grad` [B, S, D] if given."""
-        labels = next_tokens(self.tokens, rows).to(hidden.device)
-        sums = torch.zeros(len(labels), dtype=torch.float64)
-        for block in blocks(labels.shape, LOGITS_AT_A_TIME // self.model.vocabulary_size):
-            if not (labels[block] != NO_LABEL).any():
-                continue
+        sums = torch.zeros(len(hidden), dtype=torch.float64)
+        for block, labels, inputs in self._head_calls(rows, hidden.device):
             with torch.set_grad_enabled(grad is not None):
                 piece = hidden[block].detach().requires_grad_(grad is not None)
-                losses = self._token_losses(self.rehearsal.head(piece), labels[block])
+                found = losses(self.rehearsal.head(piece, inputs), labels, self.tokens.objective)
                 if grad is not None:
-                    losses.sum().backward()  # type: ignore[no-untyped-call]
+                    found.sum().backward()  # type: ignore[no-untyped-call]
                     assert piece.grad is not None
                     grad[block] = piece.grad
-            sums[block[0]] += losses.detach().double().sum(dim=1).cpu()
+            sums[block[0]] += found.detach().double().view(len(found), -1).sum(dim=1).cpu()
         return sums
 
-    @staticmethod
-    def _token_losses(logits: Tensor, labels: Tensor) -> Tensor:
-        """Return the cross-entropy [b, s], zero where there is no label, in float32 or better."""
-        if logits.dtype in (torch.float16, torch.bfloat16):
-            logits = logits.float()
-        flat = rearrange(logits, "batch sequence vocabulary -> (batch sequence) vocabulary")
-        losses = nn.functional.cross_entropy(flat, labels.flatten(), reduction="none", ignore_index=NO_LABEL)
-        return losses.view(labels.shape)
+    def _head_calls(
+        self, rows: slice, device: torch.device
+    ) -> Iterator[tuple[tuple[slice, slice], Tensor, dict[str, Tensor] | None]]:
+        """Yield the parts of a micro-batch that the head is called with one by one, each with its labels and, where
+        the head looks at them, the inputs of the model."""
+        labels, objective = targets(self.tokens, rows).to(device), self.tokens.objective
+        if objective.of_sequences:
+            yield (slice(None), slice(None)), labels, self.tokens.inputs(rows)
+            return
+        for block in blocks(labels.shape, LOGITS_AT_A_TIME // self.model.vocabulary_size):
+            if (labels[block] != NO_LABEL).any():
+                yield block, labels[block], None
+
+    @torch.no_grad()
+    def predictions(self, last: Boundary) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield what the head gives behind the last boundary, part by part: sequences, logits and labels.
+
+        The logits [n, V or L] are those of tokens with a label, or of sequences; the labels are as in `targets`, and
+        the tensor of sequences [n] says to which of the walk each belongs.
+        """
+        for rows in self.batches():
+            hidden = last.read(rows)
+            numbers = torch.arange(rows.start, rows.stop, device=hidden.device)
+            for block, labels, inputs in self._head_calls(rows, hidden.device):
+                logits = self.rehearsal.head(hidden[block], inputs)
+                if self.tokens.objective.of_sequences:
+                    yield numbers, logits, labels
+                else:
+                    known = labels != NO_LABEL
+                    yield numbers[block[0], None].expand_as(labels)[known], logits[known], labels[known]
 
     def backpropagate(self, observers: Sequence[Observer], *, watch: Iterable[int] | None = None) -> None:
         """Walk forward through all layers, to the summed loss, and back as far as the first layer in `watch`.
@@ -253,25 +317,17 @@ class Walk:
             for observer in observers:
                 watching.enter_context(observer.watching(index, layer))
             finite = Finite(self.model, f"the gradients before layer {index}")
-            for rows in self.batches():
-                with torch.enable_grad():
-                    valid = self._announce(rows, observers)
-                    before = self.boundary(index).read(rows).detach().requires_grad_()
-                    after = self._call(index, rows)(layer, before)
-                    after.backward(gradient.read(rows))  # type: ignore[no-untyped-call]
-                assert before.grad is not None
-                finite.see(before.grad, valid)
-                new.write(rows, before.grad)
+            for rows, present in self.share.rounds:
+                if rows is not None:
+                    with torch.enable_grad():
+                        valid = self._announce(rows, observers)
+                        before = self.boundary(index).read(rows).detach().requires_grad_()
+                        after = self._call(index, rows)(layer, before)
+                        after.backward(gradient.read(rows))  # type: ignore[no-untyped-call]
+                    assert before.grad is not None
+                    finite.see(before.grad, valid)
+                    new.write(rows, before.grad)
+                for observer in observers:
+                    observer.end_round(present)
             finite.check()
         gradient.store.exchange(gradient.slot, new.slot)
-
-
-def next_tokens(tokens: PackedTokens, rows: slice | Tensor) -> Tensor:
-    """Return the labels [B, S] int64 of some sequences: the next token where it carries loss, else `NO_LABEL`.
-
-    The label of position t is token t + 1: shifted here, once, and nowhere else.
-    """
-    ids, mask = tokens.token_ids[rows], tokens.loss_mask[rows]
-    labels = torch.full(ids.shape, NO_LABEL)
-    labels[:, :-1] = torch.where(mask[:, 1:], ids[:, 1:], NO_LABEL)
-    return labels

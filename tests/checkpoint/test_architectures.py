@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from surgery_helpers import operate, saved_result
-from tiny_families import FLOAT32_INSIDE, LAYERS, dtype_of
+from tiny_families import DECODERS, FLOAT32_INSIDE, LAYERS, dtype_of
 from tiny_models import (
     decoder_layers,
     full_ranks,
@@ -87,7 +87,7 @@ def family_of(model_type: str, directory: Path, *, tied: bool) -> Family:
     return Family(model_type, load_stock(path)[0], path)
 
 
-@pytest.fixture(scope="module", params=sorted(ARCHITECTURES))
+@pytest.fixture(scope="module", params=DECODERS)
 def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Family:
     return family_of(request.param, tmp_path_factory.mktemp(request.param), tied=False)
 

@@ -8,13 +8,12 @@ from typing import Any
 import pytest
 import torch
 from surgery_helpers import operate
-from tiny_families import SIX_LAYERS
+from tiny_families import DECODERS, SIX_LAYERS
 from tiny_models import FIELDS, changes, make_test_plan, snapshot, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from layer_surgery.checkpoint import costs
-from layer_surgery.checkpoint.architectures import ARCHITECTURES
 from layer_surgery.checkpoint.costs import TokenCosts, token_costs
 from layer_surgery.checkpoint.open import open_checkpoint
 
@@ -60,14 +59,14 @@ def test_every_kind_of_layers_is_tested() -> None:
     assert set(SIX_LAYERS) <= set(FIELDS)
 
 
-@pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
+@pytest.mark.parametrize("model_type", DECODERS)
 def test_kv_cache_bytes_are_those_of_a_real_cache(model_type: str) -> None:
     model = model_of(model_type)
     expected = real_cache_bytes(model, 3) - real_cache_bytes(model, 2)
     assert token_costs(open_checkpoint(model), 4).kv_cache_bytes == expected > 0
 
 
-@pytest.mark.parametrize("model_type", sorted(set(ARCHITECTURES) - {"deepseek_v3"}))
+@pytest.mark.parametrize("model_type", sorted({*DECODERS} - {"deepseek_v3"}))
 @pytest.mark.parametrize("context", [3, 11])
 def test_operations_are_those_of_a_real_step(model_type: str, context: int) -> None:
     model = model_of(model_type)

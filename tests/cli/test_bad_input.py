@@ -415,7 +415,7 @@ def test_a_missing_model_and_a_file_for_a_model_are_refused(run: CommandLine, mo
     assert listing(tmp_path) == {}
 
 
-def test_encoders_are_refused(run: CommandLine, tmp_path: Path) -> None:
+def test_encoders_without_a_head_and_with_a_decoder_are_refused(run: CommandLine, tmp_path: Path) -> None:
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
     BertModel(BertConfig(vocab_size=VOCABULARY, **sizes)).save_pretrained(tmp_path / "bert")
     config = T5Config(vocab_size=VOCABULARY, d_model=16, d_ff=16, d_kv=8, num_heads=2, num_layers=2)

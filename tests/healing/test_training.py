@@ -14,12 +14,13 @@ from tiny_models import CPU, packed_tokens, streamed, tiny_model
 from torch import Tensor
 from transformers import TrainerControl
 
+from layer_surgery.data.objective import NO_LABEL
 from layer_surgery.healing.losses import TeacherLogits
 from layer_surgery.healing.mixture import parse_losses
 from layer_surgery.healing.student import Student
 from layer_surgery.healing.training import METRIC, Patience, TrainingSettings, train
 from layer_surgery.healing.windows import HealingData, WindowDataset, healing_data
-from layer_surgery.walk.walk import NO_LABEL, next_tokens
+from layer_surgery.walk.losses import next_tokens
 
 
 class Noise:

@@ -8,9 +8,9 @@ from tiny_models import packed_tokens
 from tiny_tokenizer import tiny_tokenizer
 
 from layer_surgery.data import Example, LoadedData, pack_at_most
+from layer_surgery.data.objective import NO_LABEL
 from layer_surgery.errors import DataError
 from layer_surgery.healing.windows import MOST_REPEATS, WindowDataset, healing_data
-from layer_surgery.walk.walk import NO_LABEL
 
 
 def test_what_is_held_out_is_not_trained_on() -> None:

@@ -155,8 +155,8 @@ def test_no_more_logits_exist_at_a_time_than_allowed(tmp_path: Path, monkeypatch
         sizes = []
         head = walk.rehearsal.head
 
-        def measured(hidden: Tensor) -> Tensor:
-            logits = head(hidden)
+        def measured(hidden: Tensor, inputs: None) -> Tensor:
+            logits = head(hidden, inputs)
             sizes.append(logits.numel())
             return logits
 

@@ -38,6 +38,7 @@ def loss(report: SurgeryReport) -> Iterator[Plot]:
         bars.insert(0, _Bar(label, predicted, BLUE, "////"))
     if not bars:
         return
+    unit = str(report.base_model.get("loss_unit", "nats per token"))
     values = [f"{b.value:+.4f}" if b.interval is None else with_interval(b.interval, "+.4f") for b in bars]
     note = "The prediction is for the calibration data"
     note += ", before the refit that then took a part of it back. " if report.refit else ". "
@@ -46,10 +47,10 @@ def loss(report: SurgeryReport) -> Iterator[Plot]:
     yield draw(
         "loss",
         "Rise of the loss" + ("" if predicted is None else ": predicted and measured"),
-        f"Bars, in nats per token: {_listed([bar.label for bar in bars], values, ' ')}.",
+        f"Bars, in {unit}: {_listed([bar.label for bar in bars], values, ' ')}.",
         ("" if predicted is None else note) + "Lines are 95 % paired bootstrap intervals over windows.",
         height=62 + 34 * len(bars),
-        paint=lambda figure: _bars(figure, bars, "nats per token"),
+        paint=lambda figure: _bars(figure, bars, unit),
     )
 
 
@@ -141,7 +142,7 @@ def costs(before: EvaluationResult, after: EvaluationResult) -> Plot:
         where = f"{new_point.batch_size} x {new_point.prompt_tokens}"
         for label, attribute, colour, hatch in (
             ("peak memory", "peak_memory_bytes", ORANGE, ""),
-            ("prefill speed", "prefill_tokens_per_second", GREEN, "////"),
+            ("prefill speed" if new_point.new_tokens else "speed", "prefill_tokens_per_second", GREEN, "////"),
             ("decoding speed", "decode_tokens_per_second", PURPLE, "xxxx"),
         ):
             if old_value := getattr(old_point, attribute):

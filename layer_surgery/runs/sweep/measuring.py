@@ -4,6 +4,8 @@ import logging
 import time
 from dataclasses import dataclass, field, replace
 
+from layer_surgery import parallel
+from layer_surgery.checkpoint.heads import CAUSAL_LM
 from layer_surgery.config import CompressConfig
 from layer_surgery.errors import describe
 from layer_surgery.records import LayerScores
@@ -11,7 +13,7 @@ from layer_surgery.records.sweep import SweepPoint, SweepSettings
 from layer_surgery.runs.bench import Bench, Result
 from layer_surgery.runs.evaluator import Evaluator
 from layer_surgery.runs.planning import Planning
-from layer_surgery.runs.sweep.pareto import perplexity_ratio
+from layer_surgery.runs.sweep.pareto import loss_ratio, perplexity_ratio
 
 _LOG = logging.getLogger(__name__)
 
@@ -35,6 +37,8 @@ class Measuring:
                 result = bench.operate(planning.plan(scores, self.base_sha256), **planning.surgery)
                 point = self._evaluate(settings, scores, result, failures)
         except Exception as error:
+            if not parallel.in_step(error):
+                raise
             _LOG.debug("%s failed", settings.name, exc_info=True)
             point = _point(settings, status="failed", error=describe(error))
         finally:
@@ -54,7 +58,8 @@ class Measuring:
         if before.speed and after.speed:  # at the first batch size and prompt length
             for stage in ("prefill", "decode"):
                 old, new = (getattr(model.speed[0], f"{stage}_tokens_per_second") for model in (before, after))
-                speeds[f"{stage}_speed"] = new / old
+                if old is not None and new is not None:
+                    speeds[f"{stage}_speed"] = new / old
         return _point(
             settings,
             status="failed" if failures else "done",
@@ -64,6 +69,7 @@ class Measuring:
             predicted_loss_rise=plan.predicted_loss_rise,
             expected=result.expected,
             perplexity_ratio=perplexity_ratio(before, after),
+            loss_ratio=None if self.bench.session.checkpoint.head is CAUSAL_LM else loss_ratio(before, after),
             **speeds,
             plan=plan,
             scores=scores,

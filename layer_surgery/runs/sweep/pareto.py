@@ -17,8 +17,20 @@ def perplexity_ratio(before: EvaluationResult, after: EvaluationResult) -> float
     return math.exp(fmean(math.log(after.perplexity[name].value / texts[name].value) for name in texts))
 
 
+def loss_ratio(before: EvaluationResult, after: EvaluationResult) -> float | None:
+    """Return the geometric mean over all sets of examples of the loss after / before; None if one was not measured."""
+    losses = {
+        name: (before.tasks[name].metrics["loss"].value, task.metrics["loss"].value)
+        for name, task in after.tasks.items()
+        if "loss" in task.metrics and name in before.tasks
+    }
+    if not losses or min(map(min, losses.values())) <= 0:
+        return None
+    return math.exp(fmean(math.log(new / old) for old, new in losses.values()))
+
+
 def with_fronts(points: Sequence[SweepPoint]) -> list[SweepPoint]:
-    """Return the points with the Pareto fronts that each is on, with `perplexity_ratio` as quality.
+    """Return the points with the Pareto fronts that each is on, with `perplexity_ratio` (or `loss_ratio`) as quality.
 
     The fronts of speed are those of the models together with the original, which has the ratios 1: a model that is
     neither better nor faster than it is on none.
@@ -40,6 +52,7 @@ def with_fronts(points: Sequence[SweepPoint]) -> list[SweepPoint]:
 def _coordinates(point: SweepPoint, front: Front) -> tuple[float, float] | None:
     """Return quality and cost, both the better the smaller."""
     value: float | None = getattr(point, front)
-    if point.status == "failed" or point.perplexity_ratio is None or value is None:
+    quality = point.loss_ratio if point.perplexity_ratio is None else point.perplexity_ratio
+    if point.status == "failed" or quality is None or value is None:
         return None
-    return point.perplexity_ratio, value if front == "parameters" else -value
+    return quality, value if front == "parameters" else -value

@@ -7,7 +7,9 @@ from typing import Self
 
 import attrs
 
+from layer_surgery import parallel
 from layer_surgery.calibration.cache import check_cache
+from layer_surgery.checkpoint.heads import CAUSAL_LM
 from layer_surgery.checkpoint.output import check_not_same, writing
 from layer_surgery.config import SweepConfig
 from layer_surgery.data.bundled import bundled_tasks
@@ -56,16 +58,22 @@ def run_sweep(model: Model, config: SweepConfig) -> SweepReport:
         check_not_same(model, config.directory / BEST_FOLDER)
         check_best(config.directory)
     check_sweep_directory(config.directory)
-    with sweep_directory(config.directory) as directory:
+    with parallel.shared_folder(sweep_directory(config.directory)) as directory:
         known = None if config.overwrite else read_sweep(directory, _ADVICE)
         with open_session(model, config, directory) as session:
+            if condition is not None and session.checkpoint.head is not CAUSAL_LM:
+                raise PlanError(
+                    f"--best bounds what is measured of causal language models, but {session.checkpoint.name} is a "
+                    f"{session.checkpoint.head.words}; leave it out and choose from the table."
+                )
             report = _Sweep.begin(session, config, points, known).finished()
         if condition is not None:
             report = _with_best(model, config, condition, report)
         elif report.best is not None:
             report = _with_old_best(config, report.best, report)
-        with writing(directory):
-            write_sweep_page(directory, report)
+        if parallel.is_first():
+            with writing(directory):
+                write_sweep_page(directory, report)
     return report
 
 
@@ -187,6 +195,7 @@ def _outcome(point: SweepPoint) -> str:
     if point.status == "failed":
         return f"  failed: {point.error}"
     quality = "" if point.perplexity_ratio is None else f", perplexity x {point.perplexity_ratio:.4g}"
+    quality = quality if point.loss_ratio is None else f", loss x {point.loss_ratio:.4g}"
     return f"  {point.parameters:,} parameters{quality}, {point.seconds:.1f} s"
 
 

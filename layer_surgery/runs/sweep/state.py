@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from layer_surgery import parallel
 from layer_surgery.checkpoint.contents import PAGE_FILES, remove_result
 from layer_surgery.checkpoint.output import check_output, new_folders, output_lock, refusing, writing
 from layer_surgery.disk.locks import lock_file
@@ -54,6 +55,10 @@ def sweep_directory(directory: Path) -> Iterator[Path]:
 
 def clear_sweep(directory: Path) -> None:
     """Remove the page and the best model of an old sweep; its other files are replaced."""
+    parallel.from_first(lambda: _clear(directory))
+
+
+def _clear(directory: Path) -> None:
     check_best(directory)
     with writing(directory):
         (directory / PAGE_FILES[0]).unlink(missing_ok=True)
@@ -63,6 +68,8 @@ def clear_sweep(directory: Path) -> None:
 
 def write_sweep(directory: Path, report: SweepReport) -> None:
     """Write the report in all its forms, each file at once: a run that is killed leaves the last one whole."""
+    if not parallel.is_first():
+        return
     text = json.dumps(report.to_dict(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     files = {SWEEP_FILE: text, "sweep.csv": csv_text(report), "sweep.md": markdown_text(report)}
     with writing(directory):

@@ -1,0 +1,59 @@
+"""Labels as they stand in data, as the numbers of a head."""
+
+import math
+
+from layer_surgery.data.objective import Objective
+from layer_surgery.errors import DataError, nearest_name
+
+_SHOWN = 8  #: Labels that an error lists.
+
+
+def label_number(value: object, objective: Objective, at: str) -> int:
+    """Return the number of a label that is given by name or by number. Raises `DataError`, which begins with `at`."""
+    names = objective.labels
+    if isinstance(value, str) and value in names:
+        return names.index(value)
+    number = _whole(value)
+    if number is not None and 0 <= number < len(names):
+        return number
+    shown = ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
+    near = nearest_name(value, names) if isinstance(value, str) else ""
+    raise DataError(
+        f"{at}: the label {value!r} is none of the head's {len(names)} ({shown}, or 0 to {len(names) - 1});{near} use "
+        "its names or numbers (id2label in config.json)."
+    )
+
+
+def label_set(value: object, objective: Objective, at: str) -> list[float]:
+    """Return 1 for every label of the head that is among those given (one, or a list), else 0."""
+    given = value if isinstance(value, list | tuple) else [value]
+    chosen = {label_number(each, objective, at) for each in given}
+    return [float(number in chosen) for number in range(len(objective.labels))]
+
+
+def numbers(value: object, objective: Objective, at: str) -> list[float]:
+    """Return what a regression is to give, a finite number for each output of the head."""
+    given = value if isinstance(value, list | tuple) else [value]
+    found = [_finite(each) for each in given]
+    if len(found) != len(objective.labels) or None in found:
+        wanted = "a number" if len(objective.labels) == 1 else f"a list of {len(objective.labels)} numbers"
+        raise DataError(f"{at}: the label {value!r} is not {wanted}, which the head (a regression) gives.")
+    return [number for number in found if number is not None]
+
+
+def _whole(value: object) -> int | None:
+    if isinstance(value, bool):
+        return int(value)
+    if isinstance(value, str):
+        return int(value) if value.strip().isdecimal() else None
+    if isinstance(value, float):
+        return int(value) if value.is_integer() else None
+    return value if isinstance(value, int) else None
+
+
+def _finite(value: object) -> float | None:
+    try:
+        number = float(value) if isinstance(value, int | float | str) else math.nan
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None

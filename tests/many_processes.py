@@ -1,0 +1,106 @@
+"""What `test_processes.py` has several processes do, each of which runs this file: compressions, and ways to fail."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from layer_surgery import UserError, api, parallel
+from layer_surgery.cli.main import main
+from layer_surgery.errors import NumericalError
+from layer_surgery.walk.finite import Finite
+from layer_surgery.walk.walk import Walk
+
+TOKENS: dict[str, Any] = {"samples": 20, "sequence_length": 12, "batch_size": 3}
+#: By name, the model's type and the options. 20 sequences make 7 micro-batches: in the last round some have none.
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "mix": ("llama", {"target_parameters": 0.8, "components": ["channels", "singular", "heads", "bypass"]}),
+    "grasp": ("llama", {"layers": [1, 2], "keep": 0.5, "method": "grasp", "refit": True, "decomposition": "leading"}),
+    "removal": ("llama", {"target_layers": 3, "keep": 0.0, "scorer": "block_influence"}),
+    "experts": ("mixtral", {"target_parameters": 0.9, "decomposition": "leading"}),
+}
+
+
+def options_of(case: str, text: Path) -> dict[str, Any]:
+    """Return the options of a case, on the tokens of a text."""
+    return {**TOKENS, **CASES[case][1], "calibration": [text], "eval_data": [text], "refit_general": 0.0}
+
+
+def refusal(action: Any) -> str:
+    """Return with what message something is refused."""
+    try:
+        action()
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def not_finite_in_one(model: Path, text: Path) -> list[str]:
+    """Return what is said in each process if only the last sees a number that is not finite."""
+    see, said = Finite.see, ""
+
+    def broken(self: Finite, values: Tensor, valid: Tensor) -> None:
+        last = parallel.group().rank == parallel.group().world - 1
+        see(self, values * torch.nan if last else values, valid)
+
+    Finite.see = broken  # type: ignore[method-assign]
+    try:
+        api.score(model, scorer="block_influence", calibration=[text], **TOKENS)
+    except NumericalError as error:
+        said = str(error)
+    finally:
+        Finite.see = see  # type: ignore[method-assign]
+    return parallel.gather(said)
+
+
+def compress_all(folder: Path) -> None:
+    """Carry out all cases; write down how what several processes cannot do is refused."""
+    text = folder / "text.txt"
+    with parallel.joined() as group:
+        refusals = {
+            "options": refusal(lambda: parallel.agree({"--seed": group.rank}, "give all the same")),
+            "too many processes": refusal(
+                lambda: api.compress(
+                    folder / "llama", **options_of("mix", text) | {"samples": 5, "batch_size": 5}, dry_run=True
+                )
+            ),
+            "healing": refusal(
+                lambda: api.compress(folder / "llama", **options_of("mix", text), dry_run=True, heal=True)
+            ),
+            "output": refusal(lambda: api.compress(folder / "llama", **options_of("mix", text), output=text)),
+            "not finite": not_finite_in_one(folder / "llama", text),
+        }
+        for case, (family, _) in CASES.items():
+            api.compress(folder / family, **options_of(case, text), output=folder / f"{case} by {group.world}")
+        if group.rank == 0:
+            (folder / "refusals.json").write_text(json.dumps(refusals), encoding="utf-8")
+
+
+def fail(rank: str, way: str) -> None:
+    """Run the command line, but have a process end in the midst of the statistics: by an error, or by a signal."""
+    walk_back = Walk.backpropagate
+
+    def broken(self: Walk, *arguments: Any, **keywords: Any) -> None:
+        if os.environ["RANK"] == rank:
+            if way in signal.Signals.__members__:
+                os.kill(os.getpid(), signal.Signals[way])
+            raise RuntimeError("on purpose")
+        walk_back(self, *arguments, **keywords)
+
+    Walk.backpropagate = broken  # type: ignore[method-assign]
+    main()
+
+
+if __name__ == "__main__":
+    what = sys.argv.pop(1)
+    if what == "compress":
+        compress_all(Path(sys.argv[1]))
+    else:
+        fail(what, sys.argv.pop(1))
