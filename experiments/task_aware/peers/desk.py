@@ -87,7 +87,7 @@ class Desk:
         def find() -> tuple[Observed, list[float]]:
             seen, cosine = Observed(self.parts()), CosineObserver()
             self.walk.forward(range(self.depth), keep=False, observers=[seen, cosine])
-            return seen, [1.0 - cosine.sums[index] / cosine.tokens[index] for index in range(self.depth)]
+            return seen, [1.0 - cosine.means[index] for index in range(self.depth)]
 
         found: tuple[Observed, list[float]] = self.remember("observed", find)
         return found
