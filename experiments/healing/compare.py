@@ -175,9 +175,18 @@ def measured(arguments: argparse.Namespace, key: tuple[int, str, str], row: str,
         "extra_loss": extra(report.comparison.perplexity),
         "unhealed": extra(unhealed.comparison.perplexity),
         "gain": {Path(text).name: asdict(change.loss_difference) for text, change in unhealed.gain.perplexity.items()},
-        "healing": asdict(healing),
+        "healing": without_folders(asdict(healing), arguments.data),
         "seconds": report.timings["heal"],
     }
+
+
+def without_folders(record: dict[str, Any], files: list[str]) -> dict[str, Any]:
+    """Return a record in which files have their names only: no report names a folder of a machine."""
+    text = json.dumps(record)
+    for file in files:
+        text = text.replace(json.dumps(file)[1:-1], Path(file).name)
+    found: dict[str, Any] = json.loads(text)
+    return found
 
 
 def surgery(arguments: argparse.Namespace, row: str, directory: Path, common: dict[str, Any]) -> SurgeryReport:
