@@ -105,6 +105,9 @@ class _Watch:
             return error
         with suppress(RuntimeError):  # the store may be gone with the process that held it
             if isinstance(error, ProcessLost):
+                # The connections of a process that fails may break a little before it says why.
+                with suppress(RuntimeError):
+                    self._store.wait([_FAILED], timedelta(seconds=2 * _GRACE))
                 self._failure = self._failure or self._said()
             if self._failure is None and not isinstance(error, OtherFailed | ProcessLost):
                 record = {"rank": self._rank, "message": _described(error), "exit_code": _exit_code(error)}
