@@ -408,10 +408,10 @@ class _Collector(MomentObserver):
                 budget = max(least, int(PART_LEVEL * most))
                 ranks = self._statistics.best_ranks({index: present}, budget)[index]
                 weights = _products(layer, self._statistics.factors(index, ranks))
-            with _composed(layer, weights):
+            with composed(layer, weights):
                 self._responses.add_part(index, part, layer)
         if "experts" in self._half:
-            with _composed(layer, self._half["experts"]):
+            with composed(layer, self._half["experts"]):
                 self._responses.add_part(index, "experts", layer)
 
     def _try(self, index: int, layer: nn.Module) -> None:
@@ -424,16 +424,16 @@ class _Collector(MomentObserver):
         else:
             parameters = sum(out * in_ for out, in_ in sizes.values())
             nothing = {name: no_components(size) for name, size in sizes.items()}
-            with _composed(layer, _products(layer, nothing)):
+            with composed(layer, _products(layer, nothing)):
                 self._responses.add(index, 0.0, layer)
         for keep in LEVELS[1:]:
             ranks = self._statistics.layer_ranks(index, keep, parameters)
-            with _composed(layer, _products(layer, self._statistics.factors(index, ranks))):
+            with composed(layer, _products(layer, self._statistics.factors(index, ranks))):
                 self._responses.add(index, keep, layer)
 
 
 @contextmanager
-def _composed(layer: nn.Module, others: Mapping[str, Tensor]) -> Iterator[None]:
+def composed(layer: nn.Module, others: Mapping[str, Tensor]) -> Iterator[None]:
     """Put others in the place of parameters, by name, for the duration of the block."""
     weights = {name: layer.get_parameter(name) for name in others}
     originals = {name: weight.data for name, weight in weights.items()}

@@ -33,7 +33,9 @@ def print_report(console: Console, report: SurgeryReport) -> None:
     """Print what was done to which layers, and before against after."""
     plan = report.plan
     changes = zip(
-        ("removed", "parts removed", "low-rank", "fewer channels or heads"), changed_layers(plan), strict=True
+        ("removed", "parts removed", "low-rank", "fewer channels or heads", "fewer experts", "MLPs bypassed"),
+        changed_layers(plan),
+        strict=True,
     )
     whole = f"[bold]{escape(report.base_model['name'])}[/]: {plan.target_layers} of {len(plan.layers)} layers whole"
     changed = [f"{change}: {', '.join(map(str, layers))}" for change, layers in changes if layers]

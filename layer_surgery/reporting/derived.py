@@ -16,7 +16,9 @@ class ChangedLayers(NamedTuple):
     low_rank: list[int]  #: All others with linears of a lower rank.
     narrowed: list[int]
     """Layers with fewer channels or heads, or with fewer channels in their experts; they may have linears of a lower
-    rank too."""
+    rank too, as those below."""
+    fewer_experts: list[int]
+    bypassed: list[int]  #: Layers with a linear map in the place of their MLP.
 
 
 def changed_layers(plan: SurgeryPlan) -> ChangedLayers:
@@ -26,7 +28,9 @@ def changed_layers(plan: SurgeryPlan) -> ChangedLayers:
         removed=[layer.index for layer in plan.layers if layer.action == "remove"],
         parts_removed=parts_removed,
         low_rank=[layer.index for layer in plan.low_rank if layer.index not in parts_removed],
-        narrowed=[layer.index for layer in plan.smaller if layer.units],
+        narrowed=[layer.index for layer in plan.smaller if layer.units.keys() - {"routed", "bypass"}],
+        fewer_experts=[layer.index for layer in plan.smaller if layer.routed is not None],
+        bypassed=[layer.index for layer in plan.smaller if layer.bypass is not None],
     )
 
 

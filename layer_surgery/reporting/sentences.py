@@ -10,10 +10,10 @@ from layer_surgery.records.sweep import SweepBest, SweepReport
 from layer_surgery.reporting.derived import changed_layers, speed_change
 from layer_surgery.reporting.formats import number_list, with_interval
 
-#: For removed layers, layers of which parts are removed, low-rank layers, and layers with fewer channels or heads.
+#: For the fields of `ChangedLayers`.
 _OPERATIONS = (
     *("removed {}", "removed parts of {}", "replaced linears of {} by low-rank components"),
-    "cut channels or heads of {}",
+    *("cut channels or heads of {}", "removed experts of {}", "put a linear map in the place of the MLPs of {}"),
 )
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from layer_surgery import parallel
 from layer_surgery.calibration.source import StatisticsSource
+from layer_surgery.calibration.statistics import composed
 from layer_surgery.checkpoint.new_tensors import FactorStore
 from layer_surgery.checkpoint.open import Checkpoint
 from layer_surgery.checkpoint.result import result_checkpoint
@@ -35,7 +36,7 @@ from layer_surgery.records import (
 from layer_surgery.runs.session import Session
 from layer_surgery.scoring import SCORERS, ScoringContext
 from layer_surgery.surgeon import METHODS, SurgeryContext, model_shape, plan_parameters
-from layer_surgery.surgeon.components.whole import is_empty
+from layer_surgery.surgeon.components.whole import is_empty, output_projections
 from layer_surgery.surgeon.refit import check_windows, refit
 from layer_surgery.surgeon.resources import Pricing
 from layer_surgery.walk.self_check import check_survivors
@@ -173,10 +174,11 @@ class Bench:
     def _without_empty_layers(self, plan: SurgeryPlan) -> SurgeryPlan:
         """Return the plan with the layers removed that have neither attention nor MLP left, which do nothing.
 
-        As it is, if the layers that stay would be others by that, or nothing else would.
+        As it is, if the layers that stay would be others by that, or none would stay.
         """
-        layers = self.session.checkpoint.layers
-        empty = [layer.index for layer in plan.smaller if is_empty(layers[layer.index], layer, self.model.architecture)]
+        layers, architecture = self.session.checkpoint.layers, self.model.architecture
+        gone = [layer.index for layer in plan.smaller if is_empty(layers[layer.index], layer, architecture)]
+        empty = [index for index in gone if self._passes_on(index)]
         if not empty or len(empty) == len(plan.surviving):
             return plan
         shorter = [
@@ -188,6 +190,21 @@ class Bench:
         except LayerSurgeryError:
             return plan
         return replace(without, parameters=plan_parameters(model_shape(self.session.checkpoint), without))
+
+    @torch.no_grad()
+    def _passes_on(self, index: int) -> bool:
+        """Return whether a layer whose attention and MLP add nothing leaves the stream as it is: some scale it.
+
+        Found by running the layer, so it holds for any architecture.
+        """
+        rows = slice(0, 1)
+        with self.model.layer(index) as layer:
+            names = output_projections(layer, self.model.architecture)
+            nothing = {f"{n}.weight": torch.zeros_like(layer.get_parameter(f"{n}.weight")) for n in names}
+            hidden = self.walk.rehearsal.embed(self.walk.tokens.inputs(rows))
+            call = self.walk.rehearsal.call(index, self.walk.tokens.inputs(rows))
+            with composed(layer, nothing):
+                return torch.equal(call(layer, hidden), hidden)
 
     def _check_survivors(self, plan: SurgeryPlan) -> None:
         """Check that the layers that stay are not changed by the going of others, before anything is computed."""

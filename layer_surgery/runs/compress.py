@@ -1,6 +1,5 @@
 """The main job, top to bottom: open, calibrate, score, plan, operate, evaluate, save."""
 
-import logging
 from contextlib import ExitStack
 
 import attrs
@@ -27,8 +26,6 @@ from layer_surgery.runs.provenance import (
 )
 from layer_surgery.runs.session import Model, check_sources, open_session
 from layer_surgery.runs.stages import stages_of_compression
-
-_LOG = logging.getLogger(__name__)
 
 
 def run_compress(model: Model, config: CompressConfig, *, known_scores: LayerScores | None = None) -> SurgeryReport:

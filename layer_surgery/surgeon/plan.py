@@ -17,8 +17,6 @@ _UNITS: dict[UnitName, tuple[str, str]] = {
     "channels": ("channels", "MLP"),
     "heads": ("heads", "attention"),
     "experts": ("channels of experts", "mixture of experts"),
-    "routed": ("experts", "mixture of experts"),
-    "bypass": ("ranks of a linear map for its MLP", "MLP"),
 }
 
 

@@ -148,7 +148,8 @@ def test_experts_that_do_nothing_go_first_and_change_nothing(options: dict[str, 
     for index, layer in enumerate(stock.model.layers):
         kept = [expert for expert in range(4) if expert != index]
         assert torch.equal(layer.mlp.gate.weight, original.model.layers[index].mlp.gate.weight[kept])
-    assert "routed" in (tmp_path / "output" / "report.html").read_text(encoding="utf-8")
+    page = (tmp_path / "output" / "report.html").read_text(encoding="utf-8")
+    assert "Removed experts of 3 of 3 layers" in page and "cut channels" not in page
 
 
 @pytest.mark.parametrize(("component", "field"), [("experts", "intermediate_size"), ("routed", "num_local_experts")])

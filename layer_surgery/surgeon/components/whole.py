@@ -24,19 +24,21 @@ def mlp(part: PartOfLayer) -> Alternative | None:
     return _gone(part) if part.part == "mlp" else None
 
 
-def is_empty(layer: nn.Module, plan: LayerPlan, architecture: Architecture) -> bool:
-    """Return whether nothing is left of a layer, so that it passes the stream on as it is: both parts gone, no biases.
-
-    One with experts is not: they add to the stream too.
-    """
+def output_projections(layer: nn.Module, architecture: Architecture) -> list[str]:
+    """Return the output projections of a layer's attention and MLP; [] if it has not both, or adds something else."""
     names = {name for name, _ in layer.named_modules()}
     outputs = [[name for name in part if name in names][-1:] for part in (architecture.attention, architecture.mlp)]
     if architecture.guessed or not all(outputs) or experts_of(layer) is not None:
-        return False
-    linears = [name for name in architecture.linears if name in names]
-    return all(plan.ranks.get(name) == 0 for name in linears) and all(
-        getattr(layer.get_submodule(name), "bias", None) is None for (name,) in outputs
-    )
+        return []
+    return [name for (name,) in outputs]
+
+
+def is_empty(layer: nn.Module, plan: LayerPlan, architecture: Architecture) -> bool:
+    """Return whether neither attention nor MLP of a layer adds anything: all linears are gone, and there is no bias."""
+    outputs = output_projections(layer, architecture)
+    linears = {name for name, _ in layer.named_modules()} & set(architecture.linears)
+    gone = bool(outputs) and all(plan.ranks.get(name) == 0 for name in linears)
+    return gone and all(getattr(layer.get_submodule(name), "bias", None) is None for name in outputs)
 
 
 def _gone(part: PartOfLayer) -> Alternative | None:
