@@ -1,15 +1,12 @@
-"""Healing as a stage of a run: its checks, the original's outputs, the learning rate, training, and what it gained."""
+"""Healing as a stage of a run: the learning rate, local and global training, and what it gained."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -17,41 +14,29 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from layer_surgery.checkpoint.heads import CAUSAL_LM
 from layer_surgery.checkpoint.open import Checkpoint
 from layer_surgery.checkpoint.result import with_new_tensors
 from layer_surgery.checkpoint.tensors import SafetensorsSource, TensorSpec
-from layer_surgery.config import HealingConfig
-from layer_surgery.config.inputs import TextConfig
-from layer_surgery.data import load_documents, pack_evaluation
-from layer_surgery.data.tokens import PackedTokens, joined
-from layer_surgery.errors import CheckpointError, DataError, LayerSurgeryError, UserError
+from layer_surgery.data.tokens import joined
+from layer_surgery.errors import LayerSurgeryError
 from layer_surgery.evaluation.perplexity import window_losses
-from layer_surgery.healing.adapters import add_adapters, check_peft
-from layer_surgery.healing.capture import DenseTeacher, TeacherStatesStore, teacher_logits
+from layer_surgery.healing.adapters import add_adapters
 from layer_surgery.healing.local import GradientMoments, LayerStudent, Place
-from layer_surgery.healing.mixture import WeightedLoss, parse_losses
 from layer_surgery.healing.pairs import layer_pairs
 from layer_surgery.healing.probe import LEARNING_RATES, PROBE_STEPS, Probe, probe
-from layer_surgery.healing.rewrite import greedy, load_rewritten, prompts, rewritten, save_rewritten
 from layer_surgery.healing.student import Student
-from layer_surgery.healing.teacher.cache import TeacherCache, TeacherIdentity
-from layer_surgery.healing.teacher.form import RecordForm
-from layer_surgery.healing.trainable import adapter_targets, changed_positions, trained_names
+from layer_surgery.healing.trainable import changed_positions, trained_names
 from layer_surgery.healing.training import Training, TrainingSettings, regret, train
-from layer_surgery.healing.windows import MOST_HELD_OUT, HealingData, healing_data
+from layer_surgery.healing.windows import HealingData
 from layer_surgery.records import CurvePoint, HealingRecord, LocalRecord, LossRecord, SurgeryPlan, UnhealedRecord
-from layer_surgery.runs.bench import GENERAL_TEXT
 from layer_surgery.runs.evaluator import Evaluator
-from layer_surgery.runs.provenance import described_tokens
+from layer_surgery.runs.healing.asking import Asking
+from layer_surgery.runs.healing.prepare import PreparedHealing
 from layer_surgery.runs.session import Session
-from layer_surgery.walk.boundaries import BoundaryStore
 from layer_surgery.walk.rehearsal import Rehearsal
 from layer_surgery.walk.streamed import StreamedModel
 from layer_surgery.walk.walk import Walk
 
-#: Most windows that are packed where minutes are the budget: how many will be used is known only after the probe.
-_MOST_WINDOWS = 1 << 15
 #: Share of the time left that training is planned for; the rest is for validation and what comes after it.
 _PLANNED_SHARE = 0.9
 #: Most validations in a training; fewer where they would look at more than half as many windows as it trains on.
@@ -63,84 +48,11 @@ LOCAL_WINDOWS, LOCAL_STEPS, _LOCAL_SHARE = 256, 48, 0.25
 
 
 @dataclass(frozen=True, kw_only=True)
-class PreparedHealing:
-    """A healing whose options and data have been checked. Nothing has been computed yet."""
-
-    config: HealingConfig
-    losses: tuple[WeightedLoss, ...]
-    data: HealingData
-    described: dict[str, object]  #: The data, for the record.
-
-
-@dataclass(frozen=True, kw_only=True)
 class Healed:
     """The result of a healing; its tensors are in scratch files of the session."""
 
     checkpoint: Checkpoint
     record: HealingRecord
-
-
-def prepare_healing(
-    session: Session, config: HealingConfig, text: TextConfig, option: str = "--data"
-) -> PreparedHealing:
-    """Load the text and check the options, before any work is done.
-
-    Args:
-        session: of the original or the result, whose tokenizers are the same.
-        text: length of the sequences, and column.
-        option: what errors call the option that names the text.
-
-    Raises `UserError` for what cannot be done.
-    """
-    original = session.checkpoint
-    if original.head is not CAUSAL_LM:
-        raise CheckpointError(
-            f"{original.name} is a {original.head.words}, and healing trains causal language models; compress it "
-            "without --heal, and train the result with transformers."
-        )
-    losses = parse_losses(config.loss)
-    unknown = [loss.name for loss in losses if loss.entry.needs not in ("labels", "logits", "states")]
-    if unknown:
-        raise UserError(
-            f"--loss {unknown[0]} needs the original beside the student, which is not in memory here; take losses over "
-            "logits or states."
-        )
-    if config.train == "lora":
-        if "local" in config.stages:
-            raise UserError("--train lora puts adapters on the whole model; leave out --stages local.")
-        check_peft()
-        adapter_targets(session.checkpoint.skeleton, session.checkpoint.architecture.layers)
-    if config.resume is not None and not (config.resume / "trainer_state.json").is_file():
-        raise UserError(
-            f"--resume {config.resume} is no checkpoint of a training; give --checkpoints' DIR/checkpoint-N."
-        )
-    windows = _MOST_WINDOWS
-    if config.tokens is not None:
-        windows = max(1, math.ceil(config.tokens / text.sequence_length))
-    tokens = session.healing_tokens(config.data, text, windows + MOST_HELD_OUT, option)
-    data = healing_data(tokens, _general_text(session, config, tokens), config.general, session.runtime.seed)
-    described = described_tokens(tokens) or {}
-    if config.teacher_rewrite and not prompts(data.train, stop_tokens(session)):
-        raise DataError(
-            f"--teacher-rewrite finds no prompts in {tokens.name} (one with one answer, which the tokenizer ends with "
-            "an end-of-text token); leave it out, or pass rows with prompt and answer."
-        )
-    return PreparedHealing(config=config, losses=losses, data=data, described=described)
-
-
-def stop_tokens(session: Session) -> set[int]:
-    """Return the tokens that end an answer: the tokenizer's, and those that the model's configuration names."""
-    named = getattr(session.checkpoint.config, "eos_token_id", None)
-    found = named if isinstance(named, list) else [named]
-    return {int(token) for token in [*found, session.need_tokenizer().eos_token_id] if token is not None}
-
-
-def _general_text(session: Session, config: HealingConfig, tokens: PackedTokens) -> PackedTokens | None:
-    """Return the bundled text in windows; None if none is wanted, or the data have it already."""
-    if not config.general or any(source.name == GENERAL_TEXT for source in tokens.sources):
-        return None
-    text = load_documents(GENERAL_TEXT, part="calibration")
-    return pack_evaluation(text, session.need_tokenizer(), sequence_length=tokens.sequence_length)
 
 
 def unhealed_record(evaluator: Evaluator) -> UnhealedRecord:
@@ -189,11 +101,12 @@ class _Healing:
     ) -> None:
         self._config, self._losses, self._data = prepared.config, prepared.losses, prepared.data
         self._prepared, self._session, self._checkpoint, self._plan = prepared, session, checkpoint, plan
-        self._teacher, self._teacher_sha256 = teacher, teacher_sha256
+        self._teacher = teacher
         self._pairs = layer_pairs(plan.surviving, len(plan.layers))
         self._start = time.monotonic()
-        self._bytes_per_token: float | None = None
         self._kept = ExitStack()
+        self._asking = Asking(session, teacher, teacher_sha256, prepared, self._pairs, self._kept)
+        self._seconds_a_window = 0.0  # that asking the original takes
 
     def run(self) -> Healed:
         config = self._config
@@ -204,7 +117,7 @@ class _Healing:
         with self._session.stage("heal"), self._kept:
             checkpoint = self._checkpoint
             if config.teacher_rewrite:
-                self._rewrite()
+                self._data = self._asking.rewritten(self._data)
             if "local" in config.stages:
                 checkpoint, local = self._local_stage(names)
             if "global" in config.stages:
@@ -213,7 +126,7 @@ class _Healing:
                 probed = self._probe(student)
                 steps = self._steps(probed)
                 self._data = self._data.first(steps * config.step_sequences)
-                self._ask_teacher(student, self._data)
+                self._asking.ask(student, self._data)
                 rate = probed.best if probed is not None else config.learning_rate
                 training = self._train(student, steps, rate or LEARNING_RATES[0])
                 if training.best_step is not None:
@@ -236,7 +149,7 @@ class _Healing:
             probe=probed.points if probed is not None else [],
             local=local,
             stopped=training.stopped,
-            teacher_bytes_per_token=self._bytes_per_token,
+            teacher_bytes_per_token=self._asking.bytes_per_token,
         )
         return Healed(checkpoint=checkpoint, record=record)
 
@@ -318,109 +231,6 @@ class _Healing:
             layer=self._plan.surviving[place.position], metric=one.name, before=before, after=after, kept=kept
         )
 
-    # -- the original's answers ------------------------------------------------------------------------------------
-
-    def _rewrite(self) -> None:
-        """Have the original answer the prompts of the data, or take its answers from the cache."""
-        tokens, stops, folder = self._data.train, stop_tokens(self._teacher), self._config.teacher_cache
-        key = _sha256(f"{self._teacher_sha256} {tokens.sha256} {sorted(stops)}")[:24]
-        file = folder / f"answers-{key}.safetensors" if folder is not None else None
-        found = load_rewritten(tokens, file) if file is not None else None
-        if found is None:
-            model = self._teacher.stream(self._teacher.checkpoint).load_whole()
-            count = len(prompts(tokens, stops))
-            with self._session.ui.progress("answering prompts", count) as advance:
-                found = rewritten(tokens, greedy(model, stops), stops, advance)
-            if file is not None:
-                save_rewritten(*found, file)
-        data, count = found
-        self._data = replace(self._data, train=data)
-        self._session.ui.note(f"healing: {count:,} answers of {data.sequences:,} are the original's own")
-
-    # -- the original's outputs ------------------------------------------------------------------------------------
-
-    def _ask_teacher(self, student: Student, data: HealingData) -> None:
-        """Take what the losses need of the original, once, and give it to the student."""
-        needs = {loss.entry.needs for loss in self._losses}
-        if "logits" not in needs and "states" not in needs:
-            return
-        tokens, depth = data.train, len(self._plan.layers)
-        temperature = self._kept_temperature()
-        layers = [layer for _, layer in self._pairs] if "states" in needs else []
-        if "logits" in needs and temperature is None and depth - 1 not in layers:
-            layers.append(depth - 1)
-        states = self._states(tokens, layers) if layers else None
-        model = self._teacher.stream(self._teacher.checkpoint)
-        cache = self._cache(model, tokens, temperature) if "logits" in needs and temperature is not None else None
-        first = cache.next_sequence if cache is not None else 0
-        with self._session.ui.progress("asking the original", tokens.sequences) as advance:
-
-            def logits() -> Iterator[Tensor]:
-                walked = slice(0 if states is not None else first, tokens.sequences)
-                found = teacher_logits(model, tokens, self._session.settings, walked, states)
-                for window, each in enumerate(found, walked.start):
-                    if window >= first:
-                        yield each
-                    advance()
-
-            if cache is not None and not cache.complete:
-                cache.capture(logits())
-            elif states is not None:
-                for _ in logits():
-                    pass
-        student.states = states if "states" in needs else None
-        if cache is not None:
-            student.outputs = cache.records()
-            self._bytes_per_token = round(cache.nbytes / max(1, tokens.predicted_tokens), 2)
-        elif states is not None and "logits" in needs:
-            student.outputs = DenseTeacher(model, tokens, states)
-
-    def _kept_temperature(self) -> float | None:
-        """Return the temperature at which the largest probabilities are kept; None if a loss needs the others too."""
-        losses = [loss for loss in self._losses if loss.entry.needs == "logits"]
-        found = {loss.settings.get("temperature", 1.0) for loss in losses}
-        return found.pop() if len(found) == 1 and all("top_k" in loss.entry.teachers for loss in losses) else None
-
-    def _cache(self, model: StreamedModel, tokens: PackedTokens, temperature: float) -> TeacherCache:
-        """Open the cache of the original's outputs: the user's, found by content, or one in a scratch folder."""
-        tokenizer = self._session.need_tokenizer()
-        template = str(tokenizer.chat_template or "")
-        identity = TeacherIdentity(
-            teacher_sha256=self._teacher_sha256,
-            tokenizer_sha256=_sha256(json.dumps(tokenizer.get_vocab(), sort_keys=True)),
-            data_sha256=tokens.sha256,
-            chat_template_sha256=_sha256(template) if template else "",
-        )
-        form = RecordForm(temperature=temperature)
-        folder = self._session.new_scratch("teacher")
-        if self._config.teacher_cache is not None:
-            described = {"identity": asdict(identity), "form": form.to_dict()}
-            folder = self._config.teacher_cache / _sha256(json.dumps(described, sort_keys=True))[:24]
-        return TeacherCache.open(
-            folder,
-            identity,
-            tokens=tokens.loss_mask.sum(dim=1).tolist(),
-            vocabulary=model.vocabulary_size,
-            form=form,
-            note=self._session.ui.note,
-        )
-
-    def _states(self, tokens: PackedTokens, layers: list[int]) -> TeacherStatesStore:
-        """Return room for hidden states of the original after some layers. Refuses what does not fit on the disk."""
-        hidden = int(self._teacher.checkpoint.config.hidden_size)
-        shape = (tokens.sequences, tokens.sequence_length, hidden)
-        memory = self._session.boundary_bytes // 2
-        needed = len(layers) * math.prod(shape) * torch.bfloat16.itemsize
-        free = shutil.disk_usage(self._session.scratch).free
-        if needed - memory > free:
-            names = ", ".join(loss.name for loss in self._losses)
-            raise LayerSurgeryError(
-                f"--loss {names} keeps states of the original, {needed:,} bytes, but {self._session.scratch.parent} "
-                f"has {free:,} free; lower --tokens or --minutes, or take losses over logits."
-            )
-        store = BoundaryStore(shape, torch.bfloat16, self._session.device, memory, self._session.scratch)
-        return TeacherStatesStore(self._kept.enter_context(store), layers)
-
     # -- how long, and how fast ------------------------------------------------------------------------------------
 
     def _probe(self, student: Student) -> Probe | None:
@@ -430,8 +240,8 @@ class _Healing:
             return None
         few = self._data.first(PROBE_STEPS * self._config.step_sequences)
         start = time.monotonic()
-        self._ask_teacher(student, few)
-        self._asking = (time.monotonic() - start) / few.train.sequences
+        self._asking.ask(student, few)
+        self._seconds_a_window = (time.monotonic() - start) / few.train.sequences
         rates = LEARNING_RATES if rate is None else (rate,)
         settings = self._settings("probe", steps=PROBE_STEPS, rate=rates[0])
         if self._config.budget_minutes is not None:
@@ -454,7 +264,7 @@ class _Healing:
             return max(1, math.ceil(self._config.tokens / (sequences * length)))
         assert probed is not None and self._config.budget_minutes is not None
         left = _PLANNED_SHARE * (60 * self._config.budget_minutes - (time.monotonic() - self._start))
-        asking, step = self._asking * sequences, probed.seconds_per_step
+        asking, step = self._seconds_a_window * sequences, probed.seconds_per_step
         # Of more steps than there are windows, the original is asked about those windows only.
         most = self._data.data_windows / sequences
         steps = left / (asking + step)
@@ -521,10 +331,6 @@ class _Healing:
         return {
             name: window_losses(model, text, self._session.settings).mean for name, text in self._data.texts.items()
         }
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _numbers(checkpoint: Checkpoint, names: set[str]) -> int:

@@ -1,0 +1,155 @@
+"""What a healing takes of the original: its answers, its probabilities and its hidden states, each once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, replace
+
+import torch
+from torch import Tensor
+
+from layer_surgery.data.tokens import PackedTokens
+from layer_surgery.errors import LayerSurgeryError
+from layer_surgery.healing.capture import DenseTeacher, TeacherStatesStore, teacher_logits
+from layer_surgery.healing.rewrite import greedy, load_rewritten, prompts, rewritten, save_rewritten
+from layer_surgery.healing.student import Student
+from layer_surgery.healing.teacher.cache import TeacherCache, TeacherIdentity
+from layer_surgery.healing.teacher.form import RecordForm
+from layer_surgery.healing.windows import HealingData
+from layer_surgery.runs.healing.prepare import PreparedHealing, stop_tokens
+from layer_surgery.runs.session import Session
+from layer_surgery.walk.boundaries import BoundaryStore
+from layer_surgery.walk.streamed import StreamedModel
+
+
+class Asking:
+    """The original, asked once for what the losses need, and where its outputs are kept meanwhile."""
+
+    def __init__(
+        self,
+        session: Session,
+        teacher: Session,
+        teacher_sha256: str,
+        prepared: PreparedHealing,
+        pairs: Sequence[tuple[int, int]],
+        kept: ExitStack,
+    ) -> None:
+        """Ask the original that `teacher` has opened.
+
+        Args:
+            session: whose scratch files are used.
+            pairs: layers of student and original whose states belong together.
+            kept: closed when nothing is looked at any more.
+        """
+        self._session, self._teacher, self._teacher_sha256 = session, teacher, teacher_sha256
+        self._config, self._losses = prepared.config, prepared.losses
+        self._pairs, self._kept = pairs, kept
+        self.bytes_per_token: float | None = None  #: That the largest probabilities of the original take.
+
+    def rewritten(self, data: HealingData) -> HealingData:
+        """Have the original answer the prompts of the data, or take its answers from the cache."""
+        tokens, stops, folder = data.train, stop_tokens(self._teacher), self._config.teacher_cache
+        key = _sha256(f"{self._teacher_sha256} {tokens.sha256} {sorted(stops)}")[:24]
+        file = folder / f"answers-{key}.safetensors" if folder is not None else None
+        found = load_rewritten(tokens, file) if file is not None else None
+        if found is None:
+            model = self._teacher.stream(self._teacher.checkpoint).load_whole()
+            count = len(prompts(tokens, stops))
+            with self._session.ui.progress("answering prompts", count) as advance:
+                found = rewritten(tokens, greedy(model, stops), stops, advance)
+            if file is not None:
+                save_rewritten(*found, file)
+        answered, count = found
+        self._session.ui.note(f"healing: {count:,} answers of {answered.sequences:,} are the original's own")
+        return replace(data, train=answered)
+
+    def ask(self, student: Student, data: HealingData) -> None:
+        """Take what the losses need of the original, once, and give it to the student."""
+        needs = {loss.entry.needs for loss in self._losses}
+        if "logits" not in needs and "states" not in needs:
+            return
+        tokens, depth = data.train, self._teacher.checkpoint.layer_count
+        temperature = self._kept_temperature()
+        layers = [layer for _, layer in self._pairs] if "states" in needs else []
+        if "logits" in needs and temperature is None and depth - 1 not in layers:
+            layers.append(depth - 1)
+        states = self._states(tokens, layers) if layers else None
+        model = self._teacher.stream(self._teacher.checkpoint)
+        cache = self._cache(model, tokens, temperature) if "logits" in needs and temperature is not None else None
+        first = cache.next_sequence if cache is not None else 0
+        with self._session.ui.progress("asking the original", tokens.sequences) as advance:
+
+            def logits() -> Iterator[Tensor]:
+                walked = slice(0 if states is not None else first, tokens.sequences)
+                found = teacher_logits(model, tokens, self._session.settings, walked, states)
+                for window, each in enumerate(found, walked.start):
+                    if window >= first:
+                        yield each
+                    advance()
+
+            if cache is not None and not cache.complete:
+                cache.capture(logits())
+            elif states is not None:
+                for _ in logits():
+                    pass
+        student.states = states if "states" in needs else None
+        if cache is not None:
+            student.outputs = cache.records()
+            self.bytes_per_token = round(cache.nbytes / max(1, tokens.predicted_tokens), 2)
+        elif states is not None and "logits" in needs:
+            student.outputs = DenseTeacher(model, tokens, states)
+
+    def _kept_temperature(self) -> float | None:
+        """Return the temperature at which the largest probabilities are kept; None if a loss needs the others too."""
+        losses = [loss for loss in self._losses if loss.entry.needs == "logits"]
+        found = {loss.settings.get("temperature", 1.0) for loss in losses}
+        return found.pop() if len(found) == 1 and all("top_k" in loss.entry.teachers for loss in losses) else None
+
+    def _cache(self, model: StreamedModel, tokens: PackedTokens, temperature: float) -> TeacherCache:
+        """Open the cache of the original's outputs: the user's, found by content, or one in a scratch folder."""
+        tokenizer = self._session.need_tokenizer()
+        template = str(tokenizer.chat_template or "")
+        identity = TeacherIdentity(
+            teacher_sha256=self._teacher_sha256,
+            tokenizer_sha256=_sha256(json.dumps(tokenizer.get_vocab(), sort_keys=True)),
+            data_sha256=tokens.sha256,
+            chat_template_sha256=_sha256(template) if template else "",
+        )
+        form = RecordForm(temperature=temperature)
+        folder = self._session.new_scratch("teacher")
+        if self._config.teacher_cache is not None:
+            described = {"identity": asdict(identity), "form": form.to_dict()}
+            folder = self._config.teacher_cache / _sha256(json.dumps(described, sort_keys=True))[:24]
+        return TeacherCache.open(
+            folder,
+            identity,
+            tokens=tokens.loss_mask.sum(dim=1).tolist(),
+            vocabulary=model.vocabulary_size,
+            form=form,
+            note=self._session.ui.note,
+        )
+
+    def _states(self, tokens: PackedTokens, layers: list[int]) -> TeacherStatesStore:
+        """Return room for hidden states of the original after some layers. Refuses what does not fit on the disk."""
+        hidden = int(self._teacher.checkpoint.config.hidden_size)
+        shape = (tokens.sequences, tokens.sequence_length, hidden)
+        memory = self._session.boundary_bytes // 2
+        needed = len(layers) * math.prod(shape) * torch.bfloat16.itemsize
+        free = shutil.disk_usage(self._session.scratch).free
+        if needed - memory > free:
+            names = ", ".join(loss.name for loss in self._losses)
+            raise LayerSurgeryError(
+                f"--loss {names} keeps states of the original, {needed:,} bytes, but {self._session.scratch.parent} "
+                f"has {free:,} free; lower --tokens or --minutes, or take losses over logits."
+            )
+        store = BoundaryStore(shape, torch.bfloat16, self._session.device, memory, self._session.scratch)
+        return TeacherStatesStore(self._kept.enter_context(store), layers)
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,97 @@
+"""What a healing asks of its options and its text, before anything is computed."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from layer_surgery.checkpoint.heads import CAUSAL_LM
+from layer_surgery.config import HealingConfig
+from layer_surgery.config.inputs import TextConfig
+from layer_surgery.data import load_documents, pack_evaluation
+from layer_surgery.data.tokens import PackedTokens
+from layer_surgery.errors import CheckpointError, DataError, UserError
+from layer_surgery.healing.adapters import check_peft
+from layer_surgery.healing.mixture import WeightedLoss, parse_losses
+from layer_surgery.healing.rewrite import prompts
+from layer_surgery.healing.trainable import adapter_targets
+from layer_surgery.healing.windows import MOST_HELD_OUT, HealingData, healing_data
+from layer_surgery.runs.bench import GENERAL_TEXT
+from layer_surgery.runs.provenance import described_tokens
+from layer_surgery.runs.session import Session
+
+#: Most windows that are packed where minutes are the budget: how many will be used is known only after the probe.
+_MOST_WINDOWS = 1 << 15
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparedHealing:
+    """A healing whose options and data have been checked. Nothing has been computed yet."""
+
+    config: HealingConfig
+    losses: tuple[WeightedLoss, ...]
+    data: HealingData
+    described: dict[str, object]  #: The data, for the record.
+
+
+def prepare_healing(
+    session: Session, config: HealingConfig, text: TextConfig, option: str = "--data"
+) -> PreparedHealing:
+    """Load the text and check the options, before any work is done.
+
+    Args:
+        session: of the original or the result, whose tokenizers are the same.
+        text: length of the sequences, and column.
+        option: what errors call the option that names the text.
+
+    Raises `UserError` for what cannot be done.
+    """
+    original = session.checkpoint
+    if original.head is not CAUSAL_LM:
+        raise CheckpointError(
+            f"{original.name} is a {original.head.words}, and healing trains causal language models; compress it "
+            "without --heal, and train the result with transformers."
+        )
+    losses = parse_losses(config.loss)
+    unknown = [loss.name for loss in losses if loss.entry.needs not in ("labels", "logits", "states")]
+    if unknown:
+        raise UserError(
+            f"--loss {unknown[0]} needs the original beside the student, which is not in memory here; take losses over "
+            "logits or states."
+        )
+    if config.train == "lora":
+        if "local" in config.stages:
+            raise UserError("--train lora puts adapters on the whole model; leave out --stages local.")
+        check_peft()
+        adapter_targets(session.checkpoint.skeleton, session.checkpoint.architecture.layers)
+    if config.resume is not None and not (config.resume / "trainer_state.json").is_file():
+        raise UserError(
+            f"--resume {config.resume} is no checkpoint of a training; give --checkpoints' DIR/checkpoint-N."
+        )
+    windows = _MOST_WINDOWS
+    if config.tokens is not None:
+        windows = max(1, math.ceil(config.tokens / text.sequence_length))
+    tokens = session.healing_tokens(config.data, text, windows + MOST_HELD_OUT, option)
+    data = healing_data(tokens, _general_text(session, config, tokens), config.general, session.runtime.seed)
+    described = described_tokens(tokens) or {}
+    if config.teacher_rewrite and not prompts(data.train, stop_tokens(session)):
+        raise DataError(
+            f"--teacher-rewrite finds no prompts in {tokens.name} (one with one answer, which the tokenizer ends with "
+            "an end-of-text token); leave it out, or pass rows with prompt and answer."
+        )
+    return PreparedHealing(config=config, losses=losses, data=data, described=described)
+
+
+def stop_tokens(session: Session) -> set[int]:
+    """Return the tokens that end an answer: the tokenizer's, and those that the model's configuration names."""
+    named = getattr(session.checkpoint.config, "eos_token_id", None)
+    found = named if isinstance(named, list) else [named]
+    return {int(token) for token in [*found, session.need_tokenizer().eos_token_id] if token is not None}
+
+
+def _general_text(session: Session, config: HealingConfig, tokens: PackedTokens) -> PackedTokens | None:
+    """Return the bundled text in windows; None if none is wanted, or the data have it already."""
+    if not config.general or any(source.name == GENERAL_TEXT for source in tokens.sources):
+        return None
+    text = load_documents(GENERAL_TEXT, part="calibration")
+    return pack_evaluation(text, session.need_tokenizer(), sequence_length=tokens.sequence_length)
