@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from layer_surgery import parallel
+from layer_surgery.data.objective import NO_LABEL, Objective
 from layer_surgery.data.tokens import PackedTokens
 from layer_surgery.healing.adapters import plain_name
 
@@ -20,30 +22,35 @@ WEIGHTS_FILE = "model.safetensors"
 
 @dataclass
 class Sums:
-    """Sums of each loss over the tokens since the last `take`."""
+    """Sums of each loss over the items since the last `take`."""
 
     losses: dict[str, Tensor] = field(default_factory=dict)  # by name, scalars on the device
-    tokens: int = 0
+    tokens: int = 0  # that carry loss; sequences, where there is one answer for each
 
     def add(self, name: str, total: Tensor) -> None:
         self.losses[name] = self.losses.get(name, torch.zeros_like(total)) + total.detach()
 
-    def take(self) -> dict[str, float]:
-        """Return the mean of each loss per token, and begin anew."""
-        means = {name: float(total) / max(1, self.tokens) for name, total in self.losses.items()}
+    def take(self) -> tuple[dict[str, float], int]:
+        """Return the mean of each loss and the number of items, of all processes together, and begin anew."""
+        own = {name: float(total) for name, total in self.losses.items()}
+        found = parallel.gather([own, self.tokens])
+        count = sum(tokens for _, tokens in found)
+        totals = {name: sum(losses.get(name, 0.0) for losses, _ in found) for losses, _ in found for name in losses}
         self.losses, self.tokens = {}, 0
-        return means
+        return {name: total / max(1, count) for name, total in totals.items()}, count
 
 
 class Trainee(nn.Module, ABC):
-    """A module whose `forward` returns the loss of a micro-batch, divided by the tokens of the optimiser's step.
+    """A module whose `forward` returns the loss of a micro-batch, divided by the items of the optimiser's step.
 
-    Its losses since the last validation are in `sums`. `model` is what has the parameters.
+    Items are tokens that carry loss, or sequences where there is one answer for each. Its losses since the last
+    validation are in `sums`. `model` is what has the parameters.
     """
 
     accepts_loss_kwargs = True  # Trainer then counts the labels of the whole step and hands the number on
     _keys_to_ignore_on_save = None  # Trainer looks for it when a checkpoint lacks weights, as ours lack untrained ones
     model: nn.Module
+    objective: Objective
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,7 +58,23 @@ class Trainee(nn.Module, ABC):
 
     @abstractmethod
     def measure(self, text: str, tokens: PackedTokens, batch_size: int) -> float:
-        """Return what validation looks at: nats per token, on the text that is called `text`, less is better."""
+        """Return what validation looks at: nats per item, on the text that is called `text`, less is better."""
+
+    def items(self, labels: Tensor) -> Tensor:
+        """Return how many items each window [B] has."""
+        if self.objective.of_sequences:
+            return torch.ones(len(labels), dtype=torch.int64, device=labels.device)
+        return (labels != NO_LABEL).sum(dim=1)
+
+    def step_items(self, labels: Tensor, counted: Tensor | int | None) -> Tensor | float:
+        """Return how many items a step has, in which Trainer has counted so many numbers that are labels.
+
+        A sequence may have several. Without a count, the items of `labels` alone.
+        """
+        if counted is None:
+            return max(1, int(self.items(labels).sum()))
+        numbers = labels.shape[1] if self.objective.of_sequences and labels.dim() == 2 else 1
+        return counted / numbers
 
     def unfreeze(self, names: Collection[str]) -> int:
         """Have the named parameters of the model trained, as copies in float32; return how many numbers are trained."""
@@ -65,15 +88,17 @@ class Trainee(nn.Module, ABC):
         return count
 
     def save(self, directory: Path) -> Path:
-        """Write the parameters that are trained into a directory, and return the file."""
-        directory.mkdir(parents=True, exist_ok=True)
-        trained = {name: value.detach().cpu() for name, value in self.named_parameters() if value.requires_grad}
-        save_file(trained, directory / WEIGHTS_FILE)
+        """Write the parameters that are trained into a directory, and return the file; the first process does."""
+        if parallel.is_first():
+            directory.mkdir(parents=True, exist_ok=True)
+            trained = {name: value.detach().cpu() for name, value in self.named_parameters() if value.requires_grad}
+            save_file(trained, directory / WEIGHTS_FILE)
         return directory / WEIGHTS_FILE
 
     @torch.no_grad()
     def load(self, file: Path) -> None:
-        """Put what `save` wrote back."""
+        """Put what `save` wrote back, when all processes are here."""
+        parallel.barrier()
         parameters = dict(self.named_parameters())
         for name, tensor in load_file(file).items():
             parameters[name].copy_(tensor)

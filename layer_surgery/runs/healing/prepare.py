@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 
+from layer_surgery import parallel
 from layer_surgery.checkpoint.heads import CAUSAL_LM
 from layer_surgery.config import HealingConfig
 from layer_surgery.config.inputs import TextConfig
@@ -13,9 +15,10 @@ from layer_surgery.data.tokens import PackedTokens
 from layer_surgery.errors import CheckpointError, DataError, UserError
 from layer_surgery.healing.adapters import check_peft
 from layer_surgery.healing.mixture import WeightedLoss, parse_losses
+from layer_surgery.healing.outputs import check_losses
 from layer_surgery.healing.rewrite import prompts
 from layer_surgery.healing.trainable import adapter_targets
-from layer_surgery.healing.windows import MOST_HELD_OUT, HealingData, healing_data
+from layer_surgery.healing.windows import HealingData, healing_data, most_held_out
 from layer_surgery.runs.bench import GENERAL_TEXT
 from layer_surgery.runs.provenance import described_tokens
 from layer_surgery.runs.session import Session
@@ -47,10 +50,11 @@ def prepare_healing(
     Raises `UserError` for what cannot be done.
     """
     original = session.checkpoint
-    if original.head is not CAUSAL_LM:
+    objective = original.objective
+    if config.teacher_rewrite and original.head is not CAUSAL_LM:
         raise CheckpointError(
-            f"{original.name} is a {original.head.words}, and healing trains causal language models; compress it "
-            "without --heal, and train the result with transformers."
+            f"--teacher-rewrite has a causal language model write answers, but {original.name} is a "
+            f"{original.head.words}; leave it out."
         )
     losses = parse_losses(config.loss)
     unknown = [loss.name for loss in losses if loss.entry.needs not in ("labels", "logits", "states")]
@@ -59,6 +63,8 @@ def prepare_healing(
             f"--loss {unknown[0]} needs the original beside the student, which is not in memory here; take losses over "
             "logits or states."
         )
+    check_losses(losses, objective)
+    _check_processes(config)
     if config.train == "lora":
         if "local" in config.stages:
             raise UserError("--train lora puts adapters on the whole model; leave out --stages local.")
@@ -69,10 +75,14 @@ def prepare_healing(
             f"--resume {config.resume} is no checkpoint of a training; give --checkpoints' DIR/checkpoint-N."
         )
     windows = _MOST_WINDOWS
-    if config.tokens is not None:
+    if config.tokens is not None and not objective.labelled:  # examples are as long as they are
         windows = max(1, math.ceil(config.tokens / text.sequence_length))
-    tokens = session.healing_tokens(config.data, text, windows + MOST_HELD_OUT, option)
+    tokens = session.healing_tokens(config.data, text, windows + most_held_out(objective), option)
     data = healing_data(tokens, _general_text(session, config, tokens), config.general, session.runtime.seed)
+    parallel.agree(
+        {f"other tokens of '{tokens.name}' (sha256)": data.train.sha256},
+        "give all processes the same text and tokenizer",
+    )
     described = described_tokens(tokens) or {}
     if config.teacher_rewrite and not prompts(data.train, stop_tokens(session)):
         raise DataError(
@@ -80,6 +90,24 @@ def prepare_healing(
             "an end-of-text token); leave it out, or pass rows with prompt and answer."
         )
     return PreparedHealing(config=config, losses=losses, data=data, described=described)
+
+
+def _check_processes(config: HealingConfig) -> None:
+    """Raise `UserError` for what several processes cannot do together."""
+    world = parallel.group().world
+    for variable, option in (("ACCELERATE_USE_FSDP", "--use_fsdp"), ("ACCELERATE_USE_DEEPSPEED", "--use_deepspeed")):
+        if os.environ.get(variable, "").lower() in ("true", "1"):
+            raise UserError(
+                f"healing keeps the whole student in each process, but accelerate was told {option}; leave that out of "
+                "its command and configuration."
+            )
+    if "local" in config.stages:
+        parallel.check_alone("--stages local")
+    if config.step_sequences % world:
+        raise UserError(
+            f"--step-sequences is {config.step_sequences}, which {world} processes cannot share evenly; take a "
+            f"multiple of {world}."
+        )
 
 
 def stop_tokens(session: Session) -> set[int]:
@@ -90,8 +118,17 @@ def stop_tokens(session: Session) -> set[int]:
 
 
 def _general_text(session: Session, config: HealingConfig, tokens: PackedTokens) -> PackedTokens | None:
-    """Return the bundled text in windows; None if none is wanted, or the data have it already."""
-    if not config.general or any(source.name == GENERAL_TEXT for source in tokens.sources):
+    """Return the bundled text in windows; None if none is wanted, or the data have it already.
+
+    None for classifiers, which are made for one kind of text and learn from labels.
+    """
+    if not config.general or tokens.objective.labelled or any(source.name == GENERAL_TEXT for source in tokens.sources):
         return None
     text = load_documents(GENERAL_TEXT, part="calibration")
-    return pack_evaluation(text, session.need_tokenizer(), sequence_length=tokens.sequence_length)
+    return pack_evaluation(
+        text,
+        session.need_tokenizer(),
+        sequence_length=tokens.sequence_length,
+        objective=tokens.objective,
+        seed=session.runtime.seed,
+    )
