@@ -15,6 +15,7 @@ from layer_surgery.data.encoding import EncodedExample, encode_examples, encode_
 from layer_surgery.data.labelled import pack_labelled
 from layer_surgery.data.masking import pack_masked, text_windows
 from layer_surgery.data.objective import NEXT_TOKEN, Objective
+from layer_surgery.data.passages import pack_passages, passages
 from layer_surgery.data.tokens import PackedTokens, packed_tokens
 from layer_surgery.errors import CheckpointError, DataError
 
@@ -63,7 +64,8 @@ def pack_calibration(
     prompt/answer example begins with BOS (if the tokenizer adds it) and ends with EOS (if there is one).
 
     For a masked language model, windows are those of `text_windows`, and which tokens are masked is the seed's; for
-    classifiers each labelled example is a sequence (see `pack_labelled`).
+    classifiers each labelled example is a sequence (see `pack_labelled`), for embedding models each passage
+    (`passages`).
 
     Raises `DataError`: an argument out of range; fewer sequences than `samples` (`TooFewSequencesError`); an example
     longer than `sequence_length`.
@@ -78,6 +80,12 @@ def pack_calibration(
             raise TooFewSequencesError(data, 0, count, samples, sequence_length)
         drawn = torch.randperm(count, generator=generator)[:samples].tolist()
         return pack_labelled(data, tokenizer, objective, sequence_length=sequence_length, chosen=drawn)
+    if objective.problem == "embedding":
+        found = passages(data, tokenizer, objective, sequence_length=sequence_length)
+        if len(found) < samples:
+            raise TooFewSequencesError(data, sum(map(len, found)), len(found), samples, sequence_length)
+        drawn = torch.randperm(len(found), generator=generator)[:samples].tolist()
+        return pack_passages(data, tokenizer, objective, found, drawn)
     if objective.problem == "masked_token":
         ids, text, available = text_windows(data, tokenizer, sequence_length=sequence_length)
         full = int(text[:1].sum())
@@ -130,6 +138,9 @@ def pack_evaluation(
     if objective.labelled:
         every = range(len(data.documents))[:max_windows]
         return pack_labelled(data, tokenizer, objective, sequence_length=sequence_length, chosen=every)
+    if objective.problem == "embedding":
+        found = passages(data, tokenizer, objective, sequence_length=sequence_length)
+        return pack_passages(data, tokenizer, objective, found, range(len(found))[:max_windows])
     if objective.problem == "masked_token":
         ids, text, available = text_windows(data, tokenizer, sequence_length=sequence_length)
         if not len(ids):

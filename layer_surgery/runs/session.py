@@ -205,6 +205,8 @@ class Session:
 
 
 def _evaluation_note(tokens: PackedTokens) -> str:
+    if tokens.objective.problem == "embedding":
+        return f"evaluation: {tokens.sequences:,} texts of '{tokens.name}', {int(tokens.valid.sum()):,} tokens"
     if tokens.objective.labelled:
         return f"evaluation: {tokens.sequences:,} examples of '{tokens.name}', {int(tokens.valid.sum()):,} tokens"
     return (
@@ -218,6 +220,9 @@ def _calibration_notes(tokens: PackedTokens) -> Iterator[str]:
     mixed = len(tokens.sources) > 1
     for source in tokens.sources:
         weight = f" (weight {source.weight:g})" if mixed else ""
+        if tokens.objective.problem == "embedding":
+            yield f"calibration: {source.sequences:,} texts of '{source.name}'{weight}, {source.tokens:,} tokens"
+            continue
         if tokens.objective.labelled:
             yield f"calibration: {source.sequences:,} examples of '{source.name}'{weight}, {source.tokens:,} tokens"
             continue
@@ -239,7 +244,9 @@ def open_session(model: Model, runtime: RuntimeConfig, scratch_parent: Path | No
     device = runtime.torch_device()
     parallel.meet(device)
     with clock.stage("open"):
-        checkpoint = open_checkpoint(model, trust_remote_code=runtime.trust_remote_code)
+        checkpoint = open_checkpoint(
+            model, trust_remote_code=runtime.trust_remote_code, head=runtime.head, pooling=runtime.pooling
+        )
         if checkpoint.head is not CAUSAL_LM:
             parallel.check_alone("a model with another head than that of a causal language model")
         if tokenizer is None and checkpoint.directory is not None:
@@ -355,6 +362,8 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"the tokenizer in {checkpoint.directory} cannot be loaded: {reason}") from error
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
+    if checkpoint.embedder is not None:
+        tokenizer = checkpoint.embedder.prepared(tokenizer)
     longest = tokenizer.model_max_length
     if isinstance(longest, bool) or not isinstance(longest, int | float):
         raise CheckpointError(
