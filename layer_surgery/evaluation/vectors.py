@@ -1,10 +1,12 @@
-"""The vectors that an embedding model gives for texts."""
+"""The vectors that an embedding model gives for texts, and how near they are to those of the original."""
 
 import torch
 from torch import Tensor
 
 from layer_surgery.data.tokens import PackedTokens
 from layer_surgery.errors import NumericalError
+from layer_surgery.records import TaskMetric, TaskResult
+from layer_surgery.walk.embedding import embedding_losses
 from layer_surgery.walk.finite import remedy
 from layer_surgery.walk.streamed import StreamedModel
 from layer_surgery.walk.walk import Walk, WalkSettings
@@ -25,3 +27,28 @@ def text_vectors(model: StreamedModel, tokens: PackedTokens, settings: WalkSetti
             f"{remedy(model.dtype)}."
         )
     return vectors
+
+
+def nearness(vectors: Tensor, original: Tensor) -> TaskResult:
+    """Return the loss and the mean cosine with the original's vectors, both [N, E], each with its standard error.
+
+    With fewer dimensions than the original there is no cosine between the two, and the loss is that of similarities
+    alone.
+    """
+    found = {"loss": embedding_losses(vectors, original)}
+    if vectors.shape == original.shape:
+        found["cosine"] = torch.nn.functional.cosine_similarity(vectors, original, dim=-1)
+    count = len(vectors)
+    return TaskResult(
+        metrics={
+            name: TaskMetric(
+                value=float(each.mean()),
+                stderr=float(each.std() / count**0.5) if count > 1 else None,
+                higher_is_better=name == "cosine",
+            )
+            for name, each in found.items()
+        },
+        items=count,
+        num_fewshot=None,
+        version="",
+    )

@@ -8,9 +8,11 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
+from torch import Tensor
+
 from layer_surgery import parallel
 from layer_surgery.checkpoint.costs import token_costs
-from layer_surgery.checkpoint.heads import CAUSAL_LM
+from layer_surgery.checkpoint.heads import CAUSAL_LM, EMBEDDING
 from layer_surgery.checkpoint.open import Checkpoint
 from layer_surgery.config import EvaluationConfig
 from layer_surgery.data import bundled_tasks
@@ -23,6 +25,7 @@ from layer_surgery.evaluation.labelled import LabelOutcome, label_changes, label
 from layer_surgery.evaluation.perplexity import summarise, window_losses
 from layer_surgery.evaluation.speed import measure_speed
 from layer_surgery.evaluation.uncertainty import perplexity_change
+from layer_surgery.evaluation.vectors import nearness, text_vectors
 from layer_surgery.machine import available_memory_bytes
 from layer_surgery.records import Comparison, Continuation, EvaluationResult, Perplexity, StageFailure, TaskResult
 from layer_surgery.runs.session import Session
@@ -51,6 +54,7 @@ class _Measured:
     losses: dict[str, Losses] = field(default_factory=dict)
     states: dict[str, Boundary] = field(default_factory=dict)
     labelled: dict[str, LabelOutcome] = field(default_factory=dict)
+    vectors: dict[str, Tensor] = field(default_factory=dict)
     tasks: TaskOutcome | None = None
     written: list[str] | None = None
     kept: ExitStack = field(default_factory=ExitStack)
@@ -112,7 +116,8 @@ class Evaluator:
         if self._causal:
             perplexities, labelled = self._perplexities(moment, measured, required=required), {}
         else:
-            perplexities, labelled = {}, self._labelled(moment, measured, required=required)
+            measure = self._embedded if session_embeds(self._session) else self._labelled
+            perplexities, labelled = {}, measure(moment, measured, required=required)
         self._measured[moment] = measured
         if self._config.tasks or self._prompts:
             with self._by_first():
@@ -217,6 +222,20 @@ class Evaluator:
             for tokens in self._texts:
                 measured.labelled[tokens.name] = label_outcome(model, tokens, session.settings)
         return {name: outcome.result(session.runtime.seed) for name, outcome in measured.labelled.items()}
+
+    def _embedded(self, moment: Moment, measured: _Measured, *, required: bool) -> dict[str, TaskResult]:
+        """Embed every set of texts and, if the model before has embedded them, say how near the vectors are to its."""
+        session, results = measured.session, dict[str, TaskResult]()
+        if not self._texts:
+            return {}
+        with self._attempt(f"embeddings {moment}", required=required):
+            model = session.stream(measured.checkpoint)
+            for tokens in self._texts:
+                measured.vectors[tokens.name] = text_vectors(model, tokens, session.settings)
+                before = self._measured.get("before")
+                if before is not None and tokens.name in before.vectors:
+                    results[tokens.name] = nearness(measured.vectors[tokens.name], before.vectors[tokens.name])
+        return results
 
     def _run_whole(self, moment: Moment, measured: _Measured) -> None:
         """Run tasks and continuations on the model as a whole, loaded once for both."""
@@ -339,6 +358,11 @@ class Evaluator:
                 _LOG.debug("%s failed", stage, exc_info=True)
                 self.failures.append(StageFailure(stage=stage, error=describe(error)))
                 self._session.ui.note(f"{stage} failed: {describe(error)}")
+
+
+def session_embeds(session: Session) -> bool:
+    """Return whether a session's model gives vectors of texts."""
+    return session.checkpoint.head is EMBEDDING
 
 
 def _whole_bytes(session: Session) -> int:

@@ -30,9 +30,14 @@ COSINE, SIMILARITY = 10.0, 200.0
 
 
 def embedding_losses(vectors: Tensor, teacher: Tensor) -> Tensor:
-    """Return the loss of each text [N] float64, of embeddings and the teacher's, both [N, E] of any length."""
+    """Return the loss of each text [N] float64, of embeddings and the teacher's, both [N, E] of any length.
+
+    Where the two have other dimensions no cosine is between them, and the similarities alone are compared.
+    """
     s, t = (torch.nn.functional.normalize(each.double(), dim=-1) for each in (vectors, teacher))
     similarity: Tensor = (s @ s.T - t @ t.T).pow(2).mean(dim=1)
+    if s.shape != t.shape:
+        return SIMILARITY * similarity
     # |s - t|^2 / 2 is 1 - s.t without its rounding, which is as large as what is measured near the teacher.
     cosine: Tensor = 0.5 * (s - t).pow(2).sum(dim=1)
     return COSINE * cosine + SIMILARITY * similarity
