@@ -85,6 +85,11 @@ class Embedder:
         prompts, name = self.settings.get("prompts") or {}, self.settings.get("default_prompt_name")
         return str(prompts.get(name) or "") if name is not None else ""
 
+    def prompt_for(self, *names: str) -> str:
+        """Return what stands before a text of a kind, by the first of some names that the model has a prompt for."""
+        prompts = self.settings.get("prompts") or {}
+        return next((str(prompts[name]) for name in names if prompts.get(name)), self.prompt)
+
     @property
     def identity(self) -> dict[str, Any]:
         """What decides what is computed, as JSON has it; tensors by their hash."""

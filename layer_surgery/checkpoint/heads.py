@@ -64,7 +64,7 @@ HEADS: dict[HeadKind, Head] = {
             pipeline="token-classification",
         ),
         # Stands behind transformers' model (`embedder.py`), so nothing in `config.json` names it.
-        Head(kind="embedding", entry=HEADLESS, words="embedding model", pipeline="feature-extraction"),
+        Head(kind="embedding", entry=HEADLESS, words="text embedding model", pipeline="feature-extraction"),
     )
 }
 CAUSAL_LM, EMBEDDING = HEADS["causal_lm"], HEADS["embedding"]

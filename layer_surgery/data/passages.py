@@ -111,3 +111,19 @@ def pack_passages(
     mask[:, 0] = True
     packed = packed_tokens(data.name, ids, mask, valid, sum(map(len, found)))
     return replace(packed, objective=objective)
+
+
+def pack_as_used(
+    name: str, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, objective: Objective, *, prompt: str
+) -> tuple[PackedTokens, int]:
+    """Pack each text behind a prompt as the model's users do, and return how many were too long and are cut off."""
+    longest = min(objective.longest or tokenizer.model_max_length, tokenizer.model_max_length)
+    given = [prompt + text for text in texts]
+    cut = sum(len(ids) > longest for ids in _encoded(tokenizer, given))
+    limit = {"truncation": True, "max_length": int(longest)} if cut else {"truncation": False}
+    rows = [
+        list(ids)
+        for ids in tokenizer(given, padding=False, return_attention_mask=False, verbose=False, **limit).input_ids
+    ]
+    source = LoadedData(name, [Text(text) for text in texts], "text")
+    return pack_passages(source, tokenizer, objective, rows, range(len(rows))), cut

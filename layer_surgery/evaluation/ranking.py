@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from layer_surgery.evaluation.uncertainty import paired_difference
 from layer_surgery.records.embedding import Estimate
-from layer_surgery.records.evaluation import Interval
+from layer_surgery.records.interval import Interval
 
 Array = NDArray[np.float64]
 

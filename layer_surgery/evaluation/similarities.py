@@ -15,7 +15,7 @@ from layer_surgery.errors import DataError
 from layer_surgery.evaluation.ranks import ranks
 from layer_surgery.evaluation.uncertainty import CONFIDENCE
 from layer_surgery.records.embedding import Estimate
-from layer_surgery.records.evaluation import Interval
+from layer_surgery.records.interval import Interval
 
 Array = NDArray[np.float64]
 #: Fewer than elsewhere, for each takes N^2 operations: the ends of the interval are known to about a fiftieth of it.

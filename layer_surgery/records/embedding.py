@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from layer_surgery.records.evaluation import Interval
+from layer_surgery.records.interval import Interval
 
 #: How the numbers of a vector are stored.
 Storage = Literal["float32", "int8", "binary"]

@@ -55,7 +55,8 @@ def sweep_table(report: SweepReport) -> tuple[list[str], list[list[str]]]:
     add("loss ratio", "1", ["" if point.loss_ratio is None else f"{point.loss_ratio:.3f}" for point in points])
     losses = [point.embedding_loss for point in points]
     add("embedding loss", "0", ["" if loss is None else f"{loss:.4f}" for loss in losses])
-    for task in _tasks(report):
+    add("similarity", "1", [_similarity(point) for point in points])
+    for task in _tasks(report) if not any(losses) else ():
         add(task, _task(original, task), [_task(point.result, task) for point in points])
     add("prefill", "1 x", [_times(point.prefill_speed) for point in points])
     add("decoding", "1 x", [_times(point.decode_speed) for point in points])
@@ -144,6 +145,13 @@ def _perplexity(result: EvaluationResult | None, name: str) -> str:
 def _ratio(point: SweepPoint, name: str) -> str:
     change = point.comparison.perplexity.get(name) if point.comparison is not None else None
     return "" if change is None else with_interval(change.ratio, ".3f")
+
+
+def _similarity(point: SweepPoint) -> str:
+    """Return how far the model finds the same texts alike as the original; of several sets the mean."""
+    found = point.result.embedding.values() if point.result is not None else ()
+    values = [each.points[0].similarity.value for each in found]
+    return f"{sum(values) / len(values):.4f}" if values else ""
 
 
 def _mean_of(point: SweepPoint, quantity: str, field: str) -> str:
