@@ -37,6 +37,7 @@ PURE = (
     "linalg.leading",
     "linalg.blockwise_nystrom",
     "linalg.least_squares",
+    "linalg.nested_map",
     "vectors.losses",
     "vectors.relative",
     "vectors.storage",
