@@ -31,6 +31,7 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python calibration_data/build_tasks.py --check
+	$(BIN)/python calibration_data/build_retrieval.py --check
 	$(BIN)/python calibration_data/build_manifest.py --check
 
 clean:

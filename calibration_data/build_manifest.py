@@ -43,7 +43,8 @@ def build(directory: Path, tokenizer: Path | None, present: dict[str, Any] | Non
         "source": "text written for this project",
         "tokenizer": identity,
         "parts": parts,
-        "tasks": _tasks(directory / "tasks"),
+        "tasks": _files(directory / "tasks"),
+        "retrieval": _files(directory / "retrieval"),
         "totals": _totals(list(parts.values())),
     }
 
@@ -67,8 +68,8 @@ def _part(directory: Path, count: CountTokens | None, known: dict[str, int]) -> 
     return {"documents": documents, **_totals(documents), "number": len(documents)}
 
 
-def _tasks(directory: Path) -> dict[str, Any]:
-    """The lm-eval tasks (see build_tasks.py): configurations and items."""
+def _files(directory: Path) -> dict[str, Any]:
+    """What another script writes (build_tasks.py, build_retrieval.py): configurations and items."""
     files = [
         {"file": path.name, "sha256": hashlib.sha256(content := path.read_bytes()).hexdigest()}
         | ({"items": len(content.splitlines())} if path.suffix == ".jsonl" else {})

@@ -61,6 +61,9 @@ NOT_RUN = {
         "layer-surgery heal smaller-classifier/ --data labelled.jsonl --loss kl --loss ce:0.5 --tokens 200000 "
         "--output healed-classifier/"
     ): "tests/runs/test_heal_heads.py does this; the models here have no labels",
+    (
+        "layer-surgery compress EMBEDDER --target-parameters 0.7 --calibration text.txt --output half/"
+    ): "tests/runs/test_embedders.py does this; the models here give no vectors",
 }
 
 #: Put before the options of a command, so that what the documentation says comes later and counts.

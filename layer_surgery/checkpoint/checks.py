@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from layer_surgery.checkpoint.heads import CAUSAL_LM, Head, base_class_of, named_head
+from layer_surgery.checkpoint.heads import CAUSAL_LM, EMBEDDING, Head, base_class_of, named_head
 from layer_surgery.checkpoint.modeling_layer_surgery import QUANTISED_NAMES
 from layer_surgery.checkpoint.tensors import INDEX_FILE, SINGLE_FILE, TensorSpec
 from layer_surgery.disk.reading import read_json
@@ -19,6 +19,11 @@ from layer_surgery.errors import CheckpointError
 CONSTANTS = re.compile(r"(rotary_emb\.inv_freq|\.attn\.bias|\.masked_bias|\.attention\.bias|embeddings\.position_ids)$")
 #: Parts of an encoder that its other heads look at, and the one that is used does not: BERT stores them all.
 OTHER_HEADS = re.compile(r"(^|\.)(pooler|seq_relationship|mask_predictions)\.")
+#: Heads as transformers' models call them, which embedding models do without.
+HEADS_OF_MODELS = re.compile(
+    r"^(classifier|cls|decoder|discriminator_predictions|generator_lm_head|generator_predictions|head|lm_head"
+    r"|lm_predictions|pre_classifier|qa_outputs|score|vocab_layer_norm|vocab_projector|vocab_transform)\."
+)
 #: Fields of a configuration that choose an implementation, in any spelling, and those that transformers has itself.
 IMPLEMENTATIONS = {
     "attn_implementation": {"eager", "sdpa", "flex_attention"},
@@ -126,8 +131,11 @@ def _quantised(where: str, method: str) -> CheckpointError:
     )
 
 
-def find_head(config: Any, fields: Mapping[str, Any], where: str) -> Head:
-    """Return the head of a model; refuse what is no language model by itself, or has none, saying what it is."""
+def find_head(config: Any, fields: Mapping[str, Any], where: str, *, embedding: bool = False) -> Head:
+    """Return the head of a model; refuse what is no language model by itself, or has none, saying what it is.
+
+    With `embedding` it has what makes it an embedding model, whatever head its configuration names.
+    """
     names = ", ".join(fields.get("architectures") or []) or "none"
     told = f"architectures: {names}, model_type: {fields['model_type']}"
     if getattr(config, "is_encoder_decoder", False):
@@ -142,6 +150,13 @@ def find_head(config: Any, fields: Mapping[str, Any], where: str) -> Head:
             "models by themselves are operated on; save its language model as a checkpoint of its own, with its "
             "text_config, and give that."
         )
+    if embedding and base_class_of(config) not in EMBEDDING.stock_classes:
+        raise CheckpointError(
+            f"{where} is no embedding model that can be operated on ({told}): transformers has no model without a "
+            "head for it."
+        )
+    if embedding:
+        return EMBEDDING
     head = named_head(config, list(fields.get("architectures") or []))
     if head is not None:
         return head
@@ -154,7 +169,8 @@ def find_head(config: Any, fields: Mapping[str, Any], where: str) -> Head:
         raise CheckpointError(
             f"{where} is not a causal language model ({told}), nor has it another head that there is a loss for; "
             "operated on are causal and masked language models, sequence classifiers and token classifiers "
-            "(...ForCausalLM, ...ForMaskedLM, ...ForSequenceClassification, ...ForTokenClassification)."
+            "(...ForCausalLM, ...ForMaskedLM, ...ForSequenceClassification, ...ForTokenClassification), and embedding "
+            "models: directories of sentence-transformers, or others with --head embedding and --pooling."
         )
     return CAUSAL_LM
 
@@ -178,6 +194,7 @@ def check_tensors(
     where: str,
     layer_count: int,
     encoder: bool = False,
+    headless: bool = False,
 ) -> tuple[str, ...]:
     """Compare names and shapes of tensors with those that the model has.
 
@@ -206,7 +223,9 @@ def check_tensors(
     )
     if one_byte is not None:
         raise _quantised(where, f"'{one_byte}' is {str(stored[one_byte].dtype).removeprefix('torch.')}")
-    others = [name for name in extra if encoder and OTHER_HEADS.search(name)]
+    others = [
+        name for name in extra if (encoder and OTHER_HEADS.search(name)) or (headless and HEADS_OF_MODELS.search(name))
+    ]
     return (*others, *_left_out(skeleton, [name for name in extra if name not in others], where, layer_count))
 
 

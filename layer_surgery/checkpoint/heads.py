@@ -10,10 +10,10 @@ from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
 
 from layer_surgery.checkpoint.architectures import longest_sequence
-from layer_surgery.checkpoint.modeling_layer_surgery import MODELS
+from layer_surgery.checkpoint.modeling_layer_surgery import HEADLESS, MODELS
 from layer_surgery.data.objective import Objective, Problem
 
-HeadKind = Literal["causal_lm", "masked_lm", "sequence_classification", "token_classification"]
+HeadKind = Literal["causal_lm", "masked_lm", "sequence_classification", "token_classification", "embedding"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,9 +63,11 @@ HEADS: dict[HeadKind, Head] = {
             words="token classifier",
             pipeline="token-classification",
         ),
+        # Stands behind transformers' model (`embedder.py`), so nothing in `config.json` names it.
+        Head(kind="embedding", entry=HEADLESS, words="text embedding model", pipeline="feature-extraction"),
     )
 }
-CAUSAL_LM = HEADS["causal_lm"]
+CAUSAL_LM, EMBEDDING = HEADS["causal_lm"], HEADS["embedding"]
 
 
 def base_class_of(config: Any) -> type:
@@ -85,7 +87,7 @@ def is_encoder(config: Any, head: Head) -> bool:
 def named_head(config: Any, architectures: list[str]) -> Head | None:
     """Return the head, other than that of a causal LM, that the name of a class of `config.json` says; else None."""
     for head in HEADS.values():
-        for name in architectures if head is not CAUSAL_LM else ():
+        for name in architectures if head not in (CAUSAL_LM, EMBEDDING) else ():
             if name.endswith(head.suffix) and (
                 base_class_of(config) in head.stock_classes or getattr(config, "auto_map", None)
             ):
@@ -95,8 +97,8 @@ def named_head(config: Any, architectures: list[str]) -> Head | None:
 
 def head_of_model(model: PreTrainedModel) -> Head | None:
     """Return the head of a model in memory; None if there is no loss for it."""
-    classes = set(type(model).__mro__)
-    return next((head for head in HEADS.values() if classes & {*head.stock_classes.values()}), None)
+    classes, heads = set(type(model).__mro__), [head for head in HEADS.values() if head is not EMBEDDING]
+    return next((head for head in heads if classes & {*head.stock_classes.values()}), None)
 
 
 def objective_of(config: Any, head: Head, longest: int | None) -> Objective:
@@ -109,7 +111,11 @@ def objective_of(config: Any, head: Head, longest: int | None) -> Objective:
 
 def _problem(config: Any, head: Head) -> Problem:
     if head.kind != "sequence_classification":
-        problems: Mapping[HeadKind, Problem] = {"causal_lm": "next_token", "masked_lm": "masked_token"}
+        problems: Mapping[HeadKind, Problem] = {
+            "causal_lm": "next_token",
+            "masked_lm": "masked_token",
+            "embedding": "embedding",
+        }
         return problems.get(head.kind, "tags")
     stated: Mapping[Any, Problem] = {
         "single_label_classification": "single_label",

@@ -132,12 +132,15 @@ def entry_points(architectures: list[str] | None) -> list[str]:
         name if name in MODELS else next((ours for end, ours in ends.items() if name.endswith(end)), "")
         for name in architectures or []
     ]
-    return [name for name in found if name] or [CAUSAL_LM]
+    # Stock models without a head are called after their architecture alone; of old ones, those with a head end alike.
+    headless = any(name.endswith("Model") and not name.endswith("HeadModel") for name in architectures or [])
+    return [name for name in found if name] or [HEADLESS if headless else CAUSAL_LM]
 
 
 def head_of(architectures: list[str] | None) -> str:
     """Return the name in `MODELS` of the model with the head that the weights of a checkpoint have."""
-    return next((name for name in entry_points(architectures) if name != HEADLESS), CAUSAL_LM)
+    found = entry_points(architectures)
+    return next((name for name in found if name != HEADLESS), found[0])
 
 
 def base_fields(nested: dict[str, Any]) -> dict[str, Any]:
@@ -498,10 +501,12 @@ def model_class_for(config_class: type, name: str = CAUSAL_LM) -> type[PreTraine
             if isinstance(self.base_model, _LayerSurgeryModelMixin) and self.base_model is not self:
                 return  # made by `AutoModel`, see below
             # Names in the configuration are those of the model whose head the weights have.
-            theirs = f"{MODELS[head_of(config.architectures)][1][base_config].base_model_prefix}."
+            head = head_of(config.architectures)
+            theirs = f"{MODELS[head][1][base_config].base_model_prefix}."
+            renamed = partial(_renamed, theirs=theirs, ours=ours, headless=head == HEADLESS)
             # A linear may be both: narrower first, and then made of factors of that size.
-            narrow_linears(self, {_renamed(key, theirs, ours): size for key, size in config.narrowed.items()})
-            replace_linears(self, {_renamed(key, theirs, ours): rank for key, rank in config.low_rank.items()})
+            narrow_linears(self, {renamed(key): size for key, size in config.narrowed.items()})
+            replace_linears(self, {renamed(key): rank for key, rank in config.low_rank.items()})
             give_classes_of_their_own(self)
             free_caches_of_removed_attention(self)
             self._tp_plan = plan_with_factors(self, getattr(self, "_tp_plan", None) or {})
@@ -522,8 +527,9 @@ def model_class_for(config_class: type, name: str = CAUSAL_LM) -> type[PreTraine
     return _model_classes[config_class, name]
 
 
-def _renamed(name: str, theirs: str, ours: str) -> str:
-    return ours + name.removeprefix(theirs) if name.startswith(theirs) else name
+def _renamed(name: str, *, theirs: str, ours: str, headless: bool) -> str:
+    """Return the name that a module of a checkpoint has in a model whose body stands at `ours` and not at `theirs`."""
+    return ours + name.removeprefix(theirs) if headless or name.startswith(theirs) else name
 
 
 def check_loaded(model: PreTrainedModel, info: dict[str, Any]) -> None:
@@ -536,7 +542,7 @@ def check_loaded(model: PreTrainedModel, info: dict[str, Any]) -> None:
     missing = [
         name
         for name in info["missing_keys"]
-        if kind == head
+        if (kind == head and kind != HEADLESS)
         # Encoders have a pooler for some heads only.
         or ((kind == HEADLESS or name.startswith(body)) and not name.removeprefix(body).startswith("pooler."))
     ]
@@ -596,7 +602,7 @@ class _EntryPoint(PreTrainedModel):  # type: ignore[misc]
 
 
 class LayerSurgeryModel(_EntryPoint):
-    """Entry point for `AutoModel`: the decoder without its head, whose last hidden states other tools take."""
+    """Entry point for `AutoModel`: the model without a head, whose last hidden states other tools take."""
 
 
 class LayerSurgeryForCausalLM(_EntryPoint):

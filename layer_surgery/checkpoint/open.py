@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,10 @@ from layer_surgery.checkpoint.checks import (
     find_head,
 )
 from layer_surgery.checkpoint.conversion import as_in_model, with_conv1d_transposed
+from layer_surgery.checkpoint.embedder import MODULES_FILE, AskedHead, Embedder, read_embedder
 from layer_surgery.checkpoint.heads import (
     CAUSAL_LM,
+    EMBEDDING,
     Head,
     base_class_of,
     head_of_model,
@@ -36,6 +38,7 @@ from layer_surgery.checkpoint.heads import (
     objective_of,
 )
 from layer_surgery.checkpoint.modeling_layer_surgery import (
+    HEADLESS,
     MODEL_TYPE,
     MODELS,
     LayerSurgeryConfig,
@@ -84,6 +87,7 @@ class Checkpoint:
     buffers: dict[str, torch.Tensor] = field(default_factory=dict)
     """Non-persistent buffers of a model in memory, which may differ from freshly made ones."""
     generation_config: Any = None  #: Of a model in memory; one in a directory is copied as a file.
+    embedder: Embedder | None = None  #: What makes one vector a text of the hidden states; embedding models only.
 
     @functools.cached_property
     def architecture(self) -> Architecture:
@@ -107,7 +111,8 @@ class Checkpoint:
     @property
     def longest_sequence(self) -> int | None:
         """Most tokens that the model takes; None where its configuration does not say."""
-        return longest_input(self.config, self.skeleton)
+        limits = (longest_input(self.config, self.skeleton), self.embedder.longest if self.embedder else None)
+        return min((limit for limit in limits if limit is not None), default=None)
 
     @property
     def encoder(self) -> bool:
@@ -117,7 +122,8 @@ class Checkpoint:
     @property
     def objective(self) -> Objective:
         """The problem that its head solves."""
-        return objective_of(self.config, self.head, self.longest_sequence)
+        found = objective_of(self.config, self.head, self.longest_sequence)
+        return found if self.embedder is None else replace(found, prompt=self.embedder.prompt)
 
     @functools.cached_property
     def skeleton(self) -> PreTrainedModel:
@@ -135,12 +141,14 @@ class Checkpoint:
     @property
     def parameters(self) -> int:
         """Number of parameters; tied ones count once."""
-        return sum(parameter.numel() for parameter in self.skeleton.parameters())
+        others = self.embedder.tensors.values() if self.embedder else ()
+        return sum(each.numel() for each in (*self.skeleton.parameters(), *others))
 
     @property
     def size_bytes(self) -> int:
         """Bytes of all stored tensors."""
-        return sum(spec.nbytes for spec in self.source.specs.values())
+        others = self.embedder.tensors.values() if self.embedder else ()
+        return sum(each.nbytes for each in (*self.source.specs.values(), *others))
 
     def layer_prefix(self, index: int) -> str:
         return f"{self.architecture.layers}.{index}."
@@ -176,6 +184,7 @@ class Checkpoint:
             "model_type": base_model_type(self.config),
             "low_rank": self.low_rank,
             **({"narrowed": self.narrowed} if self.narrowed else {}),
+            **({"embedder": self.embedder.identity} if self.embedder else {}),
             "config": {name: value for name, value in fields.items() if name not in NOT_IDENTITY},
         }
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode())
@@ -189,27 +198,48 @@ class Checkpoint:
 
 
 def open_checkpoint(
-    model: str | Path | PreTrainedModel, *, revision: str | None = None, trust_remote_code: bool = False
+    model: str | Path | PreTrainedModel,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    head: str = "auto",
+    pooling: str | None = None,
 ) -> Checkpoint:
     """Open a local directory, a hub name, or a model that is already in memory.
 
     Headers and shapes are checked against the architecture before anything else happens.
+    `head` is `embedding` for a transformer that is an embedding model with this `pooling`, where no directory of
+    sentence-transformers says so itself.
     Raises `CheckpointError` for everything that makes the checkpoint unusable.
     """
     if isinstance(model, PreTrainedModel):
-        checkpoint = _from_memory(model)
+        checkpoint = _from_memory(model, AskedHead(head == EMBEDDING.kind, pooling))
     else:
         if not isinstance(model, str | Path):
             raise CheckpointError(
                 f"MODEL is a {type(model).__name__}; allowed: a directory, a hub name or a PreTrainedModel."
             )
-        checkpoint = _from_directory(str(model), _local_directory(str(model), revision), trust_remote_code)
+        directory = _local_directory(str(model), revision)
+        checkpoint = _from_directory(
+            str(model), directory, trust_remote_code, AskedHead(head == EMBEDDING.kind, pooling)
+        )
     _settle(checkpoint)
     return checkpoint
 
 
 def build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """Make the model of a checkpoint without its weights; `dtype` is that of computation (see skeleton.py)."""
+    """Make the model of a checkpoint without its weights; `dtype` is that of computation (see skeleton.py).
+
+    An embedding model has a pooler, which nothing here looks at, only if its checkpoint has one.
+    """
+    skeleton = _skeleton(checkpoint, dtype)
+    has_one = any(".pooler." in f".{name}" for name in checkpoint.source.specs)
+    if checkpoint.head is EMBEDDING and not has_one and hasattr(skeleton, "pooler"):
+        skeleton.pooler = None
+    return skeleton
+
+
+def _skeleton(checkpoint: Checkpoint, dtype: torch.dtype | None) -> PreTrainedModel:
     return make_skeleton(
         checkpoint.config,
         checkpoint.model_class,
@@ -245,7 +275,14 @@ def _local_directory(model: str, revision: str | None) -> Path:
     raise CheckpointError(f"no such model: there is no directory '{model}'.")
 
 
-def _from_directory(name: str, directory: Path, trust_remote_code: bool) -> Checkpoint:
+def _from_directory(name: str, root: Path, trust_remote_code: bool, asked: AskedHead) -> Checkpoint:
+    embedder, directory = None, root
+    if (root / MODULES_FILE).is_file():
+        embedder, directory = read_embedder(root)
+        if asked.pooling is not None:
+            raise CheckpointError(
+                f"{root} says itself how it pools ({', '.join(embedder.pooling)}); leave out --pooling {asked.pooling}."
+            )
     check_directory(directory)
     config_file = directory / "config.json"
     try:
@@ -272,12 +309,23 @@ def _from_directory(name: str, directory: Path, trust_remote_code: bool) -> Chec
         except Exception as error:  # transformers raises many types here, each about this one file
             reason = " ".join(str(error).split())[:300]
             raise CheckpointError(f"{config_file} is damaged ({type(error).__name__}: {reason}).") from error
-        model_class = model_class_for(type(config), head_of(config.architectures))
+        embedding = embedder is not None or asked.embedding
+        if embedding and head_of(config.architectures) != HEADLESS:
+            raise CheckpointError(
+                f"{directory} has low-rank or narrowed layers and the head of a {head_of(config.architectures)}; make "
+                "an embedding model of the original, and compress that."
+            )
+        model_class = model_class_for(type(config), HEADLESS if embedding else head_of(config.architectures))
         low_rank, narrowed, fields = config.low_rank, config.narrowed, _base_fields(config, fields)
         check_not_quantised(fields, directory)  # by what is nested, too
     else:
         config = _stock_config(directory, trust_remote_code)
-    head = find_head(config, fields, str(directory))
+    if embedder is None:
+        embedder = asked.embedder(_hidden_size(config), str(directory))
+    head = find_head(config, fields, str(directory), embedding=embedder is not None)
+    if head is EMBEDDING:
+        # Stored with another head, perhaps, which transformers' model without one passes over.
+        fields = fields | {"architectures": [head.stock_classes[base_class_of(config)].__name__]}
     check_layers_stand_alone(config, str(directory))
     return Checkpoint(
         name=name,
@@ -291,7 +339,12 @@ def _from_directory(name: str, directory: Path, trust_remote_code: bool) -> Chec
         files=tuple(files),
         trust_remote_code=trust_remote_code,
         model_class=model_class,
+        embedder=embedder,
     )
+
+
+def _hidden_size(config: Any) -> int:
+    return int(config.hidden_size)
 
 
 def _base_fields(config: Any, nested: dict[str, Any]) -> dict[str, Any]:
@@ -321,13 +374,22 @@ def _stock_config(directory: Path, trust_remote_code: bool) -> Any:
         raise CheckpointError(f"transformers cannot read {directory / 'config.json'}: {reason[:300]}") from error
 
 
-def _from_memory(model: PreTrainedModel) -> Checkpoint:
-    head = head_of_model(model)
+def _from_memory(model: PreTrainedModel, asked: AskedHead) -> Checkpoint:
+    embedder = asked.embedder(_hidden_size(model.config), f"the {type(model).__name__}")
+    if embedder is not None:
+        if type(model.base_model) is not type(model):
+            raise CheckpointError(
+                f"the {type(model).__name__} has a head, which an embedding model has not; pass its body "
+                "(model.base_model)."
+            )
+        head: Head | None = EMBEDDING
+    else:
+        head = head_of_model(model)
     if head is None:
         raise CheckpointError(
             f"a {type(model).__name__} is not a causal language model and has no other head that there is a loss for; "
             "load it with AutoModelForCausalLM, or with AutoModelForMaskedLM, ...ForSequenceClassification or "
-            "...ForTokenClassification."
+            '...ForTokenClassification; or pass head="embedding" and pooling= for an embedding model.'
         )
     fields = model.config.to_dict()
     low_rank = dict(getattr(model.config, "low_rank", {}) or {})
@@ -338,7 +400,7 @@ def _from_memory(model: PreTrainedModel) -> Checkpoint:
     fields["architectures"] = fields.get("architectures") or [type(model).__name__]
     if head is not CAUSAL_LM:  # another one than that of the checkpoint it was loaded from, perhaps
         fields["architectures"] = [head.stock_classes[base_class_of(model.config)].__name__]
-    find_head(model.config, fields, f"the {type(model).__name__}")
+    find_head(model.config, fields, f"the {type(model).__name__}", embedding=head is EMBEDDING)
     check_layers_stand_alone(model.config, f"the {type(model).__name__}")
     fields["dtype"] = str(model.dtype).removeprefix("torch.")
     tensors = model.state_dict()
@@ -356,6 +418,7 @@ def _from_memory(model: PreTrainedModel) -> Checkpoint:
         model_class=type(model),
         buffers=dict(model.named_non_persistent_buffers()),
         generation_config=getattr(model, "generation_config", None),
+        embedder=embedder,
     )
 
 
@@ -383,4 +446,5 @@ def _settle(checkpoint: Checkpoint) -> None:
         where=where,
         layer_count=checkpoint.layer_count,
         encoder=checkpoint.encoder,
+        headless=checkpoint.head is EMBEDDING,
     )

@@ -1,6 +1,7 @@
 """Recognise what a model's decoder layers and linears are called: from the table, or by looking at its modules."""
 
 import re
+from dataclasses import replace
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -28,9 +29,11 @@ def architecture_of(model: PreTrainedModel) -> Architecture:
     entry = ARCHITECTURES.get(model_type) if is_stock(model) else None
     if entry is not None:
         modules = dict(model.named_modules())
-        named = any(f"{entry.layers}.0.{name}" in modules for name in entry.linears)
-        if named and isinstance(modules.get(entry.layers), nn.ModuleList):
-            return entry
+        # A model without a head is the body, which others have under a name.
+        layers = entry.layers.removeprefix(f"{model.base_model_prefix}.") if model.base_model is model else entry.layers
+        named = any(f"{layers}.0.{name}" in modules for name in entry.linears)
+        if named and isinstance(modules.get(layers), nn.ModuleList):
+            return replace(entry, layers=layers)
     # Not in the table; or another version of transformers, which calls its modules otherwise.
     return guess_architecture(model, model_type)
 

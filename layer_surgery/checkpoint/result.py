@@ -72,6 +72,7 @@ def result_checkpoint(base: Checkpoint, plan: SurgeryPlan, *stores: FactorStore)
         narrowed=narrowed,
         source=RenamedSource(mapping),
         head=base.head,
+        embedder=base.embedder,
         trust_remote_code=base.trust_remote_code,
         model_class=model_class,
         directory=base.directory,

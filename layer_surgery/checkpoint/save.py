@@ -63,6 +63,8 @@ def save_checkpoint(
         fields = modeling_layer_surgery.nested_config(fields, checkpoint.low_rank, checkpoint.narrowed)
         shutil.copyfile(CODE_FILE, directory / CODE_FILE.name)
     write_json(directory / "config.json", PreTrainedConfig._encode_special_floats(fields))
+    if checkpoint.embedder is not None:
+        checkpoint.embedder.save(directory)
     _copy_companions(base, directory, tokenizer)
 
 
@@ -181,8 +183,9 @@ def _copy_companions(base: Checkpoint, directory: Path, tokenizer: PreTrainedTok
     """Copy tokenizer, chat template, generation configuration and licence; for a model in memory, save them."""
     if base.directory is not None:
         patterns = COMPANIONS + (("*.py",) if base.config_fields.get("auto_map") else ())
-        for pattern in patterns:
-            for path in sorted(base.directory.glob(pattern)):
+        outer = base.embedder.root if base.embedder is not None else None
+        for folder in dict.fromkeys([outer or base.directory, base.directory]):
+            for path in sorted(path for pattern in patterns for path in folder.glob(pattern)):
                 if path.is_file() and path.name != CODE_FILE.name:
                     shutil.copyfile(path, directory / path.name)
         # Of the folder only what belongs there: a pipe or a device would be copied for ever.

@@ -132,6 +132,9 @@ OTHER_LOSSES: Mapping[str, Choice] = {
     ),
 }
 
+HEAD_CHOICES = ("auto", "embedding")
+POOLING_CHOICES = ("cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")
+
 DATA_CHOICES: Mapping[str, Choice] = {
     "bundled": Choice("text that comes with Layer Surgery; needs no network"),
     "c4": Choice("English web pages, from the hub", "https://arxiv.org/abs/1910.10683"),

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import attrs
 
+from layer_surgery.config.choices import HEAD_CHOICES, POOLING_CHOICES
 from layer_surgery.config.declaring import Group, Options, about, at_least, one_of, path
 from layer_surgery.errors import UserError
 from layer_surgery.linalg.decomposition import DECOMPOSITIONS, WIDE, Decomposition
@@ -119,6 +120,25 @@ class RuntimeConfig(CallConfig):
         default=False,
         metadata=about("Run Python code that comes with the checkpoint.", group="Model and data"),
     )
+    head: str = attrs.field(
+        default="auto",
+        validator=one_of(HEAD_CHOICES),
+        metadata=about(
+            "What the model is for: auto is what its files say; embedding takes any transformer for an embedding "
+            "model (a directory of sentence-transformers is one without).",
+            choices=HEAD_CHOICES,
+            group="Model and data",
+        ),
+    )
+    pooling: str | None = attrs.field(
+        default=None,
+        metadata=about(
+            "How --head embedding makes one vector of the states of a text's tokens.",
+            default="none: it has to be said",
+            choices=POOLING_CHOICES,
+            group="Model and data",
+        ),
+    )
     resident_bytes: int | None = attrs.field(
         default=None,
         metadata=about(
@@ -149,6 +169,8 @@ class RuntimeConfig(CallConfig):
     def _check(self) -> None:
         if self.dtype != "auto" and self.dtype not in DTYPES:
             raise UserError(f"--dtype is '{self.dtype}'; allowed: auto, {', '.join(DTYPES)}.")
+        if self.pooling is not None and self.pooling not in POOLING_CHOICES:
+            raise UserError(f"--pooling is '{self.pooling}'; allowed: {', '.join(POOLING_CHOICES)}.")
         if self.seed > _LARGEST_SEED:
             raise UserError(f"--seed is {self.seed}; allowed: 0 to {_LARGEST_SEED}.")
         if self.scratch is not None and not self.scratch.is_dir():

@@ -1,4 +1,4 @@
-"""The text and the tasks that come with the project, checked against their manifest."""
+"""The text, the tasks and the retrieval sets that come with the project, checked against their manifest."""
 
 import hashlib
 from pathlib import Path
@@ -56,15 +56,24 @@ def bundled_tasks() -> Path:
 
     Raises `DataError`: a file is missing, unlisted or differs from the manifest; names it.
     """
+    return _checked_folder("tasks", "tasks")
+
+
+def bundled_retrieval() -> Path:
+    """Return the folder of the bundled queries and passages, checked in the same way."""
+    return _checked_folder("retrieval", "retrieval sets")
+
+
+def _checked_folder(name: str, what: str) -> Path:
     directory = bundled_directory()
-    folder = directory / "tasks"
-    expected = _listed_files(directory, "tasks", "tasks", "files")
+    folder = directory / name
+    expected = _listed_files(directory, what, name, "files")
     files = [path for path in folder.iterdir() if path.is_file()] if folder.is_dir() else []
     found = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
     for name in sorted(expected.keys() | found.keys()):
         if found.get(name) != expected.get(name):
             problem = "missing" if name not in found else "not as MANIFEST.json says"
-            raise _damaged("tasks", f"{folder / name} is {problem}")
+            raise _damaged(what, f"{folder / name} is {problem}")
     return folder
 
 
@@ -81,5 +90,5 @@ def _listed_files(directory: Path, what: str, *keys: str) -> dict[str, str]:
 
 
 def _damaged(what: str, problem: str) -> DataError:
-    verb = "are" if what == "tasks" else "is"
+    verb = "is" if what == "text" else "are"
     return DataError(f"the bundled {what} {verb} damaged: {problem}; {_REMEDY}.")

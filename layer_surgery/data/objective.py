@@ -6,9 +6,9 @@ from typing import Literal
 #: Label of a position that carries no loss.
 NO_LABEL = -100
 
-Problem = Literal["next_token", "masked_token", "tags", "single_label", "multi_label", "regression"]
+Problem = Literal["next_token", "masked_token", "tags", "single_label", "multi_label", "regression", "embedding"]
 #: Problems with one answer for a whole sequence.
-_OF_SEQUENCES = ("single_label", "multi_label", "regression")
+_OF_SEQUENCES = ("single_label", "multi_label", "regression", "embedding")
 _UNITS: dict[Problem, str] = {
     "next_token": "nats per token",
     "masked_token": "nats per masked token",
@@ -16,6 +16,7 @@ _UNITS: dict[Problem, str] = {
     "single_label": "nats per example",
     "multi_label": "nats per example",
     "regression": "squared error per example",
+    "embedding": "embedding loss per text",
 }
 
 
@@ -27,6 +28,7 @@ class Objective:
     labels: tuple[str, ...] = ()  #: Names of the labels, or of the numbers of a regression, in the head's order.
     padding_id: int | None = None  #: Token that the model takes for padding; None where its configuration names none.
     longest: int | None = None  #: Most tokens that the model takes; None where its configuration does not say.
+    prompt: str = ""  #: What stands before every text that is embedded.
 
     @property
     def of_sequences(self) -> bool:
@@ -36,7 +38,7 @@ class Objective:
     @property
     def labelled(self) -> bool:
         """Whether labels come with the data; else they are made from the text."""
-        return self.problem not in ("next_token", "masked_token")
+        return self.problem not in ("next_token", "masked_token", "embedding")
 
     @property
     def unit(self) -> str:

@@ -16,6 +16,7 @@ from layer_surgery.data.encoding import EncodedExample, encode_examples, encode_
 from layer_surgery.data.labelled import pack_labelled
 from layer_surgery.data.masking import pack_masked, text_windows
 from layer_surgery.data.objective import NEXT_TOKEN, Objective
+from layer_surgery.data.passages import pack_passages, passages
 from layer_surgery.data.tokens import PackedTokens, packed_tokens
 from layer_surgery.errors import CheckpointError, DataError
 
@@ -65,7 +66,8 @@ def pack_calibration(
     prompt/answer example begins with BOS (if the tokenizer adds it) and ends with EOS (if there is one).
 
     For a masked language model, windows are those of `text_windows`, and which tokens are masked is the seed's; for
-    classifiers each labelled example is a sequence (see `pack_labelled`), or with an `overlap` each window of one.
+    classifiers each labelled example is a sequence (see `pack_labelled`), or with an `overlap` each window of one; for
+    embedding models each passage is (`passages`).
 
     Raises `DataError`: an argument out of range; fewer sequences than `samples` (`TooFewSequencesError`); an example
     longer than `sequence_length`.
@@ -85,6 +87,12 @@ def pack_calibration(
         if windows is not None:
             return windows.select(drawn)
         return pack_labelled(data, tokenizer, objective, chosen=drawn.tolist(), **size)
+    if objective.problem == "embedding":
+        found = passages(data, tokenizer, objective, sequence_length=sequence_length)
+        if len(found) < samples:
+            raise TooFewSequencesError(data, sum(map(len, found)), len(found), samples, sequence_length)
+        drawn = torch.randperm(len(found), generator=generator)[:samples]
+        return pack_passages(data, tokenizer, objective, found, drawn.tolist())
     if objective.problem == "masked_token":
         ids, text, available = text_windows(data, tokenizer, sequence_length=sequence_length)
         full = int(text[:1].sum())
@@ -139,6 +147,9 @@ def pack_evaluation(
     if objective.labelled:
         every = range(len(data.documents))[:max_windows]
         return pack_labelled(data, tokenizer, objective, sequence_length=sequence_length, chosen=every, overlap=overlap)
+    if objective.problem == "embedding":
+        found = passages(data, tokenizer, objective, sequence_length=sequence_length)
+        return pack_passages(data, tokenizer, objective, found, range(len(found))[:max_windows])
     if objective.problem == "masked_token":
         ids, text, available = text_windows(data, tokenizer, sequence_length=sequence_length)
         if not len(ids):

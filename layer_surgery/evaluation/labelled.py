@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from layer_surgery.data.objective import Objective
 from layer_surgery.data.tokens import PackedTokens
+from layer_surgery.evaluation.ranks import ranks
 from layer_surgery.evaluation.spans import is_span_tagging, spans
 from layer_surgery.evaluation.uncertainty import CONFIDENCE, RESAMPLES
 from layer_surgery.records import Interval, TaskMetric, TaskResult
@@ -133,7 +134,7 @@ def _loss(losses: Losses, count: int, examples: Answers) -> Measure:
 def _measures(objective: Objective, count: int, rows: Answers, given: Answers, wanted: Answers) -> dict[str, Measure]:
     """Return the measures of a problem; `rows` says of which of `count` examples each answer is."""
     if objective.problem == "regression":
-        return {"pearson": _correlation(given, wanted), "spearman": _correlation(_ranks(given), _ranks(wanted))}
+        return {"pearson": _correlation(given, wanted), "spearman": _correlation(ranks(given), ranks(wanted))}
     if objective.problem == "multi_label":
         chosen, right = given > 0, wanted > 0.5
         exact = np.stack([(chosen == right).all(axis=1), np.ones(count)], axis=1)
@@ -199,7 +200,10 @@ def _mean_f1(counted: NDArray[np.bool_]) -> Callable[[Array], Array]:
 
 
 def _correlation(given: Answers, wanted: Answers) -> Measure:
-    """Return Pearson's correlation, over all outputs of the head together; both [N, L]."""
+    """Return Pearson's correlation, over all outputs of the head together; both [N, L].
+
+    Of ranks, resamples keep those of the whole set.
+    """
     x, y = given - given.mean(), wanted - wanted.mean()
     sums = np.stack([each.sum(axis=1) for each in (np.ones_like(x), x, y, x * x, y * y, x * y)], axis=1)
 
@@ -211,13 +215,3 @@ def _correlation(given: Answers, wanted: Answers) -> Measure:
         return r
 
     return Measure(sums.astype(np.float64), value)
-
-
-def _ranks(values: Answers) -> Array:
-    """Return the ranks of all values, equal ones sharing theirs, in the shape of `values`.
-
-    Resamples keep these ranks: those of the whole set.
-    """
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    return np.asarray((last - (counts - 1) / 2)[inverse].reshape(values.shape), dtype=np.float64)

@@ -3,6 +3,8 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from layer_surgery.records.embedding import EmbeddingQuality
+from layer_surgery.records.interval import Interval
 from layer_surgery.records.shown import Shown
 
 #: Raised whenever what an evaluation's JSON holds changes.
@@ -19,17 +21,6 @@ class Perplexity:
     windows: int
     sequence_length: int
     data_sha256: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Interval:
-    """A paired difference (after - before) or ratio (after / before) with its bootstrap confidence interval."""
-
-    value: float
-    low: float
-    high: float
-    confidence: float
-    pairs: int  #: Windows or items that both models were measured on.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +120,8 @@ class EvaluationResult:
     perplexity: dict[str, Perplexity] = field(default_factory=dict)
     tasks: dict[str, TaskResult] = field(default_factory=dict)
     speed: list[SpeedPoint] = field(default_factory=list)
+    embedding: dict[str, EmbeddingQuality] = field(default_factory=dict)
+    """Of an embedding model beside the one before (or its own full vectors, where it is alone), by set of texts."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -53,6 +53,9 @@ class SweepPoint(SweepSettings):
     loss_ratio: float | None = None
     """Of models that are no causal language models, the mean loss divided by the original's: the geometric mean over
     the sets of examples. It takes the place of `perplexity_ratio`."""
+    embedding_loss: float | None = None
+    """Of embedding models the mean loss against the original, whose own is 0: the mean over the sets of texts. It takes
+    the place of `perplexity_ratio`."""
     prefill_speed: float | None = None
     """Tokens per second divided by the original's, which was measured in turns with this point, at the first batch
     size and prompt length. None where speed was not measured."""

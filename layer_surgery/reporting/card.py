@@ -9,6 +9,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from layer_surgery.checkpoint.heads import EMBEDDING
 from layer_surgery.checkpoint.origin import is_valid_hub_id
 from layer_surgery.records import SurgeryReport
 from layer_surgery.records.seal import sealed
@@ -70,13 +71,13 @@ def metadata(report: SurgeryReport, name: str, *, needs_code: bool) -> ModelCard
     tags += ["low-rank", "svd"] if report.plan.low_rank else []
     tags += ["width-pruning"] if any(layer.units for layer in report.plan.smaller) else []
     tags += ["custom_code"] if needs_code else []
-    results = list(_results(report))
+    results, head = list(_results(report)), head_of(report.base_model)
     return ModelCardData(
         base_model=hub_id,
         # of the hub's relations (adapter, merge, quantized, finetune) the one for weights that were changed
         base_model_relation="finetune" if hub_id else None,
-        library_name="transformers",
-        pipeline_tag=head_of(report.base_model).pipeline,
+        library_name="sentence-transformers" if head is EMBEDDING else "transformers",
+        pipeline_tag=head.pipeline,
         tags=tags,
         eval_results=results or None,
         model_name=printable(name) if results else None,

@@ -42,6 +42,7 @@ def measurement_tables(
         "Size and cost": _size(results),
         "Perplexity": _perplexity(results, comparisons[-1]),
         "Distance to the original": _distance(comparisons),
+        "Embeddings": _embeddings(results),
         "Tasks": _tasks(results, comparisons[-1]),
         "Speed": _speed(results),
     }
@@ -86,6 +87,32 @@ def _distance(comparisons: list[Comparison]) -> Iterator[Row]:
         yield Row("99.9th percentile", ["", *("-" if kl is None else f"{kl.p99_9:.3f}" for kl in found)], level="part")
         values = ["-" if top is None else with_error(top.value, top.stderr, ".4f") for top in agreements]
         yield Row(f"top-1, {name}", ["", *values])
+
+
+def _embeddings(results: list[EvaluationResult]) -> Iterator[Row]:
+    """Yield what vectors are worth at each size and in each way to store them, beside the model before."""
+    for name in dict.fromkeys(name for result in results for name in result.embedding):
+        found = [result.embedding.get(name) for result in results]
+        some = next(each for each in found if each is not None)
+        yield Row(
+            f"similarities kept, {name} (Spearman)", [""] * len(results), note=f"{some.texts:,} texts", level="head"
+        )
+        for place, point in enumerate(some.points):
+            label = f"{point.dimensions} numbers, {point.storage}, {point.bytes_per_vector:,} bytes"
+            values = ["-" if each is None else f"{each.points[place].similarity.value:.4f}" for each in found]
+            yield Row(label, values, level="part")
+        for retrieval, of_original in some.original_ndcg10.items():
+            values = [f"{of_original.value:.4f}" if len(results) > 1 else ""] if found[0] is None else []
+            values += [f"{each.points[0].ndcg10[retrieval].value:.4f}" for each in found if each is not None]
+            last = found[-1]
+            change = (
+                with_interval(last.ndcg10_change[retrieval], "+.4f") if last is not None and len(results) > 1 else ""
+            )
+            yield Row(f"nDCG@10, bundled {retrieval}s", values, change)
+            both = [None if each is None or each.asymmetric is None else each.asymmetric for each in found]
+            if len(results) > 1 and any(both):
+                cells = ["-" if each is None else f"{each.ndcg10[retrieval].value:.4f}" for each in both]
+                yield Row("queries by it, documents by the original", cells, level="part")
 
 
 def _tasks(results: list[EvaluationResult], comparison: Comparison) -> Iterator[Row]:

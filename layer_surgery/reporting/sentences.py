@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from layer_surgery.checkpoint.heads import Head
+from layer_surgery.checkpoint.heads import EMBEDDING, Head
 from layer_surgery.records import CurvePoint, HealingRecord, SurgeryReport
 from layer_surgery.records.sweep import SweepBest, SweepReport
 from layer_surgery.reporting.derived import changed_layers, items_of, loss_unit, speed_change
@@ -180,6 +180,12 @@ def how_to_load(name: str, head: Head, *, needs_code: bool) -> str:
     # The tokenizer too: transformers looks at the configuration first, and asks on the terminal whether to trust it.
     where = json.dumps(name, ensure_ascii=False)
     remote = ", trust_remote_code=True" if needs_code else ""
+    if head is EMBEDDING:
+        return (
+            "from sentence_transformers import SentenceTransformer\n\n"
+            f"model = SentenceTransformer({where}{remote})\n"
+            'vectors = model.encode(["a text", "another"])'
+        )
     return (
         f"from transformers import {head.auto_class}, AutoTokenizer\n\n"
         f'model = {head.auto_class}.from_pretrained({where}, dtype="auto"{remote})\n'

@@ -4,7 +4,7 @@ import csv
 import io
 from typing import Any
 
-from layer_surgery.checkpoint.heads import CAUSAL_LM
+from layer_surgery.checkpoint.heads import CAUSAL_LM, EMBEDDING
 from layer_surgery.records import EvaluationResult
 from layer_surgery.records.sweep import FRONTS, SweepPoint, SweepReport
 from layer_surgery.reporting.derived import head_of
@@ -15,7 +15,7 @@ from layer_surgery.reporting.sentences import best_note, failed_points
 TEXT_COLUMNS = ("method", "scorer", "front")
 _LEGEND = (
     "front: no other point is at least as good in both {quality} and size (or speed), and better in one; of several "
-    "{sets} the geometric mean of the ratios counts."
+    "{sets} the mean counts (of ratios the geometric one)."
 )
 _NUMBERS = ("parameters", "predicted_loss_rise", "perplexity_ratio", "prefill_speed", "decode_speed")
 _FRONT_NAMES = {"parameters": "size", "prefill_speed": "prefill", "decode_speed": "decoding"}
@@ -23,8 +23,11 @@ _FRONT_NAMES = {"parameters": "size", "prefill_speed": "prefill", "decode_speed"
 
 def legend(report: SweepReport) -> str:
     """Return what the table's column `front` means."""
-    causal = head_of(report.base_model) is CAUSAL_LM
-    return _LEGEND.format(quality="perplexity" if causal else "loss", sets="texts" if causal else "sets of examples")
+    head = head_of(report.base_model)
+    of_texts = head in (CAUSAL_LM, EMBEDDING)
+    return _LEGEND.format(
+        quality="perplexity" if head is CAUSAL_LM else "loss", sets="texts" if of_texts else "sets of examples"
+    )
 
 
 def sweep_table(report: SweepReport) -> tuple[list[str], list[list[str]]]:
@@ -50,7 +53,10 @@ def sweep_table(report: SweepReport) -> tuple[list[str], list[list[str]]]:
     add("KL", "0", [_mean_of(point, "kl_divergence", "mean") for point in points])
     add("top-1", "1", [_mean_of(point, "top1_agreement", "value") for point in points])
     add("loss ratio", "1", ["" if point.loss_ratio is None else f"{point.loss_ratio:.3f}" for point in points])
-    for task in _tasks(report):
+    losses = [point.embedding_loss for point in points]
+    add("embedding loss", "0", ["" if loss is None else f"{loss:.4f}" for loss in losses])
+    add("similarity", "1", [_similarity(point) for point in points])
+    for task in _tasks(report) if not any(losses) else ():
         add(task, _task(original, task), [_task(point.result, task) for point in points])
     add("prefill", "1 x", [_times(point.prefill_speed) for point in points])
     add("decoding", "1 x", [_times(point.decode_speed) for point in points])
@@ -123,7 +129,9 @@ def _csv_row(point: SweepPoint) -> dict[str, Any]:
 
 def _quality(point: SweepPoint, name: str) -> str:
     """Return the name of a number, with that of the loss for perplexity where there is none."""
-    return "loss_ratio" if name == "perplexity_ratio" and point.loss_ratio is not None else name
+    if name != "perplexity_ratio":
+        return name
+    return next((each for each in ("loss_ratio", "embedding_loss") if getattr(point, each) is not None), name)
 
 
 def _parameters(point: SweepPoint, whole: int) -> str:
@@ -137,6 +145,13 @@ def _perplexity(result: EvaluationResult | None, name: str) -> str:
 def _ratio(point: SweepPoint, name: str) -> str:
     change = point.comparison.perplexity.get(name) if point.comparison is not None else None
     return "" if change is None else with_interval(change.ratio, ".3f")
+
+
+def _similarity(point: SweepPoint) -> str:
+    """Return how far the model finds the same texts alike as the original; of several sets the mean."""
+    found = point.result.embedding.values() if point.result is not None else ()
+    values = [each.points[0].similarity.value for each in found]
+    return f"{sum(values) / len(values):.4f}" if values else ""
 
 
 def _mean_of(point: SweepPoint, quantity: str, field: str) -> str:

@@ -23,6 +23,7 @@ from layer_surgery.data import load_documents, pack_evaluation
 from layer_surgery.data.tokens import PackedTokens
 from layer_surgery.errors import LayerSurgeryError, UserError
 from layer_surgery.evaluation.expected import expected_rise
+from layer_surgery.evaluation.vectors import text_vectors
 from layer_surgery.records import (
     Interval,
     LayerPlan,
@@ -252,8 +253,15 @@ def open_bench(
         maps=maps,
         note=session.ui.note,
     )
-    with Walk(session.stream(session.checkpoint), tokens, session.settings) as walk:
+    with Walk(session.stream(session.checkpoint), _taught(session, tokens), session.settings) as walk:
         yield Bench(session=session, walk=walk, statistics=statistics, general=general)
+
+
+def _taught(session: Session, tokens: PackedTokens) -> PackedTokens:
+    """Return texts for an embedding model with what it gives itself for each as the label; others as they are."""
+    if tokens.objective.problem != "embedding":
+        return tokens
+    return replace(tokens, labels=text_vectors(session.stream(session.checkpoint), tokens, session.settings))
 
 
 def general_text(session: Session, tokens: PackedTokens, share: float) -> PackedTokens | None:

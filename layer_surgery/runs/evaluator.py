@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from layer_surgery import parallel
 from layer_surgery.checkpoint.costs import token_costs
-from layer_surgery.checkpoint.heads import CAUSAL_LM
+from layer_surgery.checkpoint.heads import CAUSAL_LM, EMBEDDING
 from layer_surgery.checkpoint.open import Checkpoint
 from layer_surgery.config import EvaluationConfig
 from layer_surgery.data import bundled_tasks
@@ -19,12 +19,15 @@ from layer_surgery.errors import CheckpointError, DataError, describe
 from layer_surgery.evaluation.continuations import continuations, encode_prompt, prompts_from
 from layer_surgery.evaluation.distance import FinalStates, check_same_vocabulary
 from layer_surgery.evaluation.distance import distance as measure_distance
+from layer_surgery.evaluation.embedding import TextVectors
 from layer_surgery.evaluation.labelled import LabelOutcome, label_changes, label_outcome
 from layer_surgery.evaluation.perplexity import summarise, window_losses
 from layer_surgery.evaluation.speed import measure_speed
 from layer_surgery.evaluation.uncertainty import perplexity_change
 from layer_surgery.machine import available_memory_bytes
 from layer_surgery.records import Comparison, Continuation, EvaluationResult, Perplexity, StageFailure, TaskResult
+from layer_surgery.records.embedding import EmbeddingQuality
+from layer_surgery.runs.embedding import EmbeddingTexts
 from layer_surgery.runs.session import Session
 from layer_surgery.walk.boundaries import Boundary, BoundaryStore
 from layer_surgery.walk.streamed import StreamedModel
@@ -51,6 +54,8 @@ class _Measured:
     losses: dict[str, Losses] = field(default_factory=dict)
     states: dict[str, Boundary] = field(default_factory=dict)
     labelled: dict[str, LabelOutcome] = field(default_factory=dict)
+    vectors: dict[str, TextVectors] = field(default_factory=dict)
+    embedding: dict[str, EmbeddingQuality] = field(default_factory=dict)
     tasks: TaskOutcome | None = None
     written: list[str] | None = None
     kept: ExitStack = field(default_factory=ExitStack)
@@ -85,6 +90,8 @@ class Evaluator:
         self._kept = ExitStack()
         self._causal = session.checkpoint.head is CAUSAL_LM
         self._check_heads()
+        embeds = session.checkpoint.head is EMBEDDING
+        self._embedded_texts = EmbeddingTexts(session, texts) if embeds else None
         self._prompts = self._choose_prompts()
         for each in self._sessions.values():
             self._check(each.checkpoint)
@@ -112,13 +119,14 @@ class Evaluator:
         if self._causal:
             perplexities, labelled = self._perplexities(moment, measured, required=required), {}
         else:
-            perplexities, labelled = {}, self._labelled(moment, measured, required=required)
+            measure = self._labelled if self._embedded_texts is None else self._embedded
+            perplexities, labelled = {}, measure(moment, measured, required=required)
         self._measured[moment] = measured
         if self._config.tasks or self._prompts:
             with self._by_first():
                 self._run_whole(moment, measured)
         tasks = measured.tasks.results if measured.tasks is not None else {}
-        measured.result = replace(found, perplexity=perplexities, tasks=labelled | tasks)
+        measured.result = replace(found, perplexity=perplexities, tasks=labelled | tasks, embedding=measured.embedding)
 
     def compare(self, first: Moment = "before", second: Moment = "after", *, distance: bool = True) -> Comparison:
         """Compare two models that have been measured, on everything that both have.
@@ -191,6 +199,10 @@ class Evaluator:
             for prompt, first, second in zip(self._prompts, firsts, after.written, strict=True)
         ]
 
+    @property
+    def _seed(self) -> int:
+        return self._session.runtime.seed
+
     def _perplexities(self, moment: Moment, measured: _Measured, *, required: bool) -> dict[str, Perplexity]:
         if not self._texts:
             return {}
@@ -217,6 +229,22 @@ class Evaluator:
             for tokens in self._texts:
                 measured.labelled[tokens.name] = label_outcome(model, tokens, session.settings)
         return {name: outcome.result(session.runtime.seed) for name, outcome in measured.labelled.items()}
+
+    def _embedded(self, moment: Moment, measured: _Measured, *, required: bool) -> dict[str, TaskResult]:
+        """Embed all texts, and compare a model with the one before; one that is alone, with its own full vectors."""
+        found, results = self._embedded_texts, dict[str, TaskResult]()
+        assert found is not None
+        with self._attempt(f"embeddings {moment}", required=required):
+            measured.vectors = found.vectors(measured.session, measured.checkpoint)
+        with self._attempt(f"quality of embeddings {moment}", "embeddings"):
+            before = measured if moment == "before" else self._measured.get("before")
+            for name, vectors in measured.vectors.items():
+                if before is not None and before is not measured and name in before.vectors:
+                    results[name] = found.nearness(vectors, before.vectors[name])
+                    measured.embedding[name] = found.quality(vectors, before.vectors[name], self._seed)
+                elif "before" not in self._sessions:
+                    measured.embedding[name] = found.quality(vectors, vectors, self._seed)
+        return results
 
     def _run_whole(self, moment: Moment, measured: _Measured) -> None:
         """Run tasks and continuations on the model as a whole, loaded once for both."""

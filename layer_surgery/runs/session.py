@@ -26,6 +26,7 @@ from layer_surgery.data import (
 from layer_surgery.data.documents import Wanted
 from layer_surgery.data.labelled import count_labels
 from layer_surgery.data.tokens import PackedTokens
+from layer_surgery.data.weights import WeightedSource
 from layer_surgery.disk.own import own_directory, remove_dead
 from layer_surgery.disk.reading import why
 from layer_surgery.errors import CheckpointError, DataError, OutputError
@@ -141,9 +142,17 @@ class Session:
             self.ui.note(line)
         return tokens
 
+    def texts(self, config: CalibrationConfig, most: int) -> PackedTokens:
+        """Load and pack so many texts of the calibration data for an embedding model, or as many as there are."""
+        return self._at_most(weighted_sources(config.calibration), config, most, alone=False)
+
     def healing_tokens(self, data: Sequence[str], text: TextConfig, samples: int, option: str) -> PackedTokens:
         """Load and pack text to heal on: `samples` sequences, or as many as there are. Each example has its own."""
-        sources = weighted_sources(data, option)
+        return self._at_most(weighted_sources(data, option), text, samples, alone=True)
+
+    def _at_most(
+        self, sources: Sequence[WeightedSource], text: TextConfig, samples: int, *, alone: bool
+    ) -> PackedTokens:
         tokens = pack_at_most(
             [
                 load_documents(
@@ -156,7 +165,7 @@ class Session:
             samples=samples,
             sequence_length=text.sequence_length,
             seed=self.runtime.seed,
-            alone=True,
+            alone=alone,
             objective=self.checkpoint.objective,
             overlap=self._overlap(text),
         )
@@ -220,6 +229,8 @@ class Session:
 
 
 def _evaluation_note(tokens: PackedTokens) -> str:
+    if tokens.objective.problem == "embedding":
+        return f"evaluation: {tokens.sequences:,} texts of '{tokens.name}', {int(tokens.valid.sum()):,} tokens"
     if tokens.objective.labelled:
         documents = tokens.sequences if tokens.documents is None else int(tokens.documents.max()) + 1
         divided = f" in {tokens.sequences:,} windows" if documents < tokens.sequences else ""
@@ -235,6 +246,9 @@ def _calibration_notes(tokens: PackedTokens) -> Iterator[str]:
     mixed = len(tokens.sources) > 1
     for source in tokens.sources:
         weight = f" (weight {source.weight:g})" if mixed else ""
+        if tokens.objective.problem == "embedding":
+            yield f"calibration: {source.sequences:,} texts of '{source.name}'{weight}, {source.tokens:,} tokens"
+            continue
         if tokens.objective.labelled:
             yield f"calibration: {source.sequences:,} examples of '{source.name}'{weight}, {source.tokens:,} tokens"
             continue
@@ -256,7 +270,9 @@ def open_session(model: Model, runtime: RuntimeConfig, scratch_parent: Path | No
     device = runtime.torch_device()
     parallel.meet(device)
     with clock.stage("open"):
-        checkpoint = open_checkpoint(model, trust_remote_code=runtime.trust_remote_code)
+        checkpoint = open_checkpoint(
+            model, trust_remote_code=runtime.trust_remote_code, head=runtime.head, pooling=runtime.pooling
+        )
         if checkpoint.head is not CAUSAL_LM:
             parallel.check_alone("a model with another head than that of a causal language model")
         if tokenizer is None and checkpoint.directory is not None:
@@ -372,6 +388,8 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"the tokenizer in {checkpoint.directory} cannot be loaded: {reason}") from error
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
+    if checkpoint.embedder is not None:
+        tokenizer = checkpoint.embedder.prepared(tokenizer)
     longest = tokenizer.model_max_length
     if isinstance(longest, bool) or not isinstance(longest, int | float):
         raise CheckpointError(

@@ -61,6 +61,12 @@ def _compared(directory: Path, hashed: dict[str, FileRecord], progress: Progress
     return damaged, missing
 
 
+def _setting(data: dict[str, Any], name: str) -> Any:
+    """Return an option that the original was opened with; None if none is written down."""
+    settings = (data.get("provenance") or {}).get("config")
+    return settings.get(name) if isinstance(settings, dict) else None
+
+
 def _base(data: dict[str, Any], config: VerifyConfig) -> tuple[BaseState, str]:
     """Return how the original is now, and its name; it is looked for where it was, unless the user says where."""
     record = data.get("base_model")
@@ -72,7 +78,12 @@ def _base(data: dict[str, Any], config: VerifyConfig) -> tuple[BaseState, str]:
     if config.base is None and not Path(name).is_dir():
         return "not found", name
     try:
-        checkpoint = open_checkpoint(name, trust_remote_code=config.trust_remote_code)
+        checkpoint = open_checkpoint(
+            name,
+            trust_remote_code=config.trust_remote_code,
+            head=str(_setting(data, "head") or "auto"),
+            pooling=_setting(data, "pooling"),
+        )
     except CheckpointError:
         if config.base is not None:
             raise

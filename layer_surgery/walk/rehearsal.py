@@ -119,10 +119,10 @@ class Rehearsal:
     def head(self, hidden: Tensor, inputs: Inputs | None = None) -> Tensor:
         """Return the logits that follow the last boundary [batch, sequence, hidden]. Differentiable.
 
-        For one answer a sequence they are [batch, labels], and `inputs` are what the model is called with: where the
-        answer is read off depends on it. Otherwise they are [batch, sequence, vocabulary or labels]: everything after
-        the last layer then works on each token by itself, so any [batch, sequence] cut will do as long as the sequence
-        is not longer than the model allows, and inputs do not matter.
+        For one answer a sequence they are [batch, labels] (of an embedding model the embeddings), and `inputs` are
+        what the model is called with: where the answer is read off depends on it. Otherwise they are [batch, sequence,
+        vocabulary or labels]: everything after the last layer then works on each token by itself, so any [batch,
+        sequence] cut will do as long as the sequence is not longer than the model allows, and inputs do not matter.
         """
         last = self._model.layer_count - 1
         given = self._dummy(hidden) if inputs is None else _named(inputs)
@@ -130,8 +130,7 @@ class Rehearsal:
             self._rehearse(given)
 
         with self._stubs(lambda index, passing, _call: hidden if index == last else passing):
-            logits: Tensor = self._model.model(**self.arguments(given)).logits
-        return logits
+            return self._model.answer(self._model.model(**self.arguments(given)), given)
 
     def _dummy(self, hidden: Tensor) -> dict[str, Tensor]:
         ids = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device)

@@ -87,7 +87,7 @@ def _walked_beside_own(model: StreamedModel, inputs: tuple[_Inputs, _Inputs]) ->
         return output
 
     with stubs(model, run):
-        own_logits: Tensor = model.model(**rehearsal.arguments(inputs[1])).logits
+        own_logits = model.answer(model.model(**rehearsal.arguments(inputs[1])), inputs[1])
     of_sequences = model.checkpoint.objective.of_sequences
     logits = [
         rehearsal.head(hidden, given if of_sequences else None) for hidden, given in zip(states, inputs, strict=True)

@@ -1,7 +1,8 @@
 """A model of which only one decoder layer at a time has weights."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,7 @@ class StreamedModel:
         self._resident: dict[int, dict[str, Tensor]] | None = {} if layer_bytes <= resident_bytes else None
         if self._resident is None and device.type == "cpu":
             map_large_blocks()
+        self._sentence = checkpoint.embedder.modules().to(device, dtype) if checkpoint.embedder is not None else None
         self._replaced: dict[int, Callable[[], dict[str, Tensor]]] = {}
         self._originals: dict[tuple[int, str], nn.Module] = {}
         self._load_outside()
@@ -115,6 +117,18 @@ class StreamedModel:
                 self._resident.pop(index, None)
         self._originals.clear()
         self._replaced.clear()
+
+    def answer(self, output: Any, given: Mapping[str, Tensor]) -> Tensor:
+        """Return what the model is asked for, of what its forward pass gives for these inputs.
+
+        Logits; of an embedding model its embeddings [batch, dimensions], before any other is compared with them.
+        """
+        if self._sentence is None:
+            logits: Tensor = output.logits
+            return logits
+        states: Tensor = output.last_hidden_state
+        embeddings: Tensor = self._sentence(states, given["attention_mask"].to(states.device))
+        return embeddings
 
     def load_whole(self) -> PreTrainedModel:
         """Give every layer its weights for good and return the model, ready to run by itself: all in memory."""

@@ -20,6 +20,7 @@ from layer_surgery.errors import NumericalError
 from layer_surgery.linalg.decomposition import Decomposition
 from layer_surgery.progress import Progress, no_progress
 from layer_surgery.walk.boundaries import Boundary, BoundaryStore
+from layer_surgery.walk.embedding import curvature_probes, embedding_losses, probe_generator
 from layer_surgery.walk.finite import Finite, remedy
 from layer_surgery.walk.losses import losses, targets
 from layer_surgery.walk.rehearsal import Rehearsal, blocks
@@ -224,6 +225,8 @@ class Walk:
         With `gradient`, also write the gradient of the summed loss with respect to that boundary there.
         Raises `NumericalError` if a loss is not finite.
         """
+        if self.tokens.objective.problem == "embedding":
+            return self._embedding_losses(last, gradient)
         sums = torch.zeros(self.tokens.sequences, dtype=torch.float64)
         with self.settings.progress("head", self.tokens.sequences) as advance:
             for rows in self.batches():
@@ -234,7 +237,9 @@ class Walk:
                     gradient.write(rows, grad)
                 for _ in range(rows.stop - rows.start):
                     advance()
-        sums = self.rows_of_all(sums)
+        return self._checked_losses(self.rows_of_all(sums))
+
+    def _checked_losses(self, sums: Tensor) -> Losses:
         bad = (~torch.isfinite(sums)).nonzero().flatten().tolist()
         if bad:
             raise NumericalError(
@@ -242,6 +247,38 @@ class Walk:
                 f"{len(bad)} of {len(sums)} windows (the first is window {bad[0]}); {remedy(self.model.dtype)}."
             )
         return Losses(sums, self.all_tokens.loss_mask.sum(dim=1))
+
+    def _embedding_losses(self, last: Boundary, gradient: Boundary | None) -> Losses:
+        """Return the losses of embeddings, which are of all texts together; the labels are the teacher's vectors.
+
+        The gradient is that of probes of the loss's second derivative (`embedding.py`), for at the original, where
+        gradients are taken, the loss itself has none.
+        """
+        vectors = self.embeddings(last)
+        assert self.tokens.labels is not None
+        sums = embedding_losses(vectors, self.tokens.labels.to(vectors))
+        if gradient is not None:
+            directions = curvature_probes(vectors, probe_generator(self.tokens.sha256))
+            for rows in self.batches():
+                hidden = last.read(rows)
+                with torch.enable_grad():
+                    piece = hidden.detach().requires_grad_()
+                    given = self.rehearsal.head(piece, self.tokens.inputs(rows))
+                    given.backward(directions[rows].to(given))  # type: ignore[no-untyped-call]
+                assert piece.grad is not None
+                gradient.write(rows, piece.grad)
+        return self._checked_losses(sums)
+
+    @torch.no_grad()
+    def embeddings(self, last: Boundary) -> Tensor:
+        """Return what an embedding model gives for each of the walk's texts, [N, E] float64 on the CPU."""
+        with self.settings.progress("head", self.tokens.sequences) as advance:
+            parts = []
+            for rows in self.batches():
+                parts.append(self.rehearsal.head(last.read(rows), self.tokens.inputs(rows)).double().cpu())
+                for _ in range(rows.stop - rows.start):
+                    advance()
+        return torch.cat(parts)
 
     def _batch_losses(self, hidden: Tensor, rows: slice, grad: Tensor | None) -> Tensor:
         """Return the summed loss [B] float64 of a micro-batch; add the gradient to `grad` [B, S, D] if given."""

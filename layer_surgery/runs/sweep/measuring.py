@@ -5,7 +5,7 @@ import time
 from dataclasses import dataclass, field, replace
 
 from layer_surgery import parallel
-from layer_surgery.checkpoint.heads import CAUSAL_LM
+from layer_surgery.checkpoint.heads import CAUSAL_LM, EMBEDDING
 from layer_surgery.config import CompressConfig
 from layer_surgery.errors import describe
 from layer_surgery.records import LayerScores
@@ -13,7 +13,7 @@ from layer_surgery.records.sweep import SweepPoint, SweepSettings
 from layer_surgery.runs.bench import Bench, Result
 from layer_surgery.runs.evaluator import Evaluator
 from layer_surgery.runs.planning import Planning
-from layer_surgery.runs.sweep.pareto import loss_ratio, perplexity_ratio
+from layer_surgery.runs.sweep.pareto import loss_ratio, mean_loss, perplexity_ratio
 
 _LOG = logging.getLogger(__name__)
 
@@ -53,6 +53,7 @@ class Measuring:
         comparison = evaluator.compare()
         evaluator.measure_speed()
         before, after = evaluator.result("before"), evaluator.result("after")
+        head = self.bench.session.checkpoint.head
         failures = evaluator.failures[known_failures:]
         speeds = {}
         if before.speed and after.speed:  # at the first batch size and prompt length
@@ -69,7 +70,8 @@ class Measuring:
             predicted_loss_rise=plan.predicted_loss_rise,
             expected=result.expected,
             perplexity_ratio=perplexity_ratio(before, after),
-            loss_ratio=None if self.bench.session.checkpoint.head is CAUSAL_LM else loss_ratio(before, after),
+            loss_ratio=None if head in (CAUSAL_LM, EMBEDDING) else loss_ratio(before, after),
+            embedding_loss=mean_loss(after) if head is EMBEDDING else None,
             **speeds,
             plan=plan,
             scores=scores,

@@ -29,11 +29,17 @@ def loss_ratio(before: EvaluationResult, after: EvaluationResult) -> float | Non
     return math.exp(fmean(math.log(new / old) for old, new in losses.values()))
 
 
-def with_fronts(points: Sequence[SweepPoint]) -> list[SweepPoint]:
-    """Return the points with the Pareto fronts that each is on, with `perplexity_ratio` (or `loss_ratio`) as quality.
+def mean_loss(after: EvaluationResult) -> float | None:
+    """Return the mean over all sets of texts of an embedding model's loss; None if none was measured."""
+    losses = [task.metrics["loss"].value for task in after.tasks.values() if "loss" in task.metrics]
+    return fmean(losses) if losses else None
 
-    The fronts of speed are those of the models together with the original, which has the ratios 1: a model that is
-    neither better nor faster than it is on none.
+
+def with_fronts(points: Sequence[SweepPoint]) -> list[SweepPoint]:
+    """Return the points with the Pareto fronts that each is on, by `perplexity_ratio` or what is in its place.
+
+    The fronts of speed are those of the models together with the original, which has the ratios 1 (and the embedding
+    loss 0): a model that is neither better nor faster than it is on none.
     """
     fronts: dict[int, list[Front]] = {number: [] for number in range(len(points))}
     for front in FRONTS:
@@ -42,7 +48,8 @@ def with_fronts(points: Sequence[SweepPoint]) -> list[SweepPoint]:
             for number, point in enumerate(points)
             if (values := _coordinates(point, front)) is not None
         ]
-        rivals = [(quality, cost) for _, quality, cost in known] + [(1.0, -1.0)] * (front != "parameters")
+        itself = 0.0 if any(point.embedding_loss is not None for point in points) else 1.0
+        rivals = [(quality, cost) for _, quality, cost in known] + [(itself, -1.0)] * (front != "parameters")
         for number, quality, cost in known:
             if not any(beats(rival, (quality, cost)) for rival in rivals):
                 fronts[number].append(front)
@@ -52,7 +59,8 @@ def with_fronts(points: Sequence[SweepPoint]) -> list[SweepPoint]:
 def _coordinates(point: SweepPoint, front: Front) -> tuple[float, float] | None:
     """Return quality and cost, both the better the smaller."""
     value: float | None = getattr(point, front)
-    quality = point.loss_ratio if point.perplexity_ratio is None else point.perplexity_ratio
+    qualities = (point.perplexity_ratio, point.loss_ratio, point.embedding_loss)
+    quality = next((each for each in qualities if each is not None), None)
     if point.status == "failed" or quality is None or value is None:
         return None
     return quality, value if front == "parameters" else -value

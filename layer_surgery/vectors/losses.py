@@ -1,0 +1,81 @@
+"""How far a student's vectors of some texts are from the teacher's: alone, in pairs, and in the order of pairs.
+
+Method: Zhang et al., Jasper and Stella (https://arxiv.org/abs/2412.19048), section 2.2. Only texts are needed: no
+labels and no pairs that are known to be alike. Shapes: m texts, D dimensions of the student, T of the teacher.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from layer_surgery.vectors.relative import relative_similarity
+from layer_surgery.vectors.teachers import unit
+
+#: The paper's weights of the three terms, and its margin.
+COSINE, SIMILARITY, RELATIVE, MARGIN = 10.0, 200.0, 20.0, 0.015
+
+
+class VectorLosses(NamedTuple):
+    """The terms, each weighted; `total` is their sum. All [] with graph."""
+
+    total: Tensor
+    cosine: Tensor
+    similarity: Tensor
+    relative: Tensor
+
+
+def vector_losses(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    cosine: float = COSINE,
+    similarity: float = SIMILARITY,
+    relative: float = RELATIVE,
+    margin: float = MARGIN,
+) -> VectorLosses:
+    """Return the weighted terms of one batch; a term of weight 0 is not computed.
+
+    Args:
+        student: [m, D] of any length, with graph.
+        teacher: [m, T] of any length; `teachers.joined` for several. D may differ from T only where `cosine` is 0, as
+            in the paper's training of smaller sizes.
+
+    Raises `ValueError` if the numbers of texts differ, or of dimensions with a cosine term, or a vector has no
+    direction.
+    """
+    if len(student) != len(teacher):
+        raise ValueError(f"the student has vectors of {len(student)} texts and the teacher of {len(teacher)}")
+    s, t = unit(student), unit(teacher.detach()).to(student.dtype)
+    nothing = 0.0 * s.sum()
+    terms = [
+        cosine * cosine_distance(s, t) if cosine else nothing,
+        similarity * similarity_error(s, t) if similarity else nothing,
+        relative * order_error(s, t, margin).to(s.dtype) if relative else nothing,
+    ]
+    return VectorLosses(sum(terms, start=nothing), *terms)
+
+
+def cosine_distance(student: Tensor, teacher: Tensor) -> Tensor:
+    """Return the sum over texts of `1 - s.t` [] of vectors of length 1, [m, D] both."""
+    if student.shape != teacher.shape:
+        raise ValueError(
+            f"a cosine term needs vectors of the same size, and the student's have {student.shape[1]} numbers where "
+            f"the teacher's have {teacher.shape[1]}; project them first, or give the term weight 0"
+        )
+    return (1 - (student * teacher).sum(dim=1)).sum()
+
+
+def similarity_error(student: Tensor, teacher: Tensor) -> Tensor:
+    """Return the mean over all m^2 entries of `(S S^T - T T^T)^2` [], of vectors [m, D] and [m, T] of length 1."""
+    return (student @ student.T - teacher @ teacher.T).square().mean()
+
+
+def order_error(student: Tensor, teacher: Tensor, margin: float = MARGIN) -> Tensor:
+    """Return the relative similarity term [] in float64 over the m(m - 1)/2 pairs of different texts; see `relative`.
+
+    The similarities are computed in float64 too: in float32, pairs that are alike by rounding would have an order.
+    """
+    s, t = student.double(), teacher.double()
+    rows, columns = torch.triu_indices(len(s), len(s), offset=1, device=s.device)
+    return relative_similarity((s @ s.T)[rows, columns], (t @ t.T)[rows, columns], margin)
