@@ -7,6 +7,7 @@ link, a removal, a new directory, an fsync. Just before it the process gets a si
 from __future__ import annotations
 
 import errno
+import gc
 import hashlib
 import json
 import os
@@ -15,14 +16,19 @@ import shutil
 import signal
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+import layer_surgery
 from layer_surgery.checkpoint.contents import PAGE_FILES, not_ours
+from layer_surgery.checkpoint.costs import TokenCosts
 from layer_surgery.cli.main import main
 from layer_surgery.disk import own, renaming
+from layer_surgery.runs import evaluator
+from layer_surgery.runs import output as runs_output
 
 SIGNALS = {"KILL": signal.SIGKILL, "TERM": signal.SIGTERM, "INT": signal.SIGINT, "HUP": signal.SIGHUP}
 ERRORS = {"ENOSPC": errno.ENOSPC, "EIO": errno.EIO, "EACCES": errno.EACCES}
@@ -35,6 +41,8 @@ CODES: dict[str, tuple[int | None, ...]] = {
     "HUP": (129, 0),
     **dict.fromkeys(ERRORS, (0, 1, 2)),
 }
+Watch = Callable[[int], object]
+"""Called in a fork, before the command, with the descriptor of its log."""
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 _AUDITED = {"os.rename", "os.link", "os.remove", "os.rmdir", "os.mkdir", "open"}
 #: What the report says of one run only: times, and hashes and drawings of them.
@@ -61,13 +69,24 @@ class Scenario:
     result: str = "output"  #: The result, in the folder of the scenario.
 
 
-def run(arguments: list[str], folder: Path, fault: str | None = None, at: int = -1) -> Ended:
-    """Run a command in a fork, in a folder, with a fault at an event (counted from 0); without one, count them."""
-    log = folder.with_name(f"{folder.name}.log")
+def run(
+    arguments: list[str],
+    folder: Path,
+    fault: str | None = None,
+    at: int = -1,
+    watch: Watch | None = None,
+    log: Path | None = None,
+) -> Ended:
+    """Run a command in a fork, in a folder, with a fault at an event (counted from 0); without one, count them.
+
+    `watch` is called in the fork in the place of what counts the events of the file system. What the run says goes to
+    `log` (default: beside the folder).
+    """
+    log = log or folder.with_name(f"{folder.name}.log")
     log.unlink(missing_ok=True)
     child = os.fork()
     if child == 0:
-        _in_fork(arguments, folder, log, fault, at)
+        _in_fork(arguments, folder, log, watch or (lambda log: _watch(folder, log, fault, at)))
     _, status = os.waitpid(child, 0)
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
     return Ended(
@@ -77,7 +96,7 @@ def run(arguments: list[str], folder: Path, fault: str | None = None, at: int = 
     )
 
 
-def _in_fork(arguments: list[str], folder: Path, log: Path, fault: str | None, at: int) -> None:
+def _in_fork(arguments: list[str], folder: Path, log: Path, watch: Watch) -> None:
     code = 70
     try:
         output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -90,7 +109,7 @@ def _in_fork(arguments: list[str], folder: Path, log: Path, fault: str | None, a
         os.chdir(folder)
         (folder / "tmp").mkdir(exist_ok=True)
         tempfile.tempdir = str(folder / "tmp")
-        _watch(folder, output, fault, at)
+        watch(output)
         sys.argv = ["layer-surgery", *arguments]
         try:
             main()
@@ -98,8 +117,25 @@ def _in_fork(arguments: list[str], folder: Path, log: Path, fault: str | None, a
             code = int(stop.code or 0)
         own._remove_all()  # as at the end of a process
         sys.stdout.flush()
+    except BaseException:
+        traceback.print_exc()
+        raise
     finally:
         os._exit(code)
+
+
+def warm(model: Path, text: Path) -> None:
+    """Import here, once for all forks, what a compression does."""
+    options = {"samples": 4, "sequence_length": 16, "refit_general": 0, "eval_data": None}
+    layer_surgery.compress(model, layers=[1], calibration=text, dry_run=True, **options)
+    gc.freeze()  # else every fork copies what its first collection looks at
+
+
+def leave_out_what_takes_long() -> None:
+    """Let a fork neither count costs nor draw a page: nine tenths of the time of a tiny run."""
+    costs = TokenCosts(flops=1, kv_cache_bytes=1)
+    evaluator.token_costs = lambda *_: costs
+    runs_output.write_page_and_card = lambda *_: None  # type: ignore[attr-defined]
 
 
 def _watch(folder: Path, output: int, fault: str | None, at: int) -> None:
@@ -191,22 +227,30 @@ class Trial:
     events: list[str]
 
     @classmethod
-    def begin(cls, scenario: Scenario, folder: Path) -> Trial:
-        """Prepare the scenario, and run it once without a fault."""
+    def begin(cls, scenario: Scenario, folder: Path, watch: Watch | None = None) -> Self:
+        """Prepare the scenario, and run it once without a fault, with what `run` may be told to watch."""
         folder.mkdir()
         scenario.prepare(folder)
         before = contents(folder)
         template = folder.with_name(f"{folder.name}.before")
         shutil.copytree(folder, template)
-        ended = run(scenario.command, folder)
+        ended = run(scenario.command, folder, watch=watch)
         assert ended.code == 0, ended.said
         return cls(scenario, folder, before, contents(folder), ended.events)
+
+    def run_with(self, fault: str, at: int) -> Ended:
+        """Run the command with a fault."""
+        return run(self.scenario.command, self.folder, fault, at)
+
+    def next_run(self) -> Ended:
+        """Run the command that follows."""
+        return run(self.scenario.again, self.folder)
 
     def problems(self, fault: str, at: int) -> Iterator[str]:
         """Yield what does not hold after a fault at an event, and after the run that follows it."""
         shutil.rmtree(self.folder)
         shutil.copytree(self.folder.with_name(f"{self.folder.name}.before"), self.folder)
-        ended = run(self.scenario.command, self.folder, fault, at)
+        ended = self.run_with(fault, at)
         where = f"{self.scenario.name}, {fault} at {at} ({(ended.events or ['?'])[-1]})"
         if ended.code not in CODES[fault]:
             yield f"{where}: exit code {ended.code}\n{ended.said}"
@@ -220,7 +264,7 @@ class Trial:
             yield f"{where}: exit code 0, but the result is not there: {sorted(found)}\n{ended.said}"
         if fault in ("TERM", "INT", "HUP") and (left := self._left(found)):
             yield f"{where}: a run that could clean up has left {left}\n{ended.said}"
-        again = run(self.scenario.again, self.folder)
+        again = self.next_run()
         if again.code != 0:
             yield f"{where}: the next run ends with {again.code}\n{again.said}"
         found = contents(self.folder)

@@ -26,6 +26,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("data",),
     ("config",),
     ("linalg", "records", "vectors"),
+    ("journal",),
     ("parallel",),
     ("disk", "machine", "progress", "registry"),
     ("errors",),
