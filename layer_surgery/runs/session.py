@@ -30,7 +30,7 @@ from layer_surgery.data.weights import WeightedSource
 from layer_surgery.disk.own import own_directory, remove_dead
 from layer_surgery.disk.reading import why
 from layer_surgery.errors import CheckpointError, DataError, OutputError
-from layer_surgery.machine import PACKAGES, available_memory_bytes, code_sha256, version
+from layer_surgery.machine import PACKAGES, available_memory_bytes, code_sha256, release_freed_memory, version
 from layer_surgery.progress import Clock, Ui
 from layer_surgery.records.provenance import portable
 from layer_surgery.walk.self_check import check_walk
@@ -72,14 +72,20 @@ class Session:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """A stage of the run: its user is told, and its seconds are counted."""
+        """A stage of the run: its user is told, and its seconds are counted. What it has freed goes to the system."""
         with self.ui.stage(name), self.clock.stage(name):
             yield
+            release_freed_memory()
 
     def available_bytes(self) -> int | None:
         """Return how much memory the user allows, else what is free on the device; None where that is not known."""
         limit = self.runtime.memory_limit
         return available_memory_bytes(self.device) if limit is None else limit
+
+    @property
+    def ahead_bytes(self) -> int:
+        """Memory that a layer which is read ahead may take: two models may have one each, beside what they must."""
+        return (self.available_bytes() or 0) // 8
 
     def new_scratch(self, name: str) -> Path:
         """Return a new folder for scratch files."""
@@ -101,7 +107,13 @@ class Session:
 
     def stream(self, checkpoint: Checkpoint) -> StreamedModel:
         """Return a model to walk over, its outer weights loaded; the first time, prove that it can be walked over."""
-        model = StreamedModel(checkpoint, device=self.device, dtype=self.dtype, resident_bytes=self.resident_bytes)
+        model = StreamedModel(
+            checkpoint,
+            device=self.device,
+            dtype=self.dtype,
+            resident_bytes=self.resident_bytes,
+            ahead_bytes=self.ahead_bytes,
+        )
         if not any(proven is checkpoint for proven in self._proven):
             with self.clock.stage("self_check"):
                 check_walk(model)

@@ -200,7 +200,8 @@ class Walk:
                     if keep or position == len(finished) - 1:
                         latest.load(step.kept if keep else step.passing)
                 else:
-                    self.step(index, source, latest, seeing)
+                    following = path[position + 1] if position + 1 < len(path) else None
+                    self.step(index, source, latest, seeing, ahead=following)
                     _finish(steps, index, latest, seeing, keep=keep)
                 if self._kept is None:
                     self.store.drop(0)
@@ -223,13 +224,24 @@ class Walk:
             self._kept = self._kept[:position]
 
     @torch.no_grad()
-    def step(self, index: int, source: Boundary, target: Boundary, observers: Sequence[Observer] = ()) -> None:
-        """Take the hidden states at `source` through layer `index` to `target` (which may be the same)."""
-        with self.model.layer(index) as layer, ExitStack() as watching:
+    def step(
+        self,
+        index: int,
+        source: Boundary,
+        target: Boundary,
+        observers: Sequence[Observer] = (),
+        *,
+        ahead: int | None = None,
+    ) -> None:
+        """Take the hidden states at `source` through layer `index` to `target` (which may be the same).
+
+        `ahead` is the layer that comes next, if that is known: it is read meanwhile.
+        """
+        with self.model.layer(index, ahead) as layer, ExitStack() as watching:
             for observer in observers:
                 watching.enter_context(observer.watching(index, layer))
             finite = Finite(self.model, f"the hidden states after layer {index}")
-            for rows, present in self.share.rounds:
+            for rows, present in self._rounds(source):
                 if rows is not None:
                     before = source.read(rows)
                     valid = self._announce(rows, observers)
@@ -241,6 +253,16 @@ class Walk:
                 for observer in observers:
                     observer.end_round(present)
             finite.check()
+
+    def _rounds(self, *read: Boundary) -> Iterator[tuple[slice | None, int]]:
+        """Yield the rounds; while one is worked on, what these boundaries hold for the next is read ahead."""
+        rounds = self.share.rounds
+        for number, (rows, present) in enumerate(rounds):
+            following = rounds[number + 1][0] if number + 1 < len(rounds) else None
+            if following is not None:
+                for boundary in read:
+                    boundary.read_ahead(following)
+            yield rows, present
 
     def _announce(self, rows: slice, observers: Sequence[Observer]) -> Tensor:
         valid = self.tokens.valid[rows].to(self.model.device)
@@ -377,7 +399,9 @@ class Walk:
         with self.new_store() as store:
             gradient = Boundary(store, 0)
             if not finished:
-                self.losses(self.forward(path, keep=True, steps=forward), gradient)
+                last = self.forward(path, keep=True, steps=forward)
+                self.model.read_ahead(path[-1])
+                self.losses(last, gradient)
             elif len(finished) < len(back):
                 self.forward(path, keep=True, steps=forward)
                 gradient.load(finished[-1].passing)
@@ -390,21 +414,22 @@ class Walk:
                         for observer in seeing:
                             observer.restore(index, finished[position])
                     else:
-                        self._step_back(index, gradient, seeing)
+                        ahead = back[position + 1] if position + 1 < len(back) else None
+                        self._step_back(index, gradient, seeing, ahead)
                         _finish(steps, index, gradient, seeing, keep=False)
                     advance()
 
-    def _step_back(self, index: int, gradient: Boundary, observers: Sequence[Observer]) -> None:
+    def _step_back(self, index: int, gradient: Boundary, observers: Sequence[Observer], ahead: int | None) -> None:
         """Recompute layer `index` from the boundary before it and take `gradient` from after it to before it.
 
         While observers leave the layer, the gradient after it is still there. Uses the slot behind `gradient` too.
         """
         new = Boundary(gradient.store, gradient.slot + 1)
-        with self.model.layer(index) as layer, ExitStack() as watching:
+        with self.model.layer(index, ahead) as layer, ExitStack() as watching:
             for observer in observers:
                 watching.enter_context(observer.watching(index, layer))
             finite = Finite(self.model, f"the gradients before layer {index}")
-            for rows, present in self.share.rounds:
+            for rows, present in self._rounds(self.boundary(index), gradient):
                 if rows is not None:
                     with torch.enable_grad():
                         valid = self._announce(rows, observers)
