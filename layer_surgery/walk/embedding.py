@@ -55,8 +55,9 @@ def curvature_probes(vectors: Tensor, generator: torch.Generator) -> Tensor:
     together = sqrt(2 * SIMILARITY / count) * (pairs + pairs.T) @ s
     g = alone + together
     # A change of a vector moves its direction by what of it is at right angles to it, over its length.
-    lengths = vectors.norm(dim=-1, keepdim=True).clamp(min=1e-12)
-    return (g - (g * s).sum(dim=-1, keepdim=True) * s) / lengths
+    lengths: Tensor = vectors.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+    across: Tensor = g - (g * s).sum(dim=-1, keepdim=True) * s
+    return across / lengths
 
 
 def probe_generator(sha256: str) -> torch.Generator:
