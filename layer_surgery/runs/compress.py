@@ -46,7 +46,7 @@ def run_compress(model: Model, config: CompressConfig, *, known_scores: LayerSco
         scored = planning.chooses and known_scores is None
         session.ui.plan(
             stages_of_compression(
-                planning, texts, tokens, scored=scored, saved=staging is not None, healed=healing is not None
+                planning, evaluator.texts, tokens, scored=scored, saved=staging is not None, healed=healing is not None
             )
         )
         # Evaluate the original.

@@ -1,0 +1,253 @@
+"""What does an embedding model keep at two thirds of its layers, without training, against dropping every third layer?
+
+    python experiments/encoders/compare_embedders.py MODEL --calibration TEXT --held-out TEXT [--held-out TEXT ...]
+
+MODEL is a directory of sentence-transformers, which must be installed. The rows:
+
+- `dropped`: every third layer is left out (the second, the fifth, ...), as in sentence-transformers' example of layer
+  reduction;
+- `dropped, trained`: the same, then trained as that example does: mean squared error to the original's vectors, AdamW
+  at 1e-4 with a tenth of warm-up, batches of 16, on passages of the calibration text, for as much processor time as the
+  longest of our rows took in all. Its settings are the example's and were not searched for;
+- `removed, refitted`: `compress(method="remove", refit=True)` at two thirds of the layers, those that `score` ranks
+  lowest; the first stays, for in ModernBERT it has no norm before its attention and no other can be in its place;
+- `default`: `compress` as it is by default, where a part of each chosen layer is kept (so it has more parameters);
+- `default, size of dropped`: the default method over all layers, with the parameters of `dropped`.
+
+Measured are Spearman's correlation of the similarities of all pairs of held-out passages with the original's, nDCG@10
+on the bundled sets, both also with the original's documents, and paired differences. One thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from common_embedding import passages, sha256, unit_vectors, write_page
+from sentence_transformers import SentenceTransformer
+from torch import nn
+
+import layer_surgery
+from layer_surgery.data.retrieval import bundled_retrieval_sets
+from layer_surgery.evaluation.embedding import RetrievalVectors, TextVectors, embedding_quality
+from layer_surgery.evaluation.similarities import Agreement, agreement, agreement_change
+
+RATE, WARM_UP, BATCH = 1e-4, 0.1, 16
+
+
+def main() -> None:
+    """Make all rows, measure each on every held-out text, and write the report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--calibration", type=Path, required=True)
+    parser.add_argument("--held-out", type=Path, action="append", required=True)
+    parser.add_argument("--texts", type=int, default=1024, help="passages for calibration (default: 1024)")
+    parser.add_argument("--measured", type=int, default=400, help="passages of each held-out file (default: 400)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--report", type=Path, default=Path("reports/encoders/compare.json"))
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    known = passages(options.calibration, options.texts, options.seed)
+    held_out = {path.name: passages(path, options.measured, options.seed + 1) for path in options.held_out}
+    original = load(options.model)
+    layers = len(layers_of(original))
+    kept = layers - len(dropped_layers(layers))
+    measure = Measure(original, held_out, options.seed)
+    facts = {
+        "model_sha256": sha256(options.model / "model.safetensors"),
+        "layers": layers,
+        "kept": kept,
+        "parameters": sum(each.numel() for each in original.parameters()),
+        "seed": options.seed,
+        "calibration": {"name": options.calibration.name, "sha256": sha256(options.calibration), "texts": len(known)},
+        "held_out": [{"name": path.name, "sha256": sha256(path)} for path in options.held_out],
+    }
+    rows: dict[str, Any] = {}
+    agreements: dict[str, dict[str, Agreement]] = {}
+
+    def add(name: str, model: SentenceTransformer, seconds: float, **more: Any) -> None:
+        rows[name], agreements[name] = measure(model)
+        rows[name] |= {"processor_seconds": round(seconds, 1), **more}
+        print(name, rows[name]["parameters"], [each.value for each in agreements[name].values()], flush=True)
+        results = {**facts, "rows": rows, "changes": changes(agreements)}
+        write_page(options.report, results, page(results))
+
+    shorter = without_every_third(load(options.model))
+    add("dropped", shorter, 0.0)
+    size = rows["dropped"]["parameters"] / sum(each.numel() for each in original.parameters())
+    ways: dict[str, dict[str, Any]] = {
+        "removed, refitted": {"method": "remove", "refit": True},
+        "default": {"target_layers": kept},
+        "default, size of dropped": {"target_parameters": size},
+    }
+    looks: dict[str, Any] = {"samples": options.texts, "sequence_length": 64, "seed": options.seed, "device": "cpu"}
+    with tempfile.TemporaryDirectory() as scratch:
+        texts = Path(scratch) / "calibration.jsonl"
+        write_texts(texts, known)
+        for name, way in ways.items():
+            output, begin = Path(scratch) / name.replace(", ", "-").replace(" ", "-"), time.process_time()
+            if way.get("method") == "remove":
+                order = layer_surgery.score(str(options.model), calibration=texts, **looks).removal_order
+                way |= {"layers": sorted([each for each in order if each > 0][: layers - kept])}
+            layer_surgery.compress(str(options.model), output, calibration=texts, eval_data=None, **looks, **way)
+            add(name, load(output), time.process_time() - begin)
+    longest = max(row["processor_seconds"] for row in rows.values())
+    more = passages(options.calibration, 20 * options.texts, options.seed + 2)
+    begin = time.process_time()
+    steps = train(shorter, original, more, longest, options.seed)
+    add("dropped, trained", shorter, time.process_time() - begin, steps=steps)
+
+
+class Measure:
+    """Measurements of models beside the original, on the same texts."""
+
+    def __init__(self, original: SentenceTransformer, held_out: dict[str, list[str]], seed: int) -> None:
+        self._held_out, self._seed, self._sets = held_out, seed, bundled_retrieval_sets()
+        self._original = self._vectors(original)
+
+    def __call__(self, model: SentenceTransformer) -> tuple[dict[str, Any], dict[str, Agreement]]:
+        """Return the record of a model, and its correlations by text."""
+        own = self._vectors(model)
+        record = {
+            name: asdict(
+                embedding_quality(own[name], self._original[name], self._sets, [own[name].dimensions], self._seed)
+            )
+            for name in own
+        }
+        found = {
+            name: agreement(
+                (own[name].texts @ own[name].texts.T).numpy(),
+                (self._original[name].texts @ self._original[name].texts.T).numpy(),
+                self._seed,
+            )
+            for name in own
+        }
+        return {"parameters": sum(each.numel() for each in model.parameters()), "quality": record}, found
+
+    def _vectors(self, model: SentenceTransformer) -> dict[str, TextVectors]:
+        first = self._sets[0]
+        both = RetrievalVectors(*(unit_vectors(model, list(each)) for each in (first.queries, first.documents)))
+        retrieval = {each.name: both for each in self._sets}  # the sets differ in what is wanted only
+        return {name: TextVectors(unit_vectors(model, texts), retrieval) for name, texts in self._held_out.items()}
+
+
+def load(path: Path) -> SentenceTransformer:
+    """Return a model of sentence-transformers; code beside it is ours."""
+    return SentenceTransformer(str(path), device="cpu", trust_remote_code=True)
+
+
+def layers_of(model: SentenceTransformer) -> nn.ModuleList:
+    """Return the longest list of modules of a model: its layers."""
+    return max((each for each in model.modules() if isinstance(each, nn.ModuleList)), key=len)
+
+
+def dropped_layers(count: int) -> list[int]:
+    """Return the second of every three layers."""
+    return list(range(1, count, 3))
+
+
+def without_every_third(model: SentenceTransformer) -> SentenceTransformer:
+    """Leave out every third layer, in place. Each layer knows of which type it is."""
+    layers = layers_of(model)
+    for index in reversed(dropped_layers(len(layers))):
+        del layers[index]
+    return model
+
+
+def train(
+    student: SentenceTransformer, teacher: SentenceTransformer, texts: list[str], seconds: float, seed: int
+) -> int:
+    """Train on the squared error to the teacher's vectors for so much processor time; return the steps.
+
+    The teacher's vectors are made in that time too.
+    """
+    optimizer = torch.optim.AdamW(student.parameters(), lr=RATE)
+    generator = torch.Generator().manual_seed(seed)
+    begin, steps = time.process_time(), 0
+    student.train()
+    while (spent := (time.process_time() - begin) / seconds) < 1:
+        for group in optimizer.param_groups:
+            group["lr"] = RATE * min(1.0, spent / WARM_UP, (1 - spent) / (1 - WARM_UP))
+        rows = torch.randint(len(texts), (BATCH,), generator=generator)
+        chosen = [texts[int(row)] for row in rows]
+        with torch.no_grad():
+            wanted = embed(teacher, chosen)
+        loss = nn.functional.mse_loss(embed(student, chosen), wanted)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        steps += 1
+    student.eval()
+    return steps
+
+
+def embed(model: SentenceTransformer, texts: list[str]) -> torch.Tensor:
+    """Return the vectors of texts with their graph."""
+    preprocess: Callable[[list[str]], Any] = getattr(model, "preprocess", None) or model.tokenize
+    vectors: torch.Tensor = model(preprocess(texts))["sentence_embedding"]
+    return vectors
+
+
+def write_texts(path: Path, texts: list[str]) -> None:
+    """Write one text a row."""
+    path.write_text("\n".join(json.dumps({"text": each}) for each in texts), encoding="utf-8")
+
+
+def changes(agreements: dict[str, dict[str, Agreement]]) -> dict[str, dict[str, dict[str, list[float]]]]:
+    """Return, by our row, peer and text, the paired difference of correlations with its interval."""
+    peers = [name for name in agreements if name.startswith("dropped")]
+    found: dict[str, dict[str, dict[str, list[float]]]] = {}
+    for name in agreements:
+        for peer in peers if name not in peers else []:
+            for text, own in agreements[name].items():
+                change = agreement_change(agreements[peer][text], own)
+                found.setdefault(name, {}).setdefault(peer, {})[text] = [change.value, change.low, change.high]
+    return found
+
+
+def page(results: dict[str, Any]) -> str:
+    """Return the tables in Markdown."""
+    lines = [
+        "# Embedding models at two thirds of their layers",
+        "",
+        "Made by `experiments/encoders/compare_embedders.py` from `compare.json`; its docstring says what the",
+        f"rows are. {results['kept']} of {results['layers']} layers, {results['parameters']:,} parameters before.",
+        "Spearman: of the similarities of all pairs of held-out passages with the original's (95 % interval over",
+        "passages); beside it, one of each pair by the original. nDCG@10: bundled sets, queries and documents by the",
+        "model.",
+    ]
+    for text in (each["name"] for each in results["held_out"]):
+        lines += ["", f"## {text}", ""]
+        lines += ["| row | parameters | processor seconds | Spearman | beside the original | nDCG@10 passage | text |"]
+        lines += ["|---|---|---|---|---|---|---|"]
+        for name, row in results["rows"].items():
+            quality = row["quality"][text]
+            point, beside = quality["points"][0], quality["asymmetric"]
+            spearman = point["similarity"]
+            lines.append(
+                f"| {name} | {row['parameters']:,} | {row['processor_seconds']:.0f} | {spearman['value']:.4f} "
+                f"({spearman['low']:.4f} to {spearman['high']:.4f}) | {beside['similarity']['value']:.4f} | "
+                f"{point['ndcg10']['passage']['value']:.3f} | {point['ndcg10']['text']['value']:.3f} |"
+            )
+        original = quality["original_ndcg10"]
+        lines.append(
+            f"| original | {results['parameters']:,} | | 1 | 1 | {original['passage']['value']:.3f} | "
+            f"{original['text']['value']:.3f} |"
+        )
+        lines += ["", "| row | minus | difference of Spearman |", "|---|---|---|"]
+        for name, peers in results["changes"].items():
+            for peer, texts in peers.items():
+                value, low, high = texts[text]
+                lines.append(f"| {name} | {peer} | {value:+.4f} ({low:+.4f} to {high:+.4f}) |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
