@@ -57,6 +57,9 @@ NOT_RUN = {
         "layer-surgery compress CLASSIFIER --calibration labelled.jsonl --eval-data held-out.jsonl "
         "--target-parameters 0.6 --output half/"
     ): "tests/runs/test_encoders.py does this; the models here have no labels",
+    (
+        "layer-surgery compress EMBEDDER --target-parameters 0.7 --calibration text.txt --output half/"
+    ): "tests/runs/test_embedders.py does this; the models here give no vectors",
 }
 
 #: Put before the options of a command, so that what the documentation says comes later and counts.

@@ -4,7 +4,7 @@
 
 For each seed the model is compressed by the default method, by plain removal and by GRASP, all calibrated on the data;
 the unhealed default is then healed in every way (`ROWS`), each for so many minutes with everything (or, on a machine
-that is not quiet, on so many `--tokens`), and removal by the default recipe. `--curve` gives it other
+that is not quiet, on so many `--tokens`), and the others by the default recipe. `--curve` gives it other
 times. Losses are on texts that nothing else looks at, paired by window with the original's. Every finished row goes to
 a scratch file beside the report; a stopped run goes on.
 """
@@ -31,15 +31,18 @@ from layer_surgery.errors import UserError
 from layer_surgery.progress import Ui
 from layer_surgery.records import PerplexityChange, SurgeryReport
 
-#: How results are made that are healed or compared with.
+#: How results are made that are healed or compared with. The default for a number of layers and the one for a number of
+#: parameters, as many as the first has, are both as small as GRASP's.
 SURGERIES: dict[str, dict[str, Any]] = {
     "default": {"keep": 0.2},
+    "all layers": {"as_large_as": "default"},
     "remove": {"keep": 0},
     "grasp": {"keep": 0.2, "method": "grasp", "scorer": "block_influence"},
 }
 #: Ways of healing by name: the surgery before, and options.
 ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "default": ("default", {}),
+    "all layers, then default": ("all layers", {}),
     "removed, then default": ("remove", {}),
     **{f"loss {name}": ("default", {"loss": name}) for name in LOSS_CHOICES if (name,) != DEFAULT_LOSSES},
     "loss kl + 0.2 ce": ("default", {"loss": ["kl:1", "ce:0.2"]}),
@@ -192,14 +195,15 @@ def without_folders(record: dict[str, Any], files: list[str]) -> dict[str, Any]:
 def surgery(arguments: argparse.Namespace, row: str, directory: Path, common: dict[str, Any]) -> SurgeryReport:
     """Make an unhealed result, and keep it."""
     directory.parent.mkdir(parents=True, exist_ok=True)
+    options = {"target_layers": arguments.target_layers, **SURGERIES[row]}
+    if "as_large_as" in options:
+        other = directory.with_name(directory.name.replace(row, options["as_large_as"]))
+        if not other.exists():
+            surgery(arguments, options["as_large_as"], other, common)
+        made = json.loads((other / "surgery.json").read_text(encoding="utf-8"))
+        options = {"target_parameters": made["after"]["parameters"]}
     return layer_surgery.compress(
-        arguments.model,
-        directory,
-        target_layers=arguments.target_layers,
-        calibration=arguments.data,
-        overwrite=True,
-        **SURGERIES[row],
-        **common,
+        arguments.model, directory, calibration=arguments.data, overwrite=True, **options, **common
     )
 
 

@@ -36,7 +36,8 @@ _OLD_TRANSFORMER_FILES = tuple(
     f"sentence_{name}_config.json" for name in ("roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
 )
 _PACKAGE = "sentence_transformers."
-_TRANSFORMER = "sentence_transformers.models.Transformer"
+#: What the classes of all versions are found by.
+_MODELS = "sentence_transformers.models."
 _WEIGHTS_FILE = "model.safetensors"
 #: What the transformer's file may say; everything else about it would change what is computed.
 _TRANSFORMER_FIELDS = {
@@ -110,6 +111,24 @@ class Embedder:
         backend.normalizer = Sequence([Lowercase(), *([] if backend.normalizer is None else [backend.normalizer])])
         return tokenizer
 
+    def dimensions(self, hidden_size: int) -> int:
+        """Return the numbers in a vector, of a transformer of this width."""
+        dense = [each.config["out_features"] for each in self.stored if each.kind == "Dense"]
+        return int(dense[-1]) if dense else hidden_size * len(self.pooling)
+
+    def mapped(self, weight: Tensor) -> Embedder:
+        """Return it with a linear map [out, in] of its vectors."""
+        config = {
+            "in_features": int(weight.shape[1]),
+            "out_features": int(weight.shape[0]),
+            "bias": False,
+            # Said, for without it the activation is taken for tanh.
+            "activation_function": "torch.nn.modules.linear.Identity",
+        }
+        return self.with_module(
+            StoredModule(type=f"{_MODELS}Dense", path="", config=config, tensors={"linear.weight": weight})
+        )
+
     def with_module(self, module: StoredModule) -> Embedder:
         """Return it with one more module on vectors: before those at the end that only normalise, else last."""
         end = len(self.stored)
@@ -170,10 +189,10 @@ def _new_embedder(pooling: str, hidden_size: int, where: str) -> Embedder:
         )
     }
     stored = (
-        StoredModule(type="sentence_transformers.models.Pooling", path="1_Pooling", config=config),
-        StoredModule(type="sentence_transformers.models.Normalize", path="2_Normalize", config={}),
+        StoredModule(type=f"{_MODELS}Pooling", path="1_Pooling", config=config),
+        StoredModule(type=f"{_MODELS}Normalize", path="2_Normalize", config={}),
     )
-    return Embedder(where=where, transformer_type=_TRANSFORMER, stored=stored)
+    return Embedder(where=where, transformer_type=f"{_MODELS}Transformer", stored=stored)
 
 
 def _checked_pooling(pooling: str | None, where: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import attrs
 
 from layer_surgery.config.choices import METHOD_CHOICES, SCORER_CHOICES
-from layer_surgery.config.declaring import Group, Options, about, absolute_path, names, numbers, whole_numbers
+from layer_surgery.config.declaring import Group, Options, about, absolute_path, at_least, names, numbers, whole_numbers
 from layer_surgery.config.evaluation import EvaluationConfig
 from layer_surgery.config.healing import HealAfterwardsConfig, HealingConfig
 from layer_surgery.config.inputs import CalibrationConfig
@@ -44,12 +44,31 @@ class OutputConfig(Options):
 
 
 @attrs.frozen(kw_only=True, slots=False)
+class DimensionsConfig(Options):
+    """How large the vectors of an embedding model become."""
+
+    GROUP: ClassVar[Group] = "Surgery"
+
+    dimensions: int | None = attrs.field(
+        default=None,
+        validator=at_least(1),
+        metadata=about(
+            "Numbers in a vector of an embedding model, the most telling first, so that the first half of them is a "
+            "vector too.",
+            metavar="N",
+            default="as many as the original's",
+        ),
+    )
+
+
+@attrs.frozen(kw_only=True, slots=False)
 class CompressConfig(
     RuntimeConfig,
     OutputConfig,
     EvaluationConfig,
     HealAfterwardsConfig,
     CalibrationConfig,
+    DimensionsConfig,
     RefitConfig,
     SearchConfig,
     ChoiceConfig,

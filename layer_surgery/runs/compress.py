@@ -14,6 +14,7 @@ from layer_surgery.evaluation.task_names import check_task_names
 from layer_surgery.machine import peak_device_memory_bytes, peak_memory_bytes
 from layer_surgery.records import LayerScores, SurgeryReport
 from layer_surgery.runs.bench import general_text, open_bench
+from layer_surgery.runs.dimensions import check_dimensions, with_dimensions
 from layer_surgery.runs.evaluator import Evaluator
 from layer_surgery.runs.healing import heal, prepare_healing, unhealed_record
 from layer_surgery.runs.output import check_output_given, open_output, save_result, write_report
@@ -45,6 +46,7 @@ def run_compress(model: Model, config: CompressConfig, *, known_scores: LayerSco
         staging = open_output(model, config, stack)
         session = stack.enter_context(open_session(model, config, staging.parent if staging else None))
         original = session.checkpoint
+        check_dimensions(original, config.dimensions)
         planning = Planning(config, original, session.device)
         if staging is not None:
             needed = planning.trial.parameters * original.dtype.itemsize
@@ -66,7 +68,7 @@ def run_compress(model: Model, config: CompressConfig, *, known_scores: LayerSco
         scored = planning.chooses and known_scores is None
         session.ui.plan(
             stages_of_compression(
-                planning, texts, tokens, scored=scored, saved=staging is not None, healed=healing is not None
+                planning, evaluator.texts, tokens, scored=scored, saved=staging is not None, healed=healing is not None
             )
         )
         # Evaluate the original.
@@ -84,8 +86,9 @@ def run_compress(model: Model, config: CompressConfig, *, known_scores: LayerSco
         ) as bench:
             scores = bench.scores(**planning.ranking) if scored else known_scores
             result = bench.operate(planning.plan(scores, sha256), **planning.surgery)
+        checkpoint = with_dimensions(session, result.checkpoint, config, config.dimensions)
         # Heal.
-        checkpoint, healed, unhealed = result.checkpoint, None, None
+        healed, unhealed = None, None
         if healing is not None:
             with session.stage("evaluate_unhealed"):
                 evaluator.measure("unhealed", checkpoint)

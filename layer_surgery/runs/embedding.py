@@ -60,6 +60,11 @@ class EmbeddingTexts:
                         "as wherever it is used"
                     )
 
+    @property
+    def all_tokens(self) -> list[PackedTokens]:
+        """Everything that each model is run on."""
+        return [*self.texts, *self._packed.values()]
+
     def vectors(self, session: Session, checkpoint: Checkpoint) -> dict[str, TextVectors]:
         """Return a model's vectors by set of texts; those of the retrieval sets are with the first."""
         model, found = session.stream(checkpoint), dict[str, TextVectors]()

@@ -31,7 +31,7 @@ def run_evaluate(model: Model, config: EvaluateConfig) -> EvaluationReport:
             _check_same_tokens(session, opened, texts, config)
             other = replace(opened, ui=session.ui)
         evaluator = stack.enter_context(Evaluator(session, config, texts, baseline=other))
-        session.ui.plan(stages_of_evaluation(texts, baseline=other is not None))
+        session.ui.plan(stages_of_evaluation(evaluator.texts, baseline=other is not None))
         if other is not None:
             with session.ui.stage("evaluate_before"):
                 evaluator.measure("before", other.checkpoint)

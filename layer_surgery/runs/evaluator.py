@@ -110,6 +110,11 @@ class Evaluator:
         self._measured.clear()
         self._kept.close()
 
+    @property
+    def texts(self) -> list[PackedTokens]:
+        """Everything that each model is run on to measure it, but for tasks, speed and continuations."""
+        return self._texts if self._embedded_texts is None else self._embedded_texts.all_tokens
+
     def measure(self, moment: Moment, checkpoint: Checkpoint) -> None:
         """Measure size, perplexity and tasks of one model, and let it continue the prompts."""
         found = size_and_costs(checkpoint, self._config.sequence_length)

@@ -26,6 +26,7 @@ from layer_surgery.data import (
 from layer_surgery.data.documents import Wanted
 from layer_surgery.data.labelled import count_labels
 from layer_surgery.data.tokens import PackedTokens
+from layer_surgery.data.weights import WeightedSource
 from layer_surgery.disk.own import own_directory, remove_dead
 from layer_surgery.disk.reading import why
 from layer_surgery.errors import CheckpointError, DataError, OutputError
@@ -140,9 +141,17 @@ class Session:
             self.ui.note(line)
         return tokens
 
+    def texts(self, config: CalibrationConfig, most: int) -> PackedTokens:
+        """Load and pack so many texts of the calibration data for an embedding model, or as many as there are."""
+        return self._at_most(weighted_sources(config.calibration), config, most, alone=False)
+
     def healing_tokens(self, data: Sequence[str], text: TextConfig, samples: int, option: str) -> PackedTokens:
         """Load and pack text to heal on: `samples` sequences, or as many as there are. Each example has its own."""
-        sources = weighted_sources(data, option)
+        return self._at_most(weighted_sources(data, option), text, samples, alone=True)
+
+    def _at_most(
+        self, sources: Sequence[WeightedSource], text: TextConfig, samples: int, *, alone: bool
+    ) -> PackedTokens:
         tokens = pack_at_most(
             [
                 load_documents(source.name, column=_column(text.text_column, source.name), part="calibration")
@@ -153,7 +162,8 @@ class Session:
             samples=samples,
             sequence_length=text.sequence_length,
             seed=self.runtime.seed,
-            alone=True,
+            alone=alone,
+            objective=self.checkpoint.objective,
         )
         self._check(tokens)
         return tokens

@@ -18,12 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from layer_surgery import parallel
+from layer_surgery.checkpoint.experts import experts_of
 from layer_surgery.checkpoint.modeling_layer_surgery import IN_FACTOR, OUT_FACTOR, LowRankLinear
 from layer_surgery.checkpoint.new_tensors import FactorStore
 from layer_surgery.errors import DataError
 from layer_surgery.linalg.decomposition import Decomposition, takes_leading
 from layer_surgery.linalg.least_squares import RidgeProblem, Solution, Sums
 from layer_surgery.records import RefitRecord, RefitScope, SurgeryPlan
+from layer_surgery.surgeon.expert_refit import ExpertTokens, expert_scale, refit_experts, run_with_experts
 from layer_surgery.surgeon.layer_pair import (
     ResidualScales,
     residual_scales,
@@ -197,6 +199,7 @@ class _Pair:
             if not map_:
                 self._follow_outputs(mlp)
             self._follow_stream_after_mlp(map_ or mlp_out, scales)
+        self._follow_stream_after_experts()
         return self.records
 
     def step(self) -> None:
@@ -246,6 +249,37 @@ class _Pair:
             return seen.inputs, {name: without_bias(target, self.layer, name)}
 
         self._resolve([name], look)
+
+    def _follow_stream_after_experts(self) -> None:
+        """Re-solve the experts' output projections so that the stream after the layer is the original's after the cut.
+
+        Where what they give is not plainly added to the stream, they stay as they are.
+        """
+        experts = experts_of(self.layer)
+        if experts is None:
+            return
+        first = next(batch for batch, _present in self._rounds() if batch is not None)
+        own = expert_scale(self.layer, experts, first.result_call, first.result)
+        scale = parallel.from_first(lambda: own)  # of the first micro-batch of all
+        if scale is None:
+            return
+
+        def rounds() -> Iterator[tuple[tuple[ExpertTokens, Tensor, Sequence[Tensor]] | None, int]]:
+            for batch, present in self._rounds():
+                if batch is None:
+                    yield None, present
+                    continue
+                tokens = run_with_experts(self.layer, experts, batch.result_call, batch.result)
+                aim = batch.track.walk.boundary(self.after).read(batch.rows)
+                lacking = (wide(aim).flatten(0, 1) - wide(tokens.stream)) / scale
+                yield (tokens, lacking, [(batch.tokens & ~batch.held_out).flatten(), batch.held_out.flatten()]), present
+
+        way = self.tracks[0].walk.settings.decomposition
+        record = refit_experts(self.layer, experts, way, self.refitted.dtype, rounds, self.index)
+        if record.ridge is not None and parallel.is_first():
+            down = self.layer.get_submodule(experts.module).get_parameter("down_proj")
+            self.refitted.write_tensors(self.index, experts.module, {"down_proj": down})
+        self.records.append(record)
 
     @torch.no_grad()
     def _resolve(self, names: Sequence[str], look: Callable[[_Batch], _Rows]) -> None:

@@ -22,6 +22,8 @@ first is not zero at the original, where it would go on to separate pairs. It is
 Shapes: N texts, E dimensions.
 """
 
+from math import sqrt
+
 import torch
 from torch import Tensor
 
@@ -35,12 +37,12 @@ def embedding_losses(vectors: Tensor, teacher: Tensor) -> Tensor:
     Where the two have other dimensions no cosine is between them, and the similarities alone are compared.
     """
     s, t = (torch.nn.functional.normalize(each.double(), dim=-1) for each in (vectors, teacher))
-    similarity: Tensor = (s @ s.T - t @ t.T).pow(2).mean(dim=1)
+    similarity: Tensor = SIMILARITY * (s @ s.T - t @ t.T).pow(2).mean(dim=1)
     if s.shape != t.shape:
-        return SIMILARITY * similarity
+        return similarity
     # |s - t|^2 / 2 is 1 - s.t without its rounding, which is as large as what is measured near the teacher.
-    cosine: Tensor = 0.5 * (s - t).pow(2).sum(dim=1)
-    return COSINE * cosine + SIMILARITY * similarity
+    cosine: Tensor = 0.5 * COSINE * (s - t).pow(2).sum(dim=1)
+    return cosine + similarity
 
 
 def curvature_probes(vectors: Tensor, generator: torch.Generator) -> Tensor:
@@ -48,9 +50,9 @@ def curvature_probes(vectors: Tensor, generator: torch.Generator) -> Tensor:
     vectors = vectors.double()
     s = torch.nn.functional.normalize(vectors, dim=-1)
     count = len(s)
-    alone = COSINE**0.5 * _signs(s.shape, generator)
+    alone = sqrt(COSINE) * _signs(s.shape, generator)
     pairs = _signs((count, count), generator)
-    together = (2 * SIMILARITY / count) ** 0.5 * (pairs + pairs.T) @ s
+    together = sqrt(2 * SIMILARITY / count) * (pairs + pairs.T) @ s
     g = alone + together
     # A change of a vector moves its direction by what of it is at right angles to it, over its length.
     lengths = vectors.norm(dim=-1, keepdim=True).clamp(min=1e-12)

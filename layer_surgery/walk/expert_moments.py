@@ -114,20 +114,14 @@ class ExpertRecorder:
         total = torch.zeros_like(hidden_states)
         for expert in torch.unique(top_k_index).tolist():
             token, place = torch.where(top_k_index == expert)
-            before = self._linear(hidden_states[token], self._experts.before, expert)
-            inner = self._module._apply_gate(before) if self._experts.gated else self._module.act_fn(before)
+            inner = inner_activations(self._experts, self._module, expert, hidden_states[token])
             self._take(expert, inner.detach()[self._valid[token]])
-            out = self._linear(inner, "down_proj", expert)
+            out = _linear(self._experts, self._module, "down_proj", expert, inner)
             if self._gradients and out.requires_grad:
                 out.register_hook(_Taker(self, expert, self._valid[token]))  # type: ignore[no-untyped-call]
             weighted = out * top_k_weights[token, place, None]
             total = total.index_add(0, token, weighted.to(total.dtype))
         return total
-
-    def _linear(self, x: Tensor, name: str, expert: int) -> Tensor:
-        weight = getattr(self._module, name)[expert]
-        bias = getattr(self._module, f"{name}_bias")[expert] if self._experts.biased else None
-        return nn.functional.linear(x, weight.T if self._experts.transposed else weight, bias)
 
     def _take(self, expert: int, rows: Tensor) -> None:
         add_gram(self._term("inputs")[expert], rows.to(self._like.dtype))
@@ -150,3 +144,17 @@ class _Taker:
 
     def __call__(self, gradient: Tensor) -> None:
         self.recorder.take_gradient(self.expert, gradient.detach()[self.valid])
+
+
+def inner_activations(experts: Experts, module: nn.Module, expert: int, hidden: Tensor) -> Tensor:
+    """Return what goes into the output projection of one expert [n, I], of tokens [n, D]."""
+    said: Any = module
+    before = _linear(experts, module, experts.before, expert, hidden)
+    inner: Tensor = said._apply_gate(before) if experts.gated else said.act_fn(before)
+    return inner
+
+
+def _linear(experts: Experts, module: nn.Module, name: str, expert: int, x: Tensor) -> Tensor:
+    weight = module.get_parameter(name)[expert]
+    bias = module.get_parameter(f"{name}_bias")[expert] if experts.biased else None
+    return nn.functional.linear(x, weight.T if experts.transposed else weight, bias)

@@ -128,17 +128,18 @@ def test_wrong_input_is_refused_before_anything_is_done(run: CommandLine, tmp_pa
     empty = tmp_path / "empty.jsonl"
     empty.write_text("\n".join([json.dumps({"text": "fox"}), json.dumps({"text": "  "})]), encoding="utf-8")
     before = listing(tmp_path)
-    cut = ("--target-layers", 4, "--method", "remove", "--output", output)
-    long = ("--calibration", texts, "--eval-data", texts, "--sequence-length", 61)
-    assert_refused(run("compress", model, *long, *cut), "--sequence-length is 61, but the model takes at most 60")
+    cut = ("--target-layers", 4, "--method", "remove", "--output", output, "--sequence-length", 32)
+    long = ("--calibration", texts, "--eval-data", texts)
+    assert_refused(
+        run("compress", model, *long, *cut[:-1], 61), "--sequence-length is 61, but the model takes at most 60"
+    )
     assert_refused(run("compress", model, "--calibration", labelled, *cut), "an embedding model is calibrated on texts")
     assert_refused(run("compress", model, "--calibration", empty, "--samples", 2, *cut), "text")
     assert_refused(run("compress", model, "--tasks", "bundled", *cut), "--tasks need a causal language model")
     assert_refused(run("compress", model, "--pooling", "median", *cut), "--pooling is 'median'; allowed: cls, max")
     assert_refused(run("compress", model, "--head", "classes", *cut), "--head is 'classes'; allowed: auto, embedding")
     assert_refused(run("compress", model, "--pooling", "cls", *cut), "says itself how it pools (mean)")
-    few = given(texts)[:-1]
-    assert_refused(run("compress", model, *few, 61, *cut), "fewer than --samples 61")
+    assert_refused(run("compress", model, *long, "--samples", 61, *cut), "fewer than --samples 61")
     assert listing(tmp_path) == before
 
 
@@ -167,3 +168,55 @@ def test_sentence_transformers_gives_the_vectors_that_were_measured(
         ours = text_vectors(streamed(path, dtype=torch.float32), text_tokens(objective), settings(tmp_path))
         assert objective.prompt == "the " and theirs.shape == (len(TEXTS), 16)
         assert float((ours - theirs).abs().max()) < 1e-5, path.name
+
+
+def test_fewer_dimensions_are_a_dense_module_that_keeps_similarities(
+    run: CommandLine, tmp_path: Path, texts: Path
+) -> None:
+    """Nothing else is done to the model, so what changes is the map."""
+    model, output = saved_embedder(tmp_path / "model", others=(dense(32, 24), {"kind": "Normalize"})), tmp_path / "out"
+    report = compressed(run, model, output, *given(texts, "--target-parameters", 1, "--dimensions", 16))
+    listed = json.loads((output / "modules.json").read_text(encoding="utf-8"))
+    assert [each["path"] for each in listed] == ["", "1_Pooling", "2_Dense", "3_Dense", "4_Normalize"]
+    config = json.loads((output / "3_Dense" / "config.json").read_text(encoding="utf-8"))
+    assert config["activation_function"] == "torch.nn.modules.linear.Identity" and config["bias"] is False
+    quality = report["after"]["embedding"][str(texts)]
+    kept = {point["dimensions"]: point["similarity"]["value"] for point in quality["points"][:2]}
+    assert kept.keys() == {16, 8} and quality["asymmetric"] is None
+    rows = [json.loads(line)["text"] for line in texts.read_text(encoding="utf-8").splitlines()]
+    tokens = text_tokens(open_checkpoint(model).objective, rows)
+    before, after = (text_vectors(streamed(path), tokens, settings(tmp_path)) for path in (model, output))
+    assert after.shape == (60, 16)
+    cut = torch.nn.functional.normalize(before[:, :16], dim=1)
+    wanted = before @ before.T
+    assert float((after @ after.T - wanted).norm()) < 0.3 * float((cut @ cut.T - wanted).norm())
+    assert kept[16] > 0.95 and report["after"]["parameters"] == report["before"]["parameters"] + 16 * 24
+    assert "cosine" not in report["after"]["tasks"][str(texts)]["metrics"]
+    again = run("compress", output, *given(texts, "--target-parameters", 1, "--dimensions", 16, "--dry-run"))
+    assert_refused(again, "--dimensions is 16; allowed: 1 to 15 (the model's vectors have 16)")
+
+
+def test_dimensions_are_for_embedding_models_and_need_texts(run: CommandLine, tmp_path: Path, texts: Path) -> None:
+    model, output = saved_embedder(tmp_path / "model"), tmp_path / "output"
+    few = tmp_path / "few.jsonl"
+    few.write_text("\n".join(texts.read_text(encoding="utf-8").splitlines()[:5]), encoding="utf-8")
+    quick = (
+        "--no-eval",
+        "--samples",
+        5,
+        "--sequence-length",
+        32,
+        "--layers",
+        2,
+        "--method",
+        "remove",
+        "--output",
+        output,
+    )
+    outcome = run("compress", model, "--calibration", few, *quick, "--dimensions", 20)
+    assert_refused(outcome, "--dimensions 20 cannot be made of 5 texts")
+    (model / "modules.json").unlink()
+    tiny_encoder("bert", "masked_token", vocab_size=320, dtype=torch.float32).save_pretrained(model)
+    refused = run("compress", model, "--calibration", few, *quick, "--dimensions", 20)
+    assert_refused(refused, "--dimensions 20 is for embedding models")
+    assert not output.exists()

@@ -168,6 +168,7 @@ def test_every_option_of_a_sweep_is_in_its_identity_or_is_known_not_to_decide_re
     assert named <= options
     assert options - named == {
         *("--target-layers", "--keep", "--method", "--scorer", "--refit"),  # name the points
+        *("--head", "--pooling"),  # in the hash of the model
         *("--task-path", "--num-fewshot", "--limit"),  # under --tasks
         *("--speed-batch-sizes", "--speed-lengths", "--speed-new-tokens", "--speed-repeats"),  # under --speed
         *("--text-column", "--tokenizer", "--trust-remote-code"),  # decide the model's and the tokens' hashes

@@ -146,7 +146,7 @@ class _Sweep:
             f"{count} point{'s' * (count > 1)}, {count - len(missing)} of them known; each is kept in "
             f"{config.directory} when it is done, and the same command goes on from there"
         )
-        session.ui.plan(stages_of_sweep(len(missing), self.texts))
+        session.ui.plan(stages_of_sweep(len(missing), evaluator.texts))
         with session.stage("evaluate_before"):
             evaluator.measure("before", session.checkpoint)
         failures = list(evaluator.failures)
