@@ -57,6 +57,10 @@ NOT_RUN = {
         "layer-surgery compress CLASSIFIER --calibration labelled.jsonl --eval-data held-out.jsonl "
         "--target-parameters 0.6 --output half/"
     ): "tests/runs/test_encoders.py does this; the models here have no labels",
+    (
+        "layer-surgery heal smaller-classifier/ --data labelled.jsonl --loss kl --loss ce:0.5 --tokens 200000 "
+        "--output healed-classifier/"
+    ): "tests/runs/test_heal_heads.py does this; the models here have no labels",
 }
 
 #: Put before the options of a command, so that what the documentation says comes later and counts.

@@ -78,13 +78,19 @@ def pack_at_most(
     sequence_length: int,
     seed: int,
     alone: bool = False,
+    objective: Objective = NEXT_TOKEN,
 ) -> PackedTokens:
     """Pack like `pack_mixture`, but where the sources have fewer sequences than `samples`, as many as there are.
 
     The weights hold all the same: the source that is short for its weight decides.
     Raises `DataError`: as `pack_calibration`, and for a source without a single sequence.
     """
-    size: dict[str, Any] = {"sequence_length": sequence_length, "seed": seed, "alone": alone}
+    size: dict[str, Any] = {
+        "sequence_length": sequence_length,
+        "seed": seed,
+        "alone": alone,
+        "objective": objective,
+    }
     most = samples
     for each, weight in zip(data, weights, strict=True):
         share = max(1, math.ceil(samples * weight / sum(weights)))

@@ -65,7 +65,7 @@ class PackedTokens:
         """Number of tokens that carry loss."""
         return int(self.loss_mask.sum())
 
-    def inputs(self, rows: slice, chosen: Tensor | None = None) -> dict[str, Tensor]:
+    def inputs(self, rows: slice | Tensor, chosen: Tensor | None = None) -> dict[str, Tensor]:
         """Return what a model is called with for some sequences, or for those of them that `chosen` [B] bool names."""
         given = {"input_ids": self.token_ids}
         if self.objective.problem != "next_token":

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from layer_surgery.data.objective import NO_LABEL
 from layer_surgery.data.tokens import PackedTokens
 from layer_surgery.healing.losses.inputs import TeacherLogits
+from layer_surgery.healing.outputs import token_outputs
 from layer_surgery.walk.boundaries import BoundaryStore
-from layer_surgery.walk.losses import next_tokens
+from layer_surgery.walk.losses import targets
 from layer_surgery.walk.rehearsal import Rehearsal
 from layer_surgery.walk.streamed import StreamedModel
 from layer_surgery.walk.walk import LOGITS_AT_A_TIME, Observer, Walk, WalkSettings
@@ -25,7 +26,9 @@ def teacher_logits(
     windows: slice,
     states: TeacherStatesStore | None = None,
 ) -> Iterator[Tensor]:
-    """Yield, for each of some windows of `tokens` in their order, the logits [n, V] of its tokens with loss.
+    """Yield, for each of some windows of `tokens` in their order, the outputs [n, V] of the head for its items.
+
+    Items are tokens with loss, or the window itself ([1, L]) where there is one answer for each.
 
     The model is walked over as many windows at a time as fit into the memory for boundaries.
 
@@ -40,18 +43,26 @@ def teacher_logits(
         with Walk(teacher, tokens.select(part), settings) as walk:
             last = walk.forward(range(teacher.layer_count), keep=False, observers=observers)
             for rows in walk.batches():
-                carries = next_tokens(walk.tokens, rows) != NO_LABEL
+                if tokens.objective.of_sequences:
+                    yield from _answers(walk, last.read(rows), rows)
+                    continue
+                carries = targets(walk.tokens, rows) != NO_LABEL
                 for row in range(rows.start, rows.stop):
-                    hidden = last.read(slice(row, row + 1))[:, carries[row - rows.start]]
-                    yield _logits(walk, hidden)
+                    yield _logits(walk, last.read(slice(row, row + 1))[0, carries[row - rows.start]])
+
+
+@torch.no_grad()
+def _answers(walk: Walk, hidden: Tensor, rows: slice) -> list[Tensor]:
+    """Return the outputs [1, L], float32 or better, for each window of states [B, S, D]."""
+    outputs = walk.rehearsal.head(hidden, walk.tokens.inputs(rows))
+    return list(torch.split(outputs.to(torch.promote_types(outputs.dtype, torch.float32)), 1))
 
 
 @torch.no_grad()
 def _logits(walk: Walk, hidden: Tensor) -> Tensor:
-    """Return the logits [n, V], float32 or better, of states [1, n, D]; chunk by chunk, as long sequences make them."""
+    """Return the logits [n, V], float32 or better, of states [n, D]; chunk by chunk, as long sequences make them."""
     step = max(1, LOGITS_AT_A_TIME // walk.model.vocabulary_size)
-    logits = torch.cat([walk.rehearsal.head(piece)[0] for piece in torch.split(hidden, step, dim=1)])
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return torch.cat([token_outputs(walk.rehearsal, piece) for piece in torch.split(hidden, step)])
 
 
 class DenseTeacher:
@@ -68,11 +79,10 @@ class DenseTeacher:
     @torch.no_grad()
     def read(self, windows: Tensor) -> TeacherLogits:
         """Return the log-probabilities of the tokens with loss of some windows [B] int64."""
-        carries = next_tokens(self._tokens, windows) != NO_LABEL
-        hidden = self._states.read(-1, windows)[carries].to(self._dtype)
-        logits = self._rehearsal.head(hidden[None])[0]
-        wide = torch.promote_types(logits.dtype, torch.float32)
-        return TeacherLogits(log_probs=logits.to(wide).log_softmax(dim=-1))
+        carries = targets(self._tokens, windows.cpu()) != NO_LABEL
+        hidden = self._states.read(-1, windows)
+        hidden = hidden[carries.to(hidden.device)].to(self._dtype)
+        return TeacherLogits(log_probs=token_outputs(self._rehearsal, hidden).log_softmax(dim=-1))
 
 
 class TeacherStatesStore:

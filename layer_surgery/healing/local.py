@@ -74,7 +74,7 @@ class LayerStudent(Trainee):
             held_out: how many of the last windows are held out.
         """
         super().__init__()
-        self.model = layer
+        self.model, self.objective = layer, walk.tokens.objective
         self._place, self._walk, self._calls, self._metric = place, walk, calls, metric
         self._first_held_out = walk.tokens.sequences - held_out
         self._scale = 1.0 if metric is not None else self._mean_square()
@@ -90,14 +90,27 @@ class LayerStudent(Trainee):
         return self
 
     def forward(
-        self, input_ids: Tensor, labels: Tensor, windows: Tensor, num_items_in_batch: Tensor | int | None = None
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        windows: Tensor,
+        num_items_in_batch: Tensor | int | None = None,
+        **more: Tensor,
     ) -> dict[str, Tensor]:
-        """Return `{"loss": ...}` over the tokens with loss; see `Trainee`."""
-        carries = labels != NO_LABEL
-        errors = torch.cat([self._errors(int(window)) for window in windows])[:, : labels.shape[1]][carries]
-        self.sums.add(self.name, errors.sum())
-        self.sums.tokens += len(errors)
-        return {"loss": errors.sum() / (num_items_in_batch if num_items_in_batch is not None else max(1, len(errors)))}
+        """Return `{"loss": ...}` over the tokens with loss; see `Trainee`.
+
+        Where not the next token is predicted, few have any, or none of its own: then it is over all that are no
+        padding, and every window weighs as much as its items.
+        """
+        errors = torch.cat([self._errors(int(window)) for window in windows])[:, : input_ids.shape[1]]
+        items, mask = self.items(labels), more.get("attention_mask")
+        if mask is None:
+            total = errors[labels != NO_LABEL].sum()
+        else:
+            total = ((errors * mask).sum(dim=1) / mask.sum(dim=1) * items).sum()
+        self.sums.add(self.name, total)
+        self.sums.tokens += int(items.sum())
+        return {"loss": total / self.step_items(labels, num_items_in_batch)}
 
     @torch.no_grad()
     def measure(self, text: str, tokens: PackedTokens, batch_size: int) -> float:
@@ -111,7 +124,7 @@ class LayerStudent(Trainee):
     def _errors(self, window: int) -> Tensor:
         """Return the error of every token of a window [1, S]."""
         rows = slice(window, window + 1)
-        call = self._calls.call(self._place.position, self._walk.tokens.token_ids[rows])
+        call = self._calls.call(self._place.position, self._walk.tokens.inputs(rows))
         target = self._target(rows)
         after: Tensor = call(self.model, self._walk.boundary(self._place.before).read(rows))
         error = (after - target).to(torch.promote_types(target.dtype, torch.float32))

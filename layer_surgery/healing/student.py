@@ -1,7 +1,8 @@
 """The student as one module that takes windows and returns their loss: the body once, then head and losses in chunks.
 
 So no matrix of tokens x vocabulary is ever made, and wrappers for several processes see one forward pass.
-Shapes: B windows of S tokens, n of them with loss, D hidden, V vocabulary.
+Shapes: B windows of S tokens, n items with loss (tokens, or windows where a head gives one answer a sequence), D
+hidden, V vocabulary or outputs of a classifier.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ from layer_surgery.data.tokens import PackedTokens
 from layer_surgery.errors import NumericalError
 from layer_surgery.healing.adapters import is_adapter, merged_weights, plain_name
 from layer_surgery.healing.head import chunked_head_loss
-from layer_surgery.healing.losses.inputs import StatePair, TeacherLogits, TokenLogits
-from layer_surgery.healing.mixture import WeightedLoss, token_values
+from layer_surgery.healing.losses.inputs import StatePair, TeacherLogits
+from layer_surgery.healing.mixture import WeightedLoss
+from layer_surgery.healing.outputs import item_values, token_outputs
 from layer_surgery.healing.trainee import Trainee
-from layer_surgery.walk.losses import next_tokens
+from layer_surgery.walk.losses import losses as own_losses
+from layer_surgery.walk.losses import targets
 from layer_surgery.walk.rehearsal import Rehearsal
 from layer_surgery.walk.streamed import StreamedModel
 from layer_surgery.walk.walk import LOGITS_AT_A_TIME
@@ -32,7 +35,7 @@ class TeacherOutputs(Protocol):
     """What the teacher says of the windows that are trained on."""
 
     def read(self, windows: Tensor) -> TeacherLogits:
-        """Return what it says of the tokens with loss of some windows [B] int64, in their order."""
+        """Return what it says of the items with loss of some windows [B] int64, in their order."""
         ...
 
 
@@ -47,8 +50,8 @@ class TeacherStates(Protocol):
 class Student(Trainee):
     """A whole model in memory with the losses that it is trained on.
 
-    `forward` is what transformers' Trainer calls: it returns the sum of the losses over the tokens of a micro-batch,
-    divided by the tokens of the whole step of the optimiser.
+    `forward` is what transformers' Trainer calls: it returns the sum of the losses over the items of a micro-batch,
+    divided by the items of the whole step of the optimiser.
     """
 
     model: Any  # a PreTrainedModel
@@ -75,6 +78,7 @@ class Student(Trainee):
         self._streamed, self._losses, self._pairs = streamed, list(losses), list(pairs)
         self.outputs, self.states = outputs, states
         self._rehearsal = Rehearsal(streamed)
+        self.objective = streamed.checkpoint.objective
         self._chunk = max(1, LOGITS_AT_A_TIME // streamed.vocabulary_size)
 
     @property
@@ -121,63 +125,88 @@ class Student(Trainee):
         labels: Tensor,
         windows: Tensor,
         num_items_in_batch: Tensor | int | None = None,
+        **more: Tensor,
     ) -> dict[str, Tensor]:
-        """Return `{"loss": ...}` of windows [B, S] with labels [B, S] int64 (`NO_LABEL` where there is no loss).
+        """Return `{"loss": ...}` of windows [B, S] with labels as `targets` gives them.
 
         Args:
             windows: [B] int64, their numbers in the teacher's outputs.
-            num_items_in_batch: tokens with loss in the whole step of the optimiser; None: those of `labels`.
+            num_items_in_batch: labels in the whole step of the optimiser; None: those of `labels`.
+            more: what else the model is called with, as `PackedTokens.inputs` has it.
 
         Raises `NumericalError`, which names the first layer with a state that is not finite.
         """
-        carries = labels != NO_LABEL
-        hidden = self._hidden(input_ids)
-        chosen = labels[carries]
+        given = {"input_ids": input_ids, **more}
+        hidden = self._hidden(given)
         teacher = self.outputs.read(windows) if self.outputs is not None else None
         total = torch.zeros((), device=input_ids.device)
-        if any(loss.entry.needs in ("labels", "logits") for loss in self._losses):
-            total = total + self._logits_loss(hidden[self._last][carries], chosen, teacher)
+        if self._output_losses:
+            if self.objective.of_sequences:
+                total = total + self._answers_loss(hidden[self._last], labels, teacher, given)
+            else:
+                carries = labels != NO_LABEL
+                total = total + self._logits_loss(hidden[self._last][carries], labels[carries], teacher)
         if self.states is not None:
-            total = total + self._states_loss(hidden, carries, windows, self.states)
+            total = total + self._states_loss(hidden, labels, windows, more.get("attention_mask"))
         if not torch.isfinite(total):
-            raise NumericalError(self._not_finite(input_ids))
-        self.sums.tokens += len(chosen)
-        return {"loss": total / (num_items_in_batch if num_items_in_batch is not None else max(1, len(chosen)))}
+            raise NumericalError(self._not_finite(given))
+        self.sums.tokens += int(self.items(labels).sum())
+        return {"loss": total / self.step_items(labels, num_items_in_batch)}
 
     @torch.no_grad()
     def measure(self, text: str, tokens: PackedTokens, batch_size: int) -> float:
-        """Return the mean cross-entropy of the next tokens, nats per token with loss, of the student as it is."""
-        total, count = 0.0, 0
+        """Return the mean of the head's own loss, per token with loss or per sequence, of the student as it is."""
+        total, count, objective = 0.0, 0, tokens.objective
         for rows in tokens.batches(batch_size):
-            ids, labels = tokens.token_ids[rows].to(self._streamed.device), next_tokens(tokens, rows)
+            given, labels = tokens.inputs(rows), targets(tokens, rows).to(self._streamed.device)
+            last = self._hidden(given)[self._last]
+            if objective.of_sequences:
+                found = own_losses(self._rehearsal.head(last, given), labels, objective)
+                total, count = total + float(found.double().sum()), count + len(found)
+                continue
             carries = labels != NO_LABEL
-            hidden = self._hidden(ids)[self._last][carries]
+            hidden, chosen = last[carries], labels[carries]
             for start in range(0, len(hidden), self._chunk):
                 logits = self._head(hidden[start : start + self._chunk])
-                chosen = labels[carries][start : start + self._chunk].to(logits.device)
-                total += float(nn.functional.cross_entropy(logits, chosen, reduction="sum").double())
-            count += int(carries.sum())
+                part = chosen[start : start + self._chunk]
+                total += float(nn.functional.cross_entropy(logits, part, reduction="sum").double())
+            count += len(chosen)
         return total / max(1, count)
 
-    def _hidden(self, input_ids: Tensor) -> dict[int, Tensor]:
+    @property
+    def _output_losses(self) -> list[WeightedLoss]:
+        return [loss for loss in self._losses if loss.entry.needs in ("labels", "logits")]
+
+    def _hidden(self, given: Mapping[str, Tensor]) -> dict[int, Tensor]:
         """Run the body and return the states [B, S, D] after the last layer and those of the pairs, by layer."""
         wanted = {self._last} | ({position for position, _ in self._pairs} if self.states is not None else set())
         with _outputs_of(self.layers, wanted) as seen:
-            self.model.base_model(input_ids=input_ids, use_cache=False)
+            self.model.base_model(**self._rehearsal.arguments(given))
         return seen
 
     def _head(self, hidden: Tensor) -> Tensor:
         """Return the logits [n, V], float32 or better, that follow states [n, D] after the last layer."""
-        logits = self._rehearsal.head(hidden[None])[0]
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return token_outputs(self._rehearsal, hidden)
+
+    def _answers_loss(
+        self, hidden: Tensor, labels: Tensor, teacher: TeacherLogits | None, given: Mapping[str, Tensor]
+    ) -> Tensor:
+        """Return the weighted sum over windows of the losses that look at outputs, for states [B, S, D]."""
+        losses = self._output_losses
+        outputs = self._rehearsal.head(hidden, given)
+        outputs = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
+        values = item_values(losses, outputs, labels, teacher, self.objective)
+        for loss, value in zip(losses, values.detach(), strict=True):
+            self.sums.add(loss.name, value.sum())
+        return torch.tensor([loss.weight for loss in losses]).to(values) @ values.sum(dim=1)
 
     def _logits_loss(self, hidden: Tensor, labels: Tensor, teacher: TeacherLogits | None) -> Tensor:
         """Return the weighted sum over tokens of the losses that look at logits, for states [n, D]."""
-        losses = [loss for loss in self._losses if loss.entry.needs in ("labels", "logits")]
+        losses = self._output_losses
 
         def of_chunk(logits: Tensor, chunk: slice) -> Tensor:
             known = _rows(teacher, chunk) if teacher is not None else None
-            return token_values(losses, TokenLogits(student=logits, teacher=known, labels=labels[chunk]))
+            return item_values(losses, logits, labels[chunk], known, self.objective)
 
         found = chunked_head_loss(
             hidden,
@@ -201,27 +230,43 @@ class Student(Trainee):
         return [each for each in self.model.parameters() if each.requires_grad and id(each) not in inside]
 
     def _states_loss(
-        self, hidden: Mapping[int, Tensor], carries: Tensor, windows: Tensor, states: TeacherStates
+        self, hidden: Mapping[int, Tensor], labels: Tensor, windows: Tensor, mask: Tensor | None
     ) -> Tensor:
-        """Return the weighted losses of states, each a mean over tokens, times the number of tokens."""
-        pairs = []
-        for number, (position, _) in enumerate(self._pairs):
-            student = hidden[position][carries]
-            teacher = states.read(number, windows)[:, : carries.shape[1]]
-            pairs.append(StatePair(student, teacher[carries].to(student), number))
-        total = torch.zeros((), device=carries.device)
-        for loss in self._losses:
-            if loss.entry.needs == "states":
-                value = loss.value(pairs) * int(carries.sum())
-                self.sums.add(loss.name, value)
-                total = total + loss.weight * value
+        """Return the weighted losses of states, each a mean over tokens, times the number of items.
+
+        Where the next token is predicted, they are over the tokens with loss. Elsewhere few have any (masked tokens),
+        or none of its own, so they are over all tokens of a window that are no padding, window by window: then they do
+        not depend on which windows come together.
+        """
+        assert self.states is not None
+        if mask is None:
+            carries, counts = labels != NO_LABEL, [int((labels != NO_LABEL).sum())]
+            parts = [(slice(None), carries)]
+        else:
+            counts = [int(count) for count in self.items(labels)]
+            parts = [(slice(row, row + 1), mask[row : row + 1].bool()) for row in range(len(mask))]
+        read = [
+            (hidden[position], self.states.read(number, windows)[:, : hidden[position].shape[1]])
+            for number, (position, _) in enumerate(self._pairs)
+        ]
+        total = torch.zeros((), device=labels.device)
+        for count, (rows, seen) in zip(counts, parts, strict=True):
+            pairs = [
+                StatePair(student[rows][seen], teacher[rows][seen.to(teacher.device)].to(student), number)
+                for number, (student, teacher) in enumerate(read)
+            ]
+            for loss in self._losses:
+                if loss.entry.needs == "states" and count:
+                    value = loss.value(pairs) * count
+                    self.sums.add(loss.name, value)
+                    total = total + loss.weight * value
         return total
 
     @torch.no_grad()
-    def _not_finite(self, input_ids: Tensor) -> str:
+    def _not_finite(self, given: Mapping[str, Tensor]) -> str:
         """Return a sentence that names the first layer whose states are not finite."""
         with _outputs_of(self.layers, range(len(self.layers))) as seen:
-            self.model.base_model(input_ids=input_ids, use_cache=False)
+            self.model.base_model(**self._rehearsal.arguments(given))
         bad = [position for position in sorted(seen) if not torch.isfinite(seen[position]).all()]
         where = f"the first states that are not finite come out of layer {bad[0]}" if bad else "all states are finite"
         return f"the loss is not finite ({where} of the student)"

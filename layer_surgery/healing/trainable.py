@@ -40,9 +40,13 @@ def trained_names(student: Checkpoint, plan: SurgeryPlan, train: Trained) -> set
     else:
         count = student.layer_count
         last = tuple(f"{prefix}{position}." for position in range(count - max(1, count // _LAST_SHARE), count))
-        head = student.skeleton.get_output_embeddings()
+        head, body = student.skeleton.get_output_embeddings(), f"{student.skeleton.base_model_prefix}."
         in_head = {id(parameter) for parameter in head.parameters()} if head is not None else set()
-        chosen = [name for name, value in parameters.items() if name.startswith(last) or id(value) in in_head]
+        chosen = [
+            name
+            for name, value in parameters.items()
+            if name.startswith(last) or id(value) in in_head or not name.startswith(body)
+        ]
     found = set(chosen)
     if not found and train in ("factors", "operated"):
         raise UserError(

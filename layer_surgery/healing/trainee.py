@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from layer_surgery.data.objective import NO_LABEL, Objective
 from layer_surgery.data.tokens import PackedTokens
 from layer_surgery.healing.adapters import plain_name
 
@@ -20,10 +21,10 @@ WEIGHTS_FILE = "model.safetensors"
 
 @dataclass
 class Sums:
-    """Sums of each loss over the tokens since the last `take`."""
+    """Sums of each loss over the items since the last `take`."""
 
     losses: dict[str, Tensor] = field(default_factory=dict)  # by name, scalars on the device
-    tokens: int = 0
+    tokens: int = 0  # that carry loss; sequences, where there is one answer for each
 
     def add(self, name: str, total: Tensor) -> None:
         self.losses[name] = self.losses.get(name, torch.zeros_like(total)) + total.detach()
@@ -36,14 +37,16 @@ class Sums:
 
 
 class Trainee(nn.Module, ABC):
-    """A module whose `forward` returns the loss of a micro-batch, divided by the tokens of the optimiser's step.
+    """A module whose `forward` returns the loss of a micro-batch, divided by the items of the optimiser's step.
 
-    Its losses since the last validation are in `sums`. `model` is what has the parameters.
+    Items are tokens that carry loss, or sequences where there is one answer for each. Its losses since the last
+    validation are in `sums`. `model` is what has the parameters.
     """
 
     accepts_loss_kwargs = True  # Trainer then counts the labels of the whole step and hands the number on
     _keys_to_ignore_on_save = None  # Trainer looks for it when a checkpoint lacks weights, as ours lack untrained ones
     model: nn.Module
+    objective: Objective
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,7 +54,23 @@ class Trainee(nn.Module, ABC):
 
     @abstractmethod
     def measure(self, text: str, tokens: PackedTokens, batch_size: int) -> float:
-        """Return what validation looks at: nats per token, on the text that is called `text`, less is better."""
+        """Return what validation looks at: nats per item, on the text that is called `text`, less is better."""
+
+    def items(self, labels: Tensor) -> Tensor:
+        """Return how many items each window [B] has."""
+        if self.objective.of_sequences:
+            return torch.ones(len(labels), dtype=torch.int64, device=labels.device)
+        return (labels != NO_LABEL).sum(dim=1)
+
+    def step_items(self, labels: Tensor, counted: Tensor | int | None) -> Tensor | float:
+        """Return how many items a step has, in which Trainer has counted so many numbers that are labels.
+
+        A sequence may have several. Without a count, the items of `labels` alone.
+        """
+        if counted is None:
+            return max(1, int(self.items(labels).sum()))
+        numbers = labels.shape[1] if self.objective.of_sequences and labels.dim() == 2 else 1
+        return counted / numbers
 
     def unfreeze(self, names: Collection[str]) -> int:
         """Have the named parameters of the model trained, as copies in float32; return how many numbers are trained."""

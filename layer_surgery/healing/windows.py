@@ -9,13 +9,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from layer_surgery.data.objective import Objective
 from layer_surgery.data.tokens import PackedTokens, joined
 from layer_surgery.errors import DataError
-from layer_surgery.walk.losses import next_tokens
+from layer_surgery.walk.losses import targets
 
 #: One window in so many is held out, at least `LEAST_HELD_OUT` and at most `MOST_HELD_OUT`.
 HELD_OUT = 8
 LEAST_HELD_OUT, MOST_HELD_OUT = 2, 64
+#: Of labelled examples, which say less each, at most so many are held out.
+MOST_EXAMPLES_HELD_OUT = 512
 #: A window of general text is trained on at most so many times in each pass over the data.
 MOST_REPEATS = 4
 
@@ -60,12 +63,18 @@ def healing_data(tokens: PackedTokens, general: PackedTokens | None, share: floa
 
     Raises `DataError` if too few windows would be left.
     """
-    held_out = min(MOST_HELD_OUT, tokens.sequences // HELD_OUT)
+    held_out = min(most_held_out(tokens.objective), tokens.sequences // HELD_OUT)
     if held_out < LEAST_HELD_OUT:
+        labelled = tokens.objective.labelled
+        found = (
+            f"has {tokens.sequences} examples"
+            if labelled
+            else f"makes {tokens.sequences} sequences of {tokens.sequence_length} tokens"
+        )
+        advice = "more examples" if labelled else "more text, or lower --sequence-length"
         raise DataError(
-            f"'{tokens.name}' makes {tokens.sequences} sequences of {tokens.sequence_length} tokens, too few to hold "
-            f"some out and train on the rest, which takes {HELD_OUT * LEAST_HELD_OUT}; pass more text, or lower "
-            "--sequence-length."
+            f"'{tokens.name}' {found}, too few to hold some out and train on the rest, which takes "
+            f"{HELD_OUT * LEAST_HELD_OUT}; pass {advice}."
         )
     watched = None
     if general is not None:
@@ -74,6 +83,11 @@ def healing_data(tokens: PackedTokens, general: PackedTokens | None, share: floa
         watched = general.select(order[:apart]) if apart else None
         general = general.select(order[apart:])
     return _arranged(tokens.select(slice(held_out, None)), general, share, tokens.select(slice(0, held_out)), watched)
+
+
+def most_held_out(objective: Objective) -> int:
+    """Return how many sequences are held out at most."""
+    return MOST_EXAMPLES_HELD_OUT if objective.labelled else MOST_HELD_OUT
 
 
 def _arranged(
@@ -105,14 +119,15 @@ class WindowDataset(Dataset[int]):
         return int(self.order[position])
 
     def collate(self, windows: Sequence[int]) -> dict[str, Tensor]:
-        """Return token ids, labels (shifted, `NO_LABEL` without loss), each [B, S] int64, and `windows` [B] int64.
+        """Return what the model is called with, each [B, S] int64, `labels` (see `targets`), and `windows` [B] int64.
 
         Columns at the end that are padding in all of them are left out, as examples are of different lengths.
         """
         rows = torch.tensor(list(windows))
         length = int(self.tokens.valid[rows].sum(dim=1).max())
-        return {
-            "input_ids": self.tokens.token_ids[rows, :length],
-            "labels": next_tokens(self.tokens, rows)[:, :length],
+        labels = targets(self.tokens, rows)
+        given = {name: tensor[:, :length] for name, tensor in self.tokens.inputs(rows).items()}
+        return given | {
+            "labels": labels if self.tokens.objective.of_sequences else labels[:, :length],
             "windows": rows,
         }

@@ -32,8 +32,8 @@ class ProbePoint:
 
     learning_rate: float
     regret: float | None
-    """Change of the loss after the probe's steps, nats per token, on held-out text and, where it rose, on general text;
-    None if the loss was no longer finite."""
+    """Change of the head's loss after the probe's steps, on held-out text and, where it rose, on general text; None if
+    the loss was no longer finite."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,10 +41,10 @@ class CurvePoint:
     """The state of a training after some steps."""
 
     step: int
-    tokens: int  #: Tokens with loss that it has been trained on so far.
+    tokens: int  #: Tokens with loss (or examples, where each has one answer) that it has been trained on so far.
     seconds: float  #: Since the training began.
-    losses: dict[str, float]  #: Mean of each loss over the steps since the last point, per token; {} before the first.
-    validation: dict[str, float]  #: Cross-entropy on texts that are not trained on, nats per token.
+    losses: dict[str, float]  #: Mean of each loss over the steps since the last point; {} before the first.
+    validation: dict[str, float]  #: The loss of the model's head on texts that are not trained on.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +58,7 @@ class HealingRecord:
     learning_rate: float | None  #: The highest; None without a global stage.
     steps: int
     step_sequences: int
-    tokens: int  #: Tokens with loss that the whole model was trained on, repeated ones counted again.
+    tokens: int  #: Tokens with loss (or examples) that the whole model was trained on, repeated ones counted again.
     data: dict[str, Any] | None  #: The text: names, hash, sizes.
     held_out_windows: int
     general_windows: int  #: Windows of general text among those trained on.

@@ -4,7 +4,15 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from layer_surgery.checkpoint.heads import CAUSAL_LM, HEADS, Head
-from layer_surgery.records import UNITS, EvaluationResult, LayerPlan, LayerScores, SpectrumRecord, SurgeryPlan
+from layer_surgery.records import (
+    UNITS,
+    EvaluationResult,
+    LayerPlan,
+    LayerScores,
+    SpectrumRecord,
+    SurgeryPlan,
+    SurgeryReport,
+)
 from layer_surgery.reporting.formats import short_names
 
 
@@ -105,3 +113,13 @@ def is_joint(scores: LayerScores) -> bool:
     """Whether the order is not that of the values, because it looks at layers together."""
     order = [scores.values[index] for index in scores.removal_order]
     return order != sorted(order)
+
+
+def loss_unit(report: SurgeryReport) -> str:
+    """Return the unit of the loss of the model's head."""
+    return str(report.base_model.get("loss_unit", "nats per token"))
+
+
+def items_of(unit: str) -> str:
+    """Return what a loss is per, in the plural: "nats per masked token" is of "masked tokens"."""
+    return f"{unit.rpartition(' per ')[2]}s"

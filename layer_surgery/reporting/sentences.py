@@ -7,7 +7,7 @@ from pathlib import Path
 from layer_surgery.checkpoint.heads import Head
 from layer_surgery.records import CurvePoint, HealingRecord, SurgeryReport
 from layer_surgery.records.sweep import SweepBest, SweepReport
-from layer_surgery.reporting.derived import changed_layers, speed_change
+from layer_surgery.reporting.derived import changed_layers, items_of, loss_unit, speed_change
 from layer_surgery.reporting.formats import number_list, with_interval
 
 #: For the fields of `ChangedLayers`.
@@ -131,7 +131,8 @@ def healing_sentence(report: SurgeryReport) -> str:
             loss.name if loss.weight == 1 else f"{loss.weight:g} {loss.name}" for loss in healing.losses
         )
         what = TRAINED_NAMES[healing.train]
-        did.append(f"trained it on {healing.tokens:,} tokens to follow the original ({losses}; {what})")
+        items = items_of(loss_unit(report))
+        did.append(f"trained it on {healing.tokens:,} {items} to follow the original ({losses}; {what})")
     said, stopped = " and ".join(did), f"; it ended early: {healing.stopped}" if healing.stopped else ""
     if not healing.helped:
         return _sentence(
@@ -141,7 +142,7 @@ def healing_sentence(report: SurgeryReport) -> str:
         return _sentence(said + stopped)
     first, last = healing.curve[0].validation, _chosen(healing).validation
     change = ", ".join(f"{last[name] - first[name]:+.4f} on {_TEXTS.get(name, name)}" for name in first)
-    return _sentence(f"{said}, which changed the loss by {change} (nats per token){stopped}")
+    return _sentence(f"{said}, which changed the loss by {change} ({loss_unit(report)}){stopped}")
 
 
 def _chosen(healing: HealingRecord) -> CurvePoint:

@@ -145,7 +145,9 @@ class Session:
         sources = weighted_sources(data, option)
         tokens = pack_at_most(
             [
-                load_documents(source.name, column=_column(text.text_column, source.name), part="calibration")
+                load_documents(
+                    source.name, column=_column(text.text_column, source.name), part="calibration", wanted=self._wanted
+                )
                 for source in sources
             ],
             [source.weight for source in sources],
@@ -154,6 +156,7 @@ class Session:
             sequence_length=text.sequence_length,
             seed=self.runtime.seed,
             alone=True,
+            objective=self.checkpoint.objective,
         )
         self._check(tokens)
         return tokens

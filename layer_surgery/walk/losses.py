@@ -8,7 +8,7 @@ from layer_surgery.data.objective import NO_LABEL, Objective
 from layer_surgery.data.tokens import PackedTokens
 
 
-def targets(tokens: PackedTokens, rows: slice) -> Tensor:
+def targets(tokens: PackedTokens, rows: slice | Tensor) -> Tensor:
     """Return what is predicted of some sequences: `PackedTokens.labels`, or the next tokens."""
     return next_tokens(tokens, rows) if tokens.labels is None else tokens.labels[rows]
 

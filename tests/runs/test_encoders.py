@@ -196,21 +196,6 @@ def test_a_label_of_which_there_is_no_example_is_warned_of(run: CommandLine, tmp
     assert outcome.code == 0 and f"none of the calibration examples has the label {TAGS[2]}" in outcome.err
 
 
-def test_healing_of_a_classifier_is_refused(run: CommandLine, tmp_path: Path) -> None:
-    model, data = saved_encoder(tmp_path / "model", "single_label"), labelled_file(tmp_path / "d.jsonl", "single_label")
-    result = tmp_path / "result"
-    cut = run("compress", model, "--layers", "2", "--method", "remove", "--no-eval", "--output", result)
-    assert cut.code == 0, cut.err
-    before = listing(tmp_path)
-    given = ("--no-eval", "--output", tmp_path / "healed")
-    for outcome in (
-        run("heal", result, "--data", data, *given),
-        run("compress", model, "--layers", "2", "--method", "remove", "--heal", "--calibration", data, *given),
-    ):
-        assert_refused(outcome, "is a sequence classifier", "healing trains causal language models")
-    assert listing(tmp_path) == before
-
-
 def test_models_with_other_heads_or_labels_are_not_compared(run: CommandLine, tmp_path: Path) -> None:
     one = saved_encoder(tmp_path / "one", "single_label")
     other = saved_encoder(tmp_path / "other", "single_label")

@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from layer_surgery.records import EvaluationResult, Interval, SurgeryReport
+from layer_surgery.reporting.derived import loss_unit
 from layer_surgery.reporting.figures.svg import BLUE, CARD, GREEN, INK, MUTED, ORANGE, PURPLE, VERMILLION, Plot, draw
 from layer_surgery.reporting.formats import with_interval
 from layer_surgery.reporting.text import plain_label
@@ -38,7 +39,7 @@ def loss(report: SurgeryReport) -> Iterator[Plot]:
         bars.insert(0, _Bar(label, predicted, BLUE, "////"))
     if not bars:
         return
-    unit = str(report.base_model.get("loss_unit", "nats per token"))
+    unit = loss_unit(report)
     values = [f"{b.value:+.4f}" if b.interval is None else with_interval(b.interval, "+.4f") for b in bars]
     note = "The prediction is for the calibration data"
     note += ", before the refit that then took a part of it back. " if report.refit else ". "

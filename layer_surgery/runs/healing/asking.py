@@ -20,6 +20,7 @@ from layer_surgery.healing.rewrite import greedy, load_rewritten, prompts, rewri
 from layer_surgery.healing.student import Student
 from layer_surgery.healing.teacher.cache import TeacherCache, TeacherIdentity
 from layer_surgery.healing.teacher.form import RecordForm
+from layer_surgery.healing.teacher.rows import TeacherRows, captured_rows, stored_rows
 from layer_surgery.healing.windows import HealingData
 from layer_surgery.runs.healing.prepare import PreparedHealing, stop_tokens
 from layer_surgery.runs.session import Session
@@ -74,8 +75,11 @@ class Asking:
         if "logits" not in needs and "states" not in needs:
             return
         tokens, depth = data.train, self._teacher.checkpoint.layer_count
-        temperature = self._kept_temperature()
         layers = [layer for _, layer in self._pairs] if "states" in needs else []
+        if tokens.objective.labelled:
+            self._ask_classifier(student, tokens, layers, outputs="logits" in needs)
+            return
+        temperature = self._kept_temperature()
         if "logits" in needs and temperature is None and depth - 1 not in layers:
             layers.append(depth - 1)
         states = self._states(tokens, layers) if layers else None
@@ -104,6 +108,32 @@ class Asking:
         elif states is not None and "logits" in needs:
             student.outputs = DenseTeacher(model, tokens, states)
 
+    def _ask_classifier(self, student: Student, tokens: PackedTokens, layers: list[int], *, outputs: bool) -> None:
+        """Take the whole outputs of a head with few of them, and states."""
+        items = tokens.loss_mask.sum(dim=1).tolist()
+        identity, note = self._identity(tokens), self._session.ui.note
+        folder = self._config.teacher_cache
+        key = _sha256(json.dumps(asdict(identity), sort_keys=True))[:24]
+        file = folder / f"outputs-{key}.safetensors" if folder is not None else None
+        rows = stored_rows(file, identity, items, note) if file is not None else None
+        if rows is None or layers:
+            states = self._states(tokens, layers) if layers else None
+            model = self._teacher.stream(self._teacher.checkpoint)
+            every = slice(0, tokens.sequences)
+            with self._session.ui.progress("asking the original", tokens.sequences) as advance:
+
+                def found() -> Iterator[Tensor]:
+                    for each in teacher_logits(model, tokens, self._session.settings, every, states):
+                        yield each
+                        advance()
+
+                asked = captured_rows(found(), file if rows is None and outputs else None, identity)
+            rows = asked if rows is None else rows
+            student.states = states
+        if outputs:
+            student.outputs = TeacherRows(rows, items, tokens.objective)
+            self.bytes_per_token = float(rows.shape[1] * rows.dtype.itemsize)
+
     def _kept_temperature(self) -> float | None:
         """Return the temperature at which the largest probabilities are kept; None if a loss needs the others too."""
         losses = [loss for loss in self._losses if loss.entry.needs == "logits"]
@@ -112,14 +142,7 @@ class Asking:
 
     def _cache(self, model: StreamedModel, tokens: PackedTokens, temperature: float) -> TeacherCache:
         """Open the cache of the original's outputs: the user's, found by content, or one in a scratch folder."""
-        tokenizer = self._session.need_tokenizer()
-        template = str(tokenizer.chat_template or "")
-        identity = TeacherIdentity(
-            teacher_sha256=self._teacher_sha256,
-            tokenizer_sha256=_sha256(json.dumps(tokenizer.get_vocab(), sort_keys=True)),
-            data_sha256=tokens.sha256,
-            chat_template_sha256=_sha256(template) if template else "",
-        )
+        identity = self._identity(tokens)
         form = RecordForm(temperature=temperature)
         folder = self._session.new_scratch("teacher")
         if self._config.teacher_cache is not None:
@@ -132,6 +155,17 @@ class Asking:
             vocabulary=model.vocabulary_size,
             form=form,
             note=self._session.ui.note,
+        )
+
+    def _identity(self, tokens: PackedTokens) -> TeacherIdentity:
+        """Return what the original's outputs are of."""
+        tokenizer = self._session.need_tokenizer()
+        template = str(tokenizer.chat_template or "")
+        return TeacherIdentity(
+            teacher_sha256=self._teacher_sha256,
+            tokenizer_sha256=_sha256(json.dumps(tokenizer.get_vocab(), sort_keys=True)),
+            data_sha256=tokens.sha256,
+            chat_template_sha256=_sha256(template) if template else "",
         )
 
     def _states(self, tokens: PackedTokens, layers: list[int]) -> TeacherStatesStore:

@@ -13,9 +13,10 @@ from layer_surgery.data.tokens import PackedTokens
 from layer_surgery.errors import CheckpointError, DataError, UserError
 from layer_surgery.healing.adapters import check_peft
 from layer_surgery.healing.mixture import WeightedLoss, parse_losses
+from layer_surgery.healing.outputs import check_losses
 from layer_surgery.healing.rewrite import prompts
 from layer_surgery.healing.trainable import adapter_targets
-from layer_surgery.healing.windows import MOST_HELD_OUT, HealingData, healing_data
+from layer_surgery.healing.windows import HealingData, healing_data, most_held_out
 from layer_surgery.runs.bench import GENERAL_TEXT
 from layer_surgery.runs.provenance import described_tokens
 from layer_surgery.runs.session import Session
@@ -47,10 +48,11 @@ def prepare_healing(
     Raises `UserError` for what cannot be done.
     """
     original = session.checkpoint
-    if original.head is not CAUSAL_LM:
+    objective = original.objective
+    if config.teacher_rewrite and original.head is not CAUSAL_LM:
         raise CheckpointError(
-            f"{original.name} is a {original.head.words}, and healing trains causal language models; compress it "
-            "without --heal, and train the result with transformers."
+            f"--teacher-rewrite has a causal language model write answers, but {original.name} is a "
+            f"{original.head.words}; leave it out."
         )
     losses = parse_losses(config.loss)
     unknown = [loss.name for loss in losses if loss.entry.needs not in ("labels", "logits", "states")]
@@ -59,6 +61,7 @@ def prepare_healing(
             f"--loss {unknown[0]} needs the original beside the student, which is not in memory here; take losses over "
             "logits or states."
         )
+    check_losses(losses, objective)
     if config.train == "lora":
         if "local" in config.stages:
             raise UserError("--train lora puts adapters on the whole model; leave out --stages local.")
@@ -69,9 +72,9 @@ def prepare_healing(
             f"--resume {config.resume} is no checkpoint of a training; give --checkpoints' DIR/checkpoint-N."
         )
     windows = _MOST_WINDOWS
-    if config.tokens is not None:
+    if config.tokens is not None and not objective.labelled:  # examples are as long as they are
         windows = max(1, math.ceil(config.tokens / text.sequence_length))
-    tokens = session.healing_tokens(config.data, text, windows + MOST_HELD_OUT, option)
+    tokens = session.healing_tokens(config.data, text, windows + most_held_out(objective), option)
     data = healing_data(tokens, _general_text(session, config, tokens), config.general, session.runtime.seed)
     described = described_tokens(tokens) or {}
     if config.teacher_rewrite and not prompts(data.train, stop_tokens(session)):
@@ -90,8 +93,17 @@ def stop_tokens(session: Session) -> set[int]:
 
 
 def _general_text(session: Session, config: HealingConfig, tokens: PackedTokens) -> PackedTokens | None:
-    """Return the bundled text in windows; None if none is wanted, or the data have it already."""
-    if not config.general or any(source.name == GENERAL_TEXT for source in tokens.sources):
+    """Return the bundled text in windows; None if none is wanted, or the data have it already.
+
+    None for classifiers, which are made for one kind of text and learn from labels.
+    """
+    if not config.general or tokens.objective.labelled or any(source.name == GENERAL_TEXT for source in tokens.sources):
         return None
     text = load_documents(GENERAL_TEXT, part="calibration")
-    return pack_evaluation(text, session.need_tokenizer(), sequence_length=tokens.sequence_length)
+    return pack_evaluation(
+        text,
+        session.need_tokenizer(),
+        sequence_length=tokens.sequence_length,
+        objective=tokens.objective,
+        seed=session.runtime.seed,
+    )

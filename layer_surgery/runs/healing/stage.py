@@ -259,7 +259,9 @@ class _Healing:
 
     def _steps(self, probed: Probe | None) -> int:
         """Return how many steps the budget allows."""
-        sequences, length = self._config.step_sequences, self._data.train.sequence_length
+        sequences, length = self._config.step_sequences, float(self._data.train.sequence_length)
+        if self._data.train.objective.labelled:  # one example a sequence, most of them shorter than the longest
+            length = int(self._data.train.valid.sum()) / self._data.train.sequences
         if self._config.tokens is not None:
             return max(1, math.ceil(self._config.tokens / (sequences * length)))
         assert probed is not None and self._config.budget_minutes is not None
