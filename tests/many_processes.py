@@ -71,8 +71,15 @@ def compress_all(folder: Path) -> None:
                     folder / "llama", **options_of("mix", text) | {"samples": 5, "batch_size": 5}, dry_run=True
                 )
             ),
-            "healing": refusal(
-                lambda: api.compress(folder / "llama", **options_of("mix", text), dry_run=True, heal=True)
+            "local stage": refusal(
+                lambda: api.compress(
+                    folder / "llama", **options_of("mix", text), dry_run=True, heal={"stages": ["local"]}
+                )
+            ),
+            "steps": refusal(
+                lambda: api.compress(
+                    folder / "llama", **options_of("mix", text), dry_run=True, heal={"step_sequences": 7}
+                )
             ),
             "output": refusal(lambda: api.compress(folder / "llama", **options_of("mix", text), output=text)),
             "not finite": not_finite_in_one(folder / "llama", text),

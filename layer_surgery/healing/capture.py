@@ -2,37 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
+from layer_surgery import parallel
 from layer_surgery.data.objective import NO_LABEL
 from layer_surgery.data.tokens import PackedTokens
 from layer_surgery.healing.losses.inputs import TeacherLogits
 from layer_surgery.healing.outputs import token_outputs
-from layer_surgery.walk.boundaries import BoundaryStore
+from layer_surgery.walk.boundaries import Boundary, BoundaryStore
 from layer_surgery.walk.losses import targets
 from layer_surgery.walk.rehearsal import Rehearsal
 from layer_surgery.walk.streamed import StreamedModel
 from layer_surgery.walk.walk import LOGITS_AT_A_TIME, Observer, Walk, WalkSettings
 
+Reduce = Callable[[Tensor, int], Sequence[Tensor]]
+"""From the outputs [n, V] of the head for the items of a window, and its number, to what is kept of them: tensors that
+are joined along their first dimension."""
 
-def teacher_logits(
+
+def asked(
     teacher: StreamedModel,
     tokens: PackedTokens,
     settings: WalkSettings,
     windows: slice,
+    reduce: Reduce | None = None,
     states: TeacherStatesStore | None = None,
-) -> Iterator[Tensor]:
-    """Yield, for each of some windows of `tokens` in their order, the outputs [n, V] of the head for its items.
+) -> Iterator[tuple[int, list[Tensor]]]:
+    """Yield, for consecutive windows of `tokens`, how many they are, and what is kept of the head's outputs for them.
 
-    Items are tokens with loss, or the window itself ([1, L]) where there is one answer for each.
+    Items are tokens with loss, or the window itself ([1, L]) where there is one answer for each. All processes get what
+    each of them has found for its own micro-batches.
 
     The model is walked over as many windows at a time as fit into the memory for boundaries.
 
     Args:
+        reduce: makes of a window's outputs what is kept; None: only states are.
         states: where hidden states are kept too, if a loss looks at them.
     """
     window_bytes = tokens.sequence_length * teacher.hidden_size * teacher.dtype.itemsize
@@ -42,13 +50,34 @@ def teacher_logits(
         observers = [states.observer(start)] if states is not None else []
         with Walk(teacher, tokens.select(part), settings) as walk:
             last = walk.forward(range(teacher.layer_count), keep=False, observers=observers)
-            for rows in walk.batches():
-                if tokens.objective.of_sequences:
-                    yield from _answers(walk, last.read(rows), rows)
-                    continue
-                carries = targets(walk.tokens, rows) != NO_LABEL
-                for row in range(rows.start, rows.stop):
-                    yield _logits(walk, last.read(slice(row, row + 1))[0, carries[row - rows.start]])
+            numbers = walk.share.windows.tolist()
+            sizes = [rows.stop - rows.start for rows in walk.all_tokens.batches(settings.batch_size)]
+            for round_, (rows, present) in enumerate(walk.share.rounds):
+                found: list[Tensor] = []
+                if rows is not None and reduce is not None:
+                    outputs = zip(range(rows.start, rows.stop), _outputs(walk, last, rows), strict=True)
+                    kept = [reduce(each, start + numbers[row]) for row, each in outputs]
+                    found = [torch.cat(parts) for parts in zip(*kept, strict=True)]
+                for source in range(present):
+                    own = source == parallel.group().rank
+                    count = parallel.gather(len(found))[source]
+                    yield (
+                        sizes[round_ * parallel.group().world + source],
+                        [
+                            parallel.broadcast(found[place] if own else None, source, torch.device("cpu"))
+                            for place in range(count)
+                        ],
+                    )
+
+
+def _outputs(walk: Walk, last: Boundary, rows: slice) -> Iterator[Tensor]:
+    """Yield the outputs [n, V] for the items of each window of a micro-batch."""
+    if walk.tokens.objective.of_sequences:
+        yield from _answers(walk, last.read(rows), rows)
+        return
+    carries = targets(walk.tokens, rows) != NO_LABEL
+    for row in range(rows.start, rows.stop):
+        yield _logits(walk, last.read(slice(row, row + 1))[0, carries[row - rows.start]])
 
 
 @torch.no_grad()
@@ -104,16 +133,25 @@ class TeacherStatesStore:
 
 
 class _StatesObserver(Observer):
+    """Each process keeps the states of all windows: any of them may be in its part of a step."""
+
     def __init__(self, store: BoundaryStore, slots: dict[int, int], first: int) -> None:
         self._store, self._slots, self._first = store, slots, first
-        self._next = first
+        self._next, self._index = first, 0
+        self._own: Tensor | None = None  # of the micro-batch at hand
 
     def watching(self, index: int, layer: nn.Module) -> AbstractContextManager[None]:
-        self._next = self._first
+        self._next, self._index = self._first, index
         return nullcontext()
 
     def boundaries(self, index: int, before: Tensor, after: Tensor, valid: Tensor) -> None:
-        if index in self._slots:
-            rows = slice(self._next, self._next + len(after))
-            self._store.write(self._slots[index], rows, after.to(self._store.dtype))
-        self._next += len(after)
+        self._own = after.to(self._store.dtype) if index in self._slots else None
+
+    def end_round(self, present: int) -> None:
+        if self._index not in self._slots:
+            return
+        for source in range(present):
+            own = self._own if source == parallel.group().rank else None
+            states = parallel.broadcast(own, source, self._store.device)
+            self._store.write(self._slots[self._index], slice(self._next, self._next + len(states)), states)
+            self._next += len(states)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from layer_surgery import parallel
 from layer_surgery.healing.trainee import Trainee
 from layer_surgery.healing.training import TrainingSettings, regret, train
 from layer_surgery.healing.windows import HealingData
@@ -43,9 +44,9 @@ def probe(
     unhealed = {name: student.measure(name, text, settings.batch_size) for name, text in few.texts.items()}
     begun = student.save(settings.directory / "probe-begin")
     points: list[ProbePoint] = []
-    seconds, began = 0.0, time.monotonic()
+    seconds, began, limit = 0.0, time.monotonic(), settings.seconds
     for number, rate in enumerate(rates):
-        if points and settings.seconds is not None and time.monotonic() - began > settings.seconds:
+        if points and limit is not None and parallel.from_first(lambda: time.monotonic() - began > limit):
             break
         short = replace(
             settings,
@@ -65,4 +66,4 @@ def probe(
         student.load(begun)
     regrets = {point.learning_rate: point.regret for point in points if point.regret is not None}
     best = min(regrets, key=lambda rate: regrets[rate]) if regrets else min(rates)
-    return Probe(points, best, seconds / PROBE_STEPS)
+    return Probe(points, best, parallel.from_first(lambda: seconds) / PROBE_STEPS)

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from layer_surgery import parallel
 from layer_surgery.data.objective import NO_LABEL
 from layer_surgery.data.tokens import PackedTokens
 from layer_surgery.errors import NumericalError
@@ -156,13 +157,16 @@ class Student(Trainee):
     @torch.no_grad()
     def measure(self, text: str, tokens: PackedTokens, batch_size: int) -> float:
         """Return the mean of the head's own loss, per token with loss or per sequence, of the student as it is."""
-        total, count, objective = 0.0, 0, tokens.objective
-        for rows in tokens.batches(batch_size):
+        objective, group = tokens.objective, parallel.group()
+        batches = [*tokens.batches(batch_size)]
+        sums = dict[int, tuple[float, int]]()  # of each micro-batch of this process's
+        for number in range(group.rank, len(batches), group.world):
+            rows, total = batches[number], 0.0
             given, labels = tokens.inputs(rows), targets(tokens, rows).to(self._streamed.device)
             last = self._hidden(given)[self._last]
             if objective.of_sequences:
                 found = own_losses(self._rehearsal.head(last, given), labels, objective)
-                total, count = total + float(found.double().sum()), count + len(found)
+                sums[number] = float(found.double().sum()), len(found)
                 continue
             carries = labels != NO_LABEL
             hidden, chosen = last[carries], labels[carries]
@@ -170,8 +174,10 @@ class Student(Trainee):
                 logits = self._head(hidden[start : start + self._chunk])
                 part = chosen[start : start + self._chunk]
                 total += float(nn.functional.cross_entropy(logits, part, reduction="sum").double())
-            count += len(chosen)
-        return total / max(1, count)
+            sums[number] = total, len(chosen)
+        every: list[Any] = sorted(each for of_one in parallel.gather([*sums.items()]) for each in of_one)
+        whole, count = float(sum(part[0] for _, part in every)), int(sum(part[1] for _, part in every))
+        return whole / max(1, count)
 
     @property
     def _output_losses(self) -> list[WeightedLoss]:

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from layer_surgery import parallel
 from layer_surgery.data.objective import NO_LABEL, Objective
 from layer_surgery.data.tokens import PackedTokens
 from layer_surgery.healing.adapters import plain_name
@@ -29,11 +30,14 @@ class Sums:
     def add(self, name: str, total: Tensor) -> None:
         self.losses[name] = self.losses.get(name, torch.zeros_like(total)) + total.detach()
 
-    def take(self) -> dict[str, float]:
-        """Return the mean of each loss per token, and begin anew."""
-        means = {name: float(total) / max(1, self.tokens) for name, total in self.losses.items()}
+    def take(self) -> tuple[dict[str, float], int]:
+        """Return the mean of each loss and the number of items, of all processes together, and begin anew."""
+        own = {name: float(total) for name, total in self.losses.items()}
+        found = parallel.gather([own, self.tokens])
+        count = sum(tokens for _, tokens in found)
+        totals = {name: sum(losses.get(name, 0.0) for losses, _ in found) for losses, _ in found for name in losses}
         self.losses, self.tokens = {}, 0
-        return means
+        return {name: total / max(1, count) for name, total in totals.items()}, count
 
 
 class Trainee(nn.Module, ABC):
@@ -84,15 +88,17 @@ class Trainee(nn.Module, ABC):
         return count
 
     def save(self, directory: Path) -> Path:
-        """Write the parameters that are trained into a directory, and return the file."""
-        directory.mkdir(parents=True, exist_ok=True)
-        trained = {name: value.detach().cpu() for name, value in self.named_parameters() if value.requires_grad}
-        save_file(trained, directory / WEIGHTS_FILE)
+        """Write the parameters that are trained into a directory, and return the file; the first process does."""
+        if parallel.is_first():
+            directory.mkdir(parents=True, exist_ok=True)
+            trained = {name: value.detach().cpu() for name, value in self.named_parameters() if value.requires_grad}
+            save_file(trained, directory / WEIGHTS_FILE)
         return directory / WEIGHTS_FILE
 
     @torch.no_grad()
     def load(self, file: Path) -> None:
-        """Put what `save` wrote back."""
+        """Put what `save` wrote back, when all processes are here."""
+        parallel.barrier()
         parameters = dict(self.named_parameters())
         for name, tensor in load_file(file).items():
             parameters[name].copy_(tensor)

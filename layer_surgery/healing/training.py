@@ -6,11 +6,12 @@ random generators), which Trainer reads with torch's restricted loader: no code 
 
 from __future__ import annotations
 
+import gc
 import math
 import random
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,10 @@ import torch
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
+from layer_surgery import parallel
 from layer_surgery.errors import LayerSurgeryError, NumericalError
 from layer_surgery.healing.trainee import WEIGHTS_FILE, Trainee
-from layer_surgery.healing.windows import HealingData, WindowDataset
+from layer_surgery.healing.windows import HealingData, WindowDataset, passes
 from layer_surgery.records import CurvePoint
 
 #: What decides which checkpoint is best.
@@ -54,8 +56,9 @@ class TrainingSettings:
 
     @property
     def micro_batch(self) -> int:
-        """The largest number of sequences at a time that divides a step."""
-        return max(size for size in range(1, self.batch_size + 1) if self.step_sequences % size == 0)
+        """The largest number of sequences at a time that divides a process's share of a step."""
+        own = self.step_sequences // parallel.group().world
+        return max(size for size in range(1, self.batch_size + 1) if own % size == 0)
 
 
 @dataclass
@@ -94,8 +97,9 @@ def train(
     begun = student.save(settings.directory / "begin")
     watch = _Watch(settings, advance)
     stopped = None
-    with _own_random_state(settings.device):
+    with _own_random_state(settings.device), ExitStack() as stack:
         trainer = HealingTrainer(student, data, settings, watch, unhealed, say)
+        stack.callback(trainer.release)
         try:
             trainer.train(resume_from_checkpoint=str(resume) if resume is not None else None)
         except NumericalError as error:
@@ -105,7 +109,8 @@ def train(
                 f"a checkpoint of the training cannot be written to {settings.directory} ({error.strerror}); make "
                 "room, or give --checkpoints elsewhere."
             ) from error
-    best, value = trainer.state.best_model_checkpoint, trainer.state.best_metric
+    # Only the first process is sure to have seen a file that it has written.
+    best, value = parallel.from_first(lambda: [trainer.state.best_model_checkpoint, trainer.state.best_metric])
     helped = best is not None and value is not None and value < 0
     student.load(Path(best) / WEIGHTS_FILE if helped and best is not None else begun)
     return Training(
@@ -142,7 +147,8 @@ class HealingTrainer(Trainer):  # type: ignore[misc]
     ) -> None:
         self._student, self._data, self._unhealed = student, data, unhealed
         self._batch_size, self._watch, self._say = settings.batch_size, watch, say
-        windows = WindowDataset(data.train, data.order)
+        order = passes(data.order, settings.steps * settings.step_sequences, settings.seed)
+        windows = WindowDataset(data.train, order)
         super().__init__(
             model=student,
             args=_arguments(settings),
@@ -153,16 +159,28 @@ class HealingTrainer(Trainer):  # type: ignore[misc]
         )
         self.remove_callback(PrinterCallback)
 
+    def compute_loss(self, *given: Any, **named: Any) -> Any:
+        """Return the loss of a micro-batch; one that is not finite in one process ends the training in all."""
+        with parallel.together():
+            return super().compute_loss(*given, **named)
+
+    def release(self) -> None:
+        """Let go of the wrapper around the student: what it does in each backward pass would go on in the next
+        training."""
+        self.model_wrapped = self.model
+        self.accelerator.free_memory()
+        gc.collect()
+
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Measure the student on the texts that are not trained on; log that with the losses since the last time."""
         found = {name: self._student.measure(name, text, self._batch_size) for name, text in self._data.texts.items()}
         bad = [name for name, value in found.items() if not math.isfinite(value)]
         if bad:
             raise NumericalError(f"the loss on the {bad[0]} text is not finite")
-        tokens = self._student.sums.tokens
+        means, tokens = self._student.sums.take()
         metrics = {f"eval_{name}": value for name, value in found.items()}
         metrics |= {METRIC: regret(found, self._unhealed), "eval_seconds": self._watch.seconds}
-        metrics |= {f"{_LOSS}{name}": value for name, value in self._student.sums.take().items()}
+        metrics |= {f"{_LOSS}{name}": value for name, value in means.items()}
         self.log(metrics | {_TOKENS: tokens})
         self._say(curve_of(self.state.log_history, self._data)[-1])
         self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -225,10 +243,11 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, _args: Any, state: Any, control: Any, **_: Any) -> None:
         self._advance()
+        limit = self._limit
         if (
-            self._limit is not None
-            and time.monotonic() - self._start > self._limit
+            limit is not None
             and not control.should_training_stop
+            and parallel.from_first(lambda: time.monotonic() - self._start > limit)
         ):
             self.stopped = f"the time was up after {state.global_step} of {state.max_steps} steps"
             control.should_training_stop = True
@@ -247,7 +266,9 @@ def _arguments(settings: TrainingSettings) -> TrainingArguments:
         output_dir=str(settings.directory),
         max_steps=settings.steps,
         per_device_train_batch_size=settings.micro_batch,
-        gradient_accumulation_steps=settings.step_sequences // settings.micro_batch,
+        gradient_accumulation_steps=settings.step_sequences // (parallel.group().world * settings.micro_batch),
+        train_sampling_strategy="sequential",  # `passes` has chosen the order
+        ddp_broadcast_buffers=False,  # they are not trained; and `compute_loss` is to exchange nothing
         learning_rate=settings.learning_rate,
         lr_scheduler_type="linear",
         warmup_steps=round(WARM_UP * settings.steps),
@@ -272,7 +293,6 @@ def _arguments(settings: TrainingSettings) -> TrainingArguments:
         remove_unused_columns=False,
         label_names=["labels"],
         seed=settings.seed % 2**32,  # numpy takes no larger one
-        data_seed=settings.seed % 2**32,
         activation_checkpointing=settings.gradient_checkpointing,
         dataloader_pin_memory=settings.device.type == "cuda",
     )

@@ -106,6 +106,17 @@ def _arranged(
     return HealingData(train=data, order=order, data_windows=count, validation=validation, watched=watched)
 
 
+def passes(order: Tensor, count: int, seed: int) -> Tensor:
+    """Return `count` windows: passes over those of `order` [n], each in an order of its own that the seed chooses.
+
+    Every step of the optimiser takes the next ones of these, so what a step sees depends neither on the number of
+    processes nor on how it is divided, and no step at the end of a pass is shorter than others.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    found = [order[torch.randperm(len(order), generator=generator)] for _ in range(-(-count // len(order)))]
+    return torch.cat(found)[:count]
+
+
 class WindowDataset(Dataset[int]):
     """Numbers of windows, for a data loader; `collate` turns them into a batch."""
 

@@ -38,8 +38,6 @@ def run_compress(model: Model, config: CompressConfig, *, known_scores: LayerSco
     check_cache(config.cache)
     check_sources(config.text_column, calibration=config.calibration, evaluation=config.eval_data)
     check_task_names(config, bundled_tasks)
-    if config.heal is not None:
-        parallel.check_alone("--heal")
     with ExitStack() as stack:
         # Open: the output, the model, the data, and what there is to measure.
         staging = open_output(model, config, stack)

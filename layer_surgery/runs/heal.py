@@ -30,7 +30,6 @@ from layer_surgery.runs.stages import stages_of_healing
 
 def run_heal(result: str | Path, config: HealConfig) -> SurgeryReport:
     """Heal a saved result. Everything that can be refused is refused before any work is done."""
-    parallel.check_alone("heal")
     check_output_given(config)
     check_sources(config.text_column, calibration=config.data, evaluation=config.eval_data, option="--data")
     check_task_names(config, bundled_tasks)
@@ -47,7 +46,7 @@ def run_heal(result: str | Path, config: HealConfig) -> SurgeryReport:
         teacher = replace(opened, ui=session.ui)
         _check_same_vocabulary(session, teacher)
         if staging is not None:
-            check_free_space(staging, student.size_bytes)
+            parallel.from_first(lambda: check_free_space(staging, student.size_bytes))
         healing = prepare_healing(session, config, config)
         trained_names(student, surgery.plan, config.train)
         texts = session.evaluation_tokens(config)

@@ -15,7 +15,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, kl_div, logsig
 from layer_surgery.data.objective import NO_LABEL, Objective, Problem
 from layer_surgery.data.tokens import PackedTokens
 from layer_surgery.errors import DataError, UserError
-from layer_surgery.healing.capture import TeacherStatesStore, teacher_logits
+from layer_surgery.healing.capture import TeacherStatesStore, asked
 from layer_surgery.healing.mixture import parse_losses
 from layer_surgery.healing.outputs import check_losses
 from layer_surgery.healing.student import Student
@@ -41,9 +41,10 @@ def model(problem: Problem, model_type: str, seed: int) -> Any:
 
 
 def teacher_rows(teacher: Any, tokens: PackedTokens) -> TeacherRows:
-    found = teacher_logits(streamed(teacher), tokens, WalkSettings(batch_size=2), slice(0, tokens.sequences))
+    every = slice(0, tokens.sequences)
+    found = asked(streamed(teacher), tokens, WalkSettings(batch_size=2), every, lambda outputs, _window: [outputs])
     identity = TeacherIdentity(teacher_sha256="", tokenizer_sha256="", data_sha256="")
-    rows = captured_rows(found, None, identity)
+    rows = captured_rows((piece for _, (piece,) in found), None, identity)
     return TeacherRows(rows, tokens.loss_mask.sum(dim=1).tolist(), tokens.objective)
 
 
@@ -111,7 +112,7 @@ def test_the_gradient_of_a_step_is_the_same_for_every_micro_batch(
         shape = (tokens.sequences, tokens.sequence_length, teacher.hidden_size)
         with BoundaryStore(shape, torch.float64, torch.device("cpu"), 1 << 24, tmp_path) as store:
             states = TeacherStatesStore(store, list(range(LAYERS)))
-            for _ in teacher_logits(teacher, tokens, WalkSettings(batch_size=4), slice(0, 6), states):
+            for _ in asked(teacher, tokens, WalkSettings(batch_size=4), slice(0, 6), states=states):
                 pass
             pairs = [(layer, layer) for layer in range(LAYERS)]
             made = student(problem, model_type, tokens, ("kl:1", "hidden:1", "cka:1"), states=states, pairs=pairs)

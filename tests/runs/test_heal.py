@@ -225,7 +225,7 @@ def test_the_original_is_asked_once_for_the_same_data(
     options = HEAL | {"eval_data": None, "teacher_cache": tmp_path / "cache"}
     first = layer_surgery.heal(result, tmp_path / "first", data=str(words), **options)
     monkeypatch.setattr(
-        "layer_surgery.runs.healing.asking.teacher_logits", lambda *_: pytest.fail("the original was asked again")
+        "layer_surgery.runs.healing.asking.asked", lambda *_: pytest.fail("the original was asked again")
     )
     second = layer_surgery.heal(result, tmp_path / "second", data=str(words), **options)
     one, other = tensors_of(tmp_path / "first"), tensors_of(tmp_path / "second")

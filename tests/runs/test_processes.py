@@ -59,7 +59,10 @@ def test_what_processes_cannot_do_together_is_refused_in_one_sentence(folder: Pa
         "5 calibration sequences in micro-batches of 5 are 1, too few for 2 processes; pass --batch-size 2 or less, or "
         "raise --samples, or start fewer processes."
     )
-    assert refusals["healing"] == "--heal works in one process, but 2 were started; start it without a launcher."
+    assert refusals["local stage"] == (
+        "--stages local works in one process, but 2 were started; start it without a launcher."
+    )
+    assert refusals["steps"] == ("--step-sequences is 7, which 2 processes cannot share evenly; take a multiple of 2.")
     assert "is a file or a link" in refusals["output"]
 
 

@@ -11,7 +11,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -144,13 +144,22 @@ class TeacherCache:
         Raises `LayerSurgeryError` if a file cannot be written (the disk is full), and `ValueError` if the logits are
         not those of all the tokens.
         """
-        pending, waiting = list[Observed](), 0
+        self.write(self._observed(logits))
+
+    def _observed(self, logits: Iterable[Tensor]) -> Iterator[Observed]:
         seen = sum(self._tokens[: self.next_sequence])
         for piece in logits:
             if piece.shape[1] != self._vocabulary:
                 raise ValueError(f"logits over {piece.shape[1]} tokens, and the vocabulary has {self._vocabulary}")
-            pending.append(observe(piece, self._form, seen))
-            seen, waiting = seen + len(piece), waiting + len(piece)
+            yield observe(piece, self._form, seen)
+            seen += len(piece)
+
+    def write(self, pieces: Iterable[Observed]) -> None:
+        """Do the same with what `observe` has made of the logits."""
+        pending, waiting = list[Observed](), 0
+        for piece in pieces:
+            pending.append(piece)
+            waiting += len(piece.counts)
             while (stop := self._shard_stop()) is not None and waiting >= sum(self._tokens[self.next_sequence : stop]):
                 waiting, pending = self._write_shard(pending, stop)
         if waiting or not self.complete:

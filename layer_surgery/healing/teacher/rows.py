@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from layer_surgery import parallel
 from layer_surgery.data.objective import Objective
 from layer_surgery.errors import LayerSurgeryError
 from layer_surgery.healing.losses.inputs import TeacherLogits
@@ -44,7 +45,7 @@ def captured_rows(outputs: Iterable[Tensor], file: Path | None, identity: Teache
     Raises `LayerSurgeryError` if the file cannot be written.
     """
     rows = torch.cat([piece.cpu() for piece in outputs])
-    if file is None:
+    if file is None or not parallel.is_first():
         return rows
     partial = file.with_name(f".{file.name}.partial")
     try:

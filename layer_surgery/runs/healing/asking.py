@@ -6,20 +6,22 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from layer_surgery import parallel
 from layer_surgery.data.tokens import PackedTokens
 from layer_surgery.errors import LayerSurgeryError
-from layer_surgery.healing.capture import DenseTeacher, TeacherStatesStore, teacher_logits
+from layer_surgery.healing.capture import DenseTeacher, Reduce, TeacherStatesStore, asked
 from layer_surgery.healing.rewrite import greedy, load_rewritten, prompts, rewritten, save_rewritten
 from layer_surgery.healing.student import Student
 from layer_surgery.healing.teacher.cache import TeacherCache, TeacherIdentity
-from layer_surgery.healing.teacher.form import RecordForm
+from layer_surgery.healing.teacher.form import Observed, RecordForm, observe
 from layer_surgery.healing.teacher.rows import TeacherRows, captured_rows, stored_rows
 from layer_surgery.healing.windows import HealingData
 from layer_surgery.runs.healing.prepare import PreparedHealing, stop_tokens
@@ -54,17 +56,22 @@ class Asking:
 
     def rewritten(self, data: HealingData) -> HealingData:
         """Have the original answer the prompts of the data, or take its answers from the cache."""
-        tokens, stops, folder = data.train, stop_tokens(self._teacher), self._config.teacher_cache
+        tokens, stops = data.train, stop_tokens(self._teacher)
+        folder = self._config.teacher_cache or self._session.new_scratch("answers")
         key = _sha256(f"{self._teacher_sha256} {tokens.sha256} {sorted(stops)}")[:24]
-        file = folder / f"answers-{key}.safetensors" if folder is not None else None
-        found = load_rewritten(tokens, file) if file is not None else None
+        file = folder / f"answers-{key}.safetensors"
+        known = parallel.from_first(lambda: load_rewritten(tokens, file) is not None)
+        if not known:
+            model = self._teacher.stream(self._teacher.checkpoint)
+            if parallel.is_first():
+                count = len(prompts(tokens, stops))
+                with self._session.ui.progress("answering prompts", count) as advance:
+                    answers = greedy(model.load_whole(), stops)
+                    save_rewritten(*rewritten(tokens, answers, stops, advance), file)
+            parallel.barrier()
+        found = load_rewritten(tokens, file)
         if found is None:
-            model = self._teacher.stream(self._teacher.checkpoint).load_whole()
-            count = len(prompts(tokens, stops))
-            with self._session.ui.progress("answering prompts", count) as advance:
-                found = rewritten(tokens, greedy(model, stops), stops, advance)
-            if file is not None:
-                save_rewritten(*found, file)
+            raise LayerSurgeryError(f"the answers of the original in {file} cannot be read again; run this once more.")
         answered, count = found
         self._session.ui.note(f"healing: {count:,} answers of {answered.sequences:,} are the original's own")
         return replace(data, train=answered)
@@ -84,29 +91,50 @@ class Asking:
             layers.append(depth - 1)
         states = self._states(tokens, layers) if layers else None
         model = self._teacher.stream(self._teacher.checkpoint)
-        cache = self._cache(model, tokens, temperature) if "logits" in needs and temperature is not None else None
-        first = cache.next_sequence if cache is not None else 0
-        with self._session.ui.progress("asking the original", tokens.sequences) as advance:
-
-            def logits() -> Iterator[Tensor]:
-                walked = slice(0 if states is not None else first, tokens.sequences)
-                found = teacher_logits(model, tokens, self._session.settings, walked, states)
-                for window, each in enumerate(found, walked.start):
-                    if window >= first:
-                        yield each
-                    advance()
-
-            if cache is not None and not cache.complete:
-                cache.capture(logits())
-            elif states is not None:
-                for _ in logits():
-                    pass
+        if "logits" in needs and temperature is not None:
+            self._ask_language_model(student, model, tokens, temperature, states)
+        elif states is not None:
+            for _ in self._kept_of(model, tokens, slice(0, tokens.sequences), None, states):
+                pass
         student.states = states if "states" in needs else None
-        if cache is not None:
-            student.outputs = cache.records()
-            self.bytes_per_token = round(cache.nbytes / max(1, tokens.predicted_tokens), 2)
-        elif states is not None and "logits" in needs:
+        if "logits" in needs and temperature is None and states is not None:
             student.outputs = DenseTeacher(model, tokens, states)
+
+    def _ask_language_model(
+        self,
+        student: Student,
+        model: StreamedModel,
+        tokens: PackedTokens,
+        temperature: float,
+        states: TeacherStatesStore | None,
+    ) -> None:
+        """Keep the largest probabilities of each token; the first process writes what all have found."""
+        folder, form = self._cache_folder(tokens, temperature), RecordForm(temperature=temperature)
+        caches: list[TeacherCache] = []
+
+        def next_sequence() -> int:
+            caches.append(self._open_cache(folder, model, tokens, form, self._session.ui.note))
+            return caches[0].next_sequence
+
+        first = parallel.from_first(next_sequence)
+        if first < tokens.sequences or states is not None:
+            starts = [0, *tokens.loss_mask.sum(dim=1).cumsum(0).tolist()]
+
+            def seen(logits: Tensor, window: int) -> list[Tensor]:
+                found = observe(logits if window >= first else logits[:0], form, starts[window])
+                return [torch.from_numpy(each) for each in (found.counts, found.ids, found.values)]
+
+            walked = slice(0 if states is not None else first, tokens.sequences)
+            kept = self._kept_of(model, tokens, walked, seen if first < tokens.sequences else None, states)
+            pieces = (Observed(*(tensor.numpy() for tensor in piece)) for piece in kept if piece)
+            if parallel.is_first() and not caches[0].complete:
+                caches[0].write(pieces)
+            for _ in pieces:  # of the others, and where there is nothing to write
+                pass
+            parallel.barrier()
+        cache = caches[0] if caches else self._open_cache(folder, model, tokens, form, lambda _note: None)
+        student.outputs = cache.records()
+        self.bytes_per_token = round(cache.nbytes / max(1, tokens.predicted_tokens), 2)
 
     def _ask_classifier(self, student: Student, tokens: PackedTokens, layers: list[int], *, outputs: bool) -> None:
         """Take the whole outputs of a head with few of them, and states."""
@@ -115,24 +143,33 @@ class Asking:
         folder = self._config.teacher_cache
         key = _sha256(json.dumps(asdict(identity), sort_keys=True))[:24]
         file = folder / f"outputs-{key}.safetensors" if folder is not None else None
-        rows = stored_rows(file, identity, items, note) if file is not None else None
-        if rows is None or layers:
-            states = self._states(tokens, layers) if layers else None
+        rows = stored_rows(file, identity, items, note) if file is not None and outputs else None
+        states = self._states(tokens, layers) if layers else None
+        if states is not None or (outputs and rows is None):
             model = self._teacher.stream(self._teacher.checkpoint)
-            every = slice(0, tokens.sequences)
-            with self._session.ui.progress("asking the original", tokens.sequences) as advance:
-
-                def found() -> Iterator[Tensor]:
-                    for each in teacher_logits(model, tokens, self._session.settings, every, states):
-                        yield each
-                        advance()
-
-                asked = captured_rows(found(), file if rows is None and outputs else None, identity)
-            rows = asked if rows is None else rows
-            student.states = states
-        if outputs:
+            reduce = (lambda logits, _window: [logits]) if outputs and rows is None else None
+            found = [*self._kept_of(model, tokens, slice(0, tokens.sequences), reduce, states)]
+            if reduce is not None:
+                rows = captured_rows((piece for (piece,) in found), file, identity)
+        student.states = states
+        if rows is not None:
             student.outputs = TeacherRows(rows, items, tokens.objective)
             self.bytes_per_token = float(rows.shape[1] * rows.dtype.itemsize)
+
+    def _kept_of(
+        self,
+        model: StreamedModel,
+        tokens: PackedTokens,
+        windows: slice,
+        reduce: Reduce | None,
+        states: TeacherStatesStore | None,
+    ) -> Iterator[list[Tensor]]:
+        """Yield what is kept of the original's outputs for these windows, and keep states."""
+        with self._session.ui.progress("asking the original", tokens.sequences) as advance:
+            for count, kept in asked(model, tokens, self._session.settings, windows, reduce, states):
+                yield kept
+                for _ in range(count):
+                    advance()
 
     def _kept_temperature(self) -> float | None:
         """Return the temperature at which the largest probabilities are kept; None if a loss needs the others too."""
@@ -140,21 +177,29 @@ class Asking:
         found = {loss.settings.get("temperature", 1.0) for loss in losses}
         return found.pop() if len(found) == 1 and all("top_k" in loss.entry.teachers for loss in losses) else None
 
-    def _cache(self, model: StreamedModel, tokens: PackedTokens, temperature: float) -> TeacherCache:
-        """Open the cache of the original's outputs: the user's, found by content, or one in a scratch folder."""
-        identity = self._identity(tokens)
+    def _cache_folder(self, tokens: PackedTokens, temperature: float) -> Path:
+        """Return the folder of the cache of the original's outputs: the user's, found by content, or a scratch one."""
+        if self._config.teacher_cache is None:
+            return self._session.new_scratch("teacher")
         form = RecordForm(temperature=temperature)
-        folder = self._session.new_scratch("teacher")
-        if self._config.teacher_cache is not None:
-            described = {"identity": asdict(identity), "form": form.to_dict()}
-            folder = self._config.teacher_cache / _sha256(json.dumps(described, sort_keys=True))[:24]
+        described = {"identity": asdict(self._identity(tokens)), "form": form.to_dict()}
+        return self._config.teacher_cache / _sha256(json.dumps(described, sort_keys=True))[:24]
+
+    def _open_cache(
+        self,
+        folder: Path,
+        model: StreamedModel,
+        tokens: PackedTokens,
+        form: RecordForm,
+        note: Callable[[str], None],
+    ) -> TeacherCache:
         return TeacherCache.open(
             folder,
-            identity,
+            self._identity(tokens),
             tokens=tokens.loss_mask.sum(dim=1).tolist(),
             vocabulary=model.vocabulary_size,
             form=form,
-            note=self._session.ui.note,
+            note=note,
         )
 
     def _identity(self, tokens: PackedTokens) -> TeacherIdentity:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 
+from layer_surgery import parallel
 from layer_surgery.checkpoint.heads import CAUSAL_LM
 from layer_surgery.config import HealingConfig
 from layer_surgery.config.inputs import TextConfig
@@ -62,6 +64,7 @@ def prepare_healing(
             "logits or states."
         )
     check_losses(losses, objective)
+    _check_processes(config)
     if config.train == "lora":
         if "local" in config.stages:
             raise UserError("--train lora puts adapters on the whole model; leave out --stages local.")
@@ -76,6 +79,10 @@ def prepare_healing(
         windows = max(1, math.ceil(config.tokens / text.sequence_length))
     tokens = session.healing_tokens(config.data, text, windows + most_held_out(objective), option)
     data = healing_data(tokens, _general_text(session, config, tokens), config.general, session.runtime.seed)
+    parallel.agree(
+        {f"other tokens of '{tokens.name}' (sha256)": data.train.sha256},
+        "give all processes the same text and tokenizer",
+    )
     described = described_tokens(tokens) or {}
     if config.teacher_rewrite and not prompts(data.train, stop_tokens(session)):
         raise DataError(
@@ -83,6 +90,24 @@ def prepare_healing(
             "an end-of-text token); leave it out, or pass rows with prompt and answer."
         )
     return PreparedHealing(config=config, losses=losses, data=data, described=described)
+
+
+def _check_processes(config: HealingConfig) -> None:
+    """Raise `UserError` for what several processes cannot do together."""
+    world = parallel.group().world
+    for variable, option in (("ACCELERATE_USE_FSDP", "--use_fsdp"), ("ACCELERATE_USE_DEEPSPEED", "--use_deepspeed")):
+        if os.environ.get(variable, "").lower() in ("true", "1"):
+            raise UserError(
+                f"healing keeps the whole student in each process, but accelerate was told {option}; leave that out of "
+                "its command and configuration."
+            )
+    if "local" in config.stages:
+        parallel.check_alone("--stages local")
+    if config.step_sequences % world:
+        raise UserError(
+            f"--step-sequences is {config.step_sequences}, which {world} processes cannot share evenly; take a "
+            f"multiple of {world}."
+        )
 
 
 def stop_tokens(session: Session) -> set[int]:

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from layer_surgery import parallel
 from layer_surgery.checkpoint.open import Checkpoint
 from layer_surgery.checkpoint.result import with_new_tensors
 from layer_surgery.checkpoint.tensors import SafetensorsSource, TensorSpec
@@ -272,7 +273,7 @@ class _Healing:
         steps = left / (asking + step)
         if steps > most:
             steps = (left - most * asking) / step
-        return max(1, int(steps))
+        return int(parallel.from_first(lambda: max(1, int(steps))))
 
     # -- training --------------------------------------------------------------------------------------------------
 
@@ -325,7 +326,10 @@ class _Healing:
     def _as_saved(self, checkpoint: Checkpoint, student: Student) -> Checkpoint:
         """Write the trained tensors, in the checkpoint's own dtypes, to a scratch file, and return the checkpoint."""
         file = self._session.new_scratch("healed") / "healed.safetensors"
-        _write(file, student.trained_tensors(), checkpoint.source.specs)
+        trained = student.trained_tensors()
+        if parallel.is_first():
+            _write(file, trained, checkpoint.source.specs)
+        parallel.barrier()
         return with_new_tensors(checkpoint, SafetensorsSource([file]), f"{self._checkpoint.name} and healing")
 
     def _validated(self, checkpoint: Checkpoint) -> dict[str, float]:
