@@ -151,7 +151,7 @@ class HealingTrainer(Trainer):  # type: ignore[misc]
         windows = WindowDataset(data.train, order)
         super().__init__(
             model=student,
-            args=_arguments(settings),
+            args=training_arguments(settings),
             train_dataset=windows,
             eval_dataset=windows,  # Trainer asks for one; `evaluate` looks at the texts
             data_collator=windows.collate,
@@ -260,7 +260,8 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
         return round(self._before + time.monotonic() - self._start, 1)
 
 
-def _arguments(settings: TrainingSettings) -> TrainingArguments:
+def training_arguments(settings: TrainingSettings) -> TrainingArguments:
+    """Return what Trainer is told."""
     every = max(1, settings.steps // settings.validations)
     arguments = TrainingArguments(
         output_dir=str(settings.directory),
