@@ -16,6 +16,8 @@ from layer_surgery.records import ProbePoint
 LEARNING_RATES = (3e-4, 1e-3, 1e-4)
 #: Steps with each, and the held-out windows that they are compared on.
 PROBE_STEPS, PROBE_WINDOWS = 10, 16
+#: The same of labelled examples, which say less each.
+PROBE_EXAMPLES = 128
 
 
 @dataclass(frozen=True)
@@ -38,8 +40,9 @@ def probe(
 
     The student has its own weights again at the end. After `settings.seconds` no further rate is begun.
     """
-    validation = data.validation.select(slice(0, PROBE_WINDOWS))
-    watched = data.watched.select(slice(0, PROBE_WINDOWS)) if data.watched is not None else None
+    compared = slice(0, PROBE_EXAMPLES if data.validation.objective.labelled else PROBE_WINDOWS)
+    validation = data.validation.select(compared)
+    watched = data.watched.select(compared) if data.watched is not None else None
     few = replace(data, validation=validation, watched=watched)
     unhealed = {name: student.measure(name, text, settings.batch_size) for name, text in few.texts.items()}
     begun = student.save(settings.directory / "probe-begin")

@@ -24,7 +24,7 @@ from transformers.trainer_callback import PrinterCallback
 from layer_surgery import parallel
 from layer_surgery.errors import LayerSurgeryError, NumericalError
 from layer_surgery.healing.trainee import WEIGHTS_FILE, Trainee
-from layer_surgery.healing.windows import HealingData, WindowDataset, passes
+from layer_surgery.healing.windows import HealingData, WindowDataset, by_length, passes
 from layer_surgery.records import CurvePoint
 
 #: What decides which checkpoint is best.
@@ -148,10 +148,11 @@ class HealingTrainer(Trainer):  # type: ignore[misc]
         self._student, self._data, self._unhealed = student, data, unhealed
         self._batch_size, self._watch, self._say = settings.batch_size, watch, say
         order = passes(data.order, settings.steps * settings.step_sequences, settings.seed)
+        order = by_length(order, data.train.valid.sum(dim=1), settings.step_sequences)
         windows = WindowDataset(data.train, order)
         super().__init__(
             model=student,
-            args=_arguments(settings),
+            args=training_arguments(settings),
             train_dataset=windows,
             eval_dataset=windows,  # Trainer asks for one; `evaluate` looks at the texts
             data_collator=windows.collate,
@@ -260,7 +261,8 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
         return round(self._before + time.monotonic() - self._start, 1)
 
 
-def _arguments(settings: TrainingSettings) -> TrainingArguments:
+def training_arguments(settings: TrainingSettings) -> TrainingArguments:
+    """Return what Trainer is told."""
     every = max(1, settings.steps // settings.validations)
     arguments = TrainingArguments(
         output_dir=str(settings.directory),

@@ -117,6 +117,19 @@ def passes(order: Tensor, count: int, seed: int) -> Tensor:
     return torch.cat(found)[:count]
 
 
+def by_length(order: Tensor, lengths: Tensor, step: int) -> Tensor:
+    """Return the windows of `order` [n] with those of each step, of so many, from the shortest to the longest.
+
+    So a micro-batch holds windows of about one length, and little of it is padding; what a step sees stays the same.
+
+    Args:
+        lengths: [N] tokens of each window that are no padding.
+        step: windows of a step of the optimiser; divides n.
+    """
+    steps = order.view(-1, step)
+    return steps.gather(1, lengths[steps].argsort(dim=1, stable=True)).flatten()
+
+
 class WindowDataset(Dataset[int]):
     """Numbers of windows, for a data loader; `collate` turns them into a batch."""
 

@@ -10,7 +10,7 @@ from tiny_tokenizer import tiny_tokenizer
 from layer_surgery.data import Example, LoadedData, pack_at_most
 from layer_surgery.data.objective import NO_LABEL
 from layer_surgery.errors import DataError
-from layer_surgery.healing.windows import MOST_REPEATS, WindowDataset, healing_data
+from layer_surgery.healing.windows import MOST_REPEATS, WindowDataset, by_length, healing_data, passes
 
 
 def test_what_is_held_out_is_not_trained_on() -> None:
@@ -65,3 +65,24 @@ def test_each_example_has_a_window_of_its_own_and_batches_are_as_wide_as_their_l
     assert int((batch["labels"] != NO_LABEL).sum()) == int(tokens.loss_mask[:5].sum())
     # a prompt carries no loss: its first label is the first token of the answer
     assert bool((batch["labels"][:, 0] == NO_LABEL).all())
+
+
+def test_passes_see_every_window_as_often_and_each_in_an_order_of_its_own() -> None:
+    order = torch.tensor([0, 1, 2, 3, 3])  # one of general text, twice
+    found = passes(order, 13, seed=1)
+    first, second, rest = found[:5], found[5:10], found[10:]
+    assert first.sort().values.tolist() == second.sort().values.tolist() == [0, 1, 2, 3, 3]
+    assert first.tolist() != second.tolist() and len(rest) == 3
+    assert torch.equal(found, passes(order, 13, seed=1)) and not torch.equal(found, passes(order, 13, seed=2))
+
+
+def test_windows_of_one_length_come_together_within_their_step() -> None:
+    lengths = torch.tensor([9, 2, 8, 3, 5, 5, 1, 7])
+    order = torch.tensor([0, 1, 2, 3, 4, 7, 6, 5])
+    found = by_length(order, lengths, 4)
+    assert found.tolist() == [1, 3, 2, 0, 6, 4, 5, 7]
+
+    def computed(windows: torch.Tensor) -> int:
+        return int(2 * lengths[windows].view(-1, 2).max(dim=1).values.sum())  # micro-batches of two
+
+    assert computed(found) == 2 * (3 + 9 + 5 + 7) < computed(order)
