@@ -4,7 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from layer_surgery.api import compress, evaluate, export_dense, heal, load, report, score, sweep, verify
+    from layer_surgery.api import compress, evaluate, export_dense, foresee, heal, load, report, score, sweep, verify
     from layer_surgery.errors import LayerSurgeryError, UserError
     from layer_surgery.records import (
         Comparison,
@@ -37,6 +37,7 @@ __all__ = [
     "compress",
     "evaluate",
     "export_dense",
+    "foresee",
     "heal",
     "load",
     "report",

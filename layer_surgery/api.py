@@ -23,6 +23,7 @@ from layer_surgery.config.declaring import expanded
 from layer_surgery.config.keywords import on_model, with_output
 from layer_surgery.errors import CheckpointError, OutputError, PlanError, ReportError
 from layer_surgery.records import EvaluationReport, LayerScores, SurgeryReport
+from layer_surgery.records.foresight import Foresight
 from layer_surgery.records.sweep import SweepReport
 from layer_surgery.records.verification import Verification
 from layer_surgery.reporting import notebook  # noqa: F401  lets notebooks show what the functions return
@@ -30,6 +31,7 @@ from layer_surgery.reporting.publish import report_on
 from layer_surgery.runs.compress import run_compress
 from layer_surgery.runs.evaluate import run_evaluate
 from layer_surgery.runs.export import DenseExport, run_export
+from layer_surgery.runs.foresight.run import run_foresee
 from layer_surgery.runs.heal import run_heal
 from layer_surgery.runs.score import run_score
 from layer_surgery.runs.session import Model
@@ -49,6 +51,18 @@ def compress(model: Model, options: CompressConfig) -> SurgeryReport:
     Raises: `layer_surgery.UserError` for what cannot be done as asked, before anything is written.
     """
     return run_compress(model, options)
+
+
+@with_output(CompressConfig)
+def foresee(model: Model, options: CompressConfig) -> Foresight:
+    """Say what memory, disk and time `compress` with these options would take on this machine. Compresses nothing.
+
+    Memory and disk follow from the sizes, times from a short probe: a layer of each kind passes a micro-batch.
+
+    Returns: the figures of every stage.
+    Raises: `layer_surgery.UserError` for what `compress` would refuse, and for what cannot fit.
+    """
+    return run_foresee(model, options)
 
 
 @with_output(HealConfig)

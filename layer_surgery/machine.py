@@ -77,6 +77,14 @@ def peak_memory_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def used_memory_bytes(device: torch.device) -> int:
+    """Return the memory that this process has now: resident, or on a CUDA device allocated."""
+    if device.type == "cuda":
+        return int(torch.cuda.memory_allocated(device))
+    found = _from_proc("self/status", "VmRSS")
+    return int(found.split()[0]) * 1024 if found else peak_memory_bytes()
+
+
 def peak_device_memory_bytes(device: torch.device) -> int | None:
     """Return the highest allocated memory of a CUDA device since its statistics were reset; None for a CPU."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None

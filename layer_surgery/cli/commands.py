@@ -37,12 +37,28 @@ from layer_surgery.reporting.text import one_line
         ),
     },
 )
-def compress(model: str, as_json: bool, **options: Any) -> None:
+@option(
+    "--dry-run",
+    "foresee",
+    is_flag=True,
+    group="Output",
+    help="Say what memory, disk and time it would take, stage by stage, from a short probe of this machine; refuse "
+    "what cannot fit. Nothing is compressed or written.",
+)
+def compress(model: str, as_json: bool, foresee: bool, **options: Any) -> None:
     """Remove the least important layers of MODEL, put low-rank components in their place, and save the result."""
     from layer_surgery import api
     from layer_surgery.reporting.console import print_report
+    from layer_surgery.reporting.foresight_table import print_foresight
     from layer_surgery.runs.provenance import report_dict
 
+    if foresee:
+        found = call(api.foresee, model, options)
+        if as_json:
+            print_json(found.to_dict())
+        else:
+            print_foresight(_console(), found)
+        return
     report = call(api.compress, model, options)
     if as_json:
         print_json(report_dict(report))

@@ -37,7 +37,7 @@ class OutputConfig(Options):
     output: Path | None = attrs.field(
         default=None, converter=absolute_path, metadata=about("Directory for the compressed model.", metavar="DIR")
     )
-    dry_run: bool = attrs.field(default=False, metadata=about("Do everything but the writing."))
+    dry_run: bool = attrs.field(default=False, metadata=about("Do everything but the writing.", name="no-save"))
     overwrite: bool = attrs.field(
         default=False, metadata=about("Replace the output directory if it holds a model already.")
     )

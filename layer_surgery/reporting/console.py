@@ -51,7 +51,7 @@ def print_report(console: Console, report: SurgeryReport) -> None:
     _print_prediction(console, report)
     _print_continuations(console, report.continuations, ("before", "after"))
     if report.output is None:
-        console.print("dry run: nothing was written")
+        console.print("nothing was written")
     else:
         console.print(f"saved to [bold]{escape(report.output)}[/] (report: surgery.json)")
         if not any(failure.stage == "report page" for failure in report.failures):

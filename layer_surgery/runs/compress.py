@@ -2,29 +2,22 @@
 
 from contextlib import ExitStack
 
-import attrs
-
-from layer_surgery import parallel
-from layer_surgery.calibration.cache import check_cache
-from layer_surgery.checkpoint.save import check_free_space
 from layer_surgery.config import CompressConfig
-from layer_surgery.data.bundled import bundled_tasks
 from layer_surgery.errors import PlanError
-from layer_surgery.evaluation.task_names import check_task_names
 from layer_surgery.machine import peak_device_memory_bytes, peak_memory_bytes
 from layer_surgery.records import LayerScores, SurgeryReport
-from layer_surgery.runs.bench import general_text, open_bench
-from layer_surgery.runs.evaluator import Evaluator
-from layer_surgery.runs.healing import heal, prepare_healing, unhealed_record
-from layer_surgery.runs.output import check_output_given, open_output, save_result, write_report
-from layer_surgery.runs.planning import Planning, checked
+from layer_surgery.runs.bench import open_bench
+from layer_surgery.runs.healing import heal, unhealed_record
+from layer_surgery.runs.opening import check_options, open_compression
+from layer_surgery.runs.output import check_output_given, save_result, write_report
+from layer_surgery.runs.planning import checked
 from layer_surgery.runs.provenance import (
     base_model_record,
     checkpoint_hash,
     described_tokens,
     run_provenance,
 )
-from layer_surgery.runs.session import Model, check_sources, open_session
+from layer_surgery.runs.session import Model
 from layer_surgery.runs.stages import stages_of_compression
 
 
@@ -35,32 +28,12 @@ def run_compress(model: Model, config: CompressConfig, *, known_scores: LayerSco
     """
     config = checked(config)
     check_output_given(config)
-    check_cache(config.cache)
-    check_sources(config.text_column, calibration=config.calibration, evaluation=config.eval_data)
-    check_task_names(config, bundled_tasks)
-    if config.heal is not None:
-        parallel.check_alone("--heal")
+    check_options(config)
     with ExitStack() as stack:
-        # Open: the output, the model, the data, and what there is to measure.
-        staging = open_output(model, config, stack)
-        session = stack.enter_context(open_session(model, config, staging.parent if staging else None))
+        opened = open_compression(model, config, stack)
+        session, planning, staging = opened.session, opened.planning, opened.staging
+        tokens, texts, evaluator, healing = opened.tokens, opened.texts, opened.evaluator, opened.healing
         original = session.checkpoint
-        planning = Planning(config, original, session.device)
-        if staging is not None:
-            needed = planning.trial.parameters * original.dtype.itemsize
-            parallel.from_first(lambda: check_free_space(staging, needed))
-        scope, tokens, general = planning.refit_scope, None, None
-        if planning.needs_data:
-            tokens = session.calibration_tokens(config)
-            general = general_text(session, tokens, config.refit_general) if scope is not None else None
-        healing = None
-        if config.heal is not None:
-            option = "--heal-data" if config.heal.data else "--calibration"
-            chosen = attrs.evolve(config.heal, data=config.heal.data or config.calibration)
-            healing = prepare_healing(session, chosen, config, option)
-        texts = session.evaluation_tokens(config)
-        evaluator = stack.enter_context(Evaluator(session, config, texts, baseline=session))
-        session.stream(original)  # proves, before anything else is done, that it can be walked over
         sha256 = checkpoint_hash(session)
         _check_plan_is_for(config, sha256)
         scored = planning.chooses and known_scores is None
@@ -79,7 +52,7 @@ def run_compress(model: Model, config: CompressConfig, *, known_scores: LayerSco
             config,
             part=config.remove,
             maps=planning.needs_maps,
-            general=general,
+            general=opened.general,
             base_sha256=sha256,
         ) as bench:
             scores = bench.scores(**planning.ranking) if scored else known_scores

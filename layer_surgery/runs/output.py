@@ -24,9 +24,12 @@ _LOG = logging.getLogger(__name__)
 
 
 def check_output_given(config: CompressConfig | HealConfig) -> None:
-    """Raise `OutputError` if there is neither an output nor a dry run."""
+    """Raise `OutputError` if there is no output and it was not said that nothing is to be written."""
     if config.output is None and not config.dry_run:
-        raise OutputError("give --output (a directory for the compressed model), or --dry-run.")
+        raise OutputError(
+            "give --output (a directory for the compressed model), or --no-save to write none (compress --dry-run says "
+            "what it would take)."
+        )
 
 
 def open_output(model: Model, config: CompressConfig | HealConfig, stack: ExitStack) -> Path | None:

@@ -29,7 +29,7 @@ from layer_surgery.data.tokens import PackedTokens
 from layer_surgery.disk.own import own_directory, remove_dead
 from layer_surgery.disk.reading import why
 from layer_surgery.errors import CheckpointError, DataError, OutputError
-from layer_surgery.machine import PACKAGES, available_memory_bytes, code_sha256, version
+from layer_surgery.machine import PACKAGES, available_memory_bytes, code_sha256, release_freed_memory, version
 from layer_surgery.progress import Clock, Ui
 from layer_surgery.records.provenance import portable
 from layer_surgery.walk.self_check import check_walk
@@ -71,9 +71,10 @@ class Session:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """A stage of the run: its user is told, and its seconds are counted."""
+        """A stage of the run: its user is told, and its seconds are counted. What it has freed goes to the system."""
         with self.ui.stage(name), self.clock.stage(name):
             yield
+            release_freed_memory()
 
     def available_bytes(self) -> int | None:
         """Return how much memory the user allows, else what is free on the device; None where that is not known."""

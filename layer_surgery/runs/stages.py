@@ -13,10 +13,19 @@ from layer_surgery.runs.planning import Planning
 #: Passes over the calibration tokens in which statistics of all layers are made, and those for their use afterwards.
 _STATISTICS, _SEARCH = 18.0, 3.0
 #: Passes that a scorer takes. Others, such as those that remove layers in turn, take as many as the model makes them.
-_SCORER = {"random": 0.0, "last": 0.0, "block_influence": 1.0, "angular": 1.0, "taylor": 3.0, "fisher": _STATISTICS}
-#: Passes that a method takes; those of `_WITH_STATISTICS` also make them, if the scorer has not.
-_METHOD = {"remove": 0.0, "svd_llm": 2.0, "replaceme": 3.0, "grasp": 4.0, "fisher": _SEARCH, "mix": _SEARCH}
-_WITH_STATISTICS = ("fisher", "mix")
+PASSES_OF_SCORERS = {
+    "random": 0.0,
+    "last": 0.0,
+    "block_influence": 1.0,
+    "angular": 1.0,
+    "taylor": 3.0,
+    "fisher": _STATISTICS,
+}
+#: Passes that a method takes; those of `WITH_STATISTICS` also make them, if the scorer has not.
+PASSES_OF_METHODS = {"remove": 0.0, "svd_llm": 2.0, "replaceme": 3.0, "grasp": 4.0, "fisher": _SEARCH, "mix": _SEARCH}
+#: Methods that choose by the statistics of all layers, and the scorer that does.
+WITH_STATISTICS = ("fisher", "mix")
+FISHER = "fisher"
 _REFIT = 36.0
 
 
@@ -41,10 +50,12 @@ def stages_of_compression(
     scorer, method = planning.config.scorer, planning.method
     stages = [_evaluation("evaluate_before", "evaluating the original", texts)]
     if scored:
-        stages.append(Stage("score", f"ranking the layers ({scorer})", work=_passes(_SCORER.get(scorer), calibration)))
+        stages.append(
+            Stage("score", f"ranking the layers ({scorer})", work=_passes(PASSES_OF_SCORERS.get(scorer), calibration))
+        )
     if planning.trial.smaller or method.removes:
-        passes = _METHOD.get(method.name)
-        if method.name in _WITH_STATISTICS and not (scored and scorer == "fisher"):
+        passes = PASSES_OF_METHODS.get(method.name)
+        if method.name in WITH_STATISTICS and not (scored and scorer == FISHER):
             passes = _STATISTICS + _SEARCH
         stages.append(Stage("operate", f"operating ({method.name})", work=_passes(passes, calibration)))
     if planning.refit_scope is not None:

@@ -181,7 +181,7 @@ def test_a_model_that_is_the_current_directory_goes_by_its_name(
 
 
 def test_the_advice_for_a_low_rank_model_works(run: CommandLine, low_rank: Path, data: list[str | Path]) -> None:
-    arguments = ("compress", low_rank, "--target-layers", 2, *data, "--no-eval", "--dry-run")
+    arguments = ("compress", low_rank, "--target-layers", 2, *data, "--no-eval", "--no-save")
     advice = "--keep 0 --scorer block_influence"
     refused = run(*arguments, "--keep", 0.3)
     assert refused.code == 2 and f"remove outright with {advice}, or" in refused.err
@@ -242,10 +242,10 @@ def test_evaluate_takes_several_texts(run: CommandLine, model: Path, text: Path,
     assert {result["windows"] for result in measured.values()} == {3}
 
 
-def test_a_dry_run_says_the_numbers_and_writes_nothing(
+def test_without_saving_it_says_the_numbers_and_writes_nothing(
     run: CommandLine, model: Path, text: Path, data: list[str | Path], tmp_path: Path
 ) -> None:
-    outcome = run("compress", model, "--target-layers", 2, *data, "--eval-data", text, "--dry-run")
+    outcome = run("compress", model, "--target-layers", 2, *data, "--eval-data", text, "--no-save")
     assert outcome.code == 0
     assert "perplexity" in outcome.out
     assert "saved" not in outcome.out

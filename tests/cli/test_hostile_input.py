@@ -407,7 +407,7 @@ def test_float16_that_overflows_names_the_dtype_to_take(run: CommandLine, text: 
 def test_to_keep_almost_nothing_is_refused_and_not_taken_for_nothing(
     run: CommandLine, model: Path, text: Path, keep: str, method: str
 ) -> None:
-    data = ["--calibration", text, "--samples", 4, "--sequence-length", 16, "--no-eval", "--dry-run"]
+    data = ["--calibration", text, "--samples", 4, "--sequence-length", 16, "--no-eval", "--no-save"]
     outcome = run("compress", model, "--layers", 1, "--keep", keep, "--method", method, "--no-refit", *data)
     refused(outcome, "cannot be reached")
 
@@ -417,7 +417,7 @@ def test_an_option_for_one_value_is_taken_once(run: CommandLine, model: Path, tm
         outcome = run("compress", model, option, 1, option, 2)
         refused(outcome, f"{option} is given 2 times; give it once.")
     refused(run("report", tmp_path, "--output", "a", "--output", "b"), "--output is given 2 times")
-    layers = run("compress", model, "--layers", 1, "--layers", 2, "--keep", 0, "--no-refit", "--no-eval", "--dry-run")
+    layers = run("compress", model, "--layers", 1, "--layers", 2, "--keep", 0, "--no-refit", "--no-eval", "--no-save")
     assert "4 layers -> 2" in layers.out or "2 of 4" in layers.out
 
 
