@@ -81,6 +81,11 @@ class Session:
         limit = self.runtime.memory_limit
         return available_memory_bytes(self.device) if limit is None else limit
 
+    @property
+    def ahead_bytes(self) -> int:
+        """Memory that a layer which is read ahead may take: two models may have one each, beside what they must."""
+        return (self.available_bytes() or 0) // 8
+
     def new_scratch(self, name: str) -> Path:
         """Return a new folder for scratch files."""
         return parallel.new_folder(self.scratch, f"{name}-")
@@ -101,7 +106,13 @@ class Session:
 
     def stream(self, checkpoint: Checkpoint) -> StreamedModel:
         """Return a model to walk over, its outer weights loaded; the first time, prove that it can be walked over."""
-        model = StreamedModel(checkpoint, device=self.device, dtype=self.dtype, resident_bytes=self.resident_bytes)
+        model = StreamedModel(
+            checkpoint,
+            device=self.device,
+            dtype=self.dtype,
+            resident_bytes=self.resident_bytes,
+            ahead_bytes=self.ahead_bytes,
+        )
         if not any(proven is checkpoint for proven in self._proven):
             with self.clock.stage("self_check"):
                 check_walk(model)

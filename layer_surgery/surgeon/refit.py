@@ -112,14 +112,18 @@ def refit(
             smaller = plan.layers[index].action != "keep"
             same = not tracks[0].differs and index == position
             before_a_cut = after > index + 1
+            ahead = position + 1 if position + 1 < len(surviving) else None  # read while this layer is worked on
             if smaller or (scope == "all" and (before_a_cut or not same)):
-                with original.layer(index) as reference, result.layer(position) as layer:
+                following = after if ahead is not None else None
+                if scope != "all" and following is not None and plan.layers[following].action == "keep":
+                    following = None  # the result alone passes it
+                with original.layer(index, following) as reference, result.layer(position, ahead) as layer:
                     kept = (rows or {}).get(index, {})
                     pair = _Pair(reference, layer, index, position, after, tracks, calls, kept, refitted)
                     records += pair.refit()
                     pair.step()
             elif not same:
-                with result.layer(position) as layer:
+                with result.layer(position, ahead) as layer:
                     _step(layer, position, tracks, calls)
             advance()
         first = tracks[0]

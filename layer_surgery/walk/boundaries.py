@@ -55,6 +55,15 @@ class BoundaryStore:
             view, offset = view[count:], offset + count
         return buffer.to(self.device)
 
+    def read_ahead(self, slot: int, rows: slice) -> None:
+        """Say which rows of a slot are read next: the system fetches them from the disk meanwhile, if they are there.
+
+        It keeps them in its own cache, which is no memory of this process.
+        """
+        if slot in self._on_disk and hasattr(os, "posix_fadvise"):  # not on every system
+            offset, length = rows.start * self.sequence_bytes, (rows.stop - rows.start) * self.sequence_bytes
+            os.posix_fadvise(self._on_disk[slot], offset, length, os.POSIX_FADV_WILLNEED)
+
     def write(self, slot: int, rows: slice, hidden: Tensor) -> None:
         """Store [rows, sequence_length, hidden]; the slot is made on its first write."""
         if slot not in self:
@@ -115,6 +124,10 @@ class Boundary:
     def read(self, rows: slice) -> Tensor:
         """Return [rows, sequence_length, hidden] on the device. Do not write to it."""
         return self.store.read(self.slot, rows)
+
+    def read_ahead(self, rows: slice) -> None:
+        """Say which rows are read next."""
+        self.store.read_ahead(self.slot, rows)
 
     def write(self, rows: slice, hidden: Tensor) -> None:
         """Store [rows, sequence_length, hidden]."""

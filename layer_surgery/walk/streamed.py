@@ -12,27 +12,37 @@ from layer_surgery.checkpoint.modeling_layer_surgery import replace_linears
 from layer_surgery.checkpoint.open import Checkpoint, build_skeleton
 from layer_surgery.errors import NumericalError
 from layer_surgery.machine import map_large_blocks, release_freed_memory
+from layer_surgery.walk.ahead import ReadAhead
 
 
 class StreamedModel:
     """The skeleton of a checkpoint with its embeddings, final norm and head in memory; layers come and go.
 
-    If all layers together take at most `resident_bytes`, they stay after their first use.
+    If all layers together take at most `resident_bytes`, they stay after their first use. If not, and one layer more
+    takes at most `ahead_bytes`, the next is read while one is worked on.
     The user's own model, where one was given, is never touched: parameters are shared with it, modules are not.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype, resident_bytes: int = 1 << 29
+        self,
+        checkpoint: Checkpoint,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        resident_bytes: int = 1 << 29,
+        ahead_bytes: int = 0,
     ) -> None:
         self.checkpoint, self.device, self.dtype = checkpoint, device, dtype
         self.model = build_skeleton(checkpoint, dtype)
         self.architecture = checkpoint.architecture
         self._layers = list(self.layers)  # the layers themselves, also while others stand in their places
         self._checked: set[str] = set()
-        layer_bytes = sum(
-            parameter.numel() * dtype.itemsize for layer in self.layers for parameter in layer.parameters()
-        )
-        self._resident: dict[int, dict[str, Tensor]] | None = {} if layer_bytes <= resident_bytes else None
+        layer_bytes = [layer_bytes_of(checkpoint, layer, dtype) for layer in self.layers]
+        self._resident: dict[int, dict[str, Tensor]] | None = {} if sum(layer_bytes) <= resident_bytes else None
+        fits = (
+            self._resident is None and 2 * max(layer_bytes) <= ahead_bytes
+        )  # as stored and in the dtype of computation
+        self._ahead = ReadAhead(self._layer_tensors, device) if fits else None
         if self._resident is None and device.type == "cpu":
             map_large_blocks()
         self._replaced: dict[int, Callable[[], dict[str, Tensor]]] = {}
@@ -58,11 +68,22 @@ class StreamedModel:
     def vocabulary_size(self) -> int:
         return self.checkpoint.vocabulary_size
 
+    def read_ahead(self, index: int | None) -> None:
+        """Say which layer is asked for next (None: that is not known), so that it may be read meanwhile."""
+        if self._ahead is not None and index is not None:
+            self._ahead.begin(index)
+
     @contextmanager
-    def layer(self, index: int) -> Iterator[nn.Module]:
-        """Give decoder layer `index` its weights for the duration of the block, in the dtype of computation."""
+    def layer(self, index: int, ahead: int | None = None) -> Iterator[nn.Module]:
+        """Give decoder layer `index` its weights for the duration of the block, in the dtype of computation.
+
+        `ahead` is the layer that is asked for next, if that is known.
+        """
         layer = self._layers[index]
-        tensors = self._layer_tensors(index)
+        tensors = None if self._ahead is None else self._ahead.take(index)
+        if tensors is None:
+            tensors = self._layer_tensors(index)
+        self.read_ahead(ahead)
         try:
             _assign(layer, tensors)
             yield layer
@@ -102,6 +123,7 @@ class StreamedModel:
         """
         for name in ranks:
             self._originals.setdefault((index, name), self._layers[index].get_submodule(name))
+        self._forget_ahead()
         replace_linears(self._layers[index], ranks)
         self._replaced[index] = read_factors
         if self._resident is not None:
@@ -109,6 +131,7 @@ class StreamedModel:
 
     def restore(self) -> None:
         """Undo every `replace`."""
+        self._forget_ahead()
         for (index, name), module in self._originals.items():
             self._layers[index].set_submodule(name, module)
             if self._resident is not None:
@@ -136,6 +159,10 @@ class StreamedModel:
             self._resident[index] = tensors
         return tensors
 
+    def _forget_ahead(self) -> None:
+        if self._ahead is not None:
+            self._ahead.drop()
+
     def _load_outside(self) -> None:
         """Load everything that belongs to no layer, and tie what was tied."""
         state = self.model.state_dict()
@@ -148,6 +175,12 @@ class StreamedModel:
         for name, buffer in list(self.model.named_buffers()):
             if not buffer.is_meta:  # else a stored buffer of a layer, which comes and goes with it
                 _assign(self.model, {name: buffer.to(self.device)})
+
+
+def layer_bytes_of(checkpoint: Checkpoint, layer: nn.Module, dtype: torch.dtype) -> int:
+    """Return the bytes of a layer in the dtype of computation, or as stored if that is more."""
+    itemsize = max(dtype.itemsize, checkpoint.dtype.itemsize)
+    return sum(parameter.numel() for parameter in layer.parameters()) * itemsize
 
 
 def _assign(module: nn.Module, tensors: dict[str, Tensor]) -> None:

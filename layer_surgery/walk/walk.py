@@ -176,7 +176,8 @@ class Walk:
         with self.settings.progress("forward", len(path) - start) as advance:
             for position, index in enumerate(path[start:], start):
                 source, latest = latest, self.boundary(position + 1 if keep else _STREAM)
-                self.step(index, source, latest, observers if index in watched else ())
+                following = path[position + 1] if position + 1 < len(path) else None
+                self.step(index, source, latest, observers if index in watched else (), ahead=following)
                 if self._kept is None:
                     self.store.drop(0)
                 elif keep:
@@ -190,13 +191,24 @@ class Walk:
             self._kept = self._kept[:position]
 
     @torch.no_grad()
-    def step(self, index: int, source: Boundary, target: Boundary, observers: Sequence[Observer] = ()) -> None:
-        """Take the hidden states at `source` through layer `index` to `target` (which may be the same)."""
-        with self.model.layer(index) as layer, ExitStack() as watching:
+    def step(
+        self,
+        index: int,
+        source: Boundary,
+        target: Boundary,
+        observers: Sequence[Observer] = (),
+        *,
+        ahead: int | None = None,
+    ) -> None:
+        """Take the hidden states at `source` through layer `index` to `target` (which may be the same).
+
+        `ahead` is the layer that comes next, if that is known: it is read meanwhile.
+        """
+        with self.model.layer(index, ahead) as layer, ExitStack() as watching:
             for observer in observers:
                 watching.enter_context(observer.watching(index, layer))
             finite = Finite(self.model, f"the hidden states after layer {index}")
-            for rows, present in self.share.rounds:
+            for rows, present in self._rounds(source):
                 if rows is not None:
                     before = source.read(rows)
                     valid = self._announce(rows, observers)
@@ -208,6 +220,15 @@ class Walk:
                 for observer in observers:
                     observer.end_round(present)
             finite.check()
+
+    def _rounds(self, *read: Boundary) -> Iterator[tuple[slice | None, int]]:
+        """Yield the rounds; while one is worked on, what these boundaries hold for the next is read ahead."""
+        rounds = self.share.rounds
+        for number, (rows, present) in enumerate(rounds):
+            following = rounds[number + 1][0] if number + 1 < len(rounds) else None
+            for boundary in read if following is not None else ():
+                boundary.read_ahead(following)
+            yield rows, present
 
     def _announce(self, rows: slice, observers: Sequence[Observer]) -> Tensor:
         valid = self.tokens.valid[rows].to(self.model.device)
@@ -299,25 +320,28 @@ class Walk:
         back = path[min(watched) :]
         with self.new_store() as store:
             gradient = Boundary(store, 0)
-            self.losses(self.forward(path, keep=True), gradient)
+            last = self.forward(path, keep=True)
+            self.model.read_ahead(path[-1])
+            self.losses(last, gradient)
             for observer in observers:
                 observer.begin_backward(gradient)
             with self.settings.progress("backward", len(back)) as advance:
                 for index in reversed(back):
-                    self._step_back(index, gradient, observers if index in watched else ())
+                    ahead = index - 1 if index > back[0] else None
+                    self._step_back(index, gradient, observers if index in watched else (), ahead)
                     advance()
 
-    def _step_back(self, index: int, gradient: Boundary, observers: Sequence[Observer]) -> None:
+    def _step_back(self, index: int, gradient: Boundary, observers: Sequence[Observer], ahead: int | None) -> None:
         """Recompute layer `index` from the boundary before it and take `gradient` from after it to before it.
 
         While observers leave the layer, the gradient after it is still there. Uses the slot behind `gradient` too.
         """
         new = Boundary(gradient.store, gradient.slot + 1)
-        with self.model.layer(index) as layer, ExitStack() as watching:
+        with self.model.layer(index, ahead) as layer, ExitStack() as watching:
             for observer in observers:
                 watching.enter_context(observer.watching(index, layer))
             finite = Finite(self.model, f"the gradients before layer {index}")
-            for rows, present in self.share.rounds:
+            for rows, present in self._rounds(self.boundary(index), gradient):
                 if rows is not None:
                     with torch.enable_grad():
                         valid = self._announce(rows, observers)

@@ -40,7 +40,13 @@ def llama_7b(**settings: Any) -> Sizes:
     )
     known: dict[str, Any] = {"dtype": torch.float32, "stored_itemsize": 2, "batch_size": 8, "length": 256}
     known |= {"calibration": 128, "general": 0, "texts": ((40, 256),), "decomposition": "auto"}
-    known |= {"resident_bytes": 1 << 29, "boundary_bytes": 1 << 29, "hidden": 4096, "vocabulary": 32000}
+    known |= {
+        "resident_bytes": 1 << 29,
+        "boundary_bytes": 1 << 29,
+        "ahead_bytes": 0,
+        "hidden": 4096,
+        "vocabulary": 32000,
+    }
     return Sizes(layers=(layer, layer), outside=2 * 32000 * 4096, **known | settings)
 
 

@@ -40,8 +40,11 @@ def check_memory(
 def _other_settings(sizes: Sizes, available: int) -> Iterator[tuple[str, Sizes]]:
     """Yield single options that take less memory, with the sizes that they come to."""
     less = {"resident_bytes": min(sizes.resident_bytes, available // 2)}
-    less["boundary_bytes"] = min(sizes.boundary_bytes, available // 4)
-    if less != {"resident_bytes": sizes.resident_bytes, "boundary_bytes": sizes.boundary_bytes}:
+    less |= {
+        "boundary_bytes": min(sizes.boundary_bytes, available // 4),
+        "ahead_bytes": min(sizes.ahead_bytes, available // 8),
+    }
+    if any(value < getattr(sizes, name) for name, value in less.items()):
         yield f"--memory-limit {available}", sizes.with_(**less)
     batch = sizes.batch_size // 2
     while batch:

@@ -111,6 +111,7 @@ def sizes_of(opened: Opened, config: CompressConfig) -> Sizes:
         decomposition=config.decomposition,
         resident_bytes=session.resident_bytes,
         boundary_bytes=session.boundary_bytes,
+        ahead_bytes=session.ahead_bytes,
     )
 
 

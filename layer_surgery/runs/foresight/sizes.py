@@ -65,6 +65,7 @@ class Sizes:
     decomposition: Decomposition
     resident_bytes: int
     boundary_bytes: int
+    ahead_bytes: int  #: For a layer that is read ahead.
 
     @property
     def batch_tokens(self) -> int:
@@ -78,8 +79,9 @@ class Sizes:
         every = sum(layer.parameters for layer in self.layers) * itemsize
         if every <= self.resident_bytes:
             return every
-        read = max(layer.parameters for layer in self.layers)
-        return read * (itemsize + (self.stored_itemsize if self.stored_itemsize != itemsize else 0))
+        largest, wider = max(layer.parameters for layer in self.layers), max(itemsize, self.stored_itemsize)
+        ahead = largest * itemsize if 2 * largest * wider <= self.ahead_bytes else 0
+        return ahead + largest * (itemsize + (self.stored_itemsize if self.stored_itemsize != itemsize else 0))
 
     def slot_bytes(self, sequences: int, length: int) -> int:
         """Hidden states at one boundary."""
