@@ -60,7 +60,8 @@ class ReadAhead:
     def _work(self, number: int) -> tuple[Tensors, torch.cuda.Event | None]:
         if self._device.type != "cuda":
             return self._read(number), None
-        with torch.cuda.device(self._device), torch.cuda.stream(torch.cuda.Stream(self._device)):
-            tensors, moved = self._read(number), torch.cuda.Event()
+        beside = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        with torch.cuda.device(self._device), torch.cuda.stream(beside):
+            tensors, moved = self._read(number), torch.cuda.Event()  # type: ignore[no-untyped-call]
             moved.record()
             return tensors, moved

@@ -226,8 +226,9 @@ class Walk:
         rounds = self.share.rounds
         for number, (rows, present) in enumerate(rounds):
             following = rounds[number + 1][0] if number + 1 < len(rounds) else None
-            for boundary in read if following is not None else ():
-                boundary.read_ahead(following)
+            if following is not None:
+                for boundary in read:
+                    boundary.read_ahead(following)
             yield rows, present
 
     def _announce(self, rows: slice, observers: Sequence[Observer]) -> Tensor:

@@ -105,7 +105,7 @@ def test_a_damaged_layer_that_is_read_ahead_is_told_as_ever(tmp_path: Path) -> N
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     with (
         walk_over(streamed(path, ahead=True), tmp_path) as walk,
-        pytest.raises(NumericalError, match="layers.2.mlp.up_proj.weight.*NaN or Inf"),
+        pytest.raises(NumericalError, match=r"layers\.2\.mlp\.up_proj\.weight.*NaN or Inf"),
     ):
         walk.forward(range(4), keep=True)
 
