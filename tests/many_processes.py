@@ -15,6 +15,8 @@ from torch import Tensor
 from layer_surgery import UserError, api, parallel
 from layer_surgery.cli.main import main
 from layer_surgery.errors import NumericalError
+from layer_surgery.records.sweep import SweepPoint
+from layer_surgery.runs.sweep.measuring import Measuring
 from layer_surgery.walk.finite import Finite
 from layer_surgery.walk.walk import Walk
 
@@ -26,6 +28,16 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "removal": ("llama", {"target_layers": 3, "keep": 0.0, "scorer": "block_influence"}),
     "experts": ("mixtral", {"target_parameters": 0.9, "decomposition": "leading"}),
 }
+
+
+#: Six points. Two of the three that remove a layer outright are the same model (`mix` refits, the others do not).
+SWEEP: dict[str, Any] = {"target_layers": [3], "keep": [0.0, 0.5], "method": ["svd", "fisher", "mix"]}
+
+
+def sweep_options(text: Path) -> dict[str, Any]:
+    """Return the options of a sweep, on the tokens of a text."""
+    options: dict[str, Any] = {**TOKENS, **SWEEP, "calibration": [text], "eval_data": [text], "refit_general": 0.0}
+    return options | {"scorer": "block_influence"}
 
 
 def options_of(case: str, text: Path) -> dict[str, Any]:
@@ -79,8 +91,27 @@ def compress_all(folder: Path) -> None:
         }
         for case, (family, _) in CASES.items():
             api.compress(folder / family, **options_of(case, text), output=folder / f"{case} by {group.world}")
+        measured = sweep(folder)
         if group.rank == 0:
+            (folder / "measured.json").write_text(json.dumps(measured), encoding="utf-8")
             (folder / "refusals.json").write_text(json.dumps(refusals), encoding="utf-8")
+
+
+def sweep(folder: Path) -> list[int]:
+    """Measure the points of a sweep; return how many each process has measured."""
+    point, count = Measuring.point, 0
+
+    def counted(self: Measuring, *arguments: Any) -> SweepPoint:
+        nonlocal count
+        count += 1
+        return point(self, *arguments)
+
+    Measuring.point = counted  # type: ignore[method-assign]
+    try:
+        api.sweep(folder / "llama", output=folder / "sweep by 2", **sweep_options(folder / "text.txt"))
+    finally:
+        Measuring.point = point  # type: ignore[method-assign]
+    return parallel.gather(count)
 
 
 def fail(rank: str, way: str) -> None:

@@ -59,6 +59,10 @@ class StatisticsSource:
             self._statistics = known = computed
         return known
 
+    def prepare(self, walk: Walk) -> None:
+        """Compute the statistics of all layers now, so that branches need no walk for them; nothing if that fails."""
+        self._of_all_layers(walk)
+
     def branch(self, scratch: Path) -> StatisticsSource:
         """Return a source for one of several users, each of which then gets what it would get alone.
 

@@ -55,6 +55,16 @@ def member(joined: Group) -> Iterator[Group]:
         _group = before
 
 
+@contextmanager
+def alone() -> Iterator[None]:
+    """Let this process work as one of one for the duration of the block, in which it exchanges nothing with others.
+
+    It then finds what all would find together: the number of processes changes no bit.
+    """
+    with member(Group()):
+        yield
+
+
 # Messages: JSON and tensors
 
 

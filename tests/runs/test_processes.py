@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from many_processes import CASES, TOKENS, options_of
+from many_processes import CASES, TOKENS, options_of, sweep_options
 from tiny_checkpoints import Outcome, finished, saved_model, tensors_of, text_file
 
 from layer_surgery import api
@@ -50,6 +50,29 @@ def test_two_processes_give_the_bytes_of_one(case: str, folder: Path) -> None:
     assert expected.keys() == found.keys()
     assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
     assert report(together) == report(alone)
+
+
+def test_points_that_processes_have_shared_out_are_those_of_one(folder: Path) -> None:
+    def points(directory: Path) -> list[dict[str, Any]]:
+        found = json.loads((directory / "sweep.json").read_text(encoding="utf-8"))
+        return [{name: value for name, value in point.items() if name != "seconds"} for point in found["points"]]
+
+    alone, together = folder / "sweep by 1", folder / "sweep by 2"
+    api.sweep(folder / "llama", output=alone, **sweep_options(folder / "text.txt"))
+    assert len(points(alone)) == 6
+    assert points(together) == points(alone)
+    assert json.loads((folder / "measured.json").read_text(encoding="utf-8")) == [3, 2]  # five different models
+    left = {path.name for path in together.iterdir()} - {path.name for path in alone.iterdir()}
+    assert left == set()  # no scratch files
+
+
+def test_a_sweep_of_several_processes_is_gone_on_with_by_one(folder: Path) -> None:
+    options = sweep_options(folder / "text.txt")
+    known = api.sweep(folder / "llama", output=folder / "sweep by 2", **options)
+    more = api.sweep(folder / "llama", output=folder / "sweep by 2", **options | {"keep": [0.0, 0.3, 0.5]})
+    seconds = {point.settings: point.seconds for point in more.points}
+    assert len(more.points) == 9
+    assert all(seconds[point.settings] == point.seconds for point in known.points)  # measured once
 
 
 def test_what_processes_cannot_do_together_is_refused_in_one_sentence(folder: Path) -> None:

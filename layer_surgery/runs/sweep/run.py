@@ -1,7 +1,7 @@
 """Composes a sweep: open and calibrate once, evaluate the original once, then operate and evaluate point by point."""
 
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -32,6 +32,7 @@ from layer_surgery.runs.sweep.grid import compress_config, grid, in_order, same_
 from layer_surgery.runs.sweep.identity import check_same, sweep_identity
 from layer_surgery.runs.sweep.measuring import Measuring
 from layer_surgery.runs.sweep.pareto import with_fronts
+from layer_surgery.runs.sweep.sharing import Shares, different, need_statistics, share_out
 from layer_surgery.runs.sweep.state import (
     BEST_FOLDER,
     check_best,
@@ -40,6 +41,7 @@ from layer_surgery.runs.sweep.state import (
     sweep_directory,
     write_sweep,
 )
+from layer_surgery.walk.walk import Walk
 
 _ADVICE = "give another --output, or --overwrite to start anew"
 
@@ -147,7 +149,8 @@ class _Sweep:
             f"{config.directory} when it is done, and the same command goes on from there"
         )
         session.ui.plan(stages_of_sweep(len(missing), self.texts))
-        with session.stage("evaluate_before"):
+        apart = share_out(missing, config)
+        with session.stage("evaluate_before"), parallel.alone() if apart else nullcontext():
             evaluator.measure("before", session.checkpoint)
         failures = list(evaluator.failures)
         self._write(replace(self.report, original=evaluator.result("before"), failures=failures))
@@ -161,16 +164,55 @@ class _Sweep:
             general=self.general,
             base_sha256=sha256,
         ) as bench:
-            measuring = Measuring(bench, evaluator, sha256)
-            for number, settings in enumerate(missing, start=1):
-                session.ui.note(f"point {number} of {len(missing)}: {settings.name}")
-                point = self._copied(settings)
-                if point is None:
-                    with session.ui.stage(f"point {number}"):
-                        point = measuring.point(compress_config(config, settings), settings)
-                    session.ui.note(_outcome(point))
-                others = [each for each in self.report.points if each.settings != settings]
-                self._write(replace(self.report, points=[*others, point]))
+            if not apart:
+                self._measure_together(Measuring(bench, evaluator, sha256), missing)
+            elif need_statistics(missing):
+                bench.statistics.prepare(bench.walk)
+        if apart:  # the walk that all have shared is closed, with its boundaries
+            with ExitStack() as stack:
+                with parallel.alone():
+                    walk = stack.enter_context(Walk(bench.model, self.tokens, session.settings))
+                self._measure_apart(Measuring(replace(bench, walk=walk), evaluator, sha256), missing)
+
+    def _measure_together(self, measuring: Measuring, missing: Sequence[SweepSettings]) -> None:
+        """Measure points one after another, each by all processes."""
+        session = self.session
+        for number, settings in enumerate(missing, start=1):
+            session.ui.note(f"point {number} of {len(missing)}: {settings.name}")
+            point = self._copied(settings)
+            if point is None:
+                with session.ui.stage(f"point {number}"):
+                    point = measuring.point(compress_config(self.config, settings), settings)
+                session.ui.note(_outcome(point))
+            self._add([point])
+
+    def _measure_apart(self, measuring: Measuring, missing: Sequence[SweepSettings]) -> None:
+        """Measure points shared out over the processes; those that give the same model as another are copied."""
+        session, left = self.session, list(missing)
+
+        def measured(settings: SweepSettings) -> SweepPoint:
+            number = missing.index(settings) + 1
+            session.ui.note(f"point {number} of {len(missing)}: {settings.name}")
+            with session.ui.stage(f"point {number}"):
+                point = measuring.point(compress_config(self.config, settings), settings)
+            session.ui.note(_outcome(point))
+            return point
+
+        while left:
+            self._add([point for settings in left if (point := self._copied(settings)) is not None])
+            if not (left := [settings for settings in left if settings not in self._done()]):
+                break
+            shares = Shares(session.new_scratch("points"), different(left))
+            for _ in shares.measure(measured):
+                self._add(shares.found())
+            self._add(shares.found())
+            left = [settings for settings in left if settings not in shares.points]
+
+    def _add(self, points: Sequence[SweepPoint]) -> None:
+        """Write down points in the place of earlier ones with the same settings."""
+        settings = {point.settings for point in points}
+        others = [each for each in self.report.points if each.settings not in settings]
+        self._write(replace(self.report, points=[*others, *points]))
 
     def _write(self, report: SweepReport) -> None:
         by_settings = {point.settings: point for point in report.points}
