@@ -3,8 +3,8 @@
     python experiments/scale/shapes.py WORK_DIR [--shapes llama-7b llama-3-8b llama-70b mixtral-8x7b] [--layers 2]
         [--dtypes bfloat16 float32] [--samples 32] [--scale 1]
 
-Each shape is written shard by shard with so many of its layers, and compressed by a process of its own with the default
-method and its refit (`--target-parameters 0.8`); perplexity is measured before and after. Beside what the run reports of
+Each shape is written shard by shard with some of its layers, and compressed by a process of its own with the default
+method and its refit (`--target-parameters 0.8`); perplexity is measured before and after. Beside what the run says of
 each stage stands what `--dry-run` said of it. Memory is the peak resident memory of the process, as the kernel reports
 it. What depends on the number of layers is a straight line in it, so the seconds of the whole depth are extrapolated:
 from those of one layer, and of embeddings and head once. The report is written after every run, and runs that it has
