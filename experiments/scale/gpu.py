@@ -132,11 +132,9 @@ def quality(arguments: argparse.Namespace) -> dict[str, Any]:
         for point in report.points
     ]
     shutil.rmtree(arguments.work_dir / "sweep")
-    return {
-        "training": training,
-        "data": {"calibration": report.calibration, "held out": report.evaluation},
-        "rows": rows,
-    }
+    data = json.dumps({"calibration": report.calibration, "held out": report.evaluation})
+    data = data.replace(f"{arguments.work_dir}/", "")  # no folder of this machine
+    return {"training": training, "data": json.loads(data), "rows": rows}
 
 
 def _parts(arguments: argparse.Namespace) -> dict[str, Path]:

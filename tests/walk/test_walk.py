@@ -116,7 +116,7 @@ def test_backward_walk_that_stops_early_sees_the_same_gradients(tmp_path: Path) 
         walk.forward(range(4), keep=True)
         loaded: list[int] = []
         layer = model_on_the_way.layer
-        model_on_the_way.layer = lambda index: (loaded.append(index), layer(index))[1]  # type: ignore[method-assign]
+        model_on_the_way.layer = lambda index, _ahead: (loaded.append(index), layer(index))[1]  # type: ignore
         walk.backpropagate([observer], watch=[2])
     assert loaded == [3, 2]
     watched = {name: tensor for name, tensor in expected.items() if name.startswith("model.layers.2.")}
