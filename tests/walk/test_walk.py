@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -204,7 +205,12 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Return a list that grows with every layer that is run."""
     seen: list[int] = []
     step = Walk.step
-    monkeypatch.setattr(Walk, "step", lambda self, index, *rest: (seen.append(index), step(self, index, *rest))[1])
+
+    def seen_step(self: Walk, index: int, *rest: Any, **more: Any) -> None:
+        seen.append(index)
+        step(self, index, *rest, **more)
+
+    monkeypatch.setattr(Walk, "step", seen_step)
     return seen
 
 
