@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -116,7 +117,7 @@ def test_backward_walk_that_stops_early_sees_the_same_gradients(tmp_path: Path) 
         walk.forward(range(4), keep=True)
         loaded: list[int] = []
         layer = model_on_the_way.layer
-        model_on_the_way.layer = lambda index, ahead=None: (loaded.append(index), layer(index, ahead))[1]  # type: ignore[method-assign,misc]
+        model_on_the_way.layer = lambda index, _ahead: (loaded.append(index), layer(index))[1]  # type: ignore
         walk.backpropagate([observer], watch=[2])
     assert loaded == [3, 2]
     watched = {name: tensor for name, tensor in expected.items() if name.startswith("model.layers.2.")}
@@ -204,7 +205,12 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Return a list that grows with every layer that is run."""
     seen: list[int] = []
     step = Walk.step
-    monkeypatch.setattr(Walk, "step", lambda self, index, *rest: (seen.append(index), step(self, index, *rest))[1])
+
+    def seen_step(self: Walk, index: int, *rest: Any, **more: Any) -> None:
+        seen.append(index)
+        step(self, index, *rest, **more)
+
+    monkeypatch.setattr(Walk, "step", seen_step)
     return seen
 
 

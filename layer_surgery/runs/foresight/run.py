@@ -62,7 +62,9 @@ def _foresee(opened: Opened, config: CompressConfig) -> Foresight:
     base = used_memory_bytes(session.device)
 
     def of(stage: Stage, sizes: Sizes) -> StageForesight:
-        taken = {"the process": base} | _memory(stage.name, sizes, planning)
+        working = _memory(stage.name, sizes, planning)
+        kept = memory.kept_by_allocator(working, sizes, session.device.type)
+        taken = {"the process": base} | working | kept
         return StageForesight(
             name=stage.name,
             title=stage.title,

@@ -53,7 +53,7 @@ def refit(sizes: Sizes, rates: Rates, layers: Iterable[int]) -> float:
     each = sum(_REFIT_PASSES * rates.forward[index] + rates.sums[index] for index in solved)
     heads = 2 * sizes.calibration * sizes.length * rates.head
     general = sizes.general * sizes.length * _all(rates.forward)
-    reads = 0.0 if _stay(sizes) else 2 * sum(rates.reading[index] for index in solved)
+    reads = 0.0 if sizes.stay else 2 * sum(rates.reading[index] for index in solved)
     return tokens * each + sum(rates.solutions[index] for index in solved) + heads + general + reads
 
 
@@ -61,11 +61,6 @@ def _all(rates: dict[int, float]) -> float:
     return sum(rates.values())
 
 
-def _stay(sizes: Sizes) -> bool:
-    every = sum(layer.parameters for layer in sizes.layers) * sizes.dtype.itemsize
-    return every <= sizes.resident_bytes
-
-
 def _reads(sizes: Sizes, rates: Rates) -> float:
     """Return the seconds of reading all layers, once at the most if they stay."""
-    return 0.0 if _stay(sizes) else _all(rates.reading)
+    return 0.0 if sizes.stay else _all(rates.reading)

@@ -73,12 +73,16 @@ class Sizes:
         return self.batch_size * max([self.length, *(length for _count, length in self.texts)])
 
     @property
+    def stay(self) -> bool:
+        """Whether all layers stay in memory after their first use."""
+        return sum(layer.parameters for layer in self.layers) * self.dtype.itemsize <= self.resident_bytes
+
+    @property
     def layer_bytes(self) -> int:
         """Weights of layers that are in memory at a time: all, if they stay, else the largest as it is read."""
         itemsize = self.dtype.itemsize
-        every = sum(layer.parameters for layer in self.layers) * itemsize
-        if every <= self.resident_bytes:
-            return every
+        if self.stay:
+            return sum(layer.parameters for layer in self.layers) * itemsize
         largest, wider = max(layer.parameters for layer in self.layers), max(itemsize, self.stored_itemsize)
         ahead = largest * itemsize if 2 * largest * wider <= self.ahead_bytes else 0
         return ahead + largest * (itemsize + (self.stored_itemsize if self.stored_itemsize != itemsize else 0))
