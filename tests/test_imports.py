@@ -26,6 +26,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("data",),
     ("config",),
     ("linalg", "records"),
+    ("journal",),
     ("parallel",),
     ("disk", "machine", "progress", "registry"),
     ("errors",),

@@ -18,7 +18,7 @@ import torch
 from layer_surgery import parallel
 from layer_surgery.calibration.bypass import MapWorth
 from layer_surgery.calibration.couplings import Couplings
-from layer_surgery.calibration.statistics import Statistics, collect, useful_ranks
+from layer_surgery.calibration.statistics import Ranks, Statistics, collect, useful_ranks
 from layer_surgery.calibration.units import UnitOrder
 from layer_surgery.checkpoint.contents import file_sha256
 from layer_surgery.checkpoint.new_tensors import FactorStore
@@ -26,9 +26,10 @@ from layer_surgery.disk.own import own_directory, remove_dead
 from layer_surgery.disk.reading import read_json, why
 from layer_surgery.disk.renaming import rename_new, sync, sync_tree
 from layer_surgery.errors import UserError
+from layer_surgery.journal import NOTHING_KEPT, Journal, Steps
 from layer_surgery.machine import code_sha256
 from layer_surgery.records import Part
-from layer_surgery.walk.walk import Walk
+from layer_surgery.walk.walk import Walk, boundary_steps
 
 RECORD_FILE = "statistics.json"
 _STAGING = ".statistics.partial-"
@@ -44,7 +45,9 @@ class StatisticsCache:
         """
         self._directory, self._base_sha256, self._note, self._maps = directory, base_sha256, note, maps
 
-    def get(self, walk: Walk, scratch: Path, dtype: torch.dtype, part: Part) -> Statistics | None:
+    def get(
+        self, walk: Walk, scratch: Path, dtype: torch.dtype, part: Part, journal: Journal = NOTHING_KEPT
+    ) -> Statistics | None:
         """Return the statistics of all layers, made now if they are not there; None, with a note, if they cannot be
         kept.
 
@@ -53,6 +56,7 @@ class StatisticsCache:
             scratch: for components that another run is faster to keep.
             dtype: of the stored components.
             part: what of the layers costs are measured for.
+            journal: where finished layers are while not all are.
         """
         identity = {
             "code_sha256": code_sha256(),
@@ -84,9 +88,12 @@ class StatisticsCache:
             staging = parallel.from_first(lambda: self._staging(stack, key))
             if staging is None:
                 return None
-            statistics = Statistics.empty(walk, FactorStore(Path(staging), dtype))
             every = useful_ranks(walk.model, range(walk.model.layer_count), part)
-            collect(walk, statistics, every, part, maps=self._maps)
+            steps = statistics_steps(journal, every, part, self._maps)
+            folder_of_steps = steps.folder("components")
+            statistics = Statistics.empty(walk, FactorStore(folder_of_steps or Path(staging), dtype))
+            forward = boundary_steps(journal, walk)
+            collect(walk, statistics, every, part, maps=self._maps, forward=forward, steps=steps)
             parallel.barrier()  # all have written and read there what they will
             final = parallel.from_first(lambda: self._put(Path(staging), folder, scratch / key, identity, statistics))
         statistics.components = FactorStore(Path(final), dtype)
@@ -111,6 +118,8 @@ class StatisticsCache:
         self, staging: Path, folder: Path, other: Path, identity: Mapping[str, Any], statistics: Statistics
     ) -> str:
         """Complete a staging folder and move it to where it is found from now on; return where it is."""
+        if statistics.components.directory != staging:  # in a journal, which keeps its own
+            shutil.copytree(statistics.components.directory, staging, dirs_exist_ok=True)
         _write(staging, identity, statistics)
         sync_tree(staging)
         try:
@@ -121,6 +130,12 @@ class StatisticsCache:
                 self._note(f"warning: statistics are not kept in {self._directory} ({why(error)})")
             return str(shutil.move(staging, other))
         return str(folder)
+
+
+def statistics_steps(journal: Journal, layers: Mapping[int, Ranks], part: Part, maps: bool) -> Steps:
+    """Return where a run keeps the statistics of the layers that it has finished."""
+    ranks = {str(index): dict(each) for index, each in layers.items()}
+    return journal.stage("statistics", ranks, part, maps)
 
 
 def check_cache(cache: Path | None) -> None:

@@ -9,7 +9,7 @@ tend to err on the same tokens, so that K_ij is positive and they cost more toge
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -121,6 +121,20 @@ class Responses:
     def add_part(self, index: int, part: str, layer: nn.Module) -> None:
         """Do the same with a layer of which only the attention, the MLP or the experts are changed."""
         self._parts[index, part] = self._changes(index, layer)
+
+    def of(self, index: int) -> dict[str, Tensor]:
+        """Return the changes of one layer and its parts, by names that `put` knows."""
+        levels = {f"level {level}": self._values[index, level] for level in LEVELS if (index, level) in self._values}
+        return levels | {f"part {part}": found for (i, part), found in self._parts.items() if i == index}
+
+    def put(self, index: int, changes: Mapping[str, Tensor]) -> None:
+        """Take what `of` has given in an earlier run."""
+        for name, found in changes.items():
+            kind, _, rest = name.partition(" ")
+            if kind == "level":
+                self._values[index, float(rest)] = found
+            else:
+                self._parts[index, rest] = found
 
     @torch.no_grad()
     def _changes(self, index: int, layer: nn.Module | None) -> Tensor:

@@ -9,12 +9,13 @@ from pathlib import Path
 import torch
 
 from layer_surgery import parallel
-from layer_surgery.calibration.cache import StatisticsCache
+from layer_surgery.calibration.cache import StatisticsCache, statistics_steps
 from layer_surgery.calibration.statistics import Ranks, Statistics, collect, useful_ranks
 from layer_surgery.checkpoint.new_tensors import FactorStore
 from layer_surgery.errors import LayerSurgeryError
+from layer_surgery.journal import NOTHING_KEPT, Journal
 from layer_surgery.records import Part
-from layer_surgery.walk.walk import Walk
+from layer_surgery.walk.walk import Walk, boundary_steps
 
 _LOG = logging.getLogger(__name__)
 
@@ -32,13 +33,15 @@ class StatisticsSource:
         part: Part = "layer",
         maps: bool = False,
         note: Callable[[str], None] = lambda _text: None,
+        journal: Journal = NOTHING_KEPT,
     ) -> None:
         """Compute into folders of `scratch`, or keep the statistics of all layers in a `cache`; see `StatisticsCache`.
 
         `dtype` is that of the stored components, `part` is what of the layers costs are measured for, and `maps` says
-        whether linear maps for MLPs are among them.
+        whether linear maps for MLPs are among them. What a run was computing when it was stopped is in its `journal`.
         """
         self.part, self.maps = part, maps
+        self._journal = journal
         self._scratch, self._dtype = scratch, dtype
         self._cache = None if cache is None else StatisticsCache(cache, base_sha256, note, maps=maps)
         self._trunk: StatisticsSource | None = None
@@ -53,9 +56,11 @@ class StatisticsSource:
         if known is None or not known.covers(layers):
             # A cache goes on having what this source forgets.
             wanted = layers if known is None or self._cache is not None else {**known.ranks, **layers}
-            folder = parallel.new_folder(self._scratch, "components-")
+            steps = statistics_steps(self._journal, wanted, self.part, self.maps)
+            folder = steps.folder("components") or parallel.new_folder(self._scratch, "components-")
             computed = Statistics.empty(walk, FactorStore(folder, self._dtype))
-            collect(walk, computed, wanted, self.part, maps=self.maps)
+            forward = boundary_steps(self._journal, walk)
+            collect(walk, computed, wanted, self.part, maps=self.maps, forward=forward, steps=steps)
             self._statistics = known = computed
         return known
 
@@ -73,7 +78,7 @@ class StatisticsSource:
         """Return the statistics of all layers that another source or the cache gives; None if neither does."""
         found = None if self._trunk is None else self._trunk._of_all_layers(walk)
         if found is None and self._cache is not None:
-            found = self._cache.get(walk, self._scratch, self._dtype, self.part)
+            found = self._cache.get(walk, self._scratch, self._dtype, self.part, self._journal)
             if found is None:
                 self._cache = None
         return found

@@ -6,12 +6,16 @@ its leading components, as many as can be of use, so that another target, budget
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from math import prod
+from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from layer_surgery import parallel
@@ -26,6 +30,7 @@ from layer_surgery.checkpoint.modeling_layer_surgery import IN_FACTOR, OUT_FACTO
 from layer_surgery.checkpoint.new_tensors import FactorStore
 from layer_surgery.data.tokens import PackedTokens
 from layer_surgery.errors import DataError
+from layer_surgery.journal import NO_STEPS, Finished, Steps
 from layer_surgery.linalg.blockwise_nystrom import blockwise_column_order
 from layer_surgery.linalg.decomposition import takes_leading
 from layer_surgery.linalg.leading import leading_whitened_svd
@@ -138,6 +143,29 @@ class Statistics:
             result[index][name] = rank
         return result
 
+    def of_layer(self, index: int) -> dict[str, Any]:
+        """Return what is known of one layer, but for couplings and tensors, as JSON."""
+        lone: dict[str, Mapping[int, Any]] = {"channels": self.channels, "heads": self.heads, "maps": self.maps}
+        return {
+            "sizes": self.sizes[index],
+            "values": self.values[index],
+            "ranks": self.ranks[index],
+            "experts": [asdict(order) for order in self.experts[index]] if index in self.experts else None,
+            **{name: asdict(of[index]) if index in of else None for name, of in lone.items()},
+        }
+
+    def put(self, index: int, layer: Mapping[str, Any]) -> None:
+        """Take what `of_layer` has given in an earlier run."""
+        self.sizes[index] = {name: (int(out), int(in_)) for name, (out, in_) in layer["sizes"].items()}
+        self.values[index], self.ranks[index] = layer["values"], layer["ranks"]
+        for name, orders in (("channels", self.channels), ("heads", self.heads)):
+            if layer[name] is not None:
+                orders[index] = UnitOrder(**layer[name])
+        if layer["experts"] is not None:
+            self.experts[index] = [UnitOrder(**order) for order in layer["experts"]]
+        if layer["maps"] is not None:
+            self.maps[index] = MapWorth(**layer["maps"])
+
     def _kept_share(self, index: int, name: str, rank: int) -> float:
         """Return how much of a linear's worth its first components hold, 0 to 1."""
         worth = [value**2 for value in self.values[index][name]]
@@ -183,17 +211,25 @@ def check_tokens(tokens: PackedTokens, hidden_size: int, what: str) -> None:
 
 
 def collect(
-    walk: Walk, statistics: Statistics, layers: Mapping[int, Ranks], part: Part = "layer", *, maps: bool = False
+    walk: Walk,
+    statistics: Statistics,
+    layers: Mapping[int, Ranks],
+    part: Part = "layer",
+    *,
+    maps: bool = False,
+    forward: Steps = NO_STEPS,
+    steps: Steps = NO_STEPS,
 ) -> None:
     """Fill `statistics` with the components of these linears, up to these ranks, by one forward and backward walk.
 
-    Also with the couplings of the layers, or of a part of each, and with `maps` with the linear maps for MLPs.
+    Also with the couplings of the layers, or of a part of each, and with `maps` with the linear maps for MLPs. Layers
+    that are finished in `forward` and `steps` are not run again; the components are then in a folder of `steps`.
     """
     if not layers:
         return
     check_tokens(walk.all_tokens, walk.model.hidden_size, "the fisher metric")
     observer = _Collector(walk, statistics, layers, part, maps)
-    walk.backpropagate([observer], watch=layers)
+    walk.backpropagate([observer], watch=layers, forward=forward, steps=steps)
     statistics.couplings = observer.couplings()
 
 
@@ -237,7 +273,7 @@ class MomentObserver(Observer):
         if experts is not None and of_experts is not None:
             mine = self.owner_of[experts.module] == parallel.group().rank
             self.reduce_experts(index, layer, experts, of_experts.moments if mine else None)
-        self.finish(index, layer)
+        self.complete(index, layer)
 
     def batch(self, valid: Tensor) -> None:
         for recorder in self._recorders:
@@ -258,7 +294,7 @@ class MomentObserver(Observer):
         """Do the same with those of the experts, afterwards; None if they are another process's."""
         raise NotImplementedError
 
-    def finish(self, index: int, layer: nn.Module) -> None:
+    def complete(self, index: int, layer: nn.Module) -> None:
         """Do what is left to do with a layer, which still has its weights."""
 
 
@@ -338,6 +374,20 @@ class _Collector(MomentObserver):
                 self._reduce_map(index, *self._map, moments)
         self._share(index, layer, channels)
 
+    def finish(self, index: int, steps: Steps, passing: Callable[[Path], object]) -> None:
+        assert self._responses is not None
+        steps.finish(
+            str(index),
+            self._statistics.of_layer(index),
+            kept=partial(save_file, {name: each.contiguous() for name, each in self._responses.of(index).items()}),
+            passing=passing,
+        )
+
+    def restore(self, index: int, step: Finished) -> None:
+        assert self._responses is not None
+        self._statistics.put(index, step.record)
+        self._responses.put(index, load_file(step.kept))
+
     def _share(self, index: int, layer: nn.Module, channels: Units | None) -> None:
         """Have all processes know what the owners of the linears of a layer have found; alone, change nothing."""
         if parallel.group().world == 1:
@@ -389,7 +439,7 @@ class _Collector(MomentObserver):
         self._statistics.experts[index] = orders
         self._half["experts"] = {experts.output: parallel.broadcast(half, owner, self._walk.model.device)}
 
-    def finish(self, index: int, layer: nn.Module) -> None:
+    def complete(self, index: int, layer: nn.Module) -> None:
         self._try(index, layer)
         self._try_parts(index, layer)
         self._half = {}

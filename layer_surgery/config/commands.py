@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import attrs
 
 from layer_surgery.config.choices import METHOD_CHOICES, SCORER_CHOICES
-from layer_surgery.config.declaring import Group, Options, about, absolute_path, names, numbers, whole_numbers
+from layer_surgery.config.declaring import Group, Options, about, absolute_path, names, numbers, path, whole_numbers
 from layer_surgery.config.evaluation import EvaluationConfig
 from layer_surgery.config.healing import HealAfterwardsConfig, HealingConfig
 from layer_surgery.config.inputs import CalibrationConfig
@@ -58,6 +58,19 @@ class CompressConfig(
     """Options of `compress`."""
 
     FIRST = ("target_layers", "output", "keep", "target_parameters", "layers", "calibration", "samples", "eval_data")
+
+    resume: Path | None = attrs.field(
+        default=None,
+        converter=path,
+        metadata=about(
+            "Keep finished layers here while the run works, so that the same command goes on from them after it was "
+            "stopped. It takes the room of the hidden states behind every layer and of the statistics; all is removed "
+            "when the run is done.",
+            metavar="DIR",
+            group="Output",
+            recorded=False,
+        ),
+    )
 
 
 @attrs.frozen(kw_only=True, slots=False)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from layer_surgery.data import load_documents, pack_evaluation
 from layer_surgery.data.tokens import PackedTokens
 from layer_surgery.errors import LayerSurgeryError, UserError
 from layer_surgery.evaluation.expected import expected_rise
+from layer_surgery.journal import NOTHING_KEPT, Journal
 from layer_surgery.records import (
     Interval,
     LayerPlan,
@@ -68,6 +69,7 @@ class Bench:
     walk: Walk
     statistics: StatisticsSource
     general: PackedTokens | None = None  #: General text that a refit looks at beside the calibration tokens.
+    journal: Journal = NOTHING_KEPT  #: What an earlier run of the same has finished.
 
     @property
     def model(self) -> StreamedModel:
@@ -105,8 +107,11 @@ class Bench:
         )
         key = (entry.name, *(getattr(context, name) for name in entry.depends_on))
         if known is None or key not in known:
+            steps = self.journal.stage("scores", *key)
+            before = steps.find("scores")
             with self.session.stage("score"):
-                found = entry.scores(context)
+                found = LayerScores(**before.record) if before is not None else entry.scores(context)
+            steps.finish("scores", asdict(found))
             if known is None:
                 return found
             known[key] = found
@@ -129,7 +134,9 @@ class Bench:
         """
         self._check_survivors(plan)
         session, entry = self.session, METHODS[method]
-        factors = FactorStore(session.new_scratch("factors"), session.checkpoint.dtype)
+        inputs = plan.to_dict(), method, ranks_fixed, dict(pricing.totals) if pricing is not None else {}
+        steps = self.journal.stage("surgery", *inputs)
+        factors = FactorStore(steps.folder("factors") or session.new_scratch("factors"), session.checkpoint.dtype)
         spectra: list[SpectrumRecord] = []
         rows: dict[int, dict[str, Tensor]] = {}
         if plan.smaller or entry.removes:
@@ -143,6 +150,8 @@ class Bench:
                     pricing=pricing or Pricing(),
                     rows=rows,
                     spectra=spectra,
+                    steps=steps,
+                    journal=self.journal,
                 )
                 plan = entry.function(plan, context)
                 if not ranks_fixed:
@@ -157,8 +166,12 @@ class Bench:
             walks = [self.walk]
             if self.general is not None:
                 walks.append(stack.enter_context(Walk(self.model, self.general, session.settings)))
-            refitted = FactorStore(session.new_scratch("refitted"), session.checkpoint.dtype)
-            found = refit(plan, walks, session.stream(checkpoint), refitted, refit_scope, rows)
+            steps = self.journal.stage("refit", plan.to_dict())
+            refitted = FactorStore(
+                steps.folder("refitted") or session.new_scratch("refitted"), session.checkpoint.dtype
+            )
+            result = session.stream(checkpoint)
+            found = refit(plan, walks, result, refitted, refit_scope, rows, steps=steps, journal=self.journal)
             parallel.barrier()
         checkpoint = result_checkpoint(session.checkpoint, plan, factors, refitted)
         expected = expected_rise(found.before, found.after, session.runtime.seed)
@@ -227,6 +240,7 @@ def open_bench(
     general: PackedTokens | None = None,
     base_sha256: str = "",
     maps: bool = False,
+    journal: Journal = NOTHING_KEPT,
 ) -> Iterator[Bench]:
     """Yield a bench on a session's checkpoint.
 
@@ -237,6 +251,7 @@ def open_bench(
         general: see `general_text`.
         base_sha256: hash of the checkpoint, if it is known already.
         maps: whether linear maps may take the place of MLPs.
+        journal: what an earlier run of the same has finished.
     """
     if tokens is None:
         one = torch.zeros(1, 1, dtype=torch.int64)
@@ -251,9 +266,10 @@ def open_bench(
         part=part,
         maps=maps,
         note=session.ui.note,
+        journal=journal,
     )
     with Walk(session.stream(session.checkpoint), tokens, session.settings) as walk:
-        yield Bench(session=session, walk=walk, statistics=statistics, general=general)
+        yield Bench(session=session, walk=walk, statistics=statistics, general=general, journal=journal)
 
 
 def general_text(session: Session, tokens: PackedTokens, share: float) -> PackedTokens | None:

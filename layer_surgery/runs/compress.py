@@ -11,11 +11,13 @@ from layer_surgery.config import CompressConfig
 from layer_surgery.data.bundled import bundled_tasks
 from layer_surgery.errors import PlanError
 from layer_surgery.evaluation.task_names import check_task_names
+from layer_surgery.journal import check_journal, open_journal
 from layer_surgery.machine import peak_device_memory_bytes, peak_memory_bytes
 from layer_surgery.records import LayerScores, SurgeryReport
 from layer_surgery.runs.bench import general_text, open_bench
 from layer_surgery.runs.evaluator import Evaluator
 from layer_surgery.runs.healing import heal, prepare_healing, unhealed_record
+from layer_surgery.runs.identity import run_identity
 from layer_surgery.runs.output import check_output_given, open_output, save_result, write_report
 from layer_surgery.runs.planning import Planning, checked
 from layer_surgery.runs.provenance import (
@@ -40,7 +42,9 @@ def run_compress(model: Model, config: CompressConfig, *, known_scores: LayerSco
     check_task_names(config, bundled_tasks)
     if config.heal is not None:
         parallel.check_alone("--heal")
+    parallel.from_first(lambda: check_journal(config.resume, config.output))
     with ExitStack() as stack:
+        journal = stack.enter_context(open_journal(config.resume, config.ui.note))
         # Open: the output, the model, the data, and what there is to measure.
         staging = open_output(model, config, stack)
         session = stack.enter_context(open_session(model, config, staging.parent if staging else None))
@@ -63,6 +67,7 @@ def run_compress(model: Model, config: CompressConfig, *, known_scores: LayerSco
         session.stream(original)  # proves, before anything else is done, that it can be walked over
         sha256 = checkpoint_hash(session)
         _check_plan_is_for(config, sha256)
+        journal.begin(run_identity(session, config, sha256, tokens, general))
         scored = planning.chooses and known_scores is None
         session.ui.plan(
             stages_of_compression(
@@ -81,6 +86,7 @@ def run_compress(model: Model, config: CompressConfig, *, known_scores: LayerSco
             maps=planning.needs_maps,
             general=general,
             base_sha256=sha256,
+            journal=journal,
         ) as bench:
             scores = bench.scores(**planning.ranking) if scored else known_scores
             result = bench.operate(planning.plan(scores, sha256), **planning.surgery)

@@ -1,9 +1,12 @@
 """The input of a surgical method, and the registry of methods."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from layer_surgery import parallel
@@ -11,6 +14,7 @@ from layer_surgery.calibration.source import StatisticsSource
 from layer_surgery.checkpoint.new_tensors import FactorStore
 from layer_surgery.config import SearchConfig
 from layer_surgery.config.choices import METHOD_CHOICES
+from layer_surgery.journal import NO_STEPS, NOTHING_KEPT, Finished, Journal, Steps
 from layer_surgery.linalg.low_rank import Factors
 from layer_surgery.progress import Progress
 from layer_surgery.records import SpectrumMetric, SpectrumRecord, SurgeryPlan, UnitName
@@ -18,7 +22,9 @@ from layer_surgery.registry import Registry
 from layer_surgery.surgeon.resources import Pricing
 from layer_surgery.surgeon.spectra import Kept, spectrum_record
 from layer_surgery.walk.streamed import StreamedModel
-from layer_surgery.walk.walk import Walk
+from layer_surgery.walk.walk import Observer, Walk, boundary_steps
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +42,42 @@ class SurgeryContext:
     """Where methods that narrow linears leave, by layer and linear, the rows [n] int64 that stay, for the refit."""
     spectra: list[SpectrumRecord] = field(default_factory=list)
     """Where methods that decompose linears leave their singular values, for the report."""
+    steps: Steps = NO_STEPS  #: Of this surgery; `factors` are in one of their folders.
+    journal: Journal = NOTHING_KEPT  #: Of the run.
+
+    def write_alike(self, layer: int, linear: str, tensors: Mapping[str, Tensor]) -> None:
+        """Write tensors that all processes have computed alike; what the first cannot write, all refuse."""
+        with parallel.together():
+            if parallel.is_first():
+                self.factors.write_tensors(layer, linear, tensors)
+
+    def unfinished(self, items: Iterable[T], name: Callable[[T], str]) -> Iterator[T]:
+        """Yield the items whose step an earlier run has not finished; each is when the next is asked for."""
+        for item in items:
+            step = self.steps.find(name(item))
+            if step is not None:
+                self.restore(step.record)
+                continue
+            before = len(self.spectra)
+            yield item
+            self.steps.finish(name(item), self.record_since(before))
+
+    def record_since(self, spectra: int, layer: int | None = None) -> dict[str, Any]:
+        """Return what `restore` needs of a step that began with so many spectra, and that has narrowed a layer."""
+        rows = {} if layer is None else {name: rows.tolist() for name, rows in self.rows.get(layer, {}).items()}
+        return {"spectra": [asdict(each) for each in self.spectra[spectra:]], "layer": layer, "rows": rows}
+
+    def restore(self, record: Mapping[str, Any]) -> None:
+        """Take from an earlier run what a step has left beside its tensors."""
+        self.spectra.extend(SpectrumRecord(**each) for each in record["spectra"])
+        if record["layer"] is not None:
+            rows = {name: torch.tensor(rows, dtype=torch.int64) for name, rows in record["rows"].items()}
+            self.rows.setdefault(record["layer"], {}).update(rows)
+
+    @property
+    def boundaries(self) -> Steps:
+        """Where the walk over the original keeps the boundaries behind its layers."""
+        return boundary_steps(self.journal, self.walk)
 
     def write(
         self, layer: int, linear: str, factors: Factors, metric: SpectrumMetric, values: Sequence[float], kept: Kept
@@ -83,6 +125,24 @@ class SurgeryContext:
     @property
     def progress(self) -> Progress:
         return self.walk.settings.progress
+
+
+class SurgeryObserver(Observer):
+    """An observer that writes what takes the place of a layer, so that a walk can go on behind that layer."""
+
+    context: SurgeryContext
+    _spectra: int  #: How many there were when the last step was finished.
+
+    def work_in(self, context: SurgeryContext) -> None:
+        self.context, self._spectra = context, len(context.spectra)
+
+    def finish(self, index: int, steps: Steps, passing: Callable[[Path], object]) -> None:
+        steps.finish(str(index), self.context.record_since(self._spectra, index), passing=passing)
+        self._spectra = len(self.context.spectra)
+
+    def restore(self, index: int, step: Finished) -> None:
+        self.context.restore(step.record)
+        self._spectra = len(self.context.spectra)
 
 
 Method = Callable[[SurgeryPlan, SurgeryContext], SurgeryPlan]

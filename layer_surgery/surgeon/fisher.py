@@ -37,7 +37,7 @@ def fisher_svd(plan: SurgeryPlan, context: SurgeryContext) -> SurgeryPlan:
     if not context.ranks_fixed:
         spendable = _cost(planned, sizes) + plan.parameter_bound - plan.parameters
         ranks = statistics.best_ranks(planned, spendable)
-    for index in ranks:
+    for index in context.unfinished(ranks, str):
         with context.divided(dict.fromkeys(ranks[index], 1.0)) as names:
             for name, factors in statistics.factors(index, {name: ranks[index][name] for name in names}).items():
                 context.write(index, name, factors, "fisher", statistics.values[index][name], ranks[index][name])

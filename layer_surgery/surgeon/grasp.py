@@ -11,16 +11,16 @@ from torch import nn
 from layer_surgery import parallel
 from layer_surgery.linalg.low_rank import attributed_groups, select_groups, svd
 from layer_surgery.records import SurgeryPlan
-from layer_surgery.surgeon.context import METHODS, SurgeryContext
+from layer_surgery.surgeon.context import METHODS, SurgeryContext, SurgeryObserver
 from layer_surgery.walk.gradients import accumulated_gradients
-from layer_surgery.walk.walk import Observer
 
 
-class GraspObserver(Observer):
+class GraspObserver(SurgeryObserver):
     """Turns the linears of each layer that it sees into factors, on the spot, from their summed gradients."""
 
     def __init__(self, ranks: Mapping[int, Mapping[str, int]], context: SurgeryContext) -> None:
-        self._ranks, self._context = ranks, context
+        self._ranks = ranks
+        self.work_in(context)
         self._sums = parallel.Sums()
 
     def end_round(self, present: int) -> None:
@@ -35,12 +35,12 @@ class GraspObserver(Observer):
         self._sums = parallel.Sums(lambda name: (owner_of[name],))
         with accumulated_gradients(weights, self._sums) as gradients:
             yield
-            with self._context.divided(costs, owner_of) as names:
+            with self.context.divided(costs, owner_of) as names:
                 for name in names:
                     spectrum = svd(weights[name].detach())
                     chosen = attributed_groups(spectrum, gradients[name], ranks[name])
                     factors, values = select_groups(spectrum, chosen), spectrum.s.tolist()
-                    self._context.write(index, name, factors, "weight", values, set(chosen.tolist()))
+                    self.context.write(index, name, factors, "weight", values, set(chosen.tolist()))
 
 
 @METHODS.add(
@@ -50,7 +50,9 @@ class GraspObserver(Observer):
 )
 def grasp(plan: SurgeryPlan, context: SurgeryContext) -> SurgeryPlan:
     """Select groups for all layers at once, from the gradients of the original model: `dLoss/ds_k = u_k^T G v_k`."""
-    write_best_groups({layer.index: layer.ranks for layer in plan.low_rank}, context)
+    ranks = {layer.index: layer.ranks for layer in plan.low_rank}
+    observers = [GraspObserver(ranks, context)]
+    context.walk.backpropagate(observers, watch=ranks, forward=context.boundaries, steps=context.steps)
     return plan
 
 

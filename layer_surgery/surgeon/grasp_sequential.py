@@ -26,7 +26,8 @@ def grasp_sequential(plan: SurgeryPlan, context: SurgeryContext) -> SurgeryPlan:
             for group in (model.architecture.mlp, model.architecture.attention):
                 ranks = {name: rank for name, rank in layer.ranks.items() if name in group}
                 if ranks:
-                    write_best_groups({layer.index: ranks}, context)
+                    for _ in context.unfinished([f"{layer.index} {group[-1]}"], str):
+                        write_best_groups({layer.index: ranks}, context)
                     model.replace(layer.index, ranks, partial(context.factors.read, layer.index))
                     walk.forget(layer.index)
     finally:  # the model is the original again for whoever uses it next

@@ -6,7 +6,6 @@ Yang et al., LaCo: Large Language Model Pruning via Layer Collapse.
 import torch
 from torch import Tensor
 
-from layer_surgery import parallel
 from layer_surgery.errors import PlanError
 from layer_surgery.records import SurgeryPlan
 from layer_surgery.surgeon.context import METHODS, SurgeryContext
@@ -32,12 +31,12 @@ def laco(plan: SurgeryPlan, context: SurgeryContext) -> SurgeryPlan:
                 f"--method laco adds up whole weights, and layer {index} is low-rank already; choose other layers."
             )
     with context.progress("merging", len(runs)) as advance:
-        for first, after in runs:
+        for first, after in context.unfinished(runs, str):
             for name in model.architecture.linears:
                 merged = {own: _merged(model, f"{name}.{own}", first, after) for own in ("weight", "bias")}
                 tensors = {own: tensor for own, tensor in merged.items() if tensor is not None}
-                if tensors and parallel.is_first():
-                    context.factors.write_tensors(first - 1, name, tensors)
+                if tensors:
+                    context.write_alike(first - 1, name, tensors)
             advance()
     return plan
 

@@ -37,7 +37,7 @@ from layer_surgery.linalg.nystrom import narrowed
 from layer_surgery.records import LayerPlan, SurgeryPlan
 from layer_surgery.surgeon.components import KINDS, PartOfLayer
 from layer_surgery.surgeon.components.whole import GONE
-from layer_surgery.surgeon.context import METHODS, SurgeryContext
+from layer_surgery.surgeon.context import METHODS, SurgeryContext, SurgeryObserver
 from layer_surgery.surgeon.curves import Floats, Place
 from layer_surgery.surgeon.plan import ModelShape, plan_parameters
 from layer_surgery.surgeon.remove import without_parts
@@ -79,7 +79,7 @@ def mix(plan: SurgeryPlan, context: SurgeryContext) -> SurgeryPlan:
     if not context.ranks_fixed:
         plan = _searched(plan, shape, statistics, context)
     without_parts(plan, context)
-    for layer in plan.low_rank:
+    for layer in context.unfinished(plan.low_rank, lambda layer: f"{layer.index} low-rank"):
         ranks = {name: rank for name, rank in layer.ranks.items() if rank}
         with context.divided(dict.fromkeys(ranks, 1.0)) as names:
             for name, factors in statistics.factors(layer.index, {name: ranks[name] for name in names}).items():
@@ -375,13 +375,15 @@ def _narrow(plan: SurgeryPlan, shape: ModelShape, statistics: Statistics, contex
         if sized.experts is not None and layer.routed is not None:
             fewer[layer.index] = _Fewer(sized.experts, _orders(statistics, layer.index), layer.routed)
         if sized.bypass is not None and layer.bypass is not None:
-            _write_map(layer.index, sized.bypass, layer.bypass, statistics, context)
+            for index in context.unfinished([layer.index], "{} bypass".format):
+                _write_map(index, sized.bypass, layer.bypass, statistics, context)
     watched = {*cuts, *expert_cuts}
     if watched:
         observers = [_Narrowing(cuts, expert_cuts, context)]
-        context.walk.forward(range(max(watched) + 1), keep=False, observers=observers, watch=watched)
-    for index, cut in fewer.items():
-        _write_fewer(index, cut, context)
+        path = range(max(watched) + 1)
+        context.walk.forward(path, keep=False, observers=observers, watch=watched, steps=context.steps)
+    for index in context.unfinished(fewer, "{} routed".format):
+        _write_fewer(index, fewer[index], context)
 
 
 def _orders(statistics: Statistics, index: int) -> list[UnitOrder]:
@@ -396,8 +398,8 @@ def _write_fewer(index: int, cut: _Fewer, context: SurgeryContext) -> None:
     order = experts_by_worth(cut.orders)
     kept = order.kept(cut.count)
     with context.model.layer(index) as layer:
-        for name in (cut.experts.module, cut.experts.router) if parallel.is_first() else ():
-            context.factors.write_tensors(index, name, of_some(layer.get_submodule(name), kept))
+        for name in (cut.experts.module, cut.experts.router):
+            context.write_alike(index, name, of_some(layer.get_submodule(name), kept))
     context.record_units(index, cut.experts.module, "routed", order.gains, cut.count)
 
 
@@ -405,12 +407,11 @@ def _write_map(index: int, bypass: Bypass, rank: int, statistics: Statistics, co
     """Write the linear map of this rank that takes the place of an MLP."""
     if index not in statistics.maps:
         raise PlanError(f"the plan has a bypass in layer {index}, but no statistics hold a linear map for its MLP.")
-    if parallel.is_first():
-        context.factors.write_tensors(index, bypass.module, statistics.map_tensors(index, bypass.module, rank))
+    context.write_alike(index, bypass.module, statistics.map_tensors(index, bypass.module, rank))
     context.record_map(index, bypass.module, statistics.maps[index].values, rank)
 
 
-class _Narrowing(MomentObserver):
+class _Narrowing(SurgeryObserver, MomentObserver):
     """Cuts the units and the experts of each layer, and re-solves its output projections on what stays."""
 
     def __init__(
@@ -421,11 +422,12 @@ class _Narrowing(MomentObserver):
             gradients=False,
             experts={index: cut.experts for index, cut in expert_cuts.items()},
         )
-        self._cuts, self._expert_cuts, self._context = cuts, expert_cuts, context
+        self._cuts, self._expert_cuts = cuts, expert_cuts
+        self.work_in(context)
 
     def reduce(self, index: int, layer: nn.Module, moments: LayerMoments) -> None:
         cuts = {cut.units.output: cut for cut in self._cuts.get(index, ())}
-        store, all_rows = self._context.factors, self._context.rows.setdefault(index, {})
+        store, all_rows = self.context.factors, self.context.rows.setdefault(index, {})
         with parallel.together():
             for name, weight, inputs in weights_with_inputs(layer, parallel.own(self.owner_of, cuts), moments, index):
                 cut = cuts[name]
@@ -437,7 +439,7 @@ class _Narrowing(MomentObserver):
                     store.write_tensors(index, feeding, tensors)
         for name, cut in cuts.items():
             all_rows |= cut.units.rows(cut.order.kept(cut.count))
-            self._context.record_units(index, name, cut.name, cut.order.gains, cut.count)
+            self.context.record_units(index, name, cut.name, cut.order.gains, cut.count)
 
     def reduce_experts(self, index: int, layer: nn.Module, experts: Experts, moments: ExpertMoments | None) -> None:
         cut, module = self._expert_cuts[index], layer.get_submodule(experts.module)
@@ -446,5 +448,5 @@ class _Narrowing(MomentObserver):
                 kept = kept_channels(cut.orders, cut.count)
                 outputs = narrowed_outputs(experts, module, moments, kept, index)
                 tensors = {"down_proj": experts.as_stored(outputs), **experts.only(module, kept)}
-                self._context.factors.write_tensors(index, experts.module, tensors)
-        self._context.record_units(index, experts.module, "experts", joint_gains(cut.orders), cut.count)
+                self.context.factors.write_tensors(index, experts.module, tensors)
+        self.context.record_units(index, experts.module, "experts", joint_gains(cut.orders), cut.count)

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from layer_surgery.checkpoint.experts import experts_of
 from layer_surgery.checkpoint.modeling_layer_surgery import IN_FACTOR, OUT_FACTOR, LowRankLinear
 from layer_surgery.checkpoint.new_tensors import FactorStore
 from layer_surgery.errors import DataError
+from layer_surgery.journal import NO_STEPS, NOTHING_KEPT, Finished, Journal, Steps
 from layer_surgery.linalg.decomposition import Decomposition, takes_leading
 from layer_surgery.linalg.least_squares import RidgeProblem, Solution, Sums
 from layer_surgery.records import RefitRecord, RefitScope, SurgeryPlan
@@ -39,7 +41,7 @@ from layer_surgery.walk.boundaries import Boundary
 from layer_surgery.walk.moments import rows_of
 from layer_surgery.walk.rehearsal import LayerCall, Rehearsal
 from layer_surgery.walk.streamed import StreamedModel
-from layer_surgery.walk.walk import Losses, Walk
+from layer_surgery.walk.walk import Losses, Walk, boundary_steps
 
 #: Fewest windows that a refit makes sense with: some are held out.
 LEAST_WINDOWS = 4
@@ -81,6 +83,9 @@ def refit(
     refitted: FactorStore,
     scope: RefitScope,
     rows: Mapping[int, Mapping[str, Tensor]] | None = None,
+    *,
+    steps: Steps = NO_STEPS,
+    journal: Journal = NOTHING_KEPT,
 ) -> Refit:
     """Write re-solved tensors, by the original's layer indices, to `refitted`; return what was solved.
 
@@ -92,6 +97,8 @@ def refit(
         scope: `operated` touches layers that the plan makes smaller; `all` also the layer before a removed run and
             every layer after the first cut.
         rows: of narrowed linears, by layer and name, the original's rows [n] int64 that they have.
+        steps: where finished layers are kept, `refitted` among them; those of an earlier run are not done again.
+        journal: of the run, where the boundaries of the original are.
 
     Memory: one layer of each model, and the sums of one group of linears. Raises `DataError` for too few windows.
     """
@@ -102,12 +109,19 @@ def refit(
     with ExitStack() as stack:
         tracks: list[_Track] = []
         for walk in walks:
-            walk.forward(range(walk.model.layer_count), keep=True)
+            walk.forward(range(walk.model.layer_count), keep=True, steps=boundary_steps(journal, walk))
             room = Boundary(stack.enter_context(walk.new_store()), 0)
             tracks.append(_Track(walk, sum(track.walk.all_tokens.sequences for track in tracks), room))
         original, progress = walks[0].model, walks[0].settings.progress
         advance = stack.enter_context(progress("refitting", len(surviving)))
-        for position, index in enumerate(surviving):
+        finished = steps.leading(map(str, surviving))
+        for step in finished:
+            records += [RefitRecord(**record) for record in step.record["records"]]
+            advance()
+        if finished:
+            _resume(tracks, finished[-1])
+        for position, index in enumerate(surviving[len(finished) :], len(finished)):
+            before_it = len(records)
             after = surviving[position + 1] if position + 1 < len(surviving) else original.layer_count
             smaller = plan.layers[index].action != "keep"
             same = not tracks[0].differs and index == position
@@ -121,11 +135,33 @@ def refit(
             elif not same:
                 with result.layer(position) as layer:
                     _step(layer, position, tracks, calls)
+            _finish(steps, index, records[before_it:], tracks)
             advance()
         first = tracks[0]
         before = first.walk.losses(first.walk.boundary(original.layer_count))
         result_losses = first.walk.losses(first.room) if first.differs else before
     return Refit(records, before, result_losses)
+
+
+def _finish(steps: Steps, index: int, records: Sequence[RefitRecord], tracks: Sequence[_Track]) -> None:
+    """Finish a layer: what was solved, and the stream of the result behind it."""
+    differ = [track for track in tracks if track.differs]
+
+    def save(path: Path) -> None:
+        path.mkdir(exist_ok=True)
+        for number, track in enumerate(differ):
+            track.room.save(path / str(number))
+
+    record = {"records": [asdict(record) for record in records], "differs": bool(differ)}
+    steps.finish(str(index), record, passing=save if differ else None)
+
+
+def _resume(tracks: Sequence[_Track], last: Finished) -> None:
+    """Take from an earlier run the stream of the result behind the last layer that it has finished."""
+    for number, track in enumerate(tracks):
+        track.differs = last.record["differs"]
+        if track.differs:
+            track.room.load(last.passing / str(number))
 
 
 def check_windows(windows: int) -> None:

@@ -1,6 +1,6 @@
 """Removal outright: nothing takes the place of a layer, or factors of rank 0 that of a part."""
 
-from layer_surgery import parallel
+from layer_surgery.checkpoint.modeling_layer_surgery import IN_FACTOR, OUT_FACTOR
 from layer_surgery.linalg.low_rank import no_components
 from layer_surgery.records import SurgeryPlan
 from layer_surgery.surgeon.context import METHODS, SurgeryContext
@@ -14,9 +14,10 @@ def remove(plan: SurgeryPlan, context: SurgeryContext) -> SurgeryPlan:
 
 def without_parts(plan: SurgeryPlan, context: SurgeryContext) -> SurgeryPlan:
     """Write factors of rank 0, [out, 0] and [0, in], for every linear that has this rank in the plan."""
-    for layer in plan.low_rank if parallel.is_first() else ():
+    for layer in context.unfinished(plan.low_rank, lambda layer: f"{layer.index} without parts"):
         module = context.model.layers[layer.index]
         for name in (name for name, rank in layer.ranks.items() if not rank):
             out, in_ = module.get_parameter(f"{name}.weight").shape
-            context.factors.write(layer.index, {name: no_components((out, in_))})
+            left, right = no_components((out, in_))
+            context.write_alike(layer.index, name, {OUT_FACTOR: left, IN_FACTOR: right})
     return plan

@@ -32,14 +32,13 @@ def replaceme(plan: SurgeryPlan, context: SurgeryContext) -> SurgeryPlan:
     walk = context.walk
     runs = runs_behind_a_layer(plan)
     check_tokens(walk.all_tokens, context.model.hidden_size, "replaceme")
-    walk.forward(range(context.model.layer_count), keep=True)
+    walk.forward(range(context.model.layer_count), keep=True, steps=context.boundaries)
     with context.progress("solving", len(runs)) as advance:
-        for first, after in runs:
+        for first, after in context.unfinished(runs, str):
             name, transform = _best_map(walk, first - 1, after)
             weight = f"{context.model.checkpoint.layer_prefix(first - 1)}{name}.weight"
             stored = context.model.read_weights([weight])[weight].double()
-            if parallel.is_first():
-                context.factors.write_tensors(first - 1, name, {"weight": transform.T @ stored})
+            context.write_alike(first - 1, name, {"weight": transform.T @ stored})
             advance()
     return plan
 

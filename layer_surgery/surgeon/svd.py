@@ -11,7 +11,7 @@ from layer_surgery.surgeon.context import METHODS, SurgeryContext
 def plain_svd(plan: SurgeryPlan, context: SurgeryContext) -> SurgeryPlan:
     """Replace each linear of the low-rank layers by its truncated SVD."""
     with context.progress("truncating", len(plan.low_rank)) as advance:
-        for layer in plan.low_rank:
+        for layer in context.unfinished(plan.low_rank, lambda layer: str(layer.index)):
             prefix = context.model.checkpoint.layer_prefix(layer.index)
             module = context.model.layers[layer.index]
             costs = {name: float(module.get_parameter(f"{name}.weight").numel()) for name in layer.ranks}

@@ -120,6 +120,22 @@ class Boundary:
         """Store [rows, sequence_length, hidden]."""
         self.store.write(self.slot, rows, hidden)
 
+    def save(self, path: Path) -> None:
+        """Write the bytes of all hidden states to a file, one sequence at a time. Raises `OSError`."""
+        with path.open("wb") as file:
+            for row in range(self.store.shape[0]):
+                file.write(_bytes(self.read(slice(row, row + 1)).to("cpu").contiguous()))
+
+    def load(self, path: Path) -> None:
+        """Store what `save` has written. Raises `LayerSurgeryError` if it is of other hidden states."""
+        if path.stat().st_size != self.store.slot_bytes:
+            raise LayerSurgeryError(f"{path} has other hidden states than these.")
+        with path.open("rb") as file:
+            for row in range(self.store.shape[0]):
+                buffer = torch.empty((1, *self.store.shape[1:]), dtype=self.store.dtype)
+                file.readinto(_bytes(buffer))
+                self.write(slice(row, row + 1), buffer.to(self.store.device))
+
 
 def _bytes(tensor: Tensor) -> memoryview:
     """Return the bytes of a contiguous CPU tensor, shared."""

@@ -17,6 +17,7 @@ from layer_surgery import parallel
 from layer_surgery.data.objective import NO_LABEL
 from layer_surgery.data.tokens import PackedTokens
 from layer_surgery.errors import NumericalError
+from layer_surgery.journal import NO_STEPS, Finished, Journal, Steps
 from layer_surgery.linalg.decomposition import Decomposition
 from layer_surgery.progress import Progress, no_progress
 from layer_surgery.walk.boundaries import Boundary, BoundaryStore
@@ -64,6 +65,15 @@ class Observer:
 
     def boundaries(self, index: int, before: Tensor, after: Tensor, valid: Tensor) -> None:
         """Forward walk only: hidden states [B, S, D] at both sides of layer `index`; `valid` [B, S] bool."""
+
+    def finish(self, index: int, steps: Steps, passing: Callable[[Path], object]) -> None:
+        """Behind layer `index`, in a walk that can go on after it was stopped: finish the step `str(index)`, with all
+        that `restore` needs."""
+        raise NotImplementedError
+
+    def restore(self, index: int, step: Finished) -> None:
+        """In the place of a layer that an earlier run has finished."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -150,39 +160,61 @@ class Walk:
         return parallel.rows_of_all(own, self.share.windows, self.all_tokens.sequences)
 
     def forward(
-        self, path: Sequence[int], *, keep: bool, observers: Sequence[Observer] = (), watch: Iterable[int] | None = None
+        self,
+        path: Sequence[int],
+        *,
+        keep: bool,
+        observers: Sequence[Observer] = (),
+        watch: Iterable[int] | None = None,
+        steps: Steps = NO_STEPS,
     ) -> Boundary:
         """Walk through the layers of `path` and return the last boundary.
 
         With `keep` the boundary before `path[k]` stays in slot k, and what an earlier walk has left there is used
         again as far as its path was the same (not if there are observers). Without, only the latest boundary is held.
-        Observers see the layers in `watch` (default: all).
+        Observers see the layers in `watch` (default: all). Layers that are finished in `steps` are not run again, and
+        those that are run are finished there; with an observer, there is one.
         """
         watched = set(path if watch is None else watch)
         known = self._kept or []
         if self._kept is None:
-            finite = Finite(self.model, "the embeddings")
-            for rows in self.batches():
-                embedded = self.rehearsal.embed(self.tokens.inputs(rows))
-                finite.see(embedded, self.tokens.valid[rows].to(self.model.device))
-                self.boundary(0).write(rows, embedded)
-            finite.check()
+            self._embed()
         start = 0
         while keep and not observers and start < min(len(known), len(path)) and known[start] == path[start]:
             start += 1
         if keep:
             self._kept = list(path[:start])
         latest = self.boundary(start)
+        finished = steps.leading(map(str, path))
+        for position in range(len(finished), start):
+            steps.finish(str(path[position]), kept=self.boundary(position + 1).save)
         with self.settings.progress("forward", len(path) - start) as advance:
             for position, index in enumerate(path[start:], start):
                 source, latest = latest, self.boundary(position + 1 if keep else _STREAM)
-                self.step(index, source, latest, observers if index in watched else ())
+                seeing = observers if index in watched else ()
+                if position < len(finished):
+                    step = finished[position]
+                    for observer in seeing:
+                        observer.restore(index, step)
+                    if keep or position == len(finished) - 1:
+                        latest.load(step.kept if keep else step.passing)
+                else:
+                    self.step(index, source, latest, seeing)
+                    _finish(steps, index, latest, seeing, keep=keep)
                 if self._kept is None:
                     self.store.drop(0)
                 elif keep:
                     self._kept.append(index)
                 advance()
         return latest
+
+    def _embed(self) -> None:
+        finite = Finite(self.model, "the embeddings")
+        for rows in self.batches():
+            embedded = self.rehearsal.embed(self.tokens.inputs(rows))
+            finite.see(embedded, self.tokens.valid[rows].to(self.model.device))
+            self.boundary(0).write(rows, embedded)
+        finite.check()
 
     def forget(self, position: int) -> None:
         """Say that the layer at this position of the kept path has changed: later boundaries are not used again."""
@@ -288,23 +320,41 @@ class Walk:
                     known = labels != NO_LABEL
                     yield numbers[block[0], None].expand_as(labels)[known], logits[known], labels[known]
 
-    def backpropagate(self, observers: Sequence[Observer], *, watch: Iterable[int] | None = None) -> None:
+    def backpropagate(
+        self,
+        observers: Sequence[Observer],
+        *,
+        watch: Iterable[int] | None = None,
+        forward: Steps = NO_STEPS,
+        steps: Steps = NO_STEPS,
+    ) -> None:
         """Walk forward through all layers, to the summed loss, and back as far as the first layer in `watch`.
 
         Observers see the layers in `watch` (default: all) on the way back. The boundaries stay, as `forward` keeps
-        them.
+        them. Layers that are finished in `forward`, and in `steps` on the way back, are not run again.
         """
         path = range(self.model.layer_count)
         watched = set(path if watch is None else watch)
-        back = path[min(watched) :]
+        back = path[min(watched) :][::-1]
+        finished = steps.leading(map(str, back))
         with self.new_store() as store:
             gradient = Boundary(store, 0)
-            self.losses(self.forward(path, keep=True), gradient)
+            if not finished:
+                self.losses(self.forward(path, keep=True, steps=forward), gradient)
+            elif len(finished) < len(back):
+                self.forward(path, keep=True, steps=forward)
+                gradient.load(finished[-1].passing)
             for observer in observers:
                 observer.begin_backward(gradient)
             with self.settings.progress("backward", len(back)) as advance:
-                for index in reversed(back):
-                    self._step_back(index, gradient, observers if index in watched else ())
+                for position, index in enumerate(back):
+                    seeing = observers if index in watched else ()
+                    if position < len(finished):
+                        for observer in seeing:
+                            observer.restore(index, finished[position])
+                    else:
+                        self._step_back(index, gradient, seeing)
+                        _finish(steps, index, gradient, seeing, keep=False)
                     advance()
 
     def _step_back(self, index: int, gradient: Boundary, observers: Sequence[Observer]) -> None:
@@ -331,3 +381,18 @@ class Walk:
                     observer.end_round(present)
             finite.check()
         gradient.store.exchange(gradient.slot, new.slot)
+
+
+def boundary_steps(journal: Journal, walk: Walk) -> Steps:
+    """Return where a walk over the layers of the original keeps the boundaries behind them."""
+    return journal.stage("boundaries", walk.all_tokens.sha256)
+
+
+def _finish(steps: Steps, index: int, latest: Boundary, observers: Sequence[Observer], *, keep: bool) -> None:
+    """Finish the step of a layer, with the boundary that the next layer needs, and with what an observer has seen."""
+    if steps is NO_STEPS:
+        return
+    if not observers:
+        steps.finish(str(index), kept=latest.save if keep else None, passing=None if keep else latest.save)
+    for observer in observers:
+        observer.finish(index, steps, latest.save)
