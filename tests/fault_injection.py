@@ -7,6 +7,7 @@ link, a removal, a new directory, an fsync. Just before it the process gets a si
 from __future__ import annotations
 
 import errno
+import gc
 import hashlib
 import json
 import os
@@ -15,14 +16,19 @@ import shutil
 import signal
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import layer_surgery
 from layer_surgery.checkpoint.contents import PAGE_FILES, not_ours
+from layer_surgery.checkpoint.costs import TokenCosts
 from layer_surgery.cli.main import main
 from layer_surgery.disk import own, renaming
+from layer_surgery.runs import evaluator
+from layer_surgery.runs import output as runs_output
 
 SIGNALS = {"KILL": signal.SIGKILL, "TERM": signal.SIGTERM, "INT": signal.SIGINT, "HUP": signal.SIGHUP}
 ERRORS = {"ENOSPC": errno.ENOSPC, "EIO": errno.EIO, "EACCES": errno.EACCES}
@@ -35,6 +41,8 @@ CODES: dict[str, tuple[int | None, ...]] = {
     "HUP": (129, 0),
     **dict.fromkeys(ERRORS, (0, 1, 2)),
 }
+Watch = Callable[[int], object]
+"""Called in a fork, before the command, with the descriptor of its log."""
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 _AUDITED = {"os.rename", "os.link", "os.remove", "os.rmdir", "os.mkdir", "open"}
 #: What the report says of one run only: times, and hashes and drawings of them.
@@ -61,13 +69,18 @@ class Scenario:
     result: str = "output"  #: The result, in the folder of the scenario.
 
 
-def run(arguments: list[str], folder: Path, fault: str | None = None, at: int = -1) -> Ended:
-    """Run a command in a fork, in a folder, with a fault at an event (counted from 0); without one, count them."""
+def run(
+    arguments: list[str], folder: Path, fault: str | None = None, at: int = -1, watch: Watch | None = None
+) -> Ended:
+    """Run a command in a fork, in a folder, with a fault at an event (counted from 0); without one, count them.
+
+    `watch` is called in the fork in the place of what counts the events of the file system.
+    """
     log = folder.with_name(f"{folder.name}.log")
     log.unlink(missing_ok=True)
     child = os.fork()
     if child == 0:
-        _in_fork(arguments, folder, log, fault, at)
+        _in_fork(arguments, folder, log, watch or (lambda log: _watch(folder, log, fault, at)))
     _, status = os.waitpid(child, 0)
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
     return Ended(
@@ -77,7 +90,7 @@ def run(arguments: list[str], folder: Path, fault: str | None = None, at: int = 
     )
 
 
-def _in_fork(arguments: list[str], folder: Path, log: Path, fault: str | None, at: int) -> None:
+def _in_fork(arguments: list[str], folder: Path, log: Path, watch: Watch) -> None:
     code = 70
     try:
         output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -90,7 +103,7 @@ def _in_fork(arguments: list[str], folder: Path, log: Path, fault: str | None, a
         os.chdir(folder)
         (folder / "tmp").mkdir(exist_ok=True)
         tempfile.tempdir = str(folder / "tmp")
-        _watch(folder, output, fault, at)
+        watch(output)
         sys.argv = ["layer-surgery", *arguments]
         try:
             main()
@@ -98,8 +111,25 @@ def _in_fork(arguments: list[str], folder: Path, log: Path, fault: str | None, a
             code = int(stop.code or 0)
         own._remove_all()  # as at the end of a process
         sys.stdout.flush()
+    except BaseException:
+        traceback.print_exc()
+        raise
     finally:
         os._exit(code)
+
+
+def warm(model: Path, text: Path) -> None:
+    """Import here, once for all forks, what a compression does."""
+    options = {"samples": 4, "sequence_length": 16, "refit_general": 0, "eval_data": None}
+    layer_surgery.compress(model, layers=[1], calibration=text, dry_run=True, **options)
+    gc.freeze()  # else every fork copies what its first collection looks at
+
+
+def leave_out_what_takes_long() -> None:
+    """Let a fork neither count costs nor draw a page: nine tenths of the time of a tiny run."""
+    costs = TokenCosts(flops=1, kv_cache_bytes=1)
+    evaluator.token_costs = lambda *_: costs
+    runs_output.write_page_and_card = lambda *_: None  # type: ignore[attr-defined]
 
 
 def _watch(folder: Path, output: int, fault: str | None, at: int) -> None:
