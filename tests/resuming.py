@@ -1,4 +1,4 @@
-"""Runs that are killed while they are at a step (a layer of statistics, surgery or refit), and go on with `--resume`."""
+"""Runs that are killed while they are at a step (a layer of statistics, surgery or refit) and go on with `--resume`."""
 
 from __future__ import annotations
 
