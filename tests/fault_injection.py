@@ -20,7 +20,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import layer_surgery
 from layer_surgery.checkpoint.contents import PAGE_FILES, not_ours
@@ -70,13 +70,19 @@ class Scenario:
 
 
 def run(
-    arguments: list[str], folder: Path, fault: str | None = None, at: int = -1, watch: Watch | None = None
+    arguments: list[str],
+    folder: Path,
+    fault: str | None = None,
+    at: int = -1,
+    watch: Watch | None = None,
+    log: Path | None = None,
 ) -> Ended:
     """Run a command in a fork, in a folder, with a fault at an event (counted from 0); without one, count them.
 
-    `watch` is called in the fork in the place of what counts the events of the file system.
+    `watch` is called in the fork in the place of what counts the events of the file system. What the run says goes to
+    `log` (default: beside the folder).
     """
-    log = folder.with_name(f"{folder.name}.log")
+    log = log or folder.with_name(f"{folder.name}.log")
     log.unlink(missing_ok=True)
     child = os.fork()
     if child == 0:
@@ -221,22 +227,30 @@ class Trial:
     events: list[str]
 
     @classmethod
-    def begin(cls, scenario: Scenario, folder: Path) -> Trial:
-        """Prepare the scenario, and run it once without a fault."""
+    def begin(cls, scenario: Scenario, folder: Path, watch: Watch | None = None) -> Self:
+        """Prepare the scenario, and run it once without a fault, with what `run` may be told to watch."""
         folder.mkdir()
         scenario.prepare(folder)
         before = contents(folder)
         template = folder.with_name(f"{folder.name}.before")
         shutil.copytree(folder, template)
-        ended = run(scenario.command, folder)
+        ended = run(scenario.command, folder, watch=watch)
         assert ended.code == 0, ended.said
         return cls(scenario, folder, before, contents(folder), ended.events)
+
+    def run_with(self, fault: str, at: int) -> Ended:
+        """Run the command with a fault."""
+        return run(self.scenario.command, self.folder, fault, at)
+
+    def next_run(self) -> Ended:
+        """Run the command that follows."""
+        return run(self.scenario.again, self.folder)
 
     def problems(self, fault: str, at: int) -> Iterator[str]:
         """Yield what does not hold after a fault at an event, and after the run that follows it."""
         shutil.rmtree(self.folder)
         shutil.copytree(self.folder.with_name(f"{self.folder.name}.before"), self.folder)
-        ended = run(self.scenario.command, self.folder, fault, at)
+        ended = self.run_with(fault, at)
         where = f"{self.scenario.name}, {fault} at {at} ({(ended.events or ['?'])[-1]})"
         if ended.code not in CODES[fault]:
             yield f"{where}: exit code {ended.code}\n{ended.said}"
@@ -250,7 +264,7 @@ class Trial:
             yield f"{where}: exit code 0, but the result is not there: {sorted(found)}\n{ended.said}"
         if fault in ("TERM", "INT", "HUP") and (left := self._left(found)):
             yield f"{where}: a run that could clean up has left {left}\n{ended.said}"
-        again = run(self.scenario.again, self.folder)
+        again = self.next_run()
         if again.code != 0:
             yield f"{where}: the next run ends with {again.code}\n{again.said}"
         found = contents(self.folder)
