@@ -1,7 +1,7 @@
 """Hostile cases tried by the hundred in forks of a process that is warm, what came of each, and a record of it.
 
-A case is a number; all that is random in it comes from that number. So a record goes on where it stopped, and a case that
-failed can be tried alone.
+A case is a number, and all that is random in it comes from that number. So a record goes on where it stopped, and a
+case that failed can be tried alone.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from layer_surgery.machine import provenance
 
 FINE, REFUSED, LOST, WRONG, HANG, RAW = "fine", "refused", "lost", "silently wrong", "hang", "raw error"
 OUTCOMES = (FINE, REFUSED, LOST, WRONG, HANG, RAW)
-#: Seconds of processor time that a case may take.
-LIMIT = 20
+#: Seconds that a case may take: of this process's work, and, where it waits for others, in all.
+_TIMERS = ((signal.ITIMER_PROF, signal.SIGPROF, 20.0), (signal.ITIMER_REAL, signal.SIGALRM, 600.0))
 _AT_ONCE = 50
 #: Failures that are written down for each kind and outcome.
 _KEPT = 20
@@ -46,22 +46,23 @@ def outcome_of(case: Callable[[], Outcome | None]) -> Outcome:
     def stop(*_: object) -> None:
         raise Hang
 
-    signal.signal(signal.SIGPROF, stop)
-    signal.setitimer(signal.ITIMER_PROF, LIMIT)
+    for timer, number, seconds in _TIMERS:
+        signal.signal(number, stop)
+        signal.setitimer(timer, seconds)
     try:
         return case() or (FINE, "")
     except Hang:
         return HANG, "".join(traceback.format_exc().splitlines(keepends=True)[-4:])
     except Exception as error:
         said = describe(error)
-        refused = isinstance(error, LayerSurgeryError) or (isinstance(error, OSError) and exit_code(error) == 2)
-        if refused and said and not re.search(r"[\x00-\x08\x0b-\x1f]", said.replace("\n", "")):
+        if said and (isinstance(error, LayerSurgeryError) or (isinstance(error, OSError) and exit_code(error) == 2)):
             return REFUSED, said
         return RAW, f"{type(error).__name__}: {error}\n" + "".join(
             traceback.format_exc().splitlines(keepends=True)[-8:]
         )
     finally:
-        signal.setitimer(signal.ITIMER_PROF, 0)
+        for timer, _, _ in _TIMERS:
+            signal.setitimer(timer, 0)
 
 
 def in_forks(cases: list[int], attempt: Callable[[int], Outcome | None]) -> dict[int, Outcome]:
