@@ -34,7 +34,7 @@ from layer_surgery.runs.heal import run_heal
 from layer_surgery.runs.score import run_score
 from layer_surgery.runs.session import Model
 from layer_surgery.runs.sweep import run_sweep
-from layer_surgery.runs.verify import run_verify
+from layer_surgery.runs.verify import check_whole, run_verify
 
 
 @with_output(CompressConfig)
@@ -152,13 +152,22 @@ def report(
 
 
 def load(
-    directory: str | Path, *, dtype: torch.dtype | str = "auto", trust_remote_code: bool = False, **kwargs: Any
+    directory: str | Path,
+    *,
+    dtype: torch.dtype | str = "auto",
+    trust_remote_code: bool = False,
+    verify: bool = False,
+    **kwargs: Any,
 ) -> PreTrainedModel:
     """Load a saved checkpoint, plain or with low-rank layers, as a transformers model. No remote code is run.
 
+    With `verify` every file of a result is compared with its SHA-256 in `surgery.json` first, which reads it once more.
     Further keyword arguments (`device_map`, `attn_implementation`, ...) go to `from_pretrained`.
-    Raises `CheckpointError` if a tensor is missing or damaged, where transformers would fill in random numbers.
+    Raises `CheckpointError` if a tensor is missing or damaged, where transformers would fill in random numbers, and
+    with `verify` if a file is not what was written.
     """
+    if verify:
+        check_whole(expanded(directory))
     checkpoint = open_checkpoint(directory, trust_remote_code=trust_remote_code)
     if checkpoint.directory is not None and (checkpoint.directory / "adapter_config.json").exists():
         raise CheckpointError(

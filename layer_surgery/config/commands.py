@@ -129,6 +129,10 @@ class EvaluateConfig(RuntimeConfig, EvaluationConfig):
             recorded=False,
         ),
     )
+    verify: bool = attrs.field(
+        default=False,
+        metadata=about("Compare every file of the result with its SHA-256 in surgery.json first."),
+    )
 
 
 @attrs.frozen(kw_only=True, slots=False)

@@ -2,13 +2,15 @@
 
 from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 
 import attrs
 
+from layer_surgery import parallel
 from layer_surgery.config import EvaluateConfig
 from layer_surgery.data.bundled import bundled_tasks
 from layer_surgery.data.tokens import PackedTokens
-from layer_surgery.errors import CheckpointError
+from layer_surgery.errors import CheckpointError, UserError
 from layer_surgery.evaluation.task_names import check_task_names
 from layer_surgery.progress import Ui
 from layer_surgery.records import EvaluationReport
@@ -16,12 +18,17 @@ from layer_surgery.runs.evaluator import Evaluator
 from layer_surgery.runs.provenance import run_provenance
 from layer_surgery.runs.session import Model, Session, check_sources, open_session
 from layer_surgery.runs.stages import stages_of_evaluation
+from layer_surgery.runs.verify import check_whole
 
 
 def run_evaluate(model: Model, config: EvaluateConfig) -> EvaluationReport:
     """Measure a model and, with a baseline, another one on the same data."""
     check_sources(config.text_column, evaluation=config.eval_data)
     check_task_names(config, bundled_tasks)
+    if config.verify:
+        if not isinstance(model, str | Path):
+            raise UserError("verify=True compares the files of a result, but the model is in memory; give a directory.")
+        parallel.from_first(lambda: check_whole(Path(model), config.ui.progress))
     with ExitStack() as stack:
         session = stack.enter_context(open_session(model, config, None))
         texts = session.evaluation_tokens(config)

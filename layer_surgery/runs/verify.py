@@ -8,7 +8,7 @@ from layer_surgery.checkpoint.open import open_checkpoint
 from layer_surgery.config import VerifyConfig
 from layer_surgery.disk.reading import why
 from layer_surgery.errors import CheckpointError, ReportError
-from layer_surgery.progress import Progress
+from layer_surgery.progress import Progress, no_progress
 from layer_surgery.records.reading import ADVICE, REPORT_FILE, read_json, report_file
 from layer_surgery.records.surgery import REPORT_SCHEMA_VERSION, FileRecord
 from layer_surgery.records.verification import BaseState, Verification
@@ -20,15 +20,7 @@ def run_verify(directory: Path, config: VerifyConfig) -> Verification:
     Raises `ReportError` for a directory that is no result, or has no list of files; `CheckpointError` for a `base` that
     is no model.
     """
-    file = report_file(directory)
-    directory = file.parent
-    data = read_json(file, REPORT_SCHEMA_VERSION, ADVICE)
-    try:
-        listed = listed_files(data)
-    except ValueError as error:
-        raise ReportError(f"{file} is damaged: {error}; {ADVICE}.") from error
-    if not listed:
-        raise ReportError(f"{file} has no list of files, which releases up to 0.2 did not write; {ADVICE}.")
+    directory, data, listed = _listed(directory)
     hashed = {name: record for name, record in listed.items() if record.sha256 is not None}
     damaged, missing = _compared(directory, hashed, config.ui.progress)
     base, name = _base(data, config)
@@ -42,6 +34,33 @@ def run_verify(directory: Path, config: VerifyConfig) -> Verification:
         base=base,
         base_name=name,
     )
+
+
+def check_whole(directory: Path, progress: Progress = no_progress) -> None:
+    """Raise `CheckpointError` unless every file of a result has the hash that its `surgery.json` says.
+
+    Raises `ReportError` for a directory that is no result, or has no list of files.
+    """
+    directory, _data, listed = _listed(directory)
+    hashed = {name: record for name, record in listed.items() if record.sha256 is not None}
+    damaged, missing = _compared(directory, hashed, progress)
+    if damaged or missing:
+        found = [*(f"{name} is not what was written" for name in damaged), *(f"{name} is missing" for name in missing)]
+        more = f" and {len(found) - 1} more files are damaged or missing" if found[1:] else ""
+        raise CheckpointError(f"{directory} is damaged: {found[0]}{more}; copy it again, or {ADVICE}.")
+
+
+def _listed(directory: Path) -> tuple[Path, dict[str, Any], dict[str, FileRecord]]:
+    """Return the directory of a result, what its `surgery.json` says, and the files that it lists."""
+    file = report_file(directory)
+    data = read_json(file, REPORT_SCHEMA_VERSION, ADVICE)
+    try:
+        listed = listed_files(data)
+    except ValueError as error:
+        raise ReportError(f"{file} is damaged: {error}; {ADVICE}.") from error
+    if not listed:
+        raise ReportError(f"{file} has no list of files, which releases up to 0.2 did not write; {ADVICE}.")
+    return file.parent, data, listed
 
 
 def _compared(directory: Path, hashed: dict[str, FileRecord], progress: Progress) -> tuple[list[str], list[str]]:

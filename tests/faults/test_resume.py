@@ -73,14 +73,14 @@ def test_another_run_is_refused_and_nothing_of_others_is_removed(
     work = killed.folder / "work"
     shutil.rmtree(killed.folder / "output", ignore_errors=True)
     arguments = [*killed.command[:-1], str(folder / "other"), "--resume"]
-    code, _, said = run(*[word if word != "0.3" else "0.4" for word in arguments], str(work))
-    assert code == 2 and "--keep was 0.3 and is 0.4" in said, said
+    outcome = run(*[word if word != "0.3" else "0.4" for word in arguments], str(work))
+    assert outcome.code == 2 and "--keep was 0.3 and is 0.4" in outcome.err, outcome.err
     assert json.loads((work / "run.json").read_text())["--keep"] == 0.3
     (folder / "mine").mkdir()
     (folder / "mine" / "thesis.txt").write_text("x")
-    code, _, said = run(*arguments, str(folder / "mine"))
-    assert code == 2 and "thesis.txt" in said and (folder / "mine" / "thesis.txt").exists()
-    code, _, said = run(*arguments, str(folder / "other" / "work"))
-    assert code == 2 and "in one another" in said
-    code, _, said = run(*arguments, str(text))
-    assert code == 2 and "is no directory" in said
+    outcome = run(*arguments, str(folder / "mine"))
+    assert outcome.code == 2 and "thesis.txt" in outcome.err and (folder / "mine" / "thesis.txt").exists()
+    outcome = run(*arguments, str(folder / "other" / "work"))
+    assert outcome.code == 2 and "in one another" in outcome.err
+    outcome = run(*arguments, str(text))
+    assert outcome.code == 2 and "is no directory" in outcome.err

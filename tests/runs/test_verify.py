@@ -9,10 +9,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_checkpoints import CommandLine, edit_json, edit_tensors, listing, saved_model, strict_json
+from tiny_checkpoints import (
+    CommandLine,
+    edit_json,
+    edit_tensors,
+    listing,
+    model_with_vocabulary,
+    saved_model,
+    strict_json,
+)
 
 import layer_surgery
-from layer_surgery.errors import ReportError
+from layer_surgery.errors import CheckpointError, ReportError, UserError
 
 
 @pytest.fixture
@@ -67,6 +75,24 @@ def test_what_is_damaged_or_stale_is_named(run: CommandLine, result: Path, name:
     assert outcome.error_lines[-1].startswith(f"error: {result} is not good: ") and expected in outcome.error_lines[-1]
     (problem,) = layer_surgery.verify(result).problems
     assert expected in problem
+
+
+def test_loading_and_evaluating_compare_first_if_asked_to(
+    run: CommandLine, result: Path, text: Path, model: Path
+) -> None:
+    options = ["--eval-data", text, "--eval-windows", "1", "--sequence-length", "16", "--continuations", "0"]
+    assert run("evaluate", result, "--verify", *options).code == 0
+    layer_surgery.load(result, verify=True)
+    flipped(result / "model.safetensors")
+    layer_surgery.load(result)  # a bit of a number: nobody could tell
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is not what was written; copy it again"):
+        layer_surgery.load(result, verify=True)
+    outcome = run("evaluate", result, "--verify", *options)
+    assert outcome.code == 2 and "model.safetensors is not what was written" in outcome.err
+    outcome = run("evaluate", model, "--verify", *options)
+    assert outcome.code == 2 and "no surgery.json" in outcome.err
+    with pytest.raises(UserError, match="is in memory"):
+        layer_surgery.evaluate(model_with_vocabulary(), verify=True)
 
 
 def test_page_and_card_may_be_made_again_and_other_files_are_no_damage(result: Path) -> None:
