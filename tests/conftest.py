@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -38,6 +41,33 @@ def _costs_are_counted_once_a_model() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluator, "token_costs", remembered)
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _nothing_is_sent() -> Iterator[None]:
+    """No test reaches for another machine: sockets to any but this one are refused, and the session then fails.
+
+    Of all that goes through Python's sockets, in this process and its forks; torch.distributed has sockets of its own.
+    """
+    here = {"localhost", socket.gethostname(), "", None, "::1", "::", "0.0.0.0"}
+    reached: list[str] = []
+    working = [True]
+
+    def audit(event: str, arguments: tuple[Any, ...]) -> None:
+        if not working[0] or event not in ("socket.connect", "socket.getaddrinfo", "socket.sendto"):
+            return
+        address = arguments[0] if event == "socket.getaddrinfo" else arguments[1]
+        host = address[0] if isinstance(address, tuple) else address  # a text or bytes: a socket of this machine
+        host = host.decode(errors="replace") if isinstance(host, bytes) else host
+        remote = isinstance(address, tuple) or event == "socket.getaddrinfo"
+        if remote and host not in here and not str(host).startswith("127."):
+            reached.append(f"{event} {host}")
+            raise OSError(errno.ENETUNREACH, "tests are offline", str(host))
+
+    sys.addaudithook(audit)
+    yield
+    working[0] = False
+    assert not reached, f"tests have reached for {sorted(set(reached))}"
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -46,9 +46,9 @@ from layer_surgery.walk.walk import Walk
 TOKENS: dict[str, Any] = {"samples": 4, "sequence_length": 16}
 CHATS = [
     {"messages": [{"role": "user", "content": f"the quick {n}"}, {"role": "assistant", "content": "brown fox"}]}
-    for n in range(6)
+    for n in range(40)
 ]
-ROWS = [{"prompt": f"one two {n}", "answer": "three four", "text": "the lazy dog", "label": n % 2} for n in range(6)]
+ROWS = [{"prompt": f"one two {n}", "answer": "three four", "text": "the lazy dog", "label": n % 2} for n in range(40)]
 
 
 class Files:
@@ -199,7 +199,9 @@ class Files:
             folder = self.folder / f"data-{os.getpid()}"
             folder.mkdir(exist_ok=True)
             (folder / name).write_bytes(mutate(content, random.Random(f"{name} {number}")))
-            self.session.calibration_tokens(CalibrationConfig(**TOKENS, calibration=[str(folder / name)]))
+            self.session.calibration_tokens(
+                CalibrationConfig(samples=4, sequence_length=40, calibration=[str(folder / name)])
+            )
 
         return read
 

@@ -1,6 +1,6 @@
 """Documents as token ids: texts as one stream, examples and chats with the mask of tokens that carry loss."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from layer_surgery.data.documents import Chat, Example, LoadedData, Text
+from layer_surgery.data.rendering import SECONDS, rendered
 from layer_surgery.errors import DataError
 
 SEPARATOR = "\n\n"
@@ -62,13 +63,15 @@ def encode_examples(tokenizer: PreTrainedTokenizerBase, data: LoadedData) -> lis
     if not data.documents:
         raise DataError(f"{data.name} has no {data.kind}s; pass data with at least one.")
     bos = leading_bos(tokenizer)
+    chats = [document for document in data.documents if isinstance(document, Chat)]
+    texts = iter(_rendered(tokenizer, chats, data))
     encoded: list[EncodedExample] = []
     for number, document in enumerate(data.documents, start=1):
         at = f"{data.name}, {data.kind} {number}"
         if isinstance(document, Example):
             example = _encode_example(tokenizer, document, bos)
         elif isinstance(document, Chat):
-            example = _encode_segments(tokenizer, _chat_segments(tokenizer, document, at), [], [])
+            example = _encode_segments(tokenizer, _chat_segments(document, texts, at), [], [])
         else:
             raise DataError(f"{at}: is a text among examples; pass data of one kind.")
         if not any(example.carries_loss):
@@ -132,36 +135,46 @@ def _continuation(tokenizer: PreTrainedTokenizerBase, context: str, text: str) -
     return _encode(tokenizer, text)
 
 
-def _chat_segments(tokenizer: PreTrainedTokenizerBase, chat: Chat, at: str) -> list[tuple[str, bool]]:
-    """Return the rendered chat in pieces; those that an assistant writes (content and end of turn) carry loss."""
-    if not getattr(tokenizer, "chat_template", None):
+def _rendered(tokenizer: PreTrainedTokenizerBase, chats: Sequence[Chat], data: LoadedData) -> list[tuple[str, str]]:
+    """Return what `rendered` gives for all that the segments of some chats are found by."""
+    if chats and not getattr(tokenizer, "chat_template", None):
+        number = next(n for n, document in enumerate(data.documents, start=1) if isinstance(document, Chat))
         raise DataError(
-            f"{at}: this tokenizer has no chat template, so chats cannot be rendered; pass prompt and answer columns."
+            f"{data.name}, {data.kind} {number}: this tokenizer has no chat template, so chats cannot be rendered; "
+            "pass prompt and answer columns."
         )
-    segments: list[tuple[str, bool]] = []
-    rendered = ""
+    return rendered(
+        tokenizer, [(chat.messages[:count], generate) for chat in chats for count, generate, _loss in _parts(chat)]
+    )
+
+
+def _parts(chat: Chat) -> Iterator[tuple[int, bool, bool]]:
+    """Yield up to which message a chat is rendered, one after the other: how many there are, whether the beginning of
+    an answer is put behind them, and whether what is then new carries loss."""
     for number, message in enumerate(chat.messages):
-        steps: list[tuple[str, bool]] = []
         if message["role"] == "assistant":
-            steps.append((_render(tokenizer, chat.messages[:number], True, at), False))
-            steps.append((_render(tokenizer, chat.messages[: number + 1], False, at), True))
+            yield number, True, False
+            yield number + 1, False, True
         elif number == len(chat.messages) - 1:
-            steps.append((_render(tokenizer, chat.messages, False, at), False))
-        for text, loss in steps:
-            if not text.startswith(rendered):
-                raise DataError(
-                    f"{at}: the chat template changes earlier turns when message {number + 1} is added, so it cannot "
-                    "be told which tokens are the answer; split the chat into chats with one assistant turn each."
-                )
-            segments.append((text[len(rendered) :], loss))
-            rendered = text
+            yield number + 1, False, False
+
+
+def _chat_segments(chat: Chat, texts: Iterator[tuple[str, str]], at: str) -> list[tuple[str, bool]]:
+    """Return the rendered chat in pieces; those that an assistant writes (content and end of turn) carry loss.
+
+    `texts` are what is rendered of its `_parts`, one by one.
+    """
+    segments: list[tuple[str, bool]] = []
+    before = ""
+    for count, generate, loss in _parts(chat):
+        text, problem = next(texts, ("", f"it takes more than {SECONDS} seconds, or too much memory"))
+        if problem:
+            raise DataError(f"{at}: the chat template does not accept the messages ({problem}).")
+        if not text.startswith(before):
+            raise DataError(
+                f"{at}: the chat template changes earlier turns when message {count + generate} is added, so it cannot "
+                "be told which tokens are the answer; split the chat into chats with one assistant turn each."
+            )
+        segments.append((text[len(before) :], loss))
+        before = text
     return segments
-
-
-def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], generate: bool, at: str) -> str:
-    try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
-    except Exception as error:  # a template is a program, which may fail in any way, an overflow of the stack too
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise DataError(f"{at}: the chat template does not accept the messages ({reason}).") from error
-    return str(text)

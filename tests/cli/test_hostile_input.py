@@ -19,6 +19,7 @@ import torch
 from tiny_checkpoints import CommandLine, Outcome, edit_json, edit_tensors, listing, model_with_vocabulary, saved_model
 
 import layer_surgery
+from layer_surgery.data import rendering
 from layer_surgery.errors import CheckpointError
 
 DEEP = "[" * 900 + "]" * 900
@@ -190,6 +191,27 @@ def test_a_longest_length_that_is_no_number_is_refused(run: CommandLine, copy: P
     ["{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "{{ 1 / 0 }}", "{{ 2.0 ** 100000 }}", "{{ messages.x.y }}"],
 )
 def test_a_chat_template_that_fails_is_refused(run: CommandLine, copy: Path, tmp_path: Path, template: str) -> None:
+    (copy / "chat_template.jinja").write_text(template)
+    chats = tmp_path / "chats.jsonl"
+    chats.write_text(
+        json.dumps({"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "you"}]})
+    )
+    refused(score(run, copy, chats), "chats.jsonl, chat 1: the chat template does not accept the messages")
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "{{ 9 ** 9 ** 9 }}",
+        "{% if messages | length > 1 %}{% for i in range(99999) %}{{ 'x' * 1000000 }}{% endfor %}{% endif %}",
+    ],
+)
+def test_a_chat_template_that_does_not_end_is_stopped(
+    run: CommandLine, copy: Path, tmp_path: Path, template: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rendering, "SECONDS", 1)
+    monkeypatch.setattr(rendering, "MEMORY", 1 << 28)
     (copy / "chat_template.jinja").write_text(template)
     chats = tmp_path / "chats.jsonl"
     chats.write_text(
