@@ -233,8 +233,8 @@ class ProcessLost(LayerSurgeryError):
     def __init__(self) -> None:
         super().__init__(
             "a process of this job has died or was stopped, so all of them end; its own message or the "
-            "launcher's says why (out of memory, if there is none), and with --cache the same command goes on from "
-            "the statistics."
+            "launcher's says why (out of memory, if there is none), and with --resume the same command goes on from "
+            "the last finished layer, with --cache from the statistics."
         )
 
 

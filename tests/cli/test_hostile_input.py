@@ -203,7 +203,7 @@ def test_a_chat_template_that_fails_is_refused(run: CommandLine, copy: Path, tmp
     "template",
     [
         "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
-        "{{ 9 ** 9 ** 9 }}",
+        "{{ 9 ** (9 ** 9) }}",
         "{% if messages | length > 1 %}{% for i in range(99999) %}{{ 'x' * 1000000 }}{% endfor %}{% endif %}",
     ],
 )

@@ -1,0 +1,79 @@
+"""Write reports/faults/results.md from the JSON files beside it: how much was tried, and what came of it.
+
+python experiments/faults/page.py
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+REPORTS = Path(__file__).resolve().parents[2] / "reports" / "faults"
+OUTCOMES = ("fine", "refused", "lost", "silently wrong", "hang", "raw error")
+SCRIPTS = ("fuzzed_files", "damaged_checkpoints", "races", "instants")
+HEAD = """# Faults
+
+Made by `experiments/faults/page.py` from the JSON files in this folder, which have the failures and the provenance. *Refused*: one
+sentence and exit code 1 or 2. *Lost*: a result that was there, or that a run with exit code 0 has made, is not there. *Silently
+wrong*: exit code 0 and something else than what is right. *Hang*: more than 20 seconds of work, or 10 minutes in all. *Raw error*: a
+traceback, an error that names no mistake, or something left behind. Of a case that failed, the number is in the JSON; `--case N
+--kind KIND` tries it alone. Checkpoints are tiny, and pages are not drawn.
+"""
+
+
+def read(name: str) -> dict[str, Any] | None:
+    """Return a report; None if it has not been made."""
+    path = REPORTS / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def outcomes(name: str) -> list[str]:
+    """Return a section on the cases of one script, by kind."""
+    report = read(name)
+    if report is None:
+        return []
+    lines = [f"## {report['what'].capitalize()}", ""]
+    lines += [f"| `{name}.py` | cases | {' | '.join(OUTCOMES)} |", "|---|" + "---:|" * (len(OUTCOMES) + 1)]
+    totals = dict.fromkeys(OUTCOMES, 0)
+    for kind, entry in report["kinds"].items():
+        counts = entry["outcomes"]
+        totals = {outcome: totals[outcome] + counts[outcome] for outcome in OUTCOMES}
+        lines.append(_row(kind, counts))
+    return [*lines, _row("**all**", totals), ""]
+
+
+def _row(kind: str, counts: dict[str, int]) -> str:
+    return f"| {kind} | {sum(counts.values()):,} | " + " | ".join(f"{counts[name]:,}" for name in OUTCOMES) + " |"
+
+
+def resume() -> list[str]:
+    """Return the section on runs that were killed at their layers."""
+    report = read("resume")
+    if report is None:
+        return []
+    lines = ["## Runs killed at a layer, and gone on with", "", "| `resume.py` | steps | kills | problems |"]
+    lines.append("|---|---:|---:|---:|")
+    lines += [f"| {name} | {e['steps']} | {e['kills']} | {e['problems']} |" for name, e in report["tried"].items()]
+    return [*lines, ""]
+
+
+def environments() -> list[str]:
+    """Return the section on environments."""
+    report = read("environments")
+    if report is None:
+        return []
+    commands = [*next(iter(report["tried"].values()))]
+    lines = ["## Environments", "", f"| `environments.py` | {' | '.join(commands)} |", "|---|" + "---|" * len(commands)]
+    lines += [
+        f"| {name} | " + " | ".join("works" if found[each] == "works" else "**fails**" for each in commands) + " |"
+        for name, found in report["tried"].items()
+    ]
+    return [*lines, ""]
+
+
+def main() -> None:
+    sections = [line for name in SCRIPTS for line in outcomes(name)]
+    (REPORTS / "results.md").write_text("\n".join([HEAD, *resume(), *sections, *environments()]).rstrip() + "\n")
+
+
+if __name__ == "__main__":
+    main()
