@@ -19,8 +19,8 @@ or 10 minutes in all. *Raw error*: a traceback, an error that names no mistake, 
 failed, the number is in the JSON; `--case N --kind KIND` tries it alone. Checkpoints are tiny, and pages are not drawn.
 
 The two cases that were silently wrong, 254 and 325 of "bit of a header", are mended since: a flipped bit in the name of
-one of several experts (`experts*2.w1`) put the experts of a layer in another order, here and in transformers. Names that
-are not numbered 0, 1, ... are refused now (`checkpoint/conversion.py`).
+one of several experts (`experts*2.w1`) put the experts of a layer in another order. Names that are not numbered 0, 1,
+... are refused now (`checkpoint/conversion.py`).
 """
 
 
