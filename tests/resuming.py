@@ -45,10 +45,10 @@ class Run:
         """Run a command of `COMMANDS` without a stop."""
         folder.mkdir()
         command = ["compress", str(model), *COMMANDS[name], "--calibration", str(text), *_DATA, "--output", "output"]
-        ended = run([*command, "--resume", "work"], folder, watch=_stopped_at(None))
+        ended = run([*command, "--resume", "work"], folder, watch=stopped_at(None))
         assert ended.code == 0, ended.said
         assert sorted(path.name for path in folder.iterdir() if path.name != "cache") == ["output", "tmp"]
-        without = run([*command, "--overwrite"], folder, watch=_stopped_at(None))
+        without = run([*command, "--overwrite"], folder, watch=stopped_at(None))
         assert without.code == 0 and not without.events, without.said
         return cls(command, folder, ended.events, contents(folder / "output"))
 
@@ -59,7 +59,7 @@ class Run:
         self.folder.mkdir()
         finished = list[str]()
         for stop in (at, again, None):
-            ended = run([*self.command, "--resume", "work"], self.folder, watch=_stopped_at(stop))
+            ended = run([*self.command, "--resume", "work"], self.folder, watch=stopped_at(stop))
             finished += ended.events
             if stop is None or ended.code == 0:
                 break
@@ -76,7 +76,7 @@ class Run:
             yield f"{where}: left {left}"
 
 
-def _stopped_at(number: int | None) -> Watch:
+def stopped_at(number: int | None) -> Watch:
     """Return what writes down every step that is finished, and kills the process before this one is (counted from 0):
     all its work is done, and lost."""
 

@@ -30,7 +30,7 @@ from fault_injection import run as in_fork
 from matplotlib.figure import Figure
 from mutations import mutated_bytes, mutated_json, mutated_lines
 from outcomes import FINE, REFUSED, WRONG, Outcome, options, try_all
-from resuming import _stopped_at
+from resuming import stopped_at
 from tiny_checkpoints import saved_model, text_file
 
 import layer_surgery
@@ -67,7 +67,7 @@ class Files:
         arguments = ["compress", str(self.model), "--layers", "1", "--keep", "0.3", "--no-eval", "--output", "output"]
         arguments += ["--calibration", str(self.text), "--samples", "4", "--sequence-length", "16"]
         (folder / "run").mkdir()
-        in_fork([*arguments, "--refit-general", "0", "--resume", "work"], folder / "run", watch=_stopped_at(12))
+        in_fork([*arguments, "--refit-general", "0", "--resume", "work"], folder / "run", watch=stopped_at(12))
         (self.steps,) = (folder / "run" / "work" / "stages").glob("statistics-*")
         self.session = stack.enter_context(open_session(self.model, RuntimeConfig()))
         streamed = self.session.stream(self.session.checkpoint)

@@ -24,7 +24,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
-from fault_injection import SIGNALS, Ended, Trial, leave_out_what_takes_long, place_for_faults, run, scenarios, warm
+from fault_injection import (
+    CODES,
+    SIGNALS,
+    Ended,
+    Trial,
+    leave_out_what_takes_long,
+    place_for_faults,
+    run,
+    scenarios,
+    warm,
+)
 from outcomes import FINE, LOST, RAW, WRONG, Outcome, options, try_all
 from tiny_checkpoints import saved_model, text_file
 
@@ -36,6 +46,10 @@ class Stopped(Trial):
     """A scenario whose first run gets a signal after some time."""
 
     seconds: float = 0.0  #: Of a run that nothing stops.
+
+    def codes(self, fault: str) -> tuple[int | None, ...]:
+        """Return the exit codes that a run may have: 0 if it ended before the signal came."""
+        return *CODES[fault], 0
 
     def run_with(self, fault: str, at: int) -> Ended:
         """Run the command with a signal at `at` thousandths of the time that it takes."""
@@ -81,8 +95,9 @@ def main() -> None:
         layer_surgery.compress(model, folder / "low-rank", layers=[1], keep=0.3, method="svd", eval_data=None)
         kinds: dict[str, Callable[[int], Outcome | None]] = {}
         for scenario in scenarios(model, folder / "low-rank", text):
-            begun = time.monotonic()
             trial = Stopped.begin(scenario, folder / scenario.name, quick)
+            begun = time.monotonic()
+            trial.next_run()
             trial = replace(trial, seconds=time.monotonic() - begun)
 
             def attempt(number: int, trial: Stopped = trial) -> Outcome | None:

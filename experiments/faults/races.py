@@ -35,10 +35,11 @@ class Races:
         self.folder = folder
         model, text = str(saved_model(folder / "model")), str(text_file(folder / "text.txt"))
         warm(folder / "model", folder / "text.txt")
-        data = ["--calibration", text, "--samples", "4", "--sequence-length", "16", "--refit-general", "0"]
+        data = ["--calibration", text, "--samples", "4", "--sequence-length", "16"]
         removal = ["--keep", "0", "--no-refit", "--no-eval", "--output", "output"]
         one, other = (["compress", model, "--layers", layer, *removal] for layer in "12")
         resumed = ["compress", model, "--layers", "1", "--keep", "0.3", "--method", "fisher", *data, "--no-eval"]
+        resumed += ["--refit-general", "0"]
         sweep = ["sweep", model, "--method", "remove", "--scorer", "last", *data, "--eval-data", text]
         sweep += ["--eval-windows", "2", "--continuations", "0", "--output", "output"]
         score = ["score", model, *data, "--cache", "output"]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -53,6 +54,8 @@ def as_in_model(source: TensorSource, model: PreTrainedModel) -> tuple[TensorSou
                 "model; download the checkpoint again."
             )
         _collect(groups, converters, key, pattern, name)
+    for group in groups.values():
+        _check_numbers(group)
     converted = ConvertedSource(source, groups.values(), model)
     return with_conv1d_transposed(converted, model), without_place
 
@@ -196,6 +199,27 @@ def _collect(
     """Add a tensor to the group that makes `key`."""
     converter = next((c for c in reversed(converters) if pattern in c.source_patterns), None)
     groups.setdefault(key, _Group(key, converter, renamings)).members.append((pattern or "", name))
+
+
+def _check_numbers(group: _Group) -> None:
+    """Raise `CheckpointError` unless the names of tensors that become one differ in their numbers 0, 1, ... only.
+
+    transformers would take them in the order of their names, whatever these are.
+    """
+    by_pattern: dict[str, list[str]] = {}
+    for pattern, name in group.members:
+        by_pattern.setdefault(pattern, []).append(name)
+    for names in by_pattern.values():
+        parts = [name.split(".") for name in names]
+        if len(names) == 1:
+            continue
+        differ = [each for each in zip_longest(*parts, fillvalue="") if len(set(each)) > 1]
+        numbers = sorted(int(part) for part in differ[0] if part.isdecimal()) if len(differ) == 1 else []
+        if numbers != list(range(len(names))):
+            raise CheckpointError(
+                f"the {len(names)} tensors that make up '{group.key}', the first being '{names[0]}', are not numbered "
+                f"0 to {len(names) - 1}; download the checkpoint again."
+            )
 
 
 def _sorted_out(rules: Sequence[Any]) -> tuple[list[WeightRenaming], list[WeightConverter]]:

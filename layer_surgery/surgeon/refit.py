@@ -316,9 +316,10 @@ class _Pair:
 
         way = self.tracks[0].walk.settings.decomposition
         record = refit_experts(self.layer, experts, way, self.refitted.dtype, rounds, self.index)
-        if record.ridge is not None and parallel.is_first():
-            down = self.layer.get_submodule(experts.module).get_parameter("down_proj")
-            self.refitted.write_tensors(self.index, experts.module, {"down_proj": down})
+        with parallel.together():
+            if record.ridge is not None and parallel.is_first():
+                down = self.layer.get_submodule(experts.module).get_parameter("down_proj")
+                self.refitted.write_tensors(self.index, experts.module, {"down_proj": down})
         self.records.append(record)
 
     @torch.no_grad()

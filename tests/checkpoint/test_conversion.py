@@ -105,6 +105,15 @@ def test_a_missing_expert_is_refused(tmp_path: Path) -> None:
         open_checkpoint(path)
 
 
+@pytest.mark.parametrize("other", ["experts*2.", "experts.7."])
+def test_experts_whose_names_are_damaged_are_refused(tmp_path: Path, other: str) -> None:
+    """transformers would stack them in the order of their names: each expert's weights at another's place."""
+    path = tiny_checkpoint(tmp_path, family("mixtral", 2))
+    edit(path, lambda tensors: {name.replace("experts.2.", other): tensor for name, tensor in tensors.items()})
+    with pytest.raises(CheckpointError, match="not numbered 0 to 3"):
+        open_checkpoint(path)
+
+
 def test_a_checkpoint_of_the_bare_decoder_is_read(tmp_path: Path) -> None:
     """GPT-2's own files have no `transformer.` before their names, and hold masks that nobody needs."""
     model = family("gpt2", tied=True)

@@ -16,7 +16,7 @@ import pytest
 import torch
 from fault_injection import place_for_faults, warm
 from fault_injection import run as in_fork
-from resuming import Run, _stopped_at
+from resuming import Run, stopped_at
 from tiny_checkpoints import CommandLine
 
 pytestmark = [
@@ -53,13 +53,13 @@ def test_damaged_steps_are_done_again(model: Path, text: Path, folder: Path) -> 
     for kind in ("kept-*", "passing-*", "components/*", "*.json"):
         shutil.rmtree(run.folder)
         run.folder.mkdir()
-        in_fork([*run.command, "--resume", "work"], run.folder, watch=_stopped_at(9))
+        in_fork([*run.command, "--resume", "work"], run.folder, watch=stopped_at(9))
         (statistics,) = (run.folder / "work" / "stages").glob("statistics-*")
         damaged = sorted(statistics.glob(kind))[-1]
         content = bytearray(damaged.read_bytes())
         content[len(content) // 2] ^= 1
         damaged.write_bytes(content)
-        ended = in_fork([*run.command, "--resume", "work"], run.folder, watch=_stopped_at(None))
+        ended = in_fork([*run.command, "--resume", "work"], run.folder, watch=stopped_at(None))
         assert ended.code == 0 and "are not used" in ended.said and "damaged" in ended.said, (kind, ended.said)
         assert ended.events[:2] == [f"{statistics.name} 3", f"{statistics.name} 2"], kind
         assert not list(run.problems(9))
@@ -69,9 +69,9 @@ def test_another_run_is_refused_and_nothing_of_others_is_removed(
     model: Path, text: Path, folder: Path, run: CommandLine
 ) -> None:
     killed = Run.begin("fisher", model, text, folder / "run")
-    in_fork([*killed.command, "--resume", "work"], killed.folder, watch=_stopped_at(9))
+    shutil.rmtree(killed.folder / "output")
+    in_fork([*killed.command, "--resume", "work"], killed.folder, watch=stopped_at(9))
     work = killed.folder / "work"
-    shutil.rmtree(killed.folder / "output", ignore_errors=True)
     arguments = [*killed.command[:-1], str(folder / "other"), "--resume"]
     outcome = run(*[word if word != "0.3" else "0.4" for word in arguments], str(work))
     assert outcome.code == 2 and "--keep was 0.3 and is 0.4" in outcome.err, outcome.err
