@@ -24,6 +24,15 @@ class TextConfig(Options):
     text_column: str | None = attrs.field(
         default=None, metadata=about("Column that holds the text in a table file.", metavar="NAME")
     )
+    window_overlap: int | None = attrs.field(
+        default=None,
+        validator=at_least(0),
+        metadata=about(
+            "Read tagged words that do not fit into a sequence in several, which share N tokens.",
+            metavar="N",
+            default="such examples are refused",
+        ),
+    )
 
 
 @attrs.frozen(kw_only=True, slots=False)

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from layer_surgery.data.documents import Labelled, LoadedData, Tagged
 from layer_surgery.data.labels import label_number, label_set, numbers
 from layer_surgery.data.objective import NO_LABEL, Objective
+from layer_surgery.data.overlap import windows
 from layer_surgery.data.tokens import PackedTokens, packed_tokens
 from layer_surgery.errors import CheckpointError, DataError
 
@@ -23,6 +24,7 @@ class _Encoded:
     token_ids: list[int]
     segments: list[int]
     answer: Any  # of a text its label; of words the label of each token
+    around: tuple[int, int] = (0, 0)  # how many tokens before and behind words are not theirs
 
 
 def pack_labelled(
@@ -32,15 +34,20 @@ def pack_labelled(
     *,
     sequence_length: int,
     chosen: Sequence[int],
+    overlap: int | None = None,
 ) -> PackedTokens:
     """Pack the examples with these numbers, in this order. Nothing is cut off.
+
+    With an `overlap`, tagged words that are too long for a sequence make several, one behind the other, which share so
+    many tokens; each word has its tag in one of them only (`windows`), and `documents` of the result says whose they
+    are.
 
     Texts get the tokens that the tokenizer puts around them; of two texts it says, where the model wants to know, which
     token is of which. Words are put together with spaces, as a model meets them, and the first token of each has its
     tag.
 
-    Raises `DataError`: a label that the head does not have, or an example that is too long; `CheckpointError` where
-    the model cannot tell padding.
+    Raises `DataError`: a label that the head does not have, an example that is too long, or an overlap that leaves no
+    room in a window; `CheckpointError` where the model cannot tell padding.
     """
     of_words = objective.problem == "tags"
     answers = [_answer(each, objective, at) for each, at in _with_places(data)]
@@ -51,7 +58,14 @@ def pack_labelled(
             "(tokenizer.json); save one with AutoTokenizer.from_pretrained(...).save_pretrained(...)."
         )
     examples = [encode(tokenizer, data.documents[number], answers[number]) for number in chosen]
-    _require_fit(data, examples, chosen, sequence_length, objective)
+    documents = None
+    if overlap is None:
+        _require_fit(data, examples, chosen, sequence_length, objective)
+    else:
+        limit = min(sequence_length, objective.longest or sequence_length)
+        parts = [_in_windows(example, limit, overlap) for example in examples]
+        documents = torch.tensor([place for place, part in enumerate(parts) for _ in part])
+        examples = [window for part in parts for window in part]
     padding = _padding_id(tokenizer, objective, examples)
     length = max(2, *(len(example.token_ids) for example in examples))
     ids = torch.tensor([_padded(example.token_ids, padding, length) for example in examples])
@@ -76,7 +90,7 @@ def pack_labelled(
         labels=labels,
         segments=segments if bool(segments.any()) else None,
     )
-    return replace(packed, objective=objective)
+    return replace(packed, objective=objective, documents=documents)
 
 
 def _with_places(data: LoadedData) -> list[tuple[Labelled | Tagged, str]]:
@@ -116,7 +130,14 @@ def _encode_words(tokenizer: PreTrainedTokenizerBase, document: Any, answer: lis
     for word in document.words:
         starts.append(len(text) + bool(text))
         text = f"{text} {word}" if text else word
-    encoded = tokenizer(text, truncation=False, padding=False, verbose=False, return_offsets_mapping=True)
+    encoded = tokenizer(
+        text,
+        truncation=False,
+        padding=False,
+        verbose=False,
+        return_offsets_mapping=True,
+        return_special_tokens_mask=True,
+    )
     ids, spans = list(encoded["input_ids"]), encoded["offset_mapping"]
     labels = [NO_LABEL] * len(ids)
     position = 0
@@ -127,7 +148,35 @@ def _encode_words(tokenizer: PreTrainedTokenizerBase, document: Any, answer: lis
         if position < len(spans) and spans[position][0] < start + len(word):
             labels[position] = label
             position += 1
-    return _Encoded(ids, [0] * len(ids), labels)
+    special = encoded["special_tokens_mask"]
+    own = special.index(0) if 0 in special else len(ids)
+    return _Encoded(ids, [0] * len(ids), labels, (own, special[::-1].index(0) if 0 in special else 0))
+
+
+def _in_windows(example: _Encoded, limit: int, overlap: int) -> list[_Encoded]:
+    """Return a tagged example as it is if it fits, else its windows, each with the tokens that stand around a text."""
+    if len(example.token_ids) <= limit:
+        return [example]
+    ids, (head, tail) = example.token_ids, example.around
+    before, after = ids[:head], ids[len(ids) - tail :]
+    own, labels = ids[head : len(ids) - tail], example.answer[head : len(ids) - tail]
+    room = limit - len(before) - len(after)
+    if not 0 <= overlap <= room // 2:
+        raise DataError(
+            f"--window-overlap is {overlap}, but a window of {limit} tokens has room for {max(0, room)} of a text; "
+            f"allowed: {max(0, room // 2)} or less."
+        )
+    found: list[_Encoded] = []
+    for window in windows(len(own), room, overlap):
+        tags = [
+            label if window.first <= place < window.last else NO_LABEL
+            for place, label in enumerate(labels[window.start : window.end], start=window.start)
+        ]
+        if any(tag != NO_LABEL for tag in tags) or (window.last == len(own) and not found):
+            token_ids = [*before, *own[window.start : window.end], *after]
+            answer = [*[NO_LABEL] * head, *tags, *[NO_LABEL] * tail]
+            found.append(_Encoded(token_ids, [0] * len(token_ids), answer))
+    return found
 
 
 def _require_fit(
@@ -141,7 +190,10 @@ def _require_fit(
     too_long = sum(length > limit for length in lengths)
     of_model = limit < sequence_length or (objective.longest or lengths[longest]) < lengths[longest]
     allowed = f"the {objective.longest} that the model takes" if of_model else f"--sequence-length {sequence_length}"
-    advice = "" if of_model else f"raise --sequence-length to at least {lengths[longest]}, or "
+    advice = "" if of_model else f"raise --sequence-length to at least {lengths[longest]}, "
+    if objective.problem == "tags":
+        advice += "read them in overlapping windows with --window-overlap, "
+    advice += "or " if advice else ""
     raise DataError(
         f"{data.name}, example {chosen[longest] + 1} has {lengths[longest]:,} tokens, more than {allowed} "
         f"({too_long:,} of {len(examples):,} do not fit); {advice}shorten or split such examples: nothing is cut off."

@@ -30,6 +30,7 @@ def pack_mixture(
     seed: int,
     objective: Objective = NEXT_TOKEN,
     alone: bool = False,
+    overlap: int | None = None,
 ) -> PackedTokens:
     """Pack `samples` sequences in all, divided among the sources by weight and put in an order chosen by `seed`.
 
@@ -45,10 +46,12 @@ def pack_mixture(
         samples: at least as many as there are sources.
         objective: what the model's head is for.
         alone: whether each example has a sequence of its own.
+        overlap: tokens that windows of tagged words share; None if each example has to be one sequence.
 
     Raises `DataError`: as `pack_calibration`; it names the source.
     """
     size: dict[str, Any] = {"sequence_length": sequence_length, "alone": alone, "objective": objective}
+    size["overlap"] = overlap
     if len(data) == 1:
         tokens = pack_calibration(data[0], tokenizer, samples=samples, seed=seed, **size)
         return replace(tokens, sources=(_share(tokens, weights[0]),))

@@ -5,6 +5,7 @@ Shapes: N sequences, S tokens each (`sequence_length`).
 
 from collections.abc import Iterable, Iterator
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,6 +51,7 @@ def pack_calibration(
     seed: int,
     objective: Objective = NEXT_TOKEN,
     alone: bool = False,
+    overlap: int | None = None,
 ) -> PackedTokens:
     """Pack `samples` sequences of `sequence_length` tokens, chosen by `seed`; the CPU generator is the function's own.
 
@@ -63,7 +65,7 @@ def pack_calibration(
     prompt/answer example begins with BOS (if the tokenizer adds it) and ends with EOS (if there is one).
 
     For a masked language model, windows are those of `text_windows`, and which tokens are masked is the seed's; for
-    classifiers each labelled example is a sequence (see `pack_labelled`).
+    classifiers each labelled example is a sequence (see `pack_labelled`), or with an `overlap` each window of one.
 
     Raises `DataError`: an argument out of range; fewer sequences than `samples` (`TooFewSequencesError`); an example
     longer than `sequence_length`.
@@ -73,11 +75,16 @@ def pack_calibration(
     _require("seed", seed, 0, _LARGEST_SEED)
     generator = torch.Generator().manual_seed(seed)
     if objective.labelled:
-        count = len(data.documents)
+        every = range(len(data.documents))
+        size: dict[str, Any] = {"sequence_length": sequence_length, "overlap": overlap}
+        windows = None if overlap is None else pack_labelled(data, tokenizer, objective, chosen=every, **size)
+        count = len(every) if windows is None else windows.sequences
         if count < samples:
             raise TooFewSequencesError(data, 0, count, samples, sequence_length)
-        drawn = torch.randperm(count, generator=generator)[:samples].tolist()
-        return pack_labelled(data, tokenizer, objective, sequence_length=sequence_length, chosen=drawn)
+        drawn = torch.randperm(count, generator=generator)[:samples]
+        if windows is not None:
+            return windows.select(drawn)
+        return pack_labelled(data, tokenizer, objective, chosen=drawn.tolist(), **size)
     if objective.problem == "masked_token":
         ids, text, available = text_windows(data, tokenizer, sequence_length=sequence_length)
         full = int(text[:1].sum())
@@ -114,6 +121,7 @@ def pack_evaluation(
     max_windows: int | None = None,
     objective: Objective = NEXT_TOKEN,
     seed: int = 0,
+    overlap: int | None = None,
 ) -> PackedTokens:
     """Pack all of the data in its order, or the first `max_windows` sequences of it.
 
@@ -121,7 +129,8 @@ def pack_evaluation(
     right. With a tokenizer that adds BOS (see `pack_calibration`) every text token is predicted exactly once; without,
     all but the first of each window, and a single token left for the last window, which nothing could predict, is
     left out. Examples and chats: packed as in `pack_calibration`, in file order. For a masked language model, `seed`
-    says which tokens are masked.
+    says which tokens are masked. With an `overlap`, tagged words have as many sequences as they need (see
+    `pack_labelled`), and `max_windows` counts documents.
 
     Raises `DataError`: an argument out of range; no token to predict; an example longer than `sequence_length`.
     """
@@ -129,7 +138,7 @@ def pack_evaluation(
     _require("max_windows", 1 if max_windows is None else max_windows, 1)
     if objective.labelled:
         every = range(len(data.documents))[:max_windows]
-        return pack_labelled(data, tokenizer, objective, sequence_length=sequence_length, chosen=every)
+        return pack_labelled(data, tokenizer, objective, sequence_length=sequence_length, chosen=every, overlap=overlap)
     if objective.problem == "masked_token":
         ids, text, available = text_windows(data, tokenizer, sequence_length=sequence_length)
         if not len(ids):

@@ -51,6 +51,9 @@ class PackedTokens:
     tags); one a sequence, [N] int64 (a label) or [N, L] float32 (several labels as 0 and 1, or numbers). The loss mask
     of the latter is True at the first token of each sequence, and there only."""
     segments: Tensor | None = None  #: [N, S] int64, which of two texts a token is of, where the model wants to know.
+    documents: Tensor | None = None
+    """[N] int64, which document each sequence is a window of, where a document may have several; its windows stand one
+    behind the other. What is counted by example is counted by document then."""
 
     @property
     def sequences(self) -> int:
@@ -85,7 +88,8 @@ class PackedTokens:
             labels=None if self.labels is None else self.labels[rows],
             segments=None if self.segments is None else self.segments[rows],
         )
-        return replace(chosen, objective=self.objective)
+        documents = None if self.documents is None else self.documents[rows]
+        return replace(chosen, objective=self.objective, documents=documents)
 
     def holding(self, token_ids: Tensor, loss_mask: Tensor, valid: Tensor) -> PackedTokens:
         """Return other sequences [N, S], whose labels are their next tokens, under the same name and without shares."""
@@ -128,7 +132,10 @@ def packed_tokens(
 
 
 def joined(name: str, parts: Sequence[PackedTokens], order: Tensor | slice = slice(None)) -> PackedTokens:
-    """Return the sequences of several records in one, padded to the longest, in the given order ([N] int64)."""
+    """Return the sequences of several records in one, padded to the longest, in the given order ([N] int64).
+
+    Which of them are windows of one document is not known of the result.
+    """
     length = max(part.sequence_length for part in parts)
     objective = parts[0].objective
     padding = objective.padding_id or 0

@@ -73,8 +73,14 @@ def label_outcome(model: StreamedModel, tokens: PackedTokens, settings: WalkSett
         losses = walk.losses(last)
         parts = [tuple(each.cpu() for each in part) for part in _answers(walk, last, tokens)]
     rows, given, wanted = (torch.cat(each).numpy() for each in zip(*parts, strict=True))
-    measures = {**_measures(tokens, rows, given, wanted), "loss": _loss(losses)}
-    return LabelOutcome(measures, tokens.sequences)
+    # Windows of one document are one example: their tags are put together before spans are looked for.
+    examples = np.arange(tokens.sequences) if tokens.documents is None else tokens.documents.numpy()
+    count = int(examples.max()) + 1
+    measures = {
+        **_measures(tokens.objective, count, examples[rows], given, wanted),
+        "loss": _loss(losses, count, examples),
+    }
+    return LabelOutcome(measures, count)
 
 
 def _answers(walk: Walk, last: Boundary, tokens: PackedTokens) -> Iterator[tuple[torch.Tensor, ...]]:
@@ -117,13 +123,15 @@ def _resampled(sums: Sequence[Array], seed: int) -> list[Array]:
     return [np.concatenate(part) for part in parts]
 
 
-def _loss(losses: Losses) -> Measure:
-    sums = np.stack([losses.sums.numpy(), losses.tokens.double().numpy()], axis=1)
+def _loss(losses: Losses, count: int, examples: Answers) -> Measure:
+    """Return the mean loss; `examples` says of which of `count` each sequence is."""
+    sums = np.zeros((count, 2))
+    np.add.at(sums, examples, np.stack([losses.sums.numpy(), losses.tokens.double().numpy()], axis=1))
     return Measure(sums, _ratio, higher_is_better=False)
 
 
-def _measures(tokens: PackedTokens, rows: Answers, given: Answers, wanted: Answers) -> dict[str, Measure]:
-    objective, count = tokens.objective, tokens.sequences
+def _measures(objective: Objective, count: int, rows: Answers, given: Answers, wanted: Answers) -> dict[str, Measure]:
+    """Return the measures of a problem; `rows` says of which of `count` examples each answer is."""
     if objective.problem == "regression":
         return {"pearson": _correlation(given, wanted), "spearman": _correlation(_ranks(given), _ranks(wanted))}
     if objective.problem == "multi_label":

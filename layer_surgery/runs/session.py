@@ -131,6 +131,7 @@ class Session:
             sequence_length=config.sequence_length,
             seed=self.runtime.seed,
             objective=self.checkpoint.objective,
+            overlap=self._overlap(config),
         )
         self._check(tokens)
         if tokens.objective.labelled:
@@ -142,6 +143,7 @@ class Session:
 
     def healing_tokens(self, data: Sequence[str], text: TextConfig, samples: int, option: str) -> PackedTokens:
         """Load and pack text to heal on: `samples` sequences, or as many as there are. Each example has its own."""
+        self._overlap(text)
         sources = weighted_sources(data, option)
         tokens = pack_at_most(
             [
@@ -175,6 +177,7 @@ class Session:
                 max_windows=config.eval_windows,
                 objective=self.checkpoint.objective,
                 seed=self.runtime.seed,
+                overlap=self._overlap(config),
             )
             self._check(tokens)
             self.ui.note(_evaluation_note(tokens))
@@ -188,6 +191,15 @@ class Session:
         """What data must have beside their text."""
         objective = self.checkpoint.objective
         return "text" if not objective.labelled else "tags" if objective.problem == "tags" else "labels"
+
+    def _overlap(self, text: TextConfig) -> int | None:
+        """Return `--window-overlap`; raises `DataError` for a model that does not tag words."""
+        if text.window_overlap is not None and self.checkpoint.objective.problem != "tags":
+            raise DataError(
+                f"--window-overlap divides long examples of a token classifier, but {self.checkpoint.name} is a "
+                f"{self.checkpoint.head.words}; leave it out."
+            )
+        return text.window_overlap
 
     def _say_which_labels_are_missing(self, tokens: PackedTokens) -> None:
         counts = count_labels(tokens).tolist()
@@ -209,7 +221,9 @@ class Session:
 
 def _evaluation_note(tokens: PackedTokens) -> str:
     if tokens.objective.labelled:
-        return f"evaluation: {tokens.sequences:,} examples of '{tokens.name}', {int(tokens.valid.sum()):,} tokens"
+        documents = tokens.sequences if tokens.documents is None else int(tokens.documents.max()) + 1
+        divided = f" in {tokens.sequences:,} windows" if documents < tokens.sequences else ""
+        return f"evaluation: {documents:,} examples of '{tokens.name}'{divided}, {int(tokens.valid.sum()):,} tokens"
     return (
         f"evaluation: {int(tokens.valid.sum()):,} of the {tokens.tokens_available:,} tokens of "
         f"'{tokens.name}', in {tokens.sequences} windows of {tokens.sequence_length}"

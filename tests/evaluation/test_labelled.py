@@ -75,6 +75,31 @@ def test_spans_are_measured_where_tags_are_those_of_spans(tmp_path: Path) -> Non
     assert expected["span_f1"] > 0
 
 
+def test_windows_of_a_document_are_one_example(tmp_path: Path) -> None:
+    """Of ten documents in three windows each: what is counted is what their tags, put together, come to."""
+    names = ("O", "B-x", "I-x")
+    model, tokens = tiny_encoder("bert", "tags"), labelled_tokens("tags", 30, 12)
+    tokens = replace(
+        tokens, objective=replace(tokens.objective, labels=names), documents=torch.arange(10).repeat_interleave(3)
+    )
+    found = label_outcome(streamed(model), tokens, settings(tmp_path, batch_size=7)).result(0)
+    assert tokens.labels is not None and tokens.documents is not None
+    with torch.no_grad():
+        answers = model(**tokens.inputs(slice(0, 30))).logits.argmax(dim=-1)
+        loss = float(own_loss(model, tokens))
+    hits = both = 0
+    for document in range(10):
+        rows = tokens.documents == document
+        known = tokens.labels[rows] != NO_LABEL
+        given, wanted = (spans([names[tag] for tag in tags[rows][known].tolist()]) for tags in (answers, tokens.labels))
+        hits, both = hits + len(given & wanted), both + len(given) + len(wanted)
+    assert found.items == 10
+    assert found.metrics["span_f1"].value == pytest.approx(2 * hits / both)
+    assert found.metrics["loss"].value == pytest.approx(loss, abs=1e-6)
+    alone = label_outcome(streamed(model), replace(tokens, documents=None), settings(tmp_path, batch_size=7)).result(0)
+    assert alone.items == 30 and alone.metrics["span_f1"].value != found.metrics["span_f1"].value
+
+
 @pytest.mark.parametrize(
     ("tags", "expected"),
     [
