@@ -1,0 +1,1 @@
+"""Extraction of diseases, medications and symptoms from synthetic clinical notes."""
