@@ -23,7 +23,7 @@ class Size:
 
 
 DEFAULT = Size(
-    train=200, few=40, choice=20, test=80, written=20, encoder_steps=120, tagger_steps=400, llm_steps=100,
+    train=160, few=40, choice=20, test=80, written=20, encoder_steps=100, tagger_steps=400, llm_steps=140,
     heal_tokens=60_000, samples=128, repeats=5,
 )  # fmt: skip
 QUICK = Size(
