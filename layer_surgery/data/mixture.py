@@ -82,6 +82,7 @@ def pack_at_most(
     seed: int,
     alone: bool = False,
     objective: Objective = NEXT_TOKEN,
+    overlap: int | None = None,
 ) -> PackedTokens:
     """Pack like `pack_mixture`, but where the sources have fewer sequences than `samples`, as many as there are.
 
@@ -93,6 +94,7 @@ def pack_at_most(
         "seed": seed,
         "alone": alone,
         "objective": objective,
+        "overlap": overlap,
     }
     most = samples
     for each, weight in zip(data, weights, strict=True):

@@ -143,7 +143,6 @@ class Session:
 
     def healing_tokens(self, data: Sequence[str], text: TextConfig, samples: int, option: str) -> PackedTokens:
         """Load and pack text to heal on: `samples` sequences, or as many as there are. Each example has its own."""
-        self._overlap(text)
         sources = weighted_sources(data, option)
         tokens = pack_at_most(
             [
@@ -159,6 +158,7 @@ class Session:
             seed=self.runtime.seed,
             alone=True,
             objective=self.checkpoint.objective,
+            overlap=self._overlap(text),
         )
         self._check(tokens)
         return tokens

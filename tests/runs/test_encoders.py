@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +178,7 @@ def test_score_evaluate_sweep_and_report_of_a_classifier(run: CommandLine, tmp_p
         (("--tasks", "bundled"), "--tasks need a causal language model, but"),
         (("--prompt", "the fox"), "--prompt need a causal language model, but"),
         (("--sequence-length", 8), "more than --sequence-length 8"),
+        (("--window-overlap", 4), "--window-overlap divides long examples of a token classifier, but"),
     ],
 )
 def test_what_a_classifier_cannot_be_asked_is_refused(
@@ -194,6 +196,26 @@ def test_a_label_of_which_there_is_no_example_is_warned_of(run: CommandLine, tmp
     model, data = saved_encoder(tmp_path / "model", "tags"), labelled_file(tmp_path / "d.jsonl", "tags")
     outcome = run("score", model, "--calibration", data, "--samples", 50)
     assert outcome.code == 0 and f"none of the calibration examples has the label {TAGS[2]}" in outcome.err
+
+
+def test_long_tagged_documents_are_measured_in_windows_as_whole_documents(run: CommandLine, tmp_path: Path) -> None:
+    model, short = saved_encoder(tmp_path / "model", "tags"), labelled_file(tmp_path / "short.jsonl", "tags", rows=12)
+    rows = [json.loads(line) for line in short.read_text(encoding="utf-8").splitlines()]
+    long = tmp_path / "long.jsonl"
+    long.write_text(
+        "\n".join(json.dumps({name: 3 * row[name] for name in ("tokens", "tags")}) for row in rows), encoding="utf-8"
+    )
+    arguments = ("--eval-data", long, "--sequence-length", 24, "--json")
+    refused = run("evaluate", model, *arguments)
+    assert refused.code == 2 and "read them in overlapping windows with --window-overlap" in refused.err
+    outcome = run("evaluate", model, *arguments, "--window-overlap", 8)
+    assert outcome.code == 0, outcome.err
+    assert re.search(r"evaluation: 12 examples of '.*' in \d\d windows", outcome.err)
+    measured = json.loads(outcome.out)["model"]["tasks"][str(long)]
+    assert measured["items"] == 12
+    # Of a tag, nothing is lost or counted twice: the right ones are a whole number of all words.
+    right = measured["metrics"]["accuracy"]["value"] * sum(3 * len(row["tokens"]) for row in rows)
+    assert right == pytest.approx(round(right), abs=1e-6)
 
 
 def test_models_with_other_heads_or_labels_are_not_compared(run: CommandLine, tmp_path: Path) -> None:
