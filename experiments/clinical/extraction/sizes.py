@@ -23,8 +23,8 @@ class Size:
 
 
 DEFAULT = Size(
-    train=160, few=40, choice=20, test=80, written=20, encoder_steps=100, tagger_steps=400, llm_steps=140,
-    heal_tokens=60_000, samples=128, repeats=5,
+    train=160, few=40, choice=20, test=80, written=12, encoder_steps=100, tagger_steps=400, llm_steps=100,
+    heal_tokens=150_000, samples=128, repeats=5,
 )  # fmt: skip
 QUICK = Size(
     train=24, few=6, choice=6, test=8, written=2, encoder_steps=10, tagger_steps=30, llm_steps=4, heal_tokens=3_000,

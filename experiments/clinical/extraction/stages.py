@@ -148,6 +148,23 @@ class Recipe:
             ),
         )
 
+    def healed(self, model: Path) -> Path:
+        """Heal the compressed tagger on the outputs of the one that it was made of, on the notes for training."""
+        return self._result(
+            "healed",
+            lambda output: layer_surgery.heal(
+                model,
+                output,
+                data=str(self.folder / "distilled.jsonl"),
+                loss=["kl"],
+                tokens=self.size.heal_tokens,
+                eval_data=str(self._test_file()),
+                sequence_length=tagger.WINDOW,
+                window_overlap=tagger.OVERLAP,
+                seed=self.seed,
+            ),
+        )
+
     def compressed_llm(self, model: Path) -> Path:
         """Compress the causal LM with the loss of its answers."""
         return self._result(
