@@ -27,7 +27,8 @@ def page(report: dict[str, Any]) -> str:
         f"{report['notes']['train']['notes']} notes are labelled by a teacher: a causal LM of 10 M parameters, "
         f"fine-tuned on {report['notes']['few']['notes']} gold notes, a lexicon and rules; for each kind by that union "
         f"of them which is best on {report['notes']['choice']['notes']} other gold notes. A tagger is trained on these "
-        "labels, and half of its layers are removed with the task's loss, calibrated on the same labels.",
+        "labels, half of its layers are removed with the task's loss, calibrated on the same labels, and the result is "
+        "healed on the outputs of the tagger from before.",
         "",
         "## The teacher: strict F1 of every union, on the notes for the choice",
         "",
