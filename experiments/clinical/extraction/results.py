@@ -142,7 +142,8 @@ def _causal(recipe: Recipe) -> dict[str, Any]:
         for name, answers in written.items()
     }
     change = difference(gold, written["llm"]["spans"], written["llm, compressed"]["spans"], recipe.seed)
-    labelling = {name: recipe.written(before, name) for name in ("choice", "train")}
+    asked = [name for name in ("choice", "train") if name == "choice" or recipe.asks_the_llm]
+    labelling = {name: recipe.written(before, name) for name in asked}
     return {
         "notes": count,
         "models": rows,
