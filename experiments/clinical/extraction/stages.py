@@ -138,22 +138,26 @@ class Recipe:
         return self._checkpoint(name, make)
 
     def compressed(self, model: Path) -> Path:
-        """Remove half of the tagger's layers; calibrated on the labels that it was trained on, not on gold."""
-        return self._result(
-            "compressed",
-            lambda output: layer_surgery.compress(
-                model,
-                output,
-                target_layers=TAGGER_LAYERS,
-                keep=0,
-                calibration=str(self.folder / f"{model.name}.jsonl"),
-                eval_data=str(self._test_file()),
-                samples=self.size.samples,
-                sequence_length=tagger.WINDOW,
-                window_overlap=tagger.OVERLAP,
-                seed=self.seed,
-            ),
-        )
+        """Remove half of the tagger's layers; calibrated on the labels that it was trained on, not on gold.
+
+        ModernBERT's first layer has no norm before its attention, so no other can take its place: it always stays.
+        """
+        looked_at: dict[str, Any] = {
+            "calibration": str(self.folder / f"{model.name}.jsonl"),
+            "samples": self.size.samples,
+            "sequence_length": tagger.WINDOW,
+            "window_overlap": tagger.OVERLAP,
+            "cache": self.folder / "statistics",
+            "seed": self.seed,
+        }
+
+        def make(output: Path) -> None:
+            removed = tagger.SIZES["num_hidden_layers"] - TAGGER_LAYERS
+            order = [layer for layer in layer_surgery.score(model, **looked_at).removal_order if layer != 0]
+            layers, test = sorted(order[:removed]), str(self._test_file())
+            layer_surgery.compress(model, output, layers=layers, keep=0, eval_data=test, **looked_at)
+
+        return self._result("compressed", make)
 
     def healed(self, model: Path) -> Path:
         """Heal the compressed tagger on the outputs of the one that it was made of, on the notes for training."""
