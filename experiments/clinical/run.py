@@ -49,6 +49,9 @@ def options() -> argparse.Namespace:
     parser.add_argument(
         "--price-per-hour", type=float, default=0.05, help="of one core, in any currency (default: 0.05)"
     )
+    parser.add_argument(
+        "--no-causal", action="store_true", help="do not compress the causal LM, which takes about half of the time"
+    )
     return parser.parse_args()
 
 
@@ -75,7 +78,9 @@ def main() -> int:
     given.output.mkdir(parents=True, exist_ok=True)
     begun.write_text(json.dumps(settings), encoding="utf-8")
     try:
-        found = results(Recipe(given.output, size, given.seed, given.llm), given.price_per_hour)
+        found = results(
+            Recipe(given.output, size, given.seed, given.llm), given.price_per_hour, causal=not given.no_causal
+        )
     except (UserError, LabelError) as error:
         return _refuse(str(error))
     except LayerSurgeryError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import sys
 from itertools import accumulate
@@ -16,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "experiments" / "cl
 
 import run
 from extraction import json_labeller, tagger
+from extraction.grammar import MOST_OF_A_KIND, grammars, runs_of_words, schema_of
 from extraction.json_labeller import Answers, answer_for, rows_of, sentences_of
 from extraction.labellers import lexicon_labeller, rule_labeller
 from extraction.notes import INNER_FAMILIES, LABEL, Note, Span, _Writer, mistyped, write_notes
@@ -172,10 +174,44 @@ def test_sentences_hold_every_span_and_their_json_gives_it_back() -> None:
     assert len(rows) > 8 and all(row.answer.startswith("{") and row.prompt.endswith("JSON:\n") for row in rows)
 
 
+def test_the_schema_of_a_sentence_allows_what_stands_there_and_nothing_else() -> None:
+    assert runs_of_words("take 2.5 mg, or PO") == [
+        "take",
+        "take 2.5",
+        "take 2.5 mg",
+        "2.5",
+        "2.5 mg",
+        "mg",
+        "or",
+        "or PO",
+        "PO",
+    ]
+    for note in (*NOTES, *EXTERNAL):
+        for start, end in sentences_of(note.text):
+            answer = json.loads(answer_for(note.text, note.spans, start, end))
+            schema = schema_of(note.text[start:end])
+            assert answer.keys() <= schema["properties"].keys() == set(KINDS)
+            assert all(0 < len(strings) <= MOST_OF_A_KIND for strings in answer.values())
+            assert {string for strings in answer.values() for string in strings} <= set(schema["$defs"]["run"]["enum"])
+
+
+def test_the_grammar_accepts_the_gold_answers_and_no_other_strings() -> None:
+    xgrammar = pytest.importorskip("xgrammar")
+    tokenizer = tagger.new_tokenizer([note.text for note in NOTES], 400)
+    model = SimpleNamespace(config=SimpleNamespace(vocab_size=len(tokenizer)))
+    grammar_of = grammars(model, tokenizer)  # type: ignore[arg-type]
+    text = NOTES[0].text
+    for start, end in sentences_of(text):
+        grammar = grammar_of(text[start:end])
+        assert xgrammar.GrammarMatcher(grammar).accept_string(answer_for(text, NOTES[0].spans, start, end))
+        for wrong in ('{"gene": [', '{"disease": ["unheard', '{"disease": []', "[", '{ "'):
+            assert not xgrammar.GrammarMatcher(grammar).accept_string(wrong)
+
+
 def test_answers_that_cannot_be_used_are_counted() -> None:
     text = "Fever. Cough and more cough."
     answers = Answers([[]], 4)
-    for written in ('{"symptom": ["cough"', '{"gene": ["cough"]}', "[]"):
+    for written in ('{"symptom": ["cough"', '{"gene": ["cough"]}', '{"dose": []}'):
         json_labeller._take(answers, 0, text, 7, len(text), written)
     assert answers.invalid_json == 3 and answers.spans == [[]]
     json_labeller._take(answers, 0, text, 7, len(text), '{"symptom": ["cough", "cough", "Fever", " "]}')

@@ -1,8 +1,9 @@
 """A causal LM that writes what a sentence names as JSON, under a grammar: the teacher, and the causal path.
 
 It is fine-tuned on the sentences of a few notes, with loss on the answers only; the same rows calibrate its
-compression. Generation is greedy and constrained by xgrammar (Dong et al., XGrammar, 2024) to the JSON schema of
-`Findings`, so an answer is invalid only if it is not finished within `MOST_TOKENS`, and then it counts as empty.
+compression. Generation is greedy, under the sentence's own grammar: an answer is invalid only if it is not finished
+within `MOST_TOKENS`, and then it counts as empty; and a string is not in the text only if it is given more often than
+it stands there.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 from transformers import DataCollatorForSeq2Seq, PreTrainedModel, PreTrainedTokenizerBase
 
+from extraction.grammar import Findings, grammars
 from extraction.notes import Note, Span
 from extraction.tagger import train
 from extraction.terms import KINDS
@@ -25,19 +28,6 @@ from layer_surgery.data.encoding import encode_examples
 
 MOST_TOKENS, _BATCH_SIZE, _RATE = 96, 32, 1e-3
 _SENTENCE = re.compile(r"[^.;]+(?:[.;](?!\s)[^.;]*)*(?:[.;]|$)")
-
-
-class Findings(BaseModel):
-    """What a sentence says that the patient has or takes; kinds that do not occur are left out."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    disease: list[str] = []
-    medication: list[str] = []
-    dose: list[str] = []
-    route: list[str] = []
-    frequency: list[str] = []
-    symptom: list[str] = []
 
 
 @dataclass
@@ -116,41 +106,34 @@ def write_findings(
     rows = [Example(prompt_for(texts[number][start:end]), "{}") for number, start, end in places]
     encoded = encode_examples(tokenizer, LoadedData("prompts", rows, "example"))
     prompts = [each.token_ids[: each.carries_loss.index(True)] for each in encoded]
-    grammar = _grammar(model, tokenizer) if constrained else None
+    grammar_of = grammars(model, tokenizer) if constrained else None
     answers = Answers([[] for _ in texts], len(places))
     order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
     for first in range(0, len(order), _BATCH_SIZE):
         chosen = order[first : first + _BATCH_SIZE]
-        for place, written in zip(
-            chosen, _generate(model, tokenizer, [prompts[p] for p in chosen], grammar), strict=True
-        ):
+        sentences = [texts[number][start:end] for number, start, end in (places[place] for place in chosen)]
+        allowed = None if grammar_of is None else list(map(grammar_of, sentences))
+        written = _generate(model, tokenizer, [prompts[place] for place in chosen], allowed)
+        for place, answer in zip(chosen, written, strict=True):
             number, start, end = places[place]
-            _take(answers, number, texts[number], start, end, written)
+            _take(answers, number, texts[number], start, end, answer)
     for spans in answers.spans:
         spans.sort()
     return answers
 
 
-def _grammar(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> object:
-    import xgrammar
-
-    info = xgrammar.TokenizerInfo.from_huggingface(tokenizer, vocab_size=model.config.vocab_size)
-    schema = json.dumps(Findings.model_json_schema())
-    return xgrammar.GrammarCompiler(info).compile_json_schema(schema, any_whitespace=False)
-
-
 def _generate(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], grammar: object
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], allowed: list[Any] | None
 ) -> list[str]:
     longest = max(map(len, prompts))
     padding = int(tokenizer.pad_token_id or 0)
     ids = torch.tensor([[padding] * (longest - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     processors = []
-    if grammar is not None:
+    if allowed is not None:
         import xgrammar
 
-        processors = [xgrammar.contrib.hf.LogitsProcessor(grammar)]
+        processors = [xgrammar.contrib.hf.LogitsProcessor(allowed)]
     written = model.generate(
         input_ids=ids,
         attention_mask=mask,

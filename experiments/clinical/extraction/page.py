@@ -77,6 +77,14 @@ def page(report: dict[str, Any]) -> str:
                 for name, rate in speed["documents_per_second"].items()
             ],
         ),
+    ]
+    if causal is not None:
+        lines += _causal_part(causal, kinds)
+    return "\n".join(lines) + "\n"
+
+
+def _causal_part(causal: dict[str, Any], kinds: list[str]) -> list[str]:
+    return [
         "",
         "## The causal LM, compressed with the loss of its answers",
         "",
@@ -104,7 +112,6 @@ def page(report: dict[str, Any]) -> str:
             for name, row in causal["labelling"].items()
         ),
     ]
-    return "\n".join(lines) + "\n"
 
 
 def _best(row: dict[str, Any], report: dict[str, Any]) -> list[str]:

@@ -20,8 +20,8 @@ from extraction.tags import tags_of
 SETS = ("test", "external")
 
 
-def results(recipe: Recipe, price_per_hour: float) -> dict[str, Any]:
-    """Make whatever is not made yet, and return what all of it came to."""
+def results(recipe: Recipe, price_per_hour: float, *, causal: bool) -> dict[str, Any]:
+    """Make whatever is not made yet, and return what all of it came to; the causal LM is compressed if `causal`."""
     gold_tagger = recipe.trained("gold", lambda: recipe.gold("train"))
     distilled = recipe.trained("distilled", lambda: recipe.teacher("train"))
     compressed = recipe.compressed(distilled)
@@ -47,7 +47,7 @@ def results(recipe: Recipe, price_per_hour: float) -> dict[str, Any]:
         "f1": _scores(recipe, taggers),
         "differences": _differences(recipe, taggers),
         "speed": _speed(recipe, taggers, price_per_hour),
-        "causal": _causal(recipe),
+        "causal": _causal(recipe) if causal else None,
     }
 
 
@@ -142,7 +142,8 @@ def _causal(recipe: Recipe) -> dict[str, Any]:
         for name, answers in written.items()
     }
     change = difference(gold, written["llm"]["spans"], written["llm, compressed"]["spans"], recipe.seed)
-    labelling = {name: recipe.written(before, name) for name in ("choice", "train")}
+    asked = [name for name in ("choice", "train") if name == "choice" or recipe.asks_the_llm]
+    labelling = {name: recipe.written(before, name) for name in asked}
     return {
         "notes": count,
         "models": rows,

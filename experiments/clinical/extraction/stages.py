@@ -6,7 +6,7 @@ Notes of different uses come from different seeds, so no set shares a note with 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -88,23 +88,30 @@ class Recipe:
         found = self._once(f"written-{model.name}-{name}{'' if count is None else f'-{count}'}{way}", make)
         return found | {"spans": _spans(found["spans"])}
 
-    def labels(self, name: str) -> dict[str, list[list[Span]]]:
-        """Return what each labeller finds in the notes of a set."""
+    def labels(self, name: str, labellers: Collection[str] = LABELLERS) -> dict[str, list[list[Span]]]:
+        """Return what each of the labellers finds in the notes of a set."""
         texts = self.texts(name)
-        return {
-            "llm": self.written(self.fine_tuned(), name)["spans"],
-            "lexicon": list(map(lexicon_labeller(self.seed), texts)),
-            "rules": list(map(rule_labeller, texts)),
+        ways: dict[str, Callable[[], list[list[Span]]]] = {
+            "llm": lambda: self.written(self.fine_tuned(), name)["spans"],
+            "lexicon": lambda: list(map(lexicon_labeller(self.seed), texts)),
+            "rules": lambda: list(map(rule_labeller, texts)),
         }
+        return {labeller: ways[labeller]() for labeller in LABELLERS if labeller in labellers}
 
     @cached_property
     def choice(self) -> tuple[dict[str, tuple[str, ...]], list[dict]]:
         """Return the best union of labellers for each kind, on the gold notes for that, and F1 of every union."""
         return best_unions(self.labels("choice"), self.notes["choice"])
 
+    @property
+    def asks_the_llm(self) -> bool:
+        """Whether the causal LM is in a best union."""
+        return any("llm" in union for union in self.choice[0].values())
+
     def teacher(self, name: str) -> list[list[Span]]:
-        """Return the labels of the best unions."""
-        return labelled_by(self.choice[0], self.labels(name))
+        """Return the labels of the best unions; a labeller that is in none of them is not asked."""
+        best = self.choice[0]
+        return labelled_by(best, self.labels(name, {labeller for union in best.values() for labeller in union}))
 
     # The taggers
 
@@ -131,22 +138,26 @@ class Recipe:
         return self._checkpoint(name, make)
 
     def compressed(self, model: Path) -> Path:
-        """Remove half of the tagger's layers; calibrated on the labels that it was trained on, not on gold."""
-        return self._result(
-            "compressed",
-            lambda output: layer_surgery.compress(
-                model,
-                output,
-                target_layers=TAGGER_LAYERS,
-                keep=0,
-                calibration=str(self.folder / f"{model.name}.jsonl"),
-                eval_data=str(self._test_file()),
-                samples=self.size.samples,
-                sequence_length=tagger.WINDOW,
-                window_overlap=tagger.OVERLAP,
-                seed=self.seed,
-            ),
-        )
+        """Remove half of the tagger's layers; calibrated on the labels that it was trained on, not on gold.
+
+        ModernBERT's first layer has no norm before its attention, so no other can take its place: it always stays.
+        """
+        looked_at: dict[str, Any] = {
+            "calibration": str(self.folder / f"{model.name}.jsonl"),
+            "samples": self.size.samples,
+            "sequence_length": tagger.WINDOW,
+            "window_overlap": tagger.OVERLAP,
+            "cache": self.folder / "statistics",
+            "seed": self.seed,
+        }
+
+        def make(output: Path) -> None:
+            removed = tagger.SIZES["num_hidden_layers"] - TAGGER_LAYERS
+            order = [layer for layer in layer_surgery.score(model, **looked_at).removal_order if layer != 0]
+            layers, test = sorted(order[:removed]), str(self._test_file())
+            layer_surgery.compress(model, output, layers=layers, keep=0, eval_data=test, **looked_at)
+
+        return self._result("compressed", make)
 
     def healed(self, model: Path) -> Path:
         """Heal the compressed tagger on the outputs of the one that it was made of, on the notes for training."""
