@@ -38,7 +38,7 @@ def run_compress(model: Model, config: CompressConfig, *, known_scores: LayerSco
         journal = stack.enter_context(open_journal(config.resume, config.ui.note))
         opened = open_compression(model, config, stack)
         session, planning, staging = opened.session, opened.planning, opened.staging
-        tokens, texts, evaluator, healing = opened.tokens, opened.texts, opened.evaluator, opened.healing
+        tokens, evaluator, healing = opened.tokens, opened.evaluator, opened.healing
         original = session.checkpoint
         sha256 = checkpoint_hash(session)
         _check_plan_is_for(config, sha256)
