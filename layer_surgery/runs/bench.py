@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 
@@ -36,12 +36,12 @@ from layer_surgery.records import (
     SurgeryPlan,
 )
 from layer_surgery.runs.session import Session
+from layer_surgery.runs.survivors import check_what_stays, first_removable
 from layer_surgery.scoring import SCORERS, ScoringContext
 from layer_surgery.surgeon import METHODS, SurgeryContext, model_shape, plan_parameters
 from layer_surgery.surgeon.components.whole import is_empty, output_projections
 from layer_surgery.surgeon.refit import check_windows, refit
 from layer_surgery.surgeon.resources import Pricing
-from layer_surgery.walk.self_check import check_survivors
 from layer_surgery.walk.streamed import StreamedModel
 from layer_surgery.walk.walk import Walk
 
@@ -118,6 +118,10 @@ class Bench:
             known[key] = found
         return known[key]
 
+    def first_removable(self, order: Sequence[int], count: int) -> list[int]:
+        """Return the first layers of a removal order that can go together; see `first_removable` of `survivors.py`."""
+        return first_removable(self.model, order, count, self.session.ui.note)
+
     def operate(
         self,
         plan: SurgeryPlan,
@@ -133,7 +137,7 @@ class Bench:
         `ranks_fixed` forbids the method to choose other ranks than the plan's; `search` says what one that searches may
         cut, and `pricing` what that takes of other resources than parameters.
         """
-        self._check_survivors(plan)
+        check_what_stays(self.model, plan)
         session, entry = self.session, METHODS[method]
         inputs = plan.to_dict(), method, ranks_fixed, dict(pricing.totals) if pricing is not None else {}
         steps = self.journal.stage("surgery", *inputs)
@@ -200,7 +204,7 @@ class Bench:
         ]
         without = replace(plan, layers=shorter)
         try:
-            self._check_survivors(without)
+            check_what_stays(self.model, without)
         except LayerSurgeryError:
             return plan
         return replace(without, parameters=plan_parameters(model_shape(self.session.checkpoint), without))
@@ -219,16 +223,6 @@ class Bench:
             call = self.walk.rehearsal.call(index, self.walk.tokens.inputs(rows))
             with composed(layer, nothing):
                 return torch.equal(call(layer, hidden), hidden)
-
-    def _check_survivors(self, plan: SurgeryPlan) -> None:
-        """Check that the layers that stay are not changed by the going of others, before anything is computed."""
-        if len(plan.surviving) == len(plan.layers):
-            return
-        whole = {layer.index: LayerPlan(index=layer.index, action="keep") for layer in plan.smaller}
-        kept = [whole.get(layer.index, layer) for layer in plan.layers]
-        rest = result_checkpoint(self.session.checkpoint, replace(plan, layers=kept))
-        survivors = StreamedModel(rest, device=self.model.device, dtype=self.model.dtype)
-        check_survivors(self.model, survivors, plan.surviving)
 
 
 @contextmanager

@@ -64,7 +64,7 @@ def run_compress(model: Model, config: CompressConfig, *, known_scores: LayerSco
             journal=journal,
         ) as bench:
             scores = bench.scores(**planning.ranking) if scored else known_scores
-            result = bench.operate(planning.plan(scores, sha256), **planning.surgery)
+            result = bench.operate(planning.plan(scores, sha256, bench.first_removable), **planning.surgery)
         checkpoint = with_dimensions(session, result.checkpoint, config, config.dimensions)
         # Heal.
         healed, unhealed = None, None

@@ -1,6 +1,6 @@
 """Options on a checkpoint: how many layers go, what is refitted, which data are needed, and the plan. Runs no model."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -137,13 +137,26 @@ class Planning:
             return 0.0
         return keep or BudgetConfig.DEFAULT_KEEP
 
-    def plan(self, scores: LayerScores | None, base_sha256: str) -> SurgeryPlan:
-        """Return the plan; `scores` choose the layers if the user does not."""
+    def plan(
+        self,
+        scores: LayerScores | None,
+        base_sha256: str,
+        first_removable: Callable[[Sequence[int], int], Sequence[int]],
+    ) -> SurgeryPlan:
+        """Return the plan; `scores` choose the layers if the user does not.
+
+        `first_removable` returns so many layers of a removal order that can go together, the first that can.
+        """
         config = self.config
         if config.plan is not None or config.of_all_layers:
             plan = replace(self.trial, method=self.method.name)
         else:
-            chosen = config.layers or (scores.removal_order[: len(self.trial.operated)] if scores else ())
+            chosen: Sequence[int] = config.layers or ()
+            if scores is not None and not chosen:
+                count = len(self.trial.operated)
+                removes = len(self.trial.surviving) < len(self.trial.layers)
+                order = scores.removal_order
+                chosen = first_removable(order, count) if removes else order[:count]
             plan = self._made(model_shape(self.checkpoint, config.remove), chosen)
         return replace(plan, base_sha256=base_sha256)
 

@@ -34,7 +34,9 @@ class Measuring:
             with self.bench.own_scratch("point") as bench:
                 planning = Planning(config, bench.session.checkpoint, bench.session.device)
                 scores = bench.scores(**planning.ranking, known=self._scores)
-                result = bench.operate(planning.plan(scores, self.base_sha256), **planning.surgery)
+                result = bench.operate(
+                    planning.plan(scores, self.base_sha256, bench.first_removable), **planning.surgery
+                )
                 point = self._evaluate(settings, scores, result, failures)
         except Exception as error:
             if not parallel.in_step(error):
