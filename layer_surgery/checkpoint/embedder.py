@@ -213,10 +213,7 @@ def read_embedder(root: Path) -> tuple[Embedder, Path]:
     Raises `CheckpointError` for what is damaged, for modules that are not known, by name, and for settings of the
     transformer that would change what it computes.
     """
-    listed = _json(root / MODULES_FILE)
-    if not (isinstance(listed, list) and listed and all(_is_entry(each) for each in listed)):
-        raise CheckpointError(f"{root / MODULES_FILE} is damaged: it must be a list of modules with type and path.")
-    first, *others = listed
+    first, *others = _listed(root)
     _check_known(root, first, ("Transformer",), "the first module")
     for each in others:
         _check_known(root, each, KNOWN, "a module")
@@ -235,6 +232,18 @@ def read_embedder(root: Path) -> tuple[Embedder, Path]:
     )
     embedder.modules()  # raises for what does not fit
     return embedder, folder
+
+
+def module_folders(root: Path) -> list[str]:
+    """Return the folders of modules that `modules.json` names. Raises `CheckpointError` if it is damaged."""
+    return [entry["path"] for entry in _listed(root) if entry["path"] not in ("", ".")]
+
+
+def _listed(root: Path) -> list[dict[str, str]]:
+    listed = _json(root / MODULES_FILE)
+    if not (isinstance(listed, list) and listed and all(_is_entry(each) for each in listed)):
+        raise CheckpointError(f"{root / MODULES_FILE} is damaged: it must be a list of modules with type and path.")
+    return listed
 
 
 def _is_entry(entry: Any) -> bool:

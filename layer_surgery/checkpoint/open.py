@@ -3,7 +3,6 @@
 import functools
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -37,6 +36,7 @@ from layer_surgery.checkpoint.heads import (
     longest_input,
     objective_of,
 )
+from layer_surgery.checkpoint.hub import local_directory
 from layer_surgery.checkpoint.modeling_layer_surgery import (
     HEADLESS,
     MODEL_TYPE,
@@ -52,11 +52,6 @@ from layer_surgery.checkpoint.tensors import SafetensorsSource, StateDictSource,
 from layer_surgery.data.objective import Objective
 from layer_surgery.disk.reading import read_json, why
 from layer_surgery.errors import CheckpointError
-
-#: Files of a hub repository that are needed; nothing else is downloaded.
-HUB_PATTERNS = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.jinja", "*.txt", "*.py", "LICENSE*", "README.md"]
-#: Second copies of the weights in other formats, and everything in folders.
-HUB_IGNORED = ["consolidated*", "*/*"]
 
 #: Fields of a configuration that say where it came from, and not what the model computes.
 NOT_IDENTITY = {
@@ -219,7 +214,7 @@ def open_checkpoint(
             raise CheckpointError(
                 f"MODEL is a {type(model).__name__}; allowed: a directory, a hub name or a PreTrainedModel."
             )
-        directory = _local_directory(str(model), revision)
+        directory = local_directory(str(model), revision)
         checkpoint = _from_directory(
             str(model), directory, trust_remote_code, AskedHead(head == EMBEDDING.kind, pooling)
         )
@@ -248,31 +243,6 @@ def _skeleton(checkpoint: Checkpoint, dtype: torch.dtype | None) -> PreTrainedMo
         trust_remote_code=checkpoint.trust_remote_code,
         buffers=checkpoint.buffers,
     )
-
-
-def _local_directory(model: str, revision: str | None) -> Path:
-    """Return the directory of a local model, or of a hub model's snapshot (fetched if it is not in the cache)."""
-    directory = Path(os.path.expanduser(model))
-    if os.path.isdir(directory):  # False where Path raises: for names that are too long
-        return directory
-    if os.path.exists(directory):
-        raise CheckpointError(f"MODEL '{model}' is a file; give the directory that holds config.json and the weights.")
-    looks_like_path = model.startswith((".", "/", "~")) or model.count("/") > 1 or not model.strip()
-    if not looks_like_path:
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HFValidationError
-
-        try:
-            return Path(
-                snapshot_download(model, revision=revision, allow_patterns=HUB_PATTERNS, ignore_patterns=HUB_IGNORED)
-            )
-        except (OSError, HFValidationError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise CheckpointError(
-                f"no such model: '{model}' is neither a local directory nor a model that could be had from the hub "
-                f"({type(error).__name__}: {reason})."
-            ) from error
-    raise CheckpointError(f"no such model: there is no directory '{model}'.")
 
 
 def _from_directory(name: str, root: Path, trust_remote_code: bool, asked: AskedHead) -> Checkpoint:
