@@ -45,7 +45,7 @@ def compress(model: Model, options: CompressConfig) -> SurgeryReport:
 
     Args:
         model: a local directory, a hub name, or a `PreTrainedModel` (which is not changed; pass its `tokenizer`).
-        output: directory to write; required unless `dry_run`.
+        output: directory to write; required unless `no_save`.
 
     Returns: the report that is also saved as `surgery.json`. An evaluation that failed is in its `failures`.
     Raises: `layer_surgery.UserError` for what cannot be done as asked, before anything is written.
@@ -74,7 +74,7 @@ def heal(model: Model, options: HealConfig) -> SurgeryReport:
 
     Args:
         model: a directory that `compress` has written.
-        output: directory to write; required unless `dry_run`.
+        output: directory to write; required unless `no_save`.
 
     Returns: the report that is also saved as `surgery.json`: that of the surgery, with `healing` and `unhealed`.
     Raises: `layer_surgery.UserError` for what cannot be done as asked, before anything is written.

@@ -127,7 +127,7 @@ def _in_fork(arguments: list[str], folder: Path, log: Path, watch: Watch) -> Non
 def warm(model: Path, text: Path) -> None:
     """Import here, once for all forks, what a compression does."""
     options = {"samples": 4, "sequence_length": 16, "refit_general": 0, "eval_data": None}
-    layer_surgery.compress(model, layers=[1], calibration=text, dry_run=True, **options)
+    layer_surgery.compress(model, layers=[1], calibration=text, no_save=True, **options)
     gc.freeze()  # else every fork copies what its first collection looks at
 
 

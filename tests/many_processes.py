@@ -80,17 +80,17 @@ def compress_all(folder: Path) -> None:
             "options": refusal(lambda: parallel.agree({"--seed": group.rank}, "give all the same")),
             "too many processes": refusal(
                 lambda: api.compress(
-                    folder / "llama", **options_of("mix", text) | {"samples": 5, "batch_size": 5}, dry_run=True
+                    folder / "llama", **options_of("mix", text) | {"samples": 5, "batch_size": 5}, no_save=True
                 )
             ),
             "local stage": refusal(
                 lambda: api.compress(
-                    folder / "llama", **options_of("mix", text), dry_run=True, heal={"stages": ["local"]}
+                    folder / "llama", **options_of("mix", text), no_save=True, heal={"stages": ["local"]}
                 )
             ),
             "steps": refusal(
                 lambda: api.compress(
-                    folder / "llama", **options_of("mix", text), dry_run=True, heal={"step_sequences": 7}
+                    folder / "llama", **options_of("mix", text), no_save=True, heal={"step_sequences": 7}
                 )
             ),
             "output": refusal(lambda: api.compress(folder / "llama", **options_of("mix", text), output=text)),

@@ -92,7 +92,7 @@ class Files:
         draw, file = random.Random(f"plan {number}"), self.folder / "plan.json"
         plan = json.dumps(json.loads((self.result / "surgery.json").read_text())["plan"]).encode()
         file.write_bytes(mutated_json(plan, draw))
-        config = checked(CompressConfig(plan=file, dry_run=True, eval_data=None))
+        config = checked(CompressConfig(plan=file, no_save=True, eval_data=None))
         planning = Planning(config, self.session.checkpoint, self.session.device)
         planning.plan(None, "")
 

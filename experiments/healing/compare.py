@@ -162,7 +162,7 @@ def measured(arguments: argparse.Namespace, key: tuple[int, str, str], row: str,
         surgery(arguments, before, directory, common)
     report = layer_surgery.heal(
         directory,
-        dry_run=True,
+        no_save=True,
         teacher=arguments.model,
         data=arguments.data,
         teacher_cache=work / "teacher" if arguments.tokens else None,  # in minutes, asking the original counts

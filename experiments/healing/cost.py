@@ -143,7 +143,7 @@ def ratios(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 def measured(arguments: argparse.Namespace, way: str, result: str) -> dict[str, Any]:
     """Train in one way; return the median seconds of a step, the peak memory, and hashes of the data."""
     config = HealConfig(
-        dry_run=True,
+        no_save=True,
         data=arguments.data,
         loss=WAYS[way] or ("ce",),
         tokens=arguments.steps * arguments.step_sequences * arguments.sequence_length,

@@ -48,7 +48,7 @@ def losses(report: layer_surgery.SurgeryReport) -> list[float]:
 
 def right(arguments: argparse.Namespace) -> dict[str, Any]:
     """Compare the demo checkpoint's compression on the device with that on the CPU."""
-    options: dict[str, Any] = {"target_layers": 9, "dtype": "float32", "continuations": 0, "dry_run": True}
+    options: dict[str, Any] = {"target_layers": 9, "dtype": "float32", "continuations": 0, "no_save": True}
     options |= {"samples": 8, "sequence_length": 64, "eval_windows": 4} if arguments.small else {}
     found = {}
     for device in ("cpu", arguments.device):

@@ -47,7 +47,7 @@ class OutputConfig(Options):
     output: Path | None = attrs.field(
         default=None, converter=absolute_path, metadata=about("Directory for the compressed model.", metavar="DIR")
     )
-    dry_run: bool = attrs.field(default=False, metadata=about("Do everything but the writing.", name="no-save"))
+    no_save: bool = attrs.field(default=False, metadata=about("Do everything but the writing."))
     overwrite: bool = attrs.field(
         default=False, metadata=about("Replace the output directory if it holds a model already.")
     )

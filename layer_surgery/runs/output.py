@@ -25,7 +25,7 @@ _LOG = logging.getLogger(__name__)
 
 def check_output_given(config: CompressConfig | HealConfig) -> None:
     """Raise `OutputError` if there is no output and it was not said that nothing is to be written."""
-    if config.output is None and not config.dry_run:
+    if config.output is None and not config.no_save:
         raise OutputError(
             "give --output (a directory for the compressed model), or --no-save to write none (compress --dry-run says "
             "what it would take)."
@@ -42,11 +42,11 @@ def open_output(model: Model, config: CompressConfig | HealConfig, stack: ExitSt
 
     def check() -> None:
         check_not_same(model, output)
-        if config.dry_run:
+        if config.no_save:
             check_output(output, overwrite=config.overwrite)
 
     parallel.from_first(check)
-    if config.dry_run:
+    if config.no_save:
         return None
     staged = staged_directory(output, overwrite=config.overwrite, note=config.ui.note)
     return stack.enter_context(parallel.shared_folder(staged))

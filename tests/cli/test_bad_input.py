@@ -125,7 +125,7 @@ def test_a_command_line_that_lacks_something_is_refused(run: CommandLine, model:
 
 @pytest.mark.parametrize("unit", ["keep", "target_parameters"])
 def test_the_edge_of_the_reachable_range_works(model: Path, unit: str) -> None:
-    options: dict[str, Any] = {"layers": [1, 2], "method": "svd", "dry_run": True, "eval_data": None}
+    options: dict[str, Any] = {"layers": [1, 2], "method": "svd", "no_save": True, "eval_data": None}
     with pytest.raises(PlanError, match="cannot be reached") as caught:
         layer_surgery.compress(model, **options, **{unit: 0.001})
     edge = float(str(caught.value).partition(f"--{unit.replace('_', '-')} ")[2].split()[0])

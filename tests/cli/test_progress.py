@@ -197,7 +197,7 @@ def ui(seen: list[str]) -> Ui:
     ("function", "options"),
     [
         ("compress", {"target_layers": 2}),
-        ("compress", {"target_parameters": 0.9, "refit": False, "dry_run": True}),
+        ("compress", {"target_parameters": 0.9, "refit": False, "no_save": True}),
         ("compress", {"layers": [1], "keep": 0, "eval_data": None}),
         ("score", {"scorer": "block_influence"}),
         ("evaluate", {}),
@@ -210,7 +210,7 @@ def test_the_stages_that_are_announced_are_entered_in_their_order(
 ) -> None:
     if "baseline" in options:
         options = options | {"baseline": model}
-    if function in ("compress", "sweep") and not options.get("dry_run"):
+    if function in ("compress", "sweep") and not options.get("no_save"):
         options = options | {"output": tmp_path / "output"}
     if function != "evaluate":
         options = {"calibration": text, "samples": 4} | options

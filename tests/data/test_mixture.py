@@ -242,7 +242,7 @@ def test_the_report_and_the_notes_list_every_source(
 
 def test_a_lone_source_is_listed_and_its_note_has_no_weight(model: Path, files: dict[str, str]) -> None:
     notes: list[str] = []
-    options: dict[str, Any] = {"layers": [1], "method": "fisher", "eval_data": None, "dry_run": True}
+    options: dict[str, Any] = {"layers": [1], "method": "fisher", "eval_data": None, "no_save": True}
     options |= {"samples": 4, "sequence_length": 32, "ui": layer_surgery.runs.session.Ui(note=notes.append)}
     reports = [
         layer_surgery.compress(model, calibration=data, **options)
@@ -265,7 +265,7 @@ def test_the_column_applies_to_the_sources_that_have_columns(model: Path, files:
     with pytest.raises(DataError, match=r"--text-column body applies to none of .*text\.txt, bundled, which have no"):
         layer_surgery.score(model, calibration=[f"{files['text.txt']}:2", "bundled:1"], **options)
     with pytest.raises(DataError, match="--text-column body applies to none of bundled, which have no columns"):
-        layer_surgery.compress(model, dry_run=True, target_layers=1, **options)
+        layer_surgery.compress(model, no_save=True, target_layers=1, **options)
     with pytest.raises(DataError, match=r"task\.jsonl has no column 'body'"):
         layer_surgery.score(model, calibration=[files["body.csv"], files["task.jsonl"]], **options)
 

@@ -146,7 +146,7 @@ def test_spectra_are_those_of_the_weights(model: Path, options: dict[str, Any], 
 def test_every_method_that_decomposes_leaves_its_spectra(
     model: Path, options: dict[str, Any], method: str, metric: str
 ) -> None:
-    report = layer_surgery.compress(model, dry_run=True, **options | {"method": method, "refit": False})
+    report = layer_surgery.compress(model, no_save=True, **options | {"method": method, "refit": False})
     ranks = {(layer.index, name): rank for layer in report.plan.low_rank for name, rank in layer.ranks.items()}
     assert {(record.layer, record.linear): record.rank for record in report.spectra} == ranks
     for record in report.spectra:

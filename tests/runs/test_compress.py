@@ -52,7 +52,7 @@ def compressed(model: Path, options: Options, tmp_path_factory: pytest.TempPathF
 def compress(model: Path, options: Options, tmp_path: Path) -> Compress:
     """Return what compresses the model with the options and more, into `name` in the test's folder or not at all."""
     return lambda name=None, **more: layer_surgery.compress(
-        model, tmp_path / name if name else None, dry_run=name is None, **options | more
+        model, tmp_path / name if name else None, no_save=name is None, **options | more
     )
 
 
@@ -223,12 +223,12 @@ def test_a_plan_that_names_a_linear_it_does_not_have_is_refused(model: Path, pla
     del data["target_layers"]
     path.write_text(json.dumps(data))
     with pytest.raises(PlanError, match=r"layer 0 has no linear 'mlp\.nonsense'"):
-        layer_surgery.compress(model, plan=path, dry_run=True, eval_data=None)
+        layer_surgery.compress(model, plan=path, no_save=True, eval_data=None)
 
 
 def test_a_plan_with_low_rank_layers_and_method_remove_are_refused(model: Path, plan: tuple[Path, Options]) -> None:
     with pytest.raises(PlanError, match="--method remove"):
-        layer_surgery.compress(model, plan=plan[0], method="remove", dry_run=True, eval_data=None)
+        layer_surgery.compress(model, plan=plan[0], method="remove", no_save=True, eval_data=None)
 
 
 # Choices
@@ -278,7 +278,7 @@ def test_everything_kept_is_the_original_model(model: Path, text: Path) -> None:
     """A full-rank truncated SVD with room to spare changes nothing but rounding."""
     plan = make_test_plan(5, low_rank={2: full_ranks(open_checkpoint(model), 2)})
     data = {"eval_data": text, "sequence_length": SEQUENCE}
-    report = layer_surgery.compress(model, dry_run=True, plan=plan, **data)
+    report = layer_surgery.compress(model, no_save=True, plan=plan, **data)
     (before,), (after,) = report.before.perplexity.values(), report.after.perplexity.values()
     assert after.value == pytest.approx(before.value, rel=1e-4)
 
@@ -427,8 +427,8 @@ def test_a_dry_run_writes_nothing(
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
     before = listing(tmp_path), listing(model)
-    layer_surgery.compress(model, dry_run=True, **options | {"method": "grasp"})
-    layer_surgery.compress(model, tmp_path / "some" / "output", dry_run=True, **options)
+    layer_surgery.compress(model, no_save=True, **options | {"method": "grasp"})
+    layer_surgery.compress(model, tmp_path / "some" / "output", no_save=True, **options)
     assert (listing(tmp_path), listing(model)) == before
 
 
@@ -443,7 +443,7 @@ def test_a_dry_run_reports_what_the_real_run_reports(compress: Compress, method:
 def test_a_dry_run_refuses_what_the_real_run_would(model: Path, tmp_path: Path, options: Options) -> None:
     (tmp_path / "output").mkdir()
     with pytest.raises(OutputError, match="exists already"):
-        layer_surgery.compress(model, tmp_path / "output", dry_run=True, **options)
+        layer_surgery.compress(model, tmp_path / "output", no_save=True, **options)
 
 
 # From memory
@@ -510,7 +510,7 @@ def test_a_column_applies_to_tables_and_not_to_plain_text(compress: Compress, te
 
 def test_a_scorer_is_not_asked_to_choose_among_low_rank_layers(compressed: Result, options: Options) -> None:
     with pytest.raises(PlanError, match=r"has low-rank layers already.*--layers.*--keep 0"):
-        layer_surgery.compress(compressed[0], dry_run=True, **options)
+        layer_surgery.compress(compressed[0], no_save=True, **options)
 
 
 def test_unknown_fields_of_a_plan_are_refused(model: Path, plan: tuple[Path, Options]) -> None:
@@ -518,7 +518,7 @@ def test_unknown_fields_of_a_plan_are_refused(model: Path, plan: tuple[Path, Opt
     data["layers"][0] = {"index": 0, "action": "keep", "rank": 3}
     path.write_text(json.dumps(data))
     with pytest.raises(PlanError, match="unknown field 'rank'"):
-        layer_surgery.compress(model, plan=path, dry_run=True, eval_data=None)
+        layer_surgery.compress(model, plan=path, no_save=True, eval_data=None)
 
 
 @pytest.mark.parametrize("place", [".", ".."])

@@ -185,13 +185,13 @@ def test_the_local_stage_lowers_the_error_of_each_changed_layer(result: Path, wo
 def test_a_model_in_memory_is_not_touched(original: Path, result: Path, words: Path) -> None:
     teacher = layer_surgery.load(original)
     before = snapshot(teacher)
-    layer_surgery.heal(result, dry_run=True, teacher=teacher, data=str(words), eval_data=None, **HEAL)
+    layer_surgery.heal(result, no_save=True, teacher=teacher, data=str(words), eval_data=None, **HEAL)
     assert changes(before, snapshot(teacher)) == []
 
 
 def test_the_probe_chooses_a_rate_within_the_minutes(result: Path, words: Path) -> None:
     options = QUICK | {"minutes": 0.05, "general": 0.25, "eval_data": None}
-    report = layer_surgery.heal(result, dry_run=True, data=str(words), **options)
+    report = layer_surgery.heal(result, no_save=True, data=str(words), **options)
     assert report.healing is not None
     tried = {point.learning_rate: point.regret for point in report.healing.probe}
     assert report.healing.learning_rate == min(tried, key=lambda rate: tried[rate] or 0.0)
@@ -212,7 +212,7 @@ def test_examples_are_healed_on_their_answers_and_by_losses_that_look_at_everyth
     rows = [{"prompt": f"one two {number}", "answer": "the answer is the other thing"} for number in range(60)]
     (tmp_path / "task.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     options = HEAL | {"sequence_length": 32, "eval_data": None, "loss": ["dkd:0.1", "cosine:1"]}
-    report = layer_surgery.heal(result, dry_run=True, data=str(tmp_path / "task.jsonl"), **options)
+    report = layer_surgery.heal(result, no_save=True, data=str(tmp_path / "task.jsonl"), **options)
     assert report.healing is not None and report.healing.helped
     assert report.healing.data is not None and report.healing.data["sequences"] == 60
     assert report.healing.data["predicted_tokens"] < report.healing.data["tokens"]

@@ -122,7 +122,7 @@ def point_of(report: SweepReport, **settings: Any) -> SweepPoint:
     ids=lambda settings: "-".join(map(str, settings.values())),
 )
 def test_a_point_is_what_compress_gives(swept: Swept, model: Path, options: Options, settings: Options) -> None:
-    alone = layer_surgery.compress(model, dry_run=True, continuations=0, **settings, **options)
+    alone = layer_surgery.compress(model, no_save=True, continuations=0, **settings, **options)
     point = point_of(swept[1], **settings)
     assert point.status == "done" and point.plan is not None
     assert point.plan.layers == alone.plan.layers
@@ -150,7 +150,7 @@ def test_with_a_cache_and_for_parts_of_layers_it_is_the_same(
     assert [point.status for point in report.points] == ["done"] * 4
     for point in report.points:
         settings = {"target_layers": 3, "keep": point.keep, "method": point.method}
-        alone = layer_surgery.compress(model, dry_run=True, **settings, **more)
+        alone = layer_surgery.compress(model, no_save=True, **settings, **more)
         assert point.plan is not None and point.plan.layers == alone.plan.layers
         assert point.result == alone.after
         assert point.predicted_loss_rise == pytest.approx(alone.plan.predicted_loss_rise)

@@ -264,7 +264,7 @@ def test_a_kv_cache_budget_is_not_met_by_ranks(tmp_path: Path) -> None:
     options: dict[str, Any] = {
         "tokenizer": tiny_tokenizer(),
         "target_kv_cache": 0.8,
-        "dry_run": True,
+        "no_save": True,
         "eval_data": None,
     }
     with pytest.raises(

@@ -52,7 +52,7 @@ def test_experts_give_way_to_a_small_budget_and_the_result_generates(
     assert float((logits(dense, IDS) - logits(stock, IDS)).abs().max()) < 1e-5
     # The result can be cut again.
     again = layer_surgery.compress(
-        output, dry_run=True, layers=[0, 1], keep=0.6, refit=False, **options | {"components": "experts"}
+        output, no_save=True, layers=[0, 1], keep=0.6, refit=False, **options | {"components": "experts"}
     )
     assert again.after.parameters <= again.plan.parameter_bound < report.after.parameters
 
@@ -86,7 +86,7 @@ def test_channels_that_do_nothing_go_first_in_every_expert_and_change_nothing(
 
 def test_budgets_of_operations_count_the_experts_that_a_token_chooses(model: Path, options: dict[str, Any]) -> None:
     only = options | {"components": "experts"}
-    report = layer_surgery.compress(model, dry_run=True, target_flops=0.8, refit=False, **only)
+    report = layer_surgery.compress(model, no_save=True, target_flops=0.8, refit=False, **only)
     before, after = report.before.flops_per_token, report.after.flops_per_token
     assert before is not None and after is not None and 0.6 < after / before <= 0.8
     gone = sum(40 - (layer.experts or 40) for layer in report.plan.layers)
@@ -109,18 +109,18 @@ def test_plans_with_impossible_experts_are_refused(
 ) -> None:
     data = {"layers": [{"index": 0, "action": "keep"}, {"index": 1, **entry}, {"index": 2, "action": "keep"}]}
     with pytest.raises(PlanError, match=message):
-        layer_surgery.compress(model, dry_run=True, plan=data, method="mix", **options)
+        layer_surgery.compress(model, no_save=True, plan=data, method="mix", **options)
 
 
 def test_experts_of_a_model_without_any_are_refused(options: dict[str, Any], tmp_path: Path) -> None:
     model = saved_model(tmp_path / "llama", layers=3)
     with pytest.raises(PlanError, match="--components experts: none of the chosen layers can be cut in this way"):
-        layer_surgery.compress(model, dry_run=True, target_parameters=0.9, **options | {"components": "experts"})
+        layer_surgery.compress(model, no_save=True, target_parameters=0.9, **options | {"components": "experts"})
     data = {"layers": [{"index": index, "action": "keep"} for index in range(3)]}
     data["layers"][1] |= {"action": "reduce", "experts": 8}
     SurgeryPlan.from_dict(data)
     with pytest.raises(PlanError, match="its mixture of experts is none of which channels of experts can be cut"):
-        layer_surgery.compress(model, dry_run=True, plan=data, method="mix", **options)
+        layer_surgery.compress(model, no_save=True, plan=data, method="mix", **options)
 
 
 def test_experts_that_do_nothing_go_first_and_change_nothing(options: dict[str, Any], tmp_path: Path) -> None:
@@ -170,5 +170,5 @@ def test_a_uniform_cut_that_no_field_can_say_is_refused(options: dict[str, Any],
     model = saved_model(tmp_path / "model", "deepseek_v3", layers=3)  # one field for experts and shared experts
     with pytest.raises(PlanError, match="--uniform: no field of the configuration of deepseek_v3 says this size"):
         layer_surgery.compress(
-            model, dry_run=True, target_parameters=0.8, uniform=True, **options | {"components": "experts"}
+            model, no_save=True, target_parameters=0.8, uniform=True, **options | {"components": "experts"}
         )

@@ -86,7 +86,7 @@ def test_its_plan_gives_the_same_model_again_and_can_be_edited(
     data = report.plan.to_dict()
     place = next(layer for layer in data["layers"] if layer["channels"])
     place["channels"] -= 3
-    edited = layer_surgery.compress(model, dry_run=True, plan=data, **options)
+    edited = layer_surgery.compress(model, no_save=True, plan=data, **options)
     assert edited.plan.layers[place["index"]].channels == place["channels"]
     assert edited.after.parameters == report.after.parameters - 3 * 3 * 32
 
@@ -118,7 +118,7 @@ def test_channels_that_do_nothing_go_first_and_change_nothing(options: dict[str,
 def test_a_refit_brings_it_nearer_to_the_original(
     model: Path, options: dict[str, Any], whole_model: tuple[Path, SurgeryReport]
 ) -> None:
-    without = layer_surgery.compress(model, dry_run=True, target_parameters=0.8, refit=False, **options)
+    without = layer_surgery.compress(model, no_save=True, target_parameters=0.8, refit=False, **options)
     assert without.plan.layers == whole_model[1].plan.layers
     (before,), (after,) = (
         [divergence.mean for divergence in report.comparison.kl_divergence.values()]
@@ -196,7 +196,7 @@ def test_one_width_with_different_numbers_of_heads_is_no_plain_checkpoint(
 def test_components_say_what_may_be_cut(model: Path, options: dict[str, Any]) -> None:
     for components, has_channels, has_ranks in (("channels", True, False), ("singular", False, True)):
         plan = layer_surgery.compress(
-            model, dry_run=True, target_parameters=0.85, refit=False, **options | {"components": components}
+            model, no_save=True, target_parameters=0.85, refit=False, **options | {"components": components}
         ).plan
         assert any(layer.channels for layer in plan.layers) == has_channels
         assert any(layer.ranks for layer in plan.layers) == has_ranks
@@ -271,9 +271,9 @@ def test_what_cannot_be_is_refused(
 
 def test_the_smallest_budget_that_an_error_names_is_reached(model: Path, options: dict[str, Any]) -> None:
     with pytest.raises(PlanError) as caught:
-        layer_surgery.compress(model, dry_run=True, target_parameters=0.2, **options)
+        layer_surgery.compress(model, no_save=True, target_parameters=0.2, **options)
     least = float(str(caught.value).partition("--target-parameters ")[2].partition(" ")[0])
-    report = layer_surgery.compress(model, dry_run=True, target_parameters=least, refit=False, **options)
+    report = layer_surgery.compress(model, no_save=True, target_parameters=least, refit=False, **options)
     assert report.after.parameters <= least * report.before.parameters
 
 
@@ -321,7 +321,7 @@ def test_a_wrong_bypass_in_a_plan_is_refused(
     layers = [{"index": index, "action": "keep"} for index in range(4)]
     layers[1] = {"index": 1, "action": "reduce", **change}
     with pytest.raises(PlanError, match=message):
-        layer_surgery.compress(model, dry_run=True, plan={"method": "mix", "layers": layers}, **options)
+        layer_surgery.compress(model, no_save=True, plan={"method": "mix", "layers": layers}, **options)
 
 
 # Other budgets
@@ -352,7 +352,7 @@ def test_a_kv_cache_budget_is_met_by_heads(model: Path, options: dict[str, Any],
 def test_by_default_a_kv_cache_budget_removes_whole_attentions_where_heads_do_not_do(
     model: Path, options: dict[str, Any]
 ) -> None:
-    report = layer_surgery.compress(model, dry_run=True, target_kv_cache=0.2, refit=False, **options)
+    report = layer_surgery.compress(model, no_save=True, target_kv_cache=0.2, refit=False, **options)
     gone = [layer.index for layer in report.plan.layers if layer.ranks.get("self_attn.o_proj") == 0]
     assert gone and report.after.kv_cache_bytes_per_token <= 0.2 * report.before.kv_cache_bytes_per_token
 
@@ -394,7 +394,7 @@ def test_a_layer_that_scales_the_stream_is_not_removed(options: dict[str, Any], 
 def test_budgets_of_operations_and_parameters_are_met_together(model: Path, options: dict[str, Any]) -> None:
     both = {"target_flops": 0.85, "target_parameters": 0.8}
     for budgets in (both, {"target_flops": 0.85}, {"target_flops": 0.85, "layers": [1, 2, 3]}):
-        report = layer_surgery.compress(model, dry_run=True, refit=False, **budgets, **options)
+        report = layer_surgery.compress(model, no_save=True, refit=False, **budgets, **options)
         flops = report.after.flops_per_token / report.before.flops_per_token
         assert 0.7 < flops <= 0.85 and report.after.parameters <= report.plan.parameter_bound
         if "layers" in budgets:
@@ -411,7 +411,7 @@ def test_a_budget_of_bytes_is_that_of_the_saved_tensors(model: Path, options: di
 
 
 def test_a_budget_of_time_finds_something_that_is_measured_to_be_faster(model: Path, options: dict[str, Any]) -> None:
-    report = layer_surgery.compress(model, dry_run=True, target_time=0.7, refit=False, **options)
+    report = layer_surgery.compress(model, no_save=True, target_time=0.7, refit=False, **options)
     # Products this small take as long as their call, so what saves time is to make fewer of them.
     assert report.plan.bounds["milliseconds"] > 0 and report.plan.smaller
     assert any(rank == 0 for layer in report.plan.smaller for rank in layer.ranks.values())
@@ -420,7 +420,7 @@ def test_a_budget_of_time_finds_something_that_is_measured_to_be_faster(model: P
 def test_a_part_of_the_layers_may_be_all_that_is_cut(model: Path, options: dict[str, Any]) -> None:
     for part, linear in (("mlp", "self_attn.o_proj"), ("attention", "mlp.down_proj")):
         plan = layer_surgery.compress(
-            model, dry_run=True, layers=[1, 2], remove=part, keep=0.5, refit=False, **options
+            model, no_save=True, layers=[1, 2], remove=part, keep=0.5, refit=False, **options
         ).plan
         assert {layer.index for layer in plan.smaller} == {1, 2} and plan.parameters <= plan.parameter_bound
         assert not any(linear in layer.ranks for layer in plan.layers)
@@ -431,7 +431,7 @@ def test_a_kind_that_no_layer_has_is_refused(options: dict[str, Any], tmp_path: 
     config = GPT2Config(vocab_size=320, n_positions=64, n_embd=32, n_layer=3, n_head=4)
     model = saved_model(tmp_path / "gpt2", model=GPT2LMHeadModel(config))
     with pytest.raises(PlanError, match="--components heads: none of the chosen layers can be cut in this way"):
-        layer_surgery.compress(model, dry_run=True, target_parameters=0.9, **options | {"components": ["heads"]})
+        layer_surgery.compress(model, no_save=True, target_parameters=0.9, **options | {"components": ["heads"]})
 
 
 def test_the_kinds_are_those_that_the_options_name() -> None:
@@ -445,7 +445,7 @@ def test_errors_that_meet_count_in_the_search(
     def same(_couplings: Couplings, names: list[str]) -> list[list[float]]:
         return [[1.0 if one == other else together for other in names] for one in names]
 
-    dry: dict[str, Any] = {"dry_run": True, "target_parameters": 0.8, "refit": False, **options, "eval_data": None}
+    dry: dict[str, Any] = {"no_save": True, "target_parameters": 0.8, "refit": False, **options, "eval_data": None}
     measured = layer_surgery.compress(model, **dry).plan
     monkeypatch.setattr(Couplings, "correlations", same)
     plan = layer_surgery.compress(model, **dry).plan
@@ -488,11 +488,11 @@ def test_plans_with_impossible_channels_are_refused(
     SurgeryPlan.from_dict(json.loads(json.dumps(data)))
     edit(layer)
     with pytest.raises(PlanError, match=message):
-        layer_surgery.compress(model, dry_run=True, plan=data, method="mix", **options)
+        layer_surgery.compress(model, no_save=True, plan=data, method="mix", **options)
 
 
 def test_a_plan_with_channels_asks_for_the_method_that_makes_them(model: Path, options: dict[str, Any]) -> None:
     data = {"layers": [{"index": index, "action": "keep"} for index in range(4)]}
     data["layers"][1] = {"index": 1, "action": "reduce", "channels": 8}
     with pytest.raises(PlanError, match="layers with fewer channels or heads, which --method mix makes"):
-        layer_surgery.compress(model, dry_run=True, plan=data, method="fisher", **options)
+        layer_surgery.compress(model, no_save=True, plan=data, method="fisher", **options)

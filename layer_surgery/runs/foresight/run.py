@@ -35,7 +35,7 @@ from layer_surgery.runs.stages import (
 
 def run_foresee(model: Model, config: CompressConfig) -> Foresight:
     """Say what a compression will take. Raises what the compression would refuse, and `UserError` if it cannot fit."""
-    config = attrs.evolve(checked(config), dry_run=True)
+    config = attrs.evolve(checked(config), no_save=True)
     parallel.check_alone("--dry-run")
     check_options(config)
     with ExitStack() as stack:

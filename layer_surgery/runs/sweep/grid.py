@@ -49,7 +49,7 @@ def compress_config(config: SweepConfig, point: SweepSettings) -> CompressConfig
         method=point.method,
         scorer=point.scorer,
         refit=point.refit,
-        dry_run=True,
+        no_save=True,
         **shared,
     )
 

@@ -281,7 +281,7 @@ def _is_saved(config: SweepConfig, report: SweepReport, point: SweepPoint) -> bo
 
 def _save(model: Model, config: SweepConfig, point: SweepPoint) -> None:
     output = config.directory / BEST_FOLDER
-    compress = attrs.evolve(compress_config(config, point.settings), output=output, dry_run=False, overwrite=True)
+    compress = attrs.evolve(compress_config(config, point.settings), output=output, no_save=False, overwrite=True)
     surgery = run_compress(model, compress, known_scores=point.scores)
     if point.plan is None or surgery.plan.layers != point.plan.layers:
         raise LayerSurgeryError(
