@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     )
     from layer_surgery.records.sweep import SweepPoint, SweepReport
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 __all__ = [
     "Comparison",
