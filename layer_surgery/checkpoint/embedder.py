@@ -15,7 +15,7 @@ from typing import Any
 import safetensors
 import safetensors.torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from layer_surgery.checkpoint.sentence_modules import (
     KNOWN,
@@ -163,10 +163,13 @@ class AskedHead:
     embedding: bool
     pooling: str | None
 
-    def embedder(self, hidden_size: int, where: str) -> Embedder | None:
+    def embedder(self, config: PreTrainedConfig, where: str) -> Embedder | None:
         """Return what is behind a transformer of which no file says it."""
         if self.embedding:
-            return _new_embedder(_checked_pooling(self.pooling, where), hidden_size, where)
+            pooling, hidden_size = _checked_pooling(self.pooling, where), getattr(config, "hidden_size", None)
+            if not isinstance(hidden_size, int):
+                raise CheckpointError(f"{where} has no hidden_size of its own, so it cannot be an embedding model.")
+            return _new_embedder(pooling, hidden_size, where)
         if self.pooling is not None:
             raise CheckpointError(
                 f"--pooling {self.pooling} is for embedding models, and {where} is not said to be one; add --head "

@@ -291,7 +291,7 @@ def _from_directory(name: str, root: Path, trust_remote_code: bool, asked: Asked
     else:
         config = _stock_config(directory, trust_remote_code)
     if embedder is None:
-        embedder = asked.embedder(_hidden_size(config), str(directory))
+        embedder = asked.embedder(config, str(directory))
     head = find_head(config, fields, str(directory), embedding=embedder is not None)
     if head is EMBEDDING:
         # Stored with another head, perhaps, which transformers' model without one passes over.
@@ -311,10 +311,6 @@ def _from_directory(name: str, root: Path, trust_remote_code: bool, asked: Asked
         model_class=model_class,
         embedder=embedder,
     )
-
-
-def _hidden_size(config: Any) -> int:
-    return int(config.hidden_size)
 
 
 def _base_fields(config: Any, nested: dict[str, Any]) -> dict[str, Any]:
@@ -345,7 +341,7 @@ def _stock_config(directory: Path, trust_remote_code: bool) -> Any:
 
 
 def _from_memory(model: PreTrainedModel, asked: AskedHead) -> Checkpoint:
-    embedder = asked.embedder(_hidden_size(model.config), f"the {type(model).__name__}")
+    embedder = asked.embedder(model.config, f"the {type(model).__name__}")
     if embedder is not None:
         if type(model.base_model) is not type(model):
             raise CheckpointError(

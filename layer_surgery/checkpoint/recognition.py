@@ -33,7 +33,7 @@ def architecture_of(model: PreTrainedModel) -> Architecture:
         layers = entry.layers.removeprefix(f"{model.base_model_prefix}.") if model.base_model is model else entry.layers
         named = any(f"{layers}.0.{name}" in modules for name in entry.linears)
         if named and isinstance(modules.get(layers), nn.ModuleList):
-            return replace(entry, layers=layers)
+            return entry if layers == entry.layers else replace(entry, layers=layers)
     # Not in the table; or another version of transformers, which calls its modules otherwise.
     return guess_architecture(model, model_type)
 

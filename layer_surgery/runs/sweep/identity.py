@@ -30,6 +30,7 @@ def sweep_identity(
         "--seed": config.seed,
         "--samples": config.samples,
         "--sequence-length": config.sequence_length,
+        "--window-overlap": config.window_overlap,
         "--eval-windows": config.eval_windows,
         "--calibration (sha256 of its tokens)": tokens.sha256,
         EVALUATION_DATA: [text.sha256 for text in texts],
