@@ -201,7 +201,7 @@ def surgery(arguments: argparse.Namespace, row: str, directory: Path, common: di
         if not other.exists():
             surgery(arguments, options["as_large_as"], other, common)
         made = json.loads((other / "surgery.json").read_text(encoding="utf-8"))
-        options = {"target_parameters": made["after"]["parameters"]}
+        options = {"target_parameters": made["after"]["parameters"] / made["before"]["parameters"]}
     return layer_surgery.compress(
         arguments.model, directory, calibration=arguments.data, overwrite=True, **options, **common
     )
