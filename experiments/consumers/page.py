@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 from kinds import FAMILIES, KINDS, TITLES, options_of
 from rows import ROWS, reason
 
@@ -19,8 +21,9 @@ and the checks in `tests/consumer_checks.py`. Results are compared with those of
 float32.
 """
 LEGEND = """\
-**yes**: it works in {families}, and what is computed is what transformers compute. **no**: the number is that of a
-reason below. A dash: there is nothing to do in such a result. A dot: not run.
+**yes**: the tool works, and what it computes is what transformers compute. **no**: the reason has this number below. A
+dash: there is nothing to do in such a result. A dot: not run. Where {families} differ, each has its word, in
+this order.
 """
 NUMBERS = """\
 Where a title ends in logits, the number is the largest difference as a fraction of the largest logit; with a star,
@@ -42,7 +45,7 @@ def page(cells: Cells, packages: dict[str, dict[str, str]]) -> str:
         lines += [f"{number}. {words}", *errors(cells, families, kinds, words)]
     lines += ["", "## Numbers", "", NUMBERS]
     for family in families:
-        lines += [f"### {family}: {FAMILIES[family].parent.name}", "", *described(kinds, family), ""]
+        lines += [f"### {joined([family])}", "", *described(kinds, family), ""]
         lines += [*grid(kinds, {key[1:]: figure(cells[key]) for key in cells if key[0] == family}), ""]
     lines += ["## Versions", ""]
     for name, numbers in packages.items():
@@ -52,7 +55,12 @@ def page(cells: Cells, packages: dict[str, dict[str, str]]) -> str:
 
 
 def joined(families: list[str]) -> str:
-    return " and ".join(f"the {family} checkpoint" for family in families)
+    return " and ".join(f"{FAMILIES[family].parent.name} ({model_type(family)})" for family in families)
+
+
+def model_type(family: str) -> str:
+    name: str = json.loads((FAMILIES[family] / "config.json").read_text(encoding="utf-8"))["model_type"]
+    return name
 
 
 def in_order(cells: Cells, families: list[str], kinds: list[str]) -> list[Key]:
@@ -69,11 +77,9 @@ def tally(cells: Cells) -> str:
 
 
 def glance(cells: Cells, families: list[str], kind: str, row: str, reasons: list[str]) -> str:
-    """Return what all families together say; where they differ, each by its name."""
-    said = {family: word(cells.get((family, kind, row)), row, reasons) for family in families}
-    if len(set(said.values())) == 1:
-        return next(iter(said.values()))
-    return ", ".join(f"{family}: {words}" for family, words in said.items())
+    """Return what all families say; where they differ, each its own."""
+    said = [word(cells.get((family, kind, row)), row, reasons) for family in families]
+    return said[0] if len(set(said)) == 1 else " / ".join(said)
 
 
 def word(cell: Cell | None, row: str, reasons: list[str]) -> str:
@@ -89,11 +95,12 @@ def figure(cell: Cell) -> str:
     return f"**{cell['result']}**" if "error" in cell else cell.get("measure") or cell["result"]
 
 
-def grid(kinds: list[str], words: dict[tuple[str, str], str]) -> list[str]:
+def grid(kinds: list[str], words: dict[tuple[str, str], str], *, short: bool = False) -> list[str]:
     lines = ["| | " + " | ".join(TITLES[kind] for kind in kinds) + " |", "|---" * (len(kinds) + 1) + "|"]
     for name, row in ROWS.items():
         found = [words.get((kind, name), "·") for kind in kinds]
-        lines.append(f"| {row.title.replace('*', ' (*)')} | " + " | ".join(found) + " |")
+        title = row.tool if short else row.title
+        lines.append(f"| {title.replace('*', ' (*)')} | " + " | ".join(found) + " |")
     return lines
 
 
@@ -121,6 +128,5 @@ def errors(cells: Cells, families: list[str], kinds: list[str], words: str) -> l
     for (row, error), keys in found.items():
         titles = ", ".join(dict.fromkeys(TITLES[key[1]] for key in keys))
         where = ", ".join(dict.fromkeys(key[0] for key in keys))
-        title = ROWS[row].title.partition(":")[0]
-        lines.append(f"   - {title}; {titles} ({where}): `{error.replace('`', chr(39))}`")
+        lines.append(f"   - {ROWS[row].tool}; {titles} ({where}): `{error.replace('`', chr(39))}`")
     return lines

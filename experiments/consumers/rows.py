@@ -22,6 +22,11 @@ class Row:
     packages: tuple[str, ...] = ()
     """What the versions on the page are about."""
 
+    @property
+    def tool(self) -> str:
+        """The title without what is measured; the checks of the project measure nothing."""
+        return self.title if self.environment == PROJECT else self.title.partition(":")[0]
+
 
 OURS = ("torch", "transformers", "accelerate", "peft", "lm_eval", "torchao")
 TRL = ("trl", "peft", "transformers")

@@ -77,7 +77,7 @@ def interpreter_of(environment: str, environments: Path) -> Path:
 def make_cells(wanted: list[Key], scratch: Path, environments: Path) -> Iterator[tuple[Key, Cell]]:
     """Make cells client by client, because starting one takes longer than most cells."""
     for name, environment in dict.fromkeys((ROWS[row].client, ROWS[row].environment) for _, _, row in wanted):
-        keys = [key for key in wanted if ROWS[key[2]].client == name]
+        keys = [key for key in wanted if (ROWS[key[2]].client, ROWS[key[2]].environment) == (name, environment)]
         interpreter = interpreter_of(environment, environments)
         if not interpreter.exists():
             yield from ((key, {"result": "not run", "error": f"no environment {environment}"}) for key in keys)
@@ -140,7 +140,7 @@ def main() -> None:
         if key[2] in options.again or cells.get(key, {"result": "not run"})["result"] == "not run"
     ]
     made = make_cells(wanted, options.scratch, options.clients)
-    for _, of_client in itertools.groupby(made, lambda found: ROWS[found[0][2]].client):
+    for _, of_client in itertools.groupby(made, lambda found: ROWS[found[0][2]].environment):
         for key, cell in of_client:
             cells[key] = cell
             with file.open("a", encoding="utf-8") as out:
