@@ -76,17 +76,22 @@ ROWS: dict[str, Row] = {
 }
 
 NATIVE = (
-    "the tool's: it has model code of its own for each architecture and runs no other; "
-    "it takes plain results and dense exports"
+    "The tool's: it has model code of its own for each architecture and runs no other. It takes plain results and "
+    "dense exports."
+)
+BY_NAME = (
+    "The tool's: it looks a model's class up by name among those of transformers, so it serves no model that comes "
+    "with a modelling file. It takes plain results and dense exports; vLLM's server takes all."
 )
 #: Why a cell says no, by its row and a pattern of its error. What stands in no line here has not been looked into.
 REASONS: list[tuple[str, str, str]] = [
     ("gguf", r"not supported", NATIVE),
     ("ctranslate2", r"No conversion is registered", NATIVE),
+    ("transformers_serve", r"module transformers has no attribute", BY_NAME),
 ]
 
 
 def reason(row: str, error: str) -> str:
     """Return whose an error is, and why."""
     found = [words for name, pattern, words in REASONS if name == row and re.search(pattern, error)]
-    return found[0] if found else "not looked into"
+    return found[0] if found else "Not looked into."
