@@ -31,7 +31,7 @@ KINDS: dict[str, dict[str, Any]] = {
 #: Kinds that are not made by `compress`: the checkpoint itself, and "layers" after `export --dense`.
 OTHER_KINDS = ("original", "dense")
 TITLES = {
-    "layers": "`--target-layers`",
+    "layers": "`--target-layers`: low-rank, narrowed",
     "parameters": "`--target-parameters`",
     "heads": "`--target-kv-cache`",
     "no_attention": "attention removed",

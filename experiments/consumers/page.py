@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 
 from kinds import FAMILIES, KINDS, TITLES, options_of
 from rows import ROWS, reason
@@ -11,6 +12,8 @@ Key = tuple[str, str, str]
 """Family, kind, row."""
 Cell = dict[str, str]
 Cells = dict[Key, Cell]
+#: Characters of an error.
+SHOWN = 160
 COLUMNS = ("original", *KINDS, "dense")
 NOTES = """\
 # Consumers
@@ -22,9 +25,9 @@ float32.
 """
 LEGEND = """\
 **yes**: the tool works, and what it computes is what transformers compute. **no**: the reason has this number below. A
-dash: there is nothing to do in such a result. A dot: not run. Where {families} differ, each has its word, in
-this order.
+dash: there is nothing to do in such a result. A dot: not run.
 """
+SEVERAL = "Where {families} differ, each has its word, in this order.\n"
 NUMBERS = """\
 Where a title ends in logits, the number is the largest difference as a fraction of the largest logit; with a star,
 weights were rounded, and it is the norm of the difference as a fraction of the norm of the logits.
@@ -36,10 +39,11 @@ def page(cells: Cells, packages: dict[str, dict[str, str]]) -> str:
     families = [family for family in FAMILIES if any(key[0] == family for key in cells)]
     kinds = [kind for kind in COLUMNS if any(key[1] == kind for key in cells)]
     reasons = list(dict.fromkeys(reason(key[2], cells[key]["error"]) for key in in_order(cells, families, kinds)))
-    lines = [NOTES, tally(cells), "", "## What works", "", LEGEND.format(families=joined(families))]
-    lines += [
-        *grid(kinds, {(kind, row): glance(cells, families, kind, row, reasons) for kind in kinds for row in ROWS})
-    ]
+    lines = [NOTES, tally(cells), "", "## What works", "", LEGEND]
+    if len(families) > 1:
+        lines.append(SEVERAL.format(families=joined(families)))
+    said = {(kind, row): glance(cells, families, kind, row, reasons) for kind in kinds for row in ROWS}
+    lines += grid(kinds, said, short=True)
     lines += ["", "## Why not", ""]
     for number, words in enumerate(reasons, start=1):
         lines += [f"{number}. {words}", *errors(cells, families, kinds, words)]
@@ -72,7 +76,9 @@ def in_order(cells: Cells, families: list[str], kinds: list[str]) -> list[Key]:
 def tally(cells: Cells) -> str:
     counts = {result: sum(cell["result"] == result for cell in cells.values()) for result in ("yes", "no", "-")}
     rest = len(cells) - sum(counts.values())
-    words = f"{len(cells)} cells: {counts['yes']} work, {counts['no']} do not, in {counts['-']} there is nothing to do"
+    possible = len(FAMILIES) * len(COLUMNS) * len(ROWS)
+    words = f"{len(cells)} of {possible} cells were run: {counts['yes']} work, {counts['no']} do not, "
+    words += f"in {counts['-']} there is nothing to do"
     return words + (f", {rest} could not be run." if rest else ".")
 
 
@@ -128,5 +134,10 @@ def errors(cells: Cells, families: list[str], kinds: list[str], words: str) -> l
     for (row, error), keys in found.items():
         titles = ", ".join(dict.fromkeys(TITLES[key[1]] for key in keys))
         where = ", ".join(dict.fromkeys(key[0] for key in keys))
-        lines.append(f"   - {ROWS[row].tool}; {titles} ({where}): `{error.replace('`', chr(39))}`")
+        lines.append(f"   - {ROWS[row].tool}; {titles} ({where}): `{shown(error)}`")
     return lines
+
+
+def shown(error: str) -> str:
+    """Return the beginning of an error, as inline code; all of it is in the JSON file."""
+    return textwrap.shorten(error.replace("`", "'"), SHOWN, placeholder=" ...")
