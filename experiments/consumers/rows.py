@@ -81,7 +81,7 @@ NATIVE = (
 )
 BY_NAME = (
     "The tool's: it looks a model's class up by name among those of transformers, so it serves no model that comes "
-    "with a modelling file. It takes plain results and dense exports; vLLM's server takes all."
+    "with a modelling file; vLLM's server does."
 )
 #: Why a cell says no, by its row and a pattern of its error. What stands in no line here has not been looked into.
 REASONS: list[tuple[str, str, str]] = [
