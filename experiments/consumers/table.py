@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import itertools
 import json
 import os
 import subprocess
@@ -26,13 +27,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 
 from clients.cells import MARK
 from common import ROOT, write_report
-from kinds import FAMILIES, KINDS, OTHER_KINDS, SECOND_KINDS, TITLES, make, options_of
-from rows import PROJECT, ROWS, reason
+from kinds import FAMILIES, KINDS, OTHER_KINDS, make, options_of
+from page import Cell, Cells, Key, page
+from rows import PROJECT, ROWS
 
 CLIENTS = Path(__file__).resolve().parent / "clients"
-Key = tuple[str, str, str]
-"""Family, kind, row."""
-Cell = dict[str, str]
 
 
 class Client:
@@ -78,7 +77,7 @@ def interpreter_of(environment: str, environments: Path) -> Path:
 def make_cells(wanted: list[Key], scratch: Path, environments: Path) -> Iterator[tuple[Key, Cell]]:
     """Make cells client by client, because starting one takes longer than most cells."""
     for name, environment in dict.fromkeys((ROWS[row].client, ROWS[row].environment) for _, _, row in wanted):
-        keys = [key for key in wanted if ROWS[key[2]].client == name]
+        keys = [key for key in wanted if (ROWS[key[2]].client, ROWS[key[2]].environment) == (name, environment)]
         interpreter = interpreter_of(environment, environments)
         if not interpreter.exists():
             yield from ((key, {"result": "not run", "error": f"no environment {environment}"}) for key in keys)
@@ -94,7 +93,7 @@ def make_cells(wanted: list[Key], scratch: Path, environments: Path) -> Iterator
         client.end()
 
 
-def stored(file: Path) -> dict[Key, Cell]:
+def stored(file: Path) -> Cells:
     """Return the cells of earlier runs; of one that was made twice, the later."""
     lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
     return {tuple(record["key"]): record["cell"] for record in map(json.loads, lines)}
@@ -104,80 +103,22 @@ def versions(environments: Path) -> dict[str, dict[str, str]]:
     """Return the versions of the packages that a row names, by environment."""
     found: dict[str, dict[str, str]] = {}
     for row in ROWS.values():
-        folders = [str(path) for path in (environments / row.environment).glob("lib/python3*/site-packages")]
+        interpreter = interpreter_of(row.environment, environments)
+        folders = [str(path) for path in interpreter.parents[1].glob("lib/python3*/site-packages")]
         for package in row.packages:
             for distribution in importlib.metadata.distributions(name=package.replace("_", "-"), path=folders):
                 found.setdefault(row.environment, {})[distribution.name] = distribution.version
     return found
 
 
-def words_of(cell: Cell | None) -> str:
-    if cell is None:
-        return "·"
-    if cell["result"] == "no":
-        return "**no**"
-    return cell.get("measure") or cell["result"]
-
-
-def page(cells: dict[Key, Cell], packages: dict[str, dict[str, str]]) -> str:
-    """Return the tables as Markdown, failures with their reasons below each."""
-    lines = [
-        "# Consumers",
-        "",
-        "Made by `experiments/consumers/table.py` together with `table.json`; no cell by hand. One directory of each",
-        "kind, made at the default settings, is loaded by each tool and used. `tests/consumer_checks.py` and the",
-        "scripts in `experiments/consumers/clients` say what exactly is done. Results are compared with those of",
-        "transformers on the same directory, in float32. Where a title ends in logits, the number is the largest",
-        "difference as a fraction of the largest logit; with a star, weights were rounded, and it is the norm of the",
-        "difference as a fraction of the norm of the logits. **no**: the reason stands below the table. A dash: there",
-        "is nothing to do in such a result. A dot: not run.",
-        "",
-    ]
-    for name, numbers in packages.items():
-        lines.append(
-            f"- environment {name}: " + ", ".join(f"{package} {number}" for package, number in numbers.items())
-        )
-    for family, original in FAMILIES.items():
-        kinds = [kind for kind in ("original", *KINDS, "dense") if any(key[:2] == (family, kind) for key in cells)]
-        if kinds:
-            lines += ["", f"## {original.parent.name}", "", *described(kinds, original), ""]
-            lines += [*grid(family, kinds, cells), "", *failures(family, kinds, cells)]
-    return "\n".join(lines).rstrip() + "\n"
-
-
-def described(kinds: list[str], original: Path) -> list[str]:
-    """Return how each kind was made."""
-    lines = []
-    for kind in kinds:
-        if kind in KINDS:
-            options = " ".join(
-                f"--{name.replace('_', '-')} {value}" for name, value in options_of(kind, original).items()
-            )
-            lines.append(f"- {TITLES[kind]}: `compress {options}`")
-    return lines
-
-
-def grid(family: str, kinds: list[str], cells: dict[Key, Cell]) -> list[str]:
-    lines = ["| | " + " | ".join(TITLES[kind] for kind in kinds) + " |", "|---" * (len(kinds) + 1) + "|"]
-    for name, row in ROWS.items():
-        found = [words_of(cells.get((family, kind, name))) for kind in kinds]
-        lines.append(f"| {row.title.replace('*', ' (*)')} | " + " | ".join(found) + " |")
-    return lines
-
-
-def failures(family: str, kinds: list[str], cells: dict[Key, Cell]) -> list[str]:
-    """Return a line for every error of a row, with the kinds that have it."""
-    lines = []
-    for name, row in ROWS.items():
-        by_error: dict[str, list[str]] = {}
-        for kind in kinds:
-            error = cells.get((family, kind, name), {}).get("error")
-            if error:
-                by_error.setdefault(error, []).append(TITLES[kind])
-        for error, titles in by_error.items():
-            title = row.title.partition(":")[0]
-            lines.append(f"- {title}; {', '.join(titles)}: `{error.replace('`', chr(39))}` ({reason(name, error)}).")
-    return lines
+def report(cells: Cells, output: Path, environments: Path) -> None:
+    packages = versions(environments)
+    rows: dict[str, Any] = {}
+    for (family, kind, row), cell in sorted(cells.items()):
+        rows.setdefault(family, {}).setdefault(row, {})[kind] = cell
+    made = {family: {kind: options_of(kind, original) for kind in KINDS} for family, original in FAMILIES.items()}
+    write_report(output / "table.json", {"kinds": made, "packages": packages, "cells": rows})
+    (output / "table.md").write_text(page(cells, packages), encoding="utf-8")
 
 
 def main() -> None:
@@ -194,27 +135,19 @@ def main() -> None:
     options.scratch.mkdir(parents=True, exist_ok=True)
     cells = stored(file)
     wanted = [
-        (family, kind, row)
-        for row in options.rows
-        for family in options.families
-        for kind in options.kinds
-        if family == "demo" or kind in SECOND_KINDS
+        key
+        for key in itertools.product(options.families, options.kinds, options.rows)
+        if key[2] in options.again or cells.get(key, {"result": "not run"})["result"] == "not run"
     ]
-    wanted = [
-        key for key in wanted if key[2] in options.again or cells.get(key, {"result": "not run"})["result"] == "not run"
-    ]
-    for key, cell in make_cells(wanted, options.scratch, options.clients):
-        cells[key] = cell
-        with file.open("a", encoding="utf-8") as out:
-            print(json.dumps({"key": key, "cell": cell}), file=out)
-        print(*key, cell["result"], cell.get("measure") or cell.get("error", ""), sep="  ", flush=True)
-    packages = versions(options.clients)
-    rows: dict[str, Any] = {}
-    for (family, kind, row), cell in sorted(cells.items()):
-        rows.setdefault(family, {}).setdefault(row, {})[kind] = cell
-    made = {family: {kind: options_of(kind, original) for kind in KINDS} for family, original in FAMILIES.items()}
-    write_report(options.output / "table.json", {"kinds": made, "packages": packages, "cells": rows})
-    (options.output / "table.md").write_text(page(cells, packages), encoding="utf-8")
+    made = make_cells(wanted, options.scratch, options.clients)
+    for _, of_client in itertools.groupby(made, lambda found: ROWS[found[0][2]].environment):
+        for key, cell in of_client:
+            cells[key] = cell
+            with file.open("a", encoding="utf-8") as out:
+                print(json.dumps({"key": key, "cell": cell}), file=out)
+            print(*key, cell["result"], cell.get("measure") or cell.get("error", ""), sep="  ", flush=True)
+        report(cells, options.output, options.clients)
+    report(cells, options.output, options.clients)
 
 
 if __name__ == "__main__":

@@ -106,7 +106,8 @@ def cell(client: Client, directory: str, original: str) -> dict[str, str]:
     except BaseException as error:  # the reason is the result, and some tools exit
         traceback.print_exc()
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no message"]
-        return {"result": "no", "error": f"{type(error).__name__}: {lines[0][:300]}"}
+        line = lines[-1] if any(line.startswith("Traceback") for line in lines) else lines[0]
+        return {"result": "no", "error": f"{type(error).__name__}: {line[:300]}"}
 
 
 def forked(client: Client, directory: str, original: str) -> dict[str, str]:

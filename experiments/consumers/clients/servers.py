@@ -3,17 +3,19 @@
 import os
 import signal
 import socket
-import subprocess
+import sys
 import time
+import traceback
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 
 from cells import PROMPTS, Case
 from openai import OpenAI
 
 #: Seconds in which a server has to answer.
-PATIENCE = 300
+PATIENCE = 400
 TOKENS = 8
 
 
@@ -24,12 +26,29 @@ def free_port() -> int:
         return port
 
 
-def wait_for(server: subprocess.Popen[bytes], url: str, log: Path) -> None:
+def start(program: Callable[[], object], arguments: list[str], log: Path) -> int:
+    """Run a command line's entry point in a fork, which has everything imported, and return the process."""
+    child = os.fork()
+    if child:
+        return child
+    os.setsid()
+    with log.open("w") as out:
+        os.dup2(out.fileno(), 1)
+        os.dup2(out.fileno(), 2)
+    sys.argv = arguments
+    try:
+        program()
+    except BaseException:  # the log is what the parent reads
+        traceback.print_exc()
+    os._exit(1)
+
+
+def wait_for(server: int, url: str, log: Path) -> None:
     end = time.monotonic() + PATIENCE
     while time.monotonic() < end:
-        if server.poll() is not None:
+        if os.waitpid(server, os.WNOHANG)[0]:
             lines = [line for line in log.read_text(errors="replace").splitlines() if "Error" in line]
-            raise RuntimeError(lines[-1] if lines else f"the server ended with code {server.returncode}")
+            raise RuntimeError(lines[-1] if lines else "the server ended without a word")
         try:
             urllib.request.urlopen(url, timeout=2).close()
             return
@@ -38,24 +57,33 @@ def wait_for(server: subprocess.Popen[bytes], url: str, log: Path) -> None:
     raise TimeoutError(f"no answer in {PATIENCE} s")
 
 
-def ask(case: Case, command: list[str]) -> str:
+def ask(case: Case, program: Callable[[], object], arguments: list[str]) -> str:
     """Start a server, have it continue a prompt greedily, and compare the text with that of transformers."""
     port, log = free_port(), case.scratch / "server.log"
-    with log.open("w") as out:
-        server = subprocess.Popen(
-            [*command, "--port", str(port)], stdout=out, stderr=subprocess.STDOUT, start_new_session=True
-        )
+    server = start(program, [*arguments, "--port", str(port)], log)
     try:
         wait_for(server, f"http://127.0.0.1:{port}/health", log)
-        client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=120, max_retries=0)
+        client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=200, max_retries=0)
         answer = client.completions.create(model=case.directory, prompt=PROMPTS[0], max_tokens=TOKENS, temperature=0)
         found = answer.choices[0].text
+    except BaseException:
+        sys.stderr.write(log.read_text(errors="replace"))
+        raise
     finally:
-        os.killpg(server.pid, signal.SIGTERM)
-        server.wait(30)
+        stop(server)
     model, tokenizer = case.load(), case.tokenizer()
     given = tokenizer(PROMPTS[0], return_tensors="pt")
     tokens = model.generate(**given, do_sample=False, max_new_tokens=TOKENS)[0]
     expected = tokenizer.decode(tokens[given.input_ids.shape[1] :], skip_special_tokens=True)
     assert found.strip() == expected.strip(), f"the text is {found!r}, not {expected!r}"
     return "same text"
+
+
+def stop(server: int) -> None:
+    """End a server and the processes that it has started, which are its session."""
+    try:
+        os.killpg(server, signal.SIGTERM)
+        time.sleep(2)
+        os.killpg(server, signal.SIGKILL)
+    except ProcessLookupError:
+        pass

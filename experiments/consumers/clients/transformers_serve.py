@@ -1,15 +1,13 @@
 """`transformers serve` answers one request of the OpenAI client."""
 
-import sys
-from pathlib import Path
-
 from cells import Case, main
 from servers import ask
+from transformers.cli.transformers import main as transformers
 
 
 def server(case: Case) -> str:
-    command = [str(Path(sys.executable).with_name("transformers")), "serve", case.directory, "--trust-remote-code"]
-    return ask(case, [*command, "--dtype", "float32", "--device", "cpu"])
+    arguments = ["transformers", "serve", case.directory, "--trust-remote-code", "--dtype", "float32"]
+    return ask(case, transformers, [*arguments, "--device", "cpu"])
 
 
 if __name__ == "__main__":

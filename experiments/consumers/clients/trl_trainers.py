@@ -5,6 +5,7 @@ from typing import Any
 from cells import Case, main
 from datasets import Dataset
 from peft import LoraConfig
+from transformers import Trainer
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from trl.experimental.gkd import GKDConfig, GKDTrainer
 
@@ -29,43 +30,57 @@ TEMPLATE = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\\n' }}
 )
 
 
-def train(case: Case, trainer: Any, config: Any, data: Dataset, options: dict[str, Any], **other: Any) -> str:
-    arguments = config(
-        output_dir=str(case.scratch / "trained"),
-        max_steps=4,
-        per_device_train_batch_size=4,
-        learning_rate=1e-3,
-        logging_steps=1,
-        report_to="none",
-        use_cpu=True,
-        bf16=False,
-        save_strategy="no",
-        model_init_kwargs={"trust_remote_code": True, "dtype": "float32"},
-        **options,
-    )
-    lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
-    run = trainer(model=case.directory, args=arguments, train_dataset=data, peft_config=lora, **other)
-    run.train()
-    losses = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+LORA = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def settings(case: Case) -> dict[str, Any]:
+    """Return what all three trainers are told: a few steps on the CPU, and how the path is loaded."""
+    return {
+        "output_dir": str(case.scratch / "trained"),
+        "max_steps": 4,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "report_to": "none",
+        "use_cpu": True,
+        "bf16": False,
+        "save_strategy": "no",
+        "max_length": 64,
+        "model_init_kwargs": {"trust_remote_code": True, "dtype": "float32"},
+    }
+
+
+def losses_of(trainer: Trainer) -> str:
+    """Train, and return the first and the last loss."""
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < losses[0], f"the loss went from {losses[0]:.3f} to {losses[-1]:.3f}"
     return f"{losses[0]:.2f} to {losses[-1]:.2f}"
 
 
 def sft(case: Case) -> str:
-    return train(case, SFTTrainer, SFTConfig, TEXTS, {"max_length": 32})
+    arguments = SFTConfig(**settings(case))
+    return losses_of(SFTTrainer(model=case.directory, args=arguments, train_dataset=TEXTS, peft_config=LORA))
 
 
 def dpo(case: Case) -> str:
-    return train(case, DPOTrainer, DPOConfig, PAIRS, {"max_length": 32})
+    arguments = DPOConfig(**settings(case))
+    return losses_of(DPOTrainer(model=case.directory, args=arguments, train_dataset=PAIRS, peft_config=LORA))
 
 
 def gkd(case: Case) -> str:
     tokenizer = case.tokenizer()
     tokenizer.chat_template = TEMPLATE
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    options = {"max_length": 64, "max_new_tokens": 8, "lmbda": 0.0, "disable_dropout": True}
-    teacher = case.load(case.original)
-    return train(case, GKDTrainer, GKDConfig, CHATS, options, teacher_model=teacher, processing_class=tokenizer)
+    trainer = GKDTrainer(
+        model=case.directory,
+        teacher_model=case.load(case.original),
+        processing_class=tokenizer,
+        args=GKDConfig(**settings(case), max_new_tokens=8, lmbda=0.0),
+        train_dataset=CHATS,
+        peft_config=LORA,
+    )
+    return losses_of(trainer)
 
 
 if __name__ == "__main__":
