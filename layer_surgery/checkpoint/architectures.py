@@ -5,7 +5,7 @@ and head need no entry: the walk learns them by running the model itself with st
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from layer_surgery.records import Part
 
@@ -22,6 +22,9 @@ class Architecture:
     layers: str = "model.layers"  #: Where the list of decoder layers is.
     attention: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
     mlp: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+    fused: Literal["sections", "groups"] | None = None
+    """How the first of two attention linears has all queries, keys and values: one after the other, or for one group
+    of heads (those with the same keys) after the other. None: there is no such linear, or it is not known."""
     guessed: bool = False  #: Not from the table.
 
     def linears_of(self, part: Part) -> tuple[str, ...]:
@@ -60,12 +63,16 @@ ARCHITECTURES: dict[str, Architecture] = {
     for entry in (
         *(Architecture(model_type=name) for name in _NAMES_OF_LLAMA),
         Architecture(model_type="starcoder2", mlp=_TWO_LAYER_MLP),
-        Architecture(model_type="phi3", attention=_FUSED_QKV, mlp=_FUSED_GATE_UP),
+        Architecture(model_type="phi3", attention=_FUSED_QKV, mlp=_FUSED_GATE_UP, fused="sections"),
         Architecture(model_type="glm4", mlp=_FUSED_GATE_UP),
         Architecture(model_type="phi", attention=(*_SELF_ATTENTION[:3], "self_attn.dense"), mlp=("mlp.fc1", "mlp.fc2")),
         # Older families, each with names of its own.
         Architecture(
-            model_type="gpt2", layers="transformer.h", attention=("attn.c_attn", "attn.c_proj"), mlp=_TWO_LAYER_MLP
+            model_type="gpt2",
+            layers="transformer.h",
+            attention=("attn.c_attn", "attn.c_proj"),
+            mlp=_TWO_LAYER_MLP,
+            fused="sections",
         ),
         Architecture(
             model_type="gpt_neo",
@@ -78,6 +85,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             layers="gpt_neox.layers",
             attention=("attention.query_key_value", "attention.dense"),
             mlp=_FOUR_H_MLP,
+            fused="groups",
         ),
         Architecture(
             model_type="gptj",
@@ -86,13 +94,18 @@ ARCHITECTURES: dict[str, Architecture] = {
             mlp=("mlp.fc_in", "mlp.fc_out"),
         ),
         Architecture(model_type="opt", layers="model.decoder.layers", attention=_OPT_ATTENTION, mlp=("fc1", "fc2")),
-        Architecture(model_type="bloom", layers="transformer.h", attention=_BLOOM_ATTENTION, mlp=_FOUR_H_MLP),
-        Architecture(model_type="falcon", layers="transformer.h", attention=_BLOOM_ATTENTION, mlp=_FOUR_H_MLP),
+        Architecture(
+            model_type="bloom", layers="transformer.h", attention=_BLOOM_ATTENTION, mlp=_FOUR_H_MLP, fused="groups"
+        ),
+        Architecture(
+            model_type="falcon", layers="transformer.h", attention=_BLOOM_ATTENTION, mlp=_FOUR_H_MLP, fused="groups"
+        ),
         Architecture(
             model_type="mpt",
             layers="transformer.blocks",
             attention=("attn.Wqkv", "attn.out_proj"),
             mlp=("ffn.up_proj", "ffn.down_proj"),
+            fused="sections",
         ),
         # Mixtures of experts: the experts of a layer are one tensor (`experts.py`); shared experts are linears.
         Architecture(model_type="mixtral", mlp=()),
@@ -159,7 +172,9 @@ ARCHITECTURES: dict[str, Architecture] = {
             attention=tuple(f"attention.{name}_lin" for name in ("q", "k", "v", "out")),
             mlp=("ffn.lin1", "ffn.lin2"),
         ),
-        Architecture(model_type="modernbert", attention=("attn.Wqkv", "attn.Wo"), mlp=("mlp.Wi", "mlp.Wo")),
+        Architecture(
+            model_type="modernbert", attention=("attn.Wqkv", "attn.Wo"), mlp=("mlp.Wi", "mlp.Wo"), fused="sections"
+        ),
     )
 }
 

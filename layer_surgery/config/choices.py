@@ -117,15 +117,16 @@ LOSS_CHOICES: Mapping[str, Choice] = {
     "local": Choice(
         "squared error of a block's outputs over their own mean square (Puzzle)", "https://arxiv.org/abs/2411.19146"
     ),
+    "relations": Choice(
+        "KL of relations among queries, keys and values of the last layer (MiniLMv2)",
+        "https://arxiv.org/abs/2012.15828",
+    ),
 }
 DEFAULT_LOSSES = ("kl",)
 #: Losses that need both models in memory, which no command has.
 OTHER_LOSSES: Mapping[str, Choice] = {
     "attention": Choice(
         "mean squared error of attention scores, masked places left out (TinyBERT)", "https://arxiv.org/abs/1909.10351"
-    ),
-    "relations": Choice(
-        "KL of relations among queries, keys and values (MiniLMv2)", "https://arxiv.org/abs/2012.15828"
     ),
     "stones": Choice(
         "block-wise logit distillation: stepping stones between student and teacher", "https://arxiv.org/abs/2411.01547"

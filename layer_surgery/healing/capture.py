@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,13 +25,21 @@ Reduce = Callable[[Tensor, int], Sequence[Tensor]]
 are joined along their first dimension."""
 
 
+class KeptStore(Protocol):
+    """Keeps something of what layers of the original give."""
+
+    def observer(self, first: int) -> Observer:
+        """Return an observer for a walk over windows from number `first` on."""
+        ...
+
+
 def asked(
     teacher: StreamedModel,
     tokens: PackedTokens,
     settings: WalkSettings,
     windows: slice,
     reduce: Reduce | None = None,
-    states: TeacherStatesStore | None = None,
+    stores: Sequence[KeptStore] = (),
 ) -> Iterator[tuple[int, list[Tensor]]]:
     """Yield, for consecutive windows of `tokens`, how many they are, and what is kept of the head's outputs for them.
 
@@ -40,14 +49,14 @@ def asked(
     The model is walked over as many windows at a time as fit into the memory for boundaries.
 
     Args:
-        reduce: makes of a window's outputs what is kept; None: only states are.
-        states: where hidden states are kept too, if a loss looks at them.
+        reduce: makes of a window's outputs what is kept; None: only `stores` keep something.
+        stores: where what layers give is kept too, if a loss looks at it.
     """
     window_bytes = tokens.sequence_length * teacher.hidden_size * teacher.dtype.itemsize
     together = max(settings.batch_size, settings.boundary_memory_bytes // (2 * window_bytes))
     for start in range(windows.start, windows.stop, together):
         part = slice(start, min(start + together, windows.stop))
-        observers = [states.observer(start)] if states is not None else []
+        observers = [store.observer(start) for store in stores]
         with Walk(teacher, tokens.select(part), settings) as walk:
             last = walk.forward(range(teacher.layer_count), keep=False, observers=observers)
             numbers = walk.share.windows.tolist()
@@ -129,23 +138,27 @@ class TeacherStatesStore:
 
     def observer(self, first: int) -> Observer:
         """Return an observer for a walk over windows from number `first` on."""
-        return _StatesObserver(self._store, self._slots, first)
+        return KeptObserver(self._store, self._slots, first)
 
 
-class _StatesObserver(Observer):
-    """Each process keeps the states of all windows: any of them may be in its part of a step."""
+class KeptObserver(Observer):
+    """Each process keeps what layers give of all windows: any of them may be in its part of a step."""
 
     def __init__(self, store: BoundaryStore, slots: dict[int, int], first: int) -> None:
         self._store, self._slots, self._first = store, slots, first
         self._next, self._index = first, 0
         self._own: Tensor | None = None  # of the micro-batch at hand
 
+    def kept(self, after: Tensor) -> Tensor:
+        """Return what is kept of a micro-batch, whose states [B, S, D] after the layer are given."""
+        return after
+
     def watching(self, index: int, layer: nn.Module) -> AbstractContextManager[None]:
         self._next, self._index = self._first, index
         return nullcontext()
 
     def boundaries(self, index: int, before: Tensor, after: Tensor, valid: Tensor) -> None:
-        self._own = after.to(self._store.dtype) if index in self._slots else None
+        self._own = self.kept(after).to(self._store.dtype) if index in self._slots else None
 
     def end_round(self, present: int) -> None:
         if self._index not in self._slots:

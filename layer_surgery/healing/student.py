@@ -8,7 +8,7 @@ hidden, V vocabulary or outputs of a classifier.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, Protocol
 
@@ -24,6 +24,7 @@ from layer_surgery.healing.head import chunked_head_loss
 from layer_surgery.healing.losses.inputs import StatePair, TeacherLogits
 from layer_surgery.healing.mixture import WeightedLoss
 from layer_surgery.healing.outputs import item_values, token_outputs
+from layer_surgery.healing.relations import Relations
 from layer_surgery.healing.trainee import Trainee
 from layer_surgery.walk.losses import losses as own_losses
 from layer_surgery.walk.losses import targets
@@ -78,6 +79,8 @@ class Student(Trainee):
         self.model = streamed.load_whole()
         self._streamed, self._losses, self._pairs = streamed, list(losses), list(pairs)
         self.outputs, self.states = outputs, states
+        self.relations: Relations | None = None
+        self.checkpoint = streamed.checkpoint
         self._rehearsal = Rehearsal(streamed)
         self.objective = streamed.checkpoint.objective
         self._chunk = max(1, LOGITS_AT_A_TIME // streamed.vocabulary_size)
@@ -138,7 +141,8 @@ class Student(Trainee):
         Raises `NumericalError`, which names the first layer with a state that is not finite.
         """
         given = {"input_ids": input_ids, **more}
-        hidden = self._hidden(given)
+        with nullcontext({}) if self.relations is None else self.relations.seen(self.layers[self._last]) as projected:
+            hidden = self._hidden(given)
         teacher = self.outputs.read(windows) if self.outputs is not None else None
         total = torch.zeros((), device=input_ids.device)
         if self._output_losses:
@@ -149,6 +153,8 @@ class Student(Trainee):
                 total = total + self._logits_loss(hidden[self._last][carries], labels[carries], teacher)
         if self.states is not None:
             total = total + self._states_loss(hidden, labels, windows, more.get("attention_mask"))
+        if self.relations is not None:
+            total = total + self._relations_loss(self.relations, projected, labels, windows, more.get("attention_mask"))
         if not torch.isfinite(total):
             raise NumericalError(self._not_finite(given))
         self.sums.tokens += int(self.items(labels).sum())
@@ -266,6 +272,22 @@ class Student(Trainee):
                     value = loss.value(pairs) * count
                     self.sums.add(loss.name, value)
                     total = total + loss.weight * value
+        return total
+
+    def _relations_loss(
+        self, relations: Relations, seen: dict[str, Tensor], labels: Tensor, windows: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        """Return the weighted losses of relations, each a mean over tokens of a window, times its number of items.
+
+        As with states, these are the tokens with loss where the next token is predicted, and elsewhere all but padding.
+        """
+        carries = labels != NO_LABEL if mask is None else mask.bool()
+        total = torch.zeros((), device=labels.device)
+        for loss in self._losses:
+            if loss.entry.needs == "relations":
+                value = (relations.values(loss, seen, windows, carries, mask) * self.items(labels)).sum()
+                self.sums.add(loss.name, value)
+                total = total + loss.weight * value
         return total
 
     @torch.no_grad()

@@ -15,6 +15,7 @@ from layer_surgery.config import HealConfig
 from layer_surgery.data.bundled import bundled_tasks
 from layer_surgery.errors import CheckpointError, ReportError
 from layer_surgery.evaluation.task_names import check_task_names
+from layer_surgery.healing.relations import check_relations
 from layer_surgery.healing.trainable import trained_names
 from layer_surgery.machine import peak_device_memory_bytes, peak_memory_bytes
 from layer_surgery.progress import Ui
@@ -48,6 +49,7 @@ def run_heal(result: str | Path, config: HealConfig) -> SurgeryReport:
         if staging is not None:
             parallel.from_first(lambda: check_free_space(staging, student.size_bytes))
         healing = prepare_healing(session, config, config)
+        check_relations(healing.losses, teacher.checkpoint)
         trained_names(student, surgery.plan, config.train)
         texts = session.evaluation_tokens(config)
         evaluator = stack.enter_context(Evaluator(session, config, texts, baseline=teacher))

@@ -63,6 +63,7 @@ WRONG = [
     ("--loss kl:0", "the weight of 'kl'", "a number above 0"),
     ("--loss attention", "--loss attention", "not in memory here"),
     ("--loss stones", "--loss stones"),
+    ("--loss relations:1:heads=5", "--loss relations has heads=5, which does not divide", "take a divisor of 24, 48"),
     ("--tokens 100 --resume no-such", "--resume no-such", "no checkpoint"),
     ("--resume no-such", "--resume goes on", "give the same --tokens"),
     ("--sequence-length 65", "--sequence-length is 65", "at most 64"),

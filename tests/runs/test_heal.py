@@ -219,6 +219,21 @@ def test_examples_are_healed_on_their_answers_and_by_losses_that_look_at_everyth
     assert report.healing.teacher_bytes_per_token is None  # nothing was cut off
 
 
+def test_relations_of_an_operated_last_layer_are_healed_beside_other_losses(
+    original: Path, words: Path, tmp_path: Path
+) -> None:
+    cut = {"layers": [2, 3], "keep": 0.2, "method": "svd", "samples": 16, **QUICK}
+    layer_surgery.compress(original, tmp_path / "smaller", calibration=str(words), **cut)
+    options = HEAL | {"eval_data": None, "train": "factors", "tokens": 2500}
+    report = layer_surgery.heal(
+        tmp_path / "smaller", no_save=True, data=str(words), loss=["relations:2:heads=2", "kl", "hidden:0.1"], **options
+    )
+    assert report.healing is not None and report.healing.helped
+    first, last = report.healing.curve[1].losses, report.healing.curve[-1].losses
+    assert last.keys() == {"relations", "kl", "hidden"}
+    assert 0 < last["relations"] < 0.95 * first["relations"]
+
+
 def test_the_original_is_asked_once_for_the_same_data(
     result: Path, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

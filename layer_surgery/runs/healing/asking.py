@@ -17,7 +17,8 @@ from torch import Tensor
 from layer_surgery import parallel
 from layer_surgery.data.tokens import PackedTokens
 from layer_surgery.errors import LayerSurgeryError
-from layer_surgery.healing.capture import DenseTeacher, Reduce, TeacherStatesStore, asked
+from layer_surgery.healing.capture import DenseTeacher, KeptStore, Reduce, TeacherStatesStore, asked
+from layer_surgery.healing.relations import Relations, TeacherAttentionStore, last_attention
 from layer_surgery.healing.rewrite import greedy, load_rewritten, prompts, rewritten, save_rewritten
 from layer_surgery.healing.student import Student
 from layer_surgery.healing.teacher.cache import TeacherCache, TeacherIdentity
@@ -79,25 +80,28 @@ class Asking:
     def ask(self, student: Student, data: HealingData) -> None:
         """Take what the losses need of the original, once, and give it to the student."""
         needs = {loss.entry.needs for loss in self._losses}
-        if "logits" not in needs and "states" not in needs:
+        if not needs & {"logits", "states", "relations"}:
             return
         tokens, depth = data.train, self._teacher.checkpoint.layer_count
+        classifier, temperature = tokens.objective.labelled, self._kept_temperature()
+        whole = "logits" in needs and temperature is None and not classifier
         layers = [layer for _, layer in self._pairs] if "states" in needs else []
-        if tokens.objective.labelled:
-            self._ask_classifier(student, tokens, layers, outputs="logits" in needs)
-            return
-        temperature = self._kept_temperature()
-        if "logits" in needs and temperature is None and depth - 1 not in layers:
+        if whole and depth - 1 not in layers:
             layers.append(depth - 1)
-        states = self._states(tokens, layers) if layers else None
         model = self._teacher.stream(self._teacher.checkpoint)
-        if "logits" in needs and temperature is not None:
-            self._ask_language_model(student, model, tokens, temperature, states)
-        elif states is not None:
-            for _ in self._kept_of(model, tokens, slice(0, tokens.sequences), None, states):
+        states = self._states(tokens, layers) if layers else None
+        relations = self._relations(tokens, model.dtype) if "relations" in needs else None
+        stores: list[KeptStore] = [store for store in (states, relations) if store is not None]
+        if classifier:
+            self._ask_classifier(student, model, tokens, stores, outputs="logits" in needs)
+        elif "logits" in needs and temperature is not None:
+            self._ask_language_model(student, model, tokens, temperature, stores)
+        else:
+            for _ in self._kept_of(model, tokens, slice(0, tokens.sequences), None, stores):
                 pass
         student.states = states if "states" in needs else None
-        if "logits" in needs and temperature is None and states is not None:
+        student.relations = Relations(student.checkpoint, relations) if relations is not None else None
+        if whole and states is not None:
             student.outputs = DenseTeacher(model, tokens, states)
 
     def _ask_language_model(
@@ -106,7 +110,7 @@ class Asking:
         model: StreamedModel,
         tokens: PackedTokens,
         temperature: float,
-        states: TeacherStatesStore | None,
+        stores: Sequence[KeptStore],
     ) -> None:
         """Keep the largest probabilities of each token; the first process writes what all have found."""
         folder, form = self._cache_folder(tokens, temperature), RecordForm(temperature=temperature)
@@ -117,15 +121,15 @@ class Asking:
             return caches[0].next_sequence
 
         first = parallel.from_first(next_sequence)
-        if first < tokens.sequences or states is not None:
+        if first < tokens.sequences or stores:
             starts = [0, *tokens.loss_mask.sum(dim=1).cumsum(0).tolist()]
 
             def seen(logits: Tensor, window: int) -> list[Tensor]:
                 found = observe(logits if window >= first else logits[:0], form, starts[window])
                 return [torch.from_numpy(each) for each in (found.counts, found.ids, found.values)]
 
-            walked = slice(0 if states is not None else first, tokens.sequences)
-            kept = self._kept_of(model, tokens, walked, seen if first < tokens.sequences else None, states)
+            walked = slice(0 if stores else first, tokens.sequences)
+            kept = self._kept_of(model, tokens, walked, seen if first < tokens.sequences else None, stores)
             pieces = (Observed(*(tensor.numpy() for tensor in piece)) for piece in kept if piece)
             if parallel.is_first() and not caches[0].complete:
                 caches[0].write(pieces)
@@ -136,22 +140,27 @@ class Asking:
         student.outputs = cache.records()
         self.bytes_per_token = round(cache.nbytes / max(1, tokens.predicted_tokens), 2)
 
-    def _ask_classifier(self, student: Student, tokens: PackedTokens, layers: list[int], *, outputs: bool) -> None:
-        """Take the whole outputs of a head with few of them, and states."""
+    def _ask_classifier(
+        self,
+        student: Student,
+        model: StreamedModel,
+        tokens: PackedTokens,
+        stores: Sequence[KeptStore],
+        *,
+        outputs: bool,
+    ) -> None:
+        """Take the whole outputs of a head with few of them, and fill the stores."""
         items = tokens.loss_mask.sum(dim=1).tolist()
         identity, note = self._identity(tokens), self._session.ui.note
         folder = self._config.teacher_cache
         key = _sha256(json.dumps(asdict(identity), sort_keys=True))[:24]
         file = folder / f"outputs-{key}.safetensors" if folder is not None else None
         rows = stored_rows(file, identity, items, note) if file is not None and outputs else None
-        states = self._states(tokens, layers) if layers else None
-        if states is not None or (outputs and rows is None):
-            model = self._teacher.stream(self._teacher.checkpoint)
+        if stores or (outputs and rows is None):
             reduce = (lambda logits, _window: [logits]) if outputs and rows is None else None
-            found = [*self._kept_of(model, tokens, slice(0, tokens.sequences), reduce, states)]
+            found = [*self._kept_of(model, tokens, slice(0, tokens.sequences), reduce, stores)]
             if reduce is not None:
                 rows = captured_rows((piece for (piece,) in found), file, identity)
-        student.states = states
         if rows is not None:
             student.outputs = TeacherRows(rows, items, tokens.objective)
             self.bytes_per_token = float(rows.shape[1] * rows.dtype.itemsize)
@@ -162,11 +171,11 @@ class Asking:
         tokens: PackedTokens,
         windows: slice,
         reduce: Reduce | None,
-        states: TeacherStatesStore | None,
+        stores: Sequence[KeptStore],
     ) -> Iterator[list[Tensor]]:
-        """Yield what is kept of the original's outputs for these windows, and keep states."""
+        """Yield what is kept of the original's outputs for these windows, and fill the stores."""
         with self._session.ui.progress("asking the original", tokens.sequences) as advance:
-            for count, kept in asked(model, tokens, self._session.settings, windows, reduce, states):
+            for count, kept in asked(model, tokens, self._session.settings, windows, reduce, stores):
                 yield kept
                 for _ in range(count):
                     advance()
@@ -214,11 +223,24 @@ class Asking:
         )
 
     def _states(self, tokens: PackedTokens, layers: list[int]) -> TeacherStatesStore:
-        """Return room for hidden states of the original after some layers. Refuses what does not fit on the disk."""
+        """Return room for hidden states of the original after some layers."""
         hidden = int(self._teacher.checkpoint.config.hidden_size)
-        shape = (tokens.sequences, tokens.sequence_length, hidden)
-        memory = self._session.boundary_bytes // 2
-        needed = len(layers) * math.prod(shape) * torch.bfloat16.itemsize
+        return TeacherStatesStore(self._room(tokens, hidden, len(layers), torch.bfloat16), layers)
+
+    def _relations(self, tokens: PackedTokens, dtype: torch.dtype) -> TeacherAttentionStore:
+        """Return room for queries, keys and values of the original's last layer.
+
+        In the dtype of computation: a softmax is of their products, where rounding to bfloat16 would be seen.
+        """
+        teacher = self._teacher.checkpoint
+        place = last_attention(teacher)
+        return TeacherAttentionStore(self._room(tokens, sum(place.widths), 1, dtype), place, teacher.layer_count - 1)
+
+    def _room(self, tokens: PackedTokens, width: int, slots: int, dtype: torch.dtype) -> BoundaryStore:
+        """Return room for so many slots [windows, S, width]. Refuses what does not fit on the disk."""
+        shape = (tokens.sequences, tokens.sequence_length, width)
+        memory = self._session.boundary_bytes // 4
+        needed = slots * math.prod(shape) * dtype.itemsize
         free = shutil.disk_usage(self._session.scratch).free
         if needed - memory > free:
             names = ", ".join(loss.name for loss in self._losses)
@@ -226,8 +248,8 @@ class Asking:
                 f"--loss {names} keeps states of the original, {needed:,} bytes, but {self._session.scratch.parent} "
                 f"has {free:,} free; lower --tokens or --minutes, or take losses over logits."
             )
-        store = BoundaryStore(shape, torch.bfloat16, self._session.device, memory, self._session.scratch)
-        return TeacherStatesStore(self._kept.enter_context(store), layers)
+        store = BoundaryStore(shape, dtype, self._session.device, memory, self._session.scratch)
+        return self._kept.enter_context(store)
 
 
 def _sha256(text: str) -> str:

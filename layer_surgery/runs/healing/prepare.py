@@ -16,6 +16,7 @@ from layer_surgery.errors import CheckpointError, DataError, UserError
 from layer_surgery.healing.adapters import check_peft
 from layer_surgery.healing.mixture import WeightedLoss, parse_losses
 from layer_surgery.healing.outputs import check_losses
+from layer_surgery.healing.relations import check_relations
 from layer_surgery.healing.rewrite import prompts
 from layer_surgery.healing.trainable import adapter_targets
 from layer_surgery.healing.windows import HealingData, healing_data, most_held_out
@@ -57,13 +58,14 @@ def prepare_healing(
             f"{original.head.words}; leave it out."
         )
     losses = parse_losses(config.loss)
-    unknown = [loss.name for loss in losses if loss.entry.needs not in ("labels", "logits", "states")]
+    unknown = [loss.name for loss in losses if loss.entry.needs not in ("labels", "logits", "states", "relations")]
     if unknown:
         raise UserError(
             f"--loss {unknown[0]} needs the original beside the student, which is not in memory here; take losses over "
-            "logits or states."
+            "logits, states or relations."
         )
     check_losses(losses, objective)
+    check_relations(losses, original)
     _check_processes(config)
     if config.train == "lora":
         if "local" in config.stages:

@@ -25,6 +25,7 @@ from layer_surgery.healing.adapters import add_adapters
 from layer_surgery.healing.local import GradientMoments, LayerStudent, Place
 from layer_surgery.healing.pairs import layer_pairs
 from layer_surgery.healing.probe import LEARNING_RATES, PROBE_STEPS, Probe, probe
+from layer_surgery.healing.relations import check_relations
 from layer_surgery.healing.student import Student
 from layer_surgery.healing.trainable import changed_positions, trained_names
 from layer_surgery.healing.training import Training, TrainingSettings, regret, train
@@ -85,6 +86,7 @@ def heal(
         student: what the surgery gave.
         plan: that the surgery followed.
     """
+    check_relations(prepared.losses, student)
     return _Healing(prepared, session, teacher, teacher_sha256, student, plan).run()
 
 
