@@ -16,8 +16,9 @@ from torch import Tensor
 
 from layer_surgery import parallel
 from layer_surgery.data.tokens import PackedTokens
-from layer_surgery.errors import LayerSurgeryError
+from layer_surgery.errors import LayerSurgeryError, NumericalError
 from layer_surgery.healing.capture import DenseTeacher, Reduce, TeacherStatesStore, asked
+from layer_surgery.healing.losses.registry import Needs
 from layer_surgery.healing.rewrite import greedy, load_rewritten, prompts, rewritten, save_rewritten
 from layer_surgery.healing.student import Student
 from layer_surgery.healing.teacher.cache import TeacherCache, TeacherIdentity
@@ -27,6 +28,7 @@ from layer_surgery.healing.windows import HealingData
 from layer_surgery.runs.healing.prepare import PreparedHealing, stop_tokens
 from layer_surgery.runs.session import Session
 from layer_surgery.walk.boundaries import BoundaryStore
+from layer_surgery.walk.finite import remedy
 from layer_surgery.walk.streamed import StreamedModel
 
 
@@ -76,13 +78,40 @@ class Asking:
         self._session.ui.note(f"healing: {count:,} answers of {answered.sequences:,} are the original's own")
         return replace(data, train=answered)
 
-    def ask(self, student: Student, data: HealingData) -> None:
-        """Take what the losses need of the original, once, and give it to the student."""
+    def ask(self, student: Student, data: HealingData) -> HealingData:
+        """Take what the losses need of the original, once, and give it to the student.
+
+        Returns the data, of an embedding model with the original's vectors as the labels of what is trained on.
+        """
         needs = {loss.entry.needs for loss in self._losses}
+        tokens = data.train
+        layers = [layer for _, layer in self._pairs] if "states" in needs else []
+        if tokens.objective.problem == "embedding":
+            student.states = self._states(tokens, layers) if layers else None
+            return replace(data, train=self._embedded(tokens, student.states))
+        self._ask_head(student, tokens, needs, layers)
+        return data
+
+    def embedded(self, tokens: PackedTokens) -> PackedTokens:
+        """Return texts with the vectors that an original which embeds gives for them as their labels."""
+        return self._embedded(tokens, None)
+
+    def _embedded(self, tokens: PackedTokens, states: TeacherStatesStore | None) -> PackedTokens:
+        vectors = self._whole_outputs(tokens, [1] * tokens.sequences, states)
+        bad = ~torch.isfinite(vectors).all(dim=1) | (vectors == 0).all(dim=1)
+        if bad.any():
+            raise NumericalError(
+                f"the embeddings that {self._teacher.checkpoint.name} gives for {int(bad.sum())} of {len(bad)} texts "
+                f"of '{tokens.name}' are not finite or 0; {remedy(self._teacher.dtype)}."
+            )
+        self.bytes_per_token = float(vectors.shape[1] * vectors.dtype.itemsize)
+        return replace(tokens, labels=vectors)
+
+    def _ask_head(self, student: Student, tokens: PackedTokens, needs: set[Needs], layers: list[int]) -> None:
+        """Take outputs and states of an original that has a head."""
         if "logits" not in needs and "states" not in needs:
             return
-        tokens, depth = data.train, self._teacher.checkpoint.layer_count
-        layers = [layer for _, layer in self._pairs] if "states" in needs else []
+        depth = self._teacher.checkpoint.layer_count
         if tokens.objective.labelled:
             self._ask_classifier(student, tokens, layers, outputs="logits" in needs)
             return
@@ -138,23 +167,33 @@ class Asking:
 
     def _ask_classifier(self, student: Student, tokens: PackedTokens, layers: list[int], *, outputs: bool) -> None:
         """Take the whole outputs of a head with few of them, and states."""
-        items = tokens.loss_mask.sum(dim=1).tolist()
-        identity, note = self._identity(tokens), self._session.ui.note
-        folder = self._config.teacher_cache
-        key = _sha256(json.dumps(asdict(identity), sort_keys=True))[:24]
-        file = folder / f"outputs-{key}.safetensors" if folder is not None else None
-        rows = stored_rows(file, identity, items, note) if file is not None and outputs else None
         states = self._states(tokens, layers) if layers else None
-        if states is not None or (outputs and rows is None):
-            model = self._teacher.stream(self._teacher.checkpoint)
-            reduce = (lambda logits, _window: [logits]) if outputs and rows is None else None
-            found = [*self._kept_of(model, tokens, slice(0, tokens.sequences), reduce, states)]
-            if reduce is not None:
-                rows = captured_rows((piece for (piece,) in found), file, identity)
         student.states = states
-        if rows is not None:
+        if outputs:
+            items = tokens.loss_mask.sum(dim=1).tolist()
+            rows = self._whole_outputs(tokens, items, states)
             student.outputs = TeacherRows(rows, items, tokens.objective)
             self.bytes_per_token = float(rows.shape[1] * rows.dtype.itemsize)
+        elif states is not None:
+            model = self._teacher.stream(self._teacher.checkpoint)
+            for _ in self._kept_of(model, tokens, slice(0, tokens.sequences), None, states):
+                pass
+
+    def _whole_outputs(self, tokens: PackedTokens, items: list[int], states: TeacherStatesStore | None) -> Tensor:
+        """Return the outputs [n, L] of a head with few of them, from the cache or the original; keep states too.
+
+        `items` is how many of them each sequence has.
+        """
+        identity, folder = self._identity(tokens), self._config.teacher_cache
+        key = _sha256(json.dumps(asdict(identity), sort_keys=True))[:24]
+        file = folder / f"outputs-{key}.safetensors" if folder is not None else None
+        rows = stored_rows(file, identity, items, self._session.ui.note) if file is not None else None
+        if rows is not None and states is None:
+            return rows
+        model = self._teacher.stream(self._teacher.checkpoint)
+        reduce = (lambda outputs, _window: [outputs]) if rows is None else None
+        found = [*self._kept_of(model, tokens, slice(0, tokens.sequences), reduce, states)]
+        return rows if rows is not None else captured_rows((piece for (piece,) in found), file, identity)
 
     def _kept_of(
         self,
