@@ -64,6 +64,9 @@ NOT_RUN = {
     (
         "layer-surgery compress EMBEDDER --target-parameters 0.7 --calibration text.txt --output half/"
     ): "tests/runs/test_embedders.py does this; the models here give no vectors",
+    "layer-surgery heal smaller-embedder/ --data texts.txt --minutes 10 --output healed-embedder/": (
+        "tests/runs/test_heal_embedders.py does this; the models here give no vectors"
+    ),
 }
 
 #: Put before the options of a command, so that what the documentation says comes later and counts.
@@ -319,7 +322,9 @@ def test_healing_lists_every_loss_that_heal_takes() -> None:
     page = (REPOSITORY / "docs" / "healing.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| (`.+?) \|", page.split("\n## Losses")[1].split("\n## ")[0], re.MULTILINE)
     names = [name for row in rows for name in re.findall(r"`(\w+)`", row)]
-    assert sorted(names) == sorted(loss.name for loss in LOSSES if loss.needs in ("labels", "logits", "states"))
+    assert sorted(names) == sorted(
+        loss.name for loss in LOSSES if loss.needs in ("labels", "logits", "states", "vectors")
+    )
 
 
 def test_defaults_in_the_documentation_are_those_of_the_program() -> None:

@@ -19,6 +19,7 @@ class Choice:
 _GRASP = "https://arxiv.org/abs/2501.00339"
 _MODEGPT = "https://arxiv.org/abs/2408.09632"
 _GFWSVD = "https://arxiv.org/abs/2505.17974"
+_STELLA = "https://arxiv.org/abs/2412.19048"
 
 SCORER_CHOICES: Mapping[str, Choice] = {
     "fisher": Choice(
@@ -121,8 +122,14 @@ LOSS_CHOICES: Mapping[str, Choice] = {
         "KL of relations among queries, keys and values of the last layer (MiniLMv2)",
         "https://arxiv.org/abs/2012.15828",
     ),
+    "embedding_cosine": Choice("1 - cosine between a text's embeddings by both models (Jasper and Stella)", _STELLA),
+    "embedding_similarity": Choice("mean squared error of the cosines between all texts of a step", _STELLA),
+    "embedding_relative": Choice("pairs of texts in another order, by their cosines, than the original's", _STELLA),
 }
 DEFAULT_LOSSES = ("kl",)
+#: Of embedding models, with the paper's weights; where vectors have fewer numbers than the original's, those but the
+#: first.
+DEFAULT_EMBEDDING_LOSSES = ("embedding_cosine:10", "embedding_similarity:200", "embedding_relative:20")
 #: Losses that need both models in memory, which no command has.
 OTHER_LOSSES: Mapping[str, Choice] = {
     "attention": Choice(

@@ -9,8 +9,8 @@ from typing import Any, ClassVar, Literal, TypeAlias
 
 import attrs
 
-from layer_surgery.config.choices import DATA_CHOICES, DEFAULT_LOSSES, LOSS_CHOICES
-from layer_surgery.config.declaring import Group, Options, about, at_least, names, one_of, path
+from layer_surgery.config.choices import DATA_CHOICES, DEFAULT_EMBEDDING_LOSSES, DEFAULT_LOSSES, LOSS_CHOICES
+from layer_surgery.config.declaring import Group, Options, about, at_least, maybe_names, names, one_of, path
 from layer_surgery.config.keywords import check_type
 from layer_surgery.errors import UserError, nearest_name
 
@@ -52,15 +52,16 @@ class HealingConfig(Options):
         validator=at_least(1),
         metadata=about("Train on this many tokens instead; the same result on every run.", metavar="N"),
     )
-    loss: tuple[str, ...] = attrs.field(
-        default=DEFAULT_LOSSES,
-        converter=names,
+    loss: tuple[str, ...] | None = attrs.field(
+        default=None,
+        converter=maybe_names,
         metadata=about(
             "What is made small (see below), with its weight; several add up. Or a YAML or JSON file with their "
             "options.",
             form="repeat",
             metavar="NAME[:WEIGHT]|FILE",
             choices=LOSS_CHOICES,
+            default=f"{DEFAULT_LOSSES[0]}; of embedding models {', '.join(DEFAULT_EMBEDDING_LOSSES)}",
         ),
     )
     train: Trained = attrs.field(
@@ -154,7 +155,7 @@ class HealingConfig(Options):
             raise UserError(f"--general is {self.general}; allowed: a fraction from 0 to 1.")
         if not self.stages or not set(self.stages) <= set(STAGES):
             raise UserError(f"--stages is '{','.join(self.stages)}'; allowed: {', '.join(STAGES)}, or both.")
-        if not self.loss:
+        if self.loss is not None and not self.loss:
             raise UserError("--loss is empty; give a name such as kl, or leave it out.")
 
     @property

@@ -41,6 +41,11 @@ class Objective:
         return self.problem not in ("next_token", "masked_token", "embedding")
 
     @property
+    def apart(self) -> bool:
+        """Whether sequences are examples or texts by themselves, each as long as it is; else text fills them."""
+        return self.labelled or self.problem == "embedding"
+
+    @property
     def unit(self) -> str:
         """Unit of the mean loss."""
         return _UNITS[self.problem]

@@ -1,5 +1,7 @@
 """Outputs of a head as what losses compare: a distribution over tokens or labels for each item that carries loss.
 
+Those of an embedding model are vectors, which have losses of their own (`losses/vectors.py`).
+
 An item is a token, or a sequence where there is one answer for a whole one. Of several labels each has a distribution
 of its own, over yes and no, as the head's own loss takes them. A regression's numbers are means of normal distributions
 with variance 1, so `kl` and `ce` are half the squared differences, and other losses are not defined.
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from layer_surgery.data.objective import Objective
 from layer_surgery.errors import UserError
+from layer_surgery.healing.losses import LOSSES
 from layer_surgery.healing.losses.inputs import TeacherLogits, TokenLogits
 from layer_surgery.healing.mixture import WeightedLoss, token_values
 from layer_surgery.walk.rehearsal import Rehearsal
@@ -28,7 +31,16 @@ _OF_SEVERAL_OUTCOMES = ("clkd", "dkd")
 
 def check_losses(losses: Sequence[WeightedLoss], objective: Objective) -> None:
     """Raise `UserError` for a loss over outputs that a head does not allow."""
+    embeds = objective.problem == "embedding"
     for loss in losses:
+        if loss.entry.needs == "vectors" and not embeds:
+            raise UserError(f"--loss {loss.name} compares embeddings, but the model gives none; take another loss.")
+        if loss.entry.needs in ("labels", "logits", "relations") and embeds:
+            known = ", ".join(each.name for each in LOSSES if each.needs == "vectors")
+            raise UserError(
+                f"--loss {loss.name} is for models with a head, but this one gives embeddings; allowed for an "
+                f"embedding model: {known}, and losses of hidden states."
+            )
         if loss.entry.needs not in ("labels", "logits"):
             continue
         if objective.problem == "regression" and (loss.name not in _OF_NUMBERS or loss.options):

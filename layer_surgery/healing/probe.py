@@ -16,7 +16,7 @@ from layer_surgery.records import ProbePoint
 LEARNING_RATES = (3e-4, 1e-3, 1e-4)
 #: Steps with each, and the held-out windows that they are compared on.
 PROBE_STEPS, PROBE_WINDOWS = 10, 16
-#: The same of labelled examples, which say less each.
+#: The same of examples and of single texts, which say less each.
 PROBE_EXAMPLES = 128
 
 
@@ -40,7 +40,7 @@ def probe(
 
     The student has its own weights again at the end. After `settings.seconds` no further rate is begun.
     """
-    compared = slice(0, PROBE_EXAMPLES if data.validation.objective.labelled else PROBE_WINDOWS)
+    compared = slice(0, PROBE_EXAMPLES if data.validation.objective.apart else PROBE_WINDOWS)
     validation = data.validation.select(compared)
     watched = data.watched.select(compared) if data.watched is not None else None
     few = replace(data, validation=validation, watched=watched)

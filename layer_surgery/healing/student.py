@@ -1,8 +1,9 @@
 """The student as one module that takes windows and returns their loss: the body once, then head and losses in chunks.
 
 So no matrix of tokens x vocabulary is ever made, and wrappers for several processes see one forward pass.
+Of an embedding model the labels are the teacher's vectors, and those of the texts that come together are compared.
 Shapes: B windows of S tokens, n items with loss (tokens, or windows where a head gives one answer a sequence), D
-hidden, V vocabulary or outputs of a classifier.
+hidden, V vocabulary or outputs of a classifier, E numbers of an embedding.
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ from layer_surgery.data.tokens import PackedTokens
 from layer_surgery.errors import NumericalError
 from layer_surgery.healing.adapters import is_adapter, merged_weights, plain_name
 from layer_surgery.healing.head import chunked_head_loss
-from layer_surgery.healing.losses.inputs import StatePair, TeacherLogits
+from layer_surgery.healing.losses.inputs import StatePair, TeacherLogits, VectorPair
 from layer_surgery.healing.mixture import WeightedLoss
 from layer_surgery.healing.outputs import item_values, token_outputs
 from layer_surgery.healing.relations import Relations
 from layer_surgery.healing.trainee import Trainee
+from layer_surgery.walk.embedding import embedding_losses
 from layer_surgery.walk.losses import losses as own_losses
 from layer_surgery.walk.losses import targets
 from layer_surgery.walk.rehearsal import Rehearsal
@@ -145,6 +147,8 @@ class Student(Trainee):
             hidden = self._hidden(given)
         teacher = self.outputs.read(windows) if self.outputs is not None else None
         total = torch.zeros((), device=input_ids.device)
+        if self.objective.problem == "embedding":
+            total = total + self._vectors_loss(hidden[self._last], labels, given)
         if self._output_losses:
             if self.objective.of_sequences:
                 total = total + self._answers_loss(hidden[self._last], labels, teacher, given)
@@ -164,6 +168,8 @@ class Student(Trainee):
     def measure(self, text: str, tokens: PackedTokens, batch_size: int) -> float:
         """Return the mean of the head's own loss, per token with loss or per sequence, of the student as it is."""
         objective, group = tokens.objective, parallel.group()
+        if objective.problem == "embedding":
+            return self._measured_vectors(tokens, batch_size)
         batches = [*tokens.batches(batch_size)]
         sums = dict[int, tuple[float, int]]()  # of each micro-batch of this process's
         for number in range(group.rank, len(batches), group.world):
@@ -184,6 +190,14 @@ class Student(Trainee):
         every: list[Any] = sorted(each for of_one in parallel.gather([*sums.items()]) for each in of_one)
         whole, count = float(sum(part[0] for _, part in every)), int(sum(part[1] for _, part in every))
         return whole / max(1, count)
+
+    def _measured_vectors(self, tokens: PackedTokens, batch_size: int) -> float:
+        """Return the mean loss of embeddings, all texts compared with each other; one process has them all."""
+        found = []
+        for rows in tokens.batches(batch_size):
+            given = tokens.inputs(rows)
+            found.append(self._rehearsal.head(self._hidden(given)[self._last], given).double().cpu())
+        return float(embedding_losses(torch.cat(found), targets(tokens, slice(None))).mean())
 
     @property
     def _output_losses(self) -> list[WeightedLoss]:
@@ -211,6 +225,24 @@ class Student(Trainee):
         for loss, value in zip(losses, values.detach(), strict=True):
             self.sums.add(loss.name, value.sum())
         return torch.tensor([loss.weight for loss in losses]).to(values) @ values.sum(dim=1)
+
+    def _vectors_loss(self, hidden: Tensor, teacher: Tensor, given: Mapping[str, Tensor]) -> Tensor:
+        """Return the weighted losses of embeddings, each a mean over texts, times their number, for states [B, S, D].
+
+        `teacher` is [B, E].
+        """
+        vectors = self._rehearsal.head(hidden, given)
+        vectors = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
+        lengths = vectors.detach().norm(dim=1)
+        if not (torch.isfinite(lengths) & (lengths > 0)).all():  # one that is 0 has no direction
+            raise NumericalError(self._not_finite(given))
+        pair, total = VectorPair(vectors, teacher.to(vectors)), torch.zeros((), device=vectors.device)
+        for loss in self._losses:
+            if loss.entry.needs == "vectors":
+                value = loss.value(pair) * len(vectors)
+                self.sums.add(loss.name, value)
+                total = total + loss.weight * value
+        return total
 
     def _logits_loss(self, hidden: Tensor, labels: Tensor, teacher: TeacherLogits | None) -> Tensor:
         """Return the weighted sum over tokens of the losses that look at logits, for states [n, D]."""

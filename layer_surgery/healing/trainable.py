@@ -40,7 +40,8 @@ def trained_names(student: Checkpoint, plan: SurgeryPlan, train: Trained) -> set
     else:
         count = student.layer_count
         last = tuple(f"{prefix}{position}." for position in range(count - max(1, count // _LAST_SHARE), count))
-        head, body = student.skeleton.get_output_embeddings(), f"{student.skeleton.base_model_prefix}."
+        head, headed = student.skeleton.get_output_embeddings(), student.skeleton.base_model is not student.skeleton
+        body = f"{student.skeleton.base_model_prefix}." if headed else ""  # all of an embedding model's transformer
         in_head = {id(parameter) for parameter in head.parameters()} if head is not None else set()
         chosen = [
             name

@@ -17,7 +17,7 @@ from layer_surgery.walk.losses import targets
 #: One window in so many is held out, at least `LEAST_HELD_OUT` and at most `MOST_HELD_OUT`.
 HELD_OUT = 8
 LEAST_HELD_OUT, MOST_HELD_OUT = 2, 64
-#: Of labelled examples, which say less each, at most so many are held out.
+#: Of labelled examples and of single texts, which say less each, at most so many are held out.
 MOST_EXAMPLES_HELD_OUT = 512
 #: A window of general text is trained on at most so many times in each pass over the data.
 MOST_REPEATS = 4
@@ -65,13 +65,13 @@ def healing_data(tokens: PackedTokens, general: PackedTokens | None, share: floa
     """
     held_out = min(most_held_out(tokens.objective), tokens.sequences // HELD_OUT)
     if held_out < LEAST_HELD_OUT:
-        labelled = tokens.objective.labelled
+        kind = "examples" if tokens.objective.labelled else "texts" if tokens.objective.apart else None
         found = (
-            f"has {tokens.sequences} examples"
-            if labelled
+            f"has {tokens.sequences} {kind}"
+            if kind is not None
             else f"makes {tokens.sequences} sequences of {tokens.sequence_length} tokens"
         )
-        advice = "more examples" if labelled else "more text, or lower --sequence-length"
+        advice = f"more {kind}" if kind is not None else "more text, or lower --sequence-length"
         raise DataError(
             f"'{tokens.name}' {found}, too few to hold some out and train on the rest, which takes "
             f"{HELD_OUT * LEAST_HELD_OUT}; pass {advice}."
@@ -87,7 +87,7 @@ def healing_data(tokens: PackedTokens, general: PackedTokens | None, share: floa
 
 def most_held_out(objective: Objective) -> int:
     """Return how many sequences are held out at most."""
-    return MOST_EXAMPLES_HELD_OUT if objective.labelled else MOST_HELD_OUT
+    return MOST_EXAMPLES_HELD_OUT if objective.apart else MOST_HELD_OUT
 
 
 def _arranged(

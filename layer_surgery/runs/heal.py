@@ -10,6 +10,10 @@ from typing import Any
 import attrs
 
 from layer_surgery import parallel
+from layer_surgery.checkpoint.embedder import MODULES_FILE
+from layer_surgery.checkpoint.heads import EMBEDDING
+from layer_surgery.checkpoint.hub import local_directory
+from layer_surgery.checkpoint.open import Checkpoint
 from layer_surgery.checkpoint.save import check_free_space
 from layer_surgery.config import HealConfig
 from layer_surgery.data.bundled import bundled_tasks
@@ -41,14 +45,15 @@ def run_heal(result: str | Path, config: HealConfig) -> SurgeryReport:
         session = stack.enter_context(open_session(result, config, staging.parent if staging else None))
         student = session.checkpoint
         _check_plan_fits(session, surgery, result)
-        opened = stack.enter_context(
-            open_session(_teacher_of(result, surgery, config.teacher), attrs.evolve(config, ui=Ui()), session.scratch)
-        )
+        original = _teacher_of(result, surgery, config.teacher)
+        opened = stack.enter_context(open_session(original, _opening(original, student, config), session.scratch))
         teacher = replace(opened, ui=session.ui)
         _check_same_vocabulary(session, teacher)
         if staging is not None:
             parallel.from_first(lambda: check_free_space(staging, student.size_bytes))
-        healing = prepare_healing(session, config, config)
+        healing = prepare_healing(
+            session, config, config, fewer_dimensions=_dimensions(student) != _dimensions(teacher.checkpoint)
+        )
         check_relations(healing.losses, teacher.checkpoint)
         trained_names(student, surgery.plan, config.train)
         texts = session.evaluation_tokens(config)
@@ -122,9 +127,25 @@ def _teacher_of(result: str | Path, surgery: SurgeryReport, given: Any) -> Model
     name = str(surgery.base_model["name"])
     places = [Path(name).expanduser(), Path(result).expanduser().parent / name]
     for place in places:
-        if place.is_dir() and (place / "config.json").is_file():
+        if any((place / name).is_file() for name in ("config.json", MODULES_FILE)):
             return place
     raise CheckpointError(f"the original of {result} was '{name}', which is not there any more; give --teacher MODEL.")
+
+
+def _opening(original: Model, student: Checkpoint, config: HealConfig) -> HealConfig:
+    """Return the options that the original is opened with: as an embedding model, if the result is one, though its own
+    files may not say that it is."""
+    config = attrs.evolve(config, ui=Ui())
+    if student.embedder is None:
+        return config
+    if isinstance(original, str | Path) and (local_directory(str(original), None) / MODULES_FILE).is_file():
+        return config
+    return attrs.evolve(config, head=EMBEDDING.kind, pooling=student.embedder.pooling[0])
+
+
+def _dimensions(checkpoint: Checkpoint) -> int | None:
+    """Return the numbers in an embedding; None for a model that gives none."""
+    return checkpoint.embedder.dimensions(checkpoint.hidden_size) if checkpoint.embedder is not None else None
 
 
 def _check_same_vocabulary(session: Session, teacher: Session) -> None:

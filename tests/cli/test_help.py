@@ -102,9 +102,8 @@ def test_what_is_listed_is_what_is_registered() -> None:
     assert set(SCORERS.names) == set(SCORER_CHOICES) and set(METHODS.names) == set(METHOD_CHOICES)
     assert set(DATA_CHOICES) == set(known_sources())
     assert set(LOSSES.names) == {*LOSS_CHOICES, *OTHER_LOSSES}
-    assert {loss.name for loss in LOSSES if loss.needs not in ("labels", "logits", "states", "relations")} == set(
-        OTHER_LOSSES
-    )
+    known = ("labels", "logits", "states", "relations", "vectors")
+    assert {loss.name for loss in LOSSES if loss.needs not in known} == set(OTHER_LOSSES)
     group, *tasks = BUNDLED_TASKS
     listed = (bundled_tasks() / f"{group}.yaml").read_text(encoding="utf-8")
     assert re.findall(r"^  - (bundled_\w+)$", listed, re.MULTILINE) == tasks

@@ -3,7 +3,7 @@
 # In the order in which help texts list them.
 # isort: off
 from layer_surgery.healing.losses import cross_entropy, divergences, decoupled, class_aware, stepping_stones
-from layer_surgery.healing.losses import states, alignment, attention
+from layer_surgery.healing.losses import states, alignment, attention, vectors
 
 # isort: on
 from layer_surgery.healing.losses.inputs import (
@@ -14,5 +14,6 @@ from layer_surgery.healing.losses.inputs import (
     TeacherKind,
     TeacherLogits,
     TokenLogits,
+    VectorPair,
 )
 from layer_surgery.healing.losses.registry import LOSSES, PER_TOKEN, LossEntry

@@ -1,6 +1,6 @@
 """Inputs of the losses: what teacher and student say of some tokens, and the states that they pass on the way.
 
-Shapes: n tokens, V vocabulary, k entries of a sparse record, B sequences of S tokens, D hidden, H heads.
+Shapes: n tokens, V vocabulary, k entries of a sparse record, B sequences of S tokens, D hidden, H heads, m texts.
 """
 
 from __future__ import annotations
@@ -49,6 +49,14 @@ class StatePair:
     student: Tensor  #: [n, D], with graph.
     teacher: Tensor  #: [n, D], detached.
     position: int  #: 0.. from the embedding's side.
+
+
+@dataclass(frozen=True)
+class VectorPair:
+    """Embeddings of the same m texts, of any length other than 0; their numbers of dimensions may differ."""
+
+    student: Tensor  #: [m, D], float32 or better, with graph.
+    teacher: Tensor  #: [m, T], of the same dtype, detached.
 
 
 @dataclass(frozen=True)

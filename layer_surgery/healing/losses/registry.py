@@ -16,9 +16,9 @@ from layer_surgery.healing.losses.inputs import TeacherKind
 from layer_surgery.registry import Registry
 
 _LISTED = {**LOSS_CHOICES, **OTHER_LOSSES}
-Needs = Literal["labels", "logits", "states", "attention", "relations", "stones"]
-"""What a loss is a function of: `TokenLogits` without a teacher; with one; a sequence of `StatePair`, of
-`AttentionPair` or of `RelationPair`; `Stones`."""
+Needs = Literal["labels", "logits", "states", "vectors", "attention", "relations", "stones"]
+"""What a loss is a function of: `TokenLogits` without a teacher; with one; a sequence of `StatePair`;
+`VectorPair`; a sequence of `AttentionPair` or of `RelationPair`; `Stones`."""
 PER_TOKEN: tuple[Needs, ...] = ("labels", "logits", "stones")
 """Needs of the losses that return nats for each token [n]; the others return one mean."""
 

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from layer_surgery import parallel
 from layer_surgery.data.tokens import PackedTokens
-from layer_surgery.errors import LayerSurgeryError
+from layer_surgery.errors import LayerSurgeryError, NumericalError
 from layer_surgery.healing.capture import DenseTeacher, KeptStore, Reduce, TeacherStatesStore, asked
+from layer_surgery.healing.losses.registry import Needs
 from layer_surgery.healing.relations import Relations, TeacherAttentionStore, last_attention
 from layer_surgery.healing.rewrite import greedy, load_rewritten, prompts, rewritten, save_rewritten
 from layer_surgery.healing.student import Student
@@ -28,6 +29,7 @@ from layer_surgery.healing.windows import HealingData
 from layer_surgery.runs.healing.prepare import PreparedHealing, stop_tokens
 from layer_surgery.runs.session import Session
 from layer_surgery.walk.boundaries import BoundaryStore
+from layer_surgery.walk.finite import remedy
 from layer_surgery.walk.streamed import StreamedModel
 
 
@@ -77,23 +79,52 @@ class Asking:
         self._session.ui.note(f"healing: {count:,} answers of {answered.sequences:,} are the original's own")
         return replace(data, train=answered)
 
-    def ask(self, student: Student, data: HealingData) -> None:
-        """Take what the losses need of the original, once, and give it to the student."""
+    def ask(self, student: Student, data: HealingData) -> HealingData:
+        """Take what the losses need of the original, once, and give it to the student.
+
+        Returns the data, of an embedding model with the original's vectors as the labels of what is trained on.
+        """
         needs = {loss.entry.needs for loss in self._losses}
-        if not needs & {"logits", "states", "relations"}:
-            return
-        tokens, depth = data.train, self._teacher.checkpoint.layer_count
+        tokens = data.train
+        layers = [layer for _, layer in self._pairs] if "states" in needs else []
+        if tokens.objective.problem == "embedding":
+            student.states = self._states(tokens, layers) if layers else None
+            return replace(data, train=self._embedded(tokens, [student.states] if student.states else []))
+        if needs & {"logits", "states", "relations"}:
+            self._ask_head(student, tokens, needs, layers)
+        return data
+
+    def embedded(self, tokens: PackedTokens) -> PackedTokens:
+        """Return texts with the vectors that an original which embeds gives for them as their labels."""
+        return self._embedded(tokens, [])
+
+    def _embedded(self, tokens: PackedTokens, stores: Sequence[KeptStore]) -> PackedTokens:
+        vectors = self._whole_outputs(tokens, [1] * tokens.sequences, stores)
+        bad = ~torch.isfinite(vectors).all(dim=1) | (vectors == 0).all(dim=1)
+        if bad.any():
+            raise NumericalError(
+                f"the embeddings that {self._teacher.checkpoint.name} gives for {int(bad.sum())} of {len(bad)} texts "
+                f"of '{tokens.name}' are not finite or 0; {remedy(self._teacher.dtype)}."
+            )
+        self.bytes_per_token = float(vectors.shape[1] * vectors.dtype.itemsize)
+        return replace(tokens, labels=vectors)
+
+    def _ask_head(self, student: Student, tokens: PackedTokens, needs: set[Needs], layers: list[int]) -> None:
+        """Take outputs, states and relations of an original that has a head."""
+        depth = self._teacher.checkpoint.layer_count
         classifier, temperature = tokens.objective.labelled, self._kept_temperature()
         whole = "logits" in needs and temperature is None and not classifier
-        layers = [layer for _, layer in self._pairs] if "states" in needs else []
         if whole and depth - 1 not in layers:
             layers.append(depth - 1)
         model = self._teacher.stream(self._teacher.checkpoint)
         states = self._states(tokens, layers) if layers else None
         relations = self._relations(tokens, model.dtype) if "relations" in needs else None
         stores: list[KeptStore] = [store for store in (states, relations) if store is not None]
-        if classifier:
-            self._ask_classifier(student, model, tokens, stores, outputs="logits" in needs)
+        if classifier and "logits" in needs:
+            items = tokens.loss_mask.sum(dim=1).tolist()
+            rows = self._whole_outputs(tokens, items, stores)
+            student.outputs = TeacherRows(rows, items, tokens.objective)
+            self.bytes_per_token = float(rows.shape[1] * rows.dtype.itemsize)
         elif "logits" in needs and temperature is not None:
             self._ask_language_model(student, model, tokens, temperature, stores)
         else:
@@ -140,30 +171,21 @@ class Asking:
         student.outputs = cache.records()
         self.bytes_per_token = round(cache.nbytes / max(1, tokens.predicted_tokens), 2)
 
-    def _ask_classifier(
-        self,
-        student: Student,
-        model: StreamedModel,
-        tokens: PackedTokens,
-        stores: Sequence[KeptStore],
-        *,
-        outputs: bool,
-    ) -> None:
-        """Take the whole outputs of a head with few of them, and fill the stores."""
-        items = tokens.loss_mask.sum(dim=1).tolist()
-        identity, note = self._identity(tokens), self._session.ui.note
-        folder = self._config.teacher_cache
+    def _whole_outputs(self, tokens: PackedTokens, items: list[int], stores: Sequence[KeptStore]) -> Tensor:
+        """Return the outputs [n, L] of a head with few of them, from the cache or the original; fill the stores too.
+
+        `items` is how many of them each sequence has.
+        """
+        identity, folder = self._identity(tokens), self._config.teacher_cache
         key = _sha256(json.dumps(asdict(identity), sort_keys=True))[:24]
         file = folder / f"outputs-{key}.safetensors" if folder is not None else None
-        rows = stored_rows(file, identity, items, note) if file is not None and outputs else None
-        if stores or (outputs and rows is None):
-            reduce = (lambda logits, _window: [logits]) if outputs and rows is None else None
-            found = [*self._kept_of(model, tokens, slice(0, tokens.sequences), reduce, stores)]
-            if reduce is not None:
-                rows = captured_rows((piece for (piece,) in found), file, identity)
-        if rows is not None:
-            student.outputs = TeacherRows(rows, items, tokens.objective)
-            self.bytes_per_token = float(rows.shape[1] * rows.dtype.itemsize)
+        rows = stored_rows(file, identity, items, self._session.ui.note) if file is not None else None
+        if rows is not None and not stores:
+            return rows
+        model = self._teacher.stream(self._teacher.checkpoint)
+        reduce = (lambda outputs, _window: [outputs]) if rows is None else None
+        found = [*self._kept_of(model, tokens, slice(0, tokens.sequences), reduce, stores)]
+        return rows if rows is not None else captured_rows((piece for (piece,) in found), file, identity)
 
     def _kept_of(
         self,

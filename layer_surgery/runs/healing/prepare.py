@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from layer_surgery import parallel
-from layer_surgery.checkpoint.heads import CAUSAL_LM
+from layer_surgery.checkpoint.heads import CAUSAL_LM, EMBEDDING
+from layer_surgery.checkpoint.open import Checkpoint
 from layer_surgery.config import HealingConfig
+from layer_surgery.config.choices import DEFAULT_EMBEDDING_LOSSES, DEFAULT_LOSSES
 from layer_surgery.config.inputs import TextConfig
 from layer_surgery.data import load_documents, pack_evaluation
 from layer_surgery.data.tokens import PackedTokens
@@ -24,6 +27,8 @@ from layer_surgery.runs.bench import GENERAL_TEXT
 from layer_surgery.runs.provenance import described_tokens
 from layer_surgery.runs.session import Session
 
+#: Fewest texts of which some are more alike than others.
+_FEWEST_COMPARED = 3
 #: Most windows that are packed where minutes are the budget: how many will be used is known only after the probe.
 _MOST_WINDOWS = 1 << 15
 
@@ -39,7 +44,7 @@ class PreparedHealing:
 
 
 def prepare_healing(
-    session: Session, config: HealingConfig, text: TextConfig, option: str = "--data"
+    session: Session, config: HealingConfig, text: TextConfig, option: str = "--data", *, fewer_dimensions: bool = False
 ) -> PreparedHealing:
     """Load the text and check the options, before any work is done.
 
@@ -47,6 +52,7 @@ def prepare_healing(
         session: of the original or the result, whose tokenizers are the same.
         text: length of the sequences, and column.
         option: what errors call the option that names the text.
+        fewer_dimensions: whether the embeddings of the result have fewer numbers than those of the original.
 
     Raises `UserError` for what cannot be done.
     """
@@ -57,8 +63,10 @@ def prepare_healing(
             f"--teacher-rewrite has a causal language model write answers, but {original.name} is a "
             f"{original.head.words}; leave it out."
         )
-    losses = parse_losses(config.loss)
-    unknown = [loss.name for loss in losses if loss.entry.needs not in ("labels", "logits", "states", "relations")]
+    losses = parse_losses(config.loss if config.loss is not None else _default_losses(original, fewer_dimensions))
+    unknown = [
+        loss.name for loss in losses if loss.entry.needs not in ("labels", "logits", "states", "relations", "vectors")
+    ]
     if unknown:
         raise UserError(
             f"--loss {unknown[0]} needs the original beside the student, which is not in memory here; take losses over "
@@ -66,6 +74,7 @@ def prepare_healing(
         )
     check_losses(losses, objective)
     check_relations(losses, original)
+    _check_vectors(losses, config, fewer_dimensions)
     _check_processes(config)
     if config.train == "lora":
         if "local" in config.stages:
@@ -77,7 +86,7 @@ def prepare_healing(
             f"--resume {config.resume} is no checkpoint of a training; give --checkpoints' DIR/checkpoint-N."
         )
     windows = _MOST_WINDOWS
-    if config.tokens is not None and not objective.labelled:  # examples are as long as they are
+    if config.tokens is not None and not objective.apart:  # else they are as long as they are
         windows = max(1, math.ceil(config.tokens / text.sequence_length))
     tokens = session.healing_tokens(config.data, text, windows + most_held_out(objective), option)
     data = healing_data(tokens, _general_text(session, config, tokens), config.general, session.runtime.seed)
@@ -92,6 +101,28 @@ def prepare_healing(
             "an end-of-text token); leave it out, or pass rows with prompt and answer."
         )
     return PreparedHealing(config=config, losses=losses, data=data, described=described)
+
+
+def _default_losses(original: Checkpoint, fewer_dimensions: bool) -> tuple[str, ...]:
+    """Return the losses that a model is healed by unless the user names some."""
+    if original.head is not EMBEDDING:
+        return DEFAULT_LOSSES
+    return DEFAULT_EMBEDDING_LOSSES[1:] if fewer_dimensions else DEFAULT_EMBEDDING_LOSSES
+
+
+def _check_vectors(losses: Sequence[WeightedLoss], config: HealingConfig, fewer_dimensions: bool) -> None:
+    """Raise `UserError` for losses between embeddings that cannot be computed."""
+    for loss in losses:
+        if loss.name == "embedding_cosine" and fewer_dimensions:
+            raise UserError(
+                f"--loss {loss.name} compares each embedding with the original's, which has more numbers; leave it "
+                "out, and take embedding_similarity and embedding_relative."
+            )
+        if loss.entry.needs == "vectors" and config.step_sequences < _FEWEST_COMPARED:
+            raise UserError(
+                f"--step-sequences is {config.step_sequences}, but --loss {loss.name} compares the texts of a step "
+                f"with each other; allowed: {_FEWEST_COMPARED} or more."
+            )
 
 
 def _check_processes(config: HealingConfig) -> None:

@@ -119,6 +119,8 @@ class _Healing:
         training = Training(curve=[], best_step=None, steps=0)
         with self._session.stage("heal"), self._kept:
             checkpoint = self._checkpoint
+            if self._data.train.objective.problem == "embedding":
+                self._data = self._held_out_embedded()
             if config.teacher_rewrite:
                 self._data = self._asking.rewritten(self._data)
             if "local" in config.stages:
@@ -129,7 +131,7 @@ class _Healing:
                 probed = self._probe(student)
                 steps = self._steps(probed)
                 self._data = self._data.first(steps * config.step_sequences)
-                self._asking.ask(student, self._data)
+                self._data = self._asking.ask(student, self._data)
                 rate = probed.best if probed is not None else config.learning_rate
                 training = self._train(student, steps, rate or LEARNING_RATES[0])
                 if training.best_step is not None:
@@ -156,6 +158,15 @@ class _Healing:
         )
         return Healed(checkpoint=checkpoint, record=record)
 
+    def _held_out_embedded(self) -> HealingData:
+        """Return the data with the original's vectors of the texts that are not trained on."""
+        watched = self._data.watched
+        return replace(
+            self._data,
+            validation=self._asking.embedded(self._data.validation),
+            watched=None if watched is None else self._asking.embedded(watched),
+        )
+
     def _student(self, checkpoint: Checkpoint) -> Student:
         """Load a student whole, with adapters if these are trained."""
         device, dtype = self._session.device, self._session.dtype
@@ -176,9 +187,10 @@ class _Healing:
             for position in changed_positions(self._plan)
         ]
         windows = slice(0, min(LOCAL_WINDOWS, self._data.data_windows))
+        train = self._data.train.select(windows)
         data = replace(
             self._data,
-            train=self._data.train.select(windows),
+            train=self._asking.embedded(train) if train.objective.problem == "embedding" else train,
             order=torch.arange(windows.stop),
             data_windows=windows.stop,
             watched=None,
@@ -243,7 +255,7 @@ class _Healing:
             return None
         few = self._data.first(PROBE_STEPS * self._config.step_sequences)
         start = time.monotonic()
-        self._asking.ask(student, few)
+        few = self._asking.ask(student, few)
         self._seconds_a_window = (time.monotonic() - start) / few.train.sequences
         rates = LEARNING_RATES if rate is None else (rate,)
         settings = self._settings("probe", steps=PROBE_STEPS, rate=rates[0])
@@ -263,7 +275,7 @@ class _Healing:
     def _steps(self, probed: Probe | None) -> int:
         """Return how many steps the budget allows."""
         sequences, length = self._config.step_sequences, float(self._data.train.sequence_length)
-        if self._data.train.objective.labelled:  # one example a sequence, most of them shorter than the longest
+        if self._data.train.objective.apart:  # most sequences are shorter than the longest
             length = int(self._data.train.valid.sum()) / self._data.train.sequences
         if self._config.tokens is not None:
             return max(1, math.ceil(self._config.tokens / (sequences * length)))
@@ -281,12 +293,14 @@ class _Healing:
 
     def _settings(self, name: str, *, steps: int, rate: float) -> TrainingSettings:
         config, session = self._config, self._session
+        embeds = self._data.train.objective.problem == "embedding"
         held_out = sum(text.sequences for text in self._data.texts.values())
         return TrainingSettings(
             steps=steps,
             learning_rate=rate,
             step_sequences=config.step_sequences,
-            batch_size=session.runtime.batch_size,
+            # Texts are compared within a micro-batch: all of a step are to be in one.
+            batch_size=max(session.runtime.batch_size, config.step_sequences if embeds else 1),
             seed=session.runtime.seed,
             directory=session.new_scratch(name),
             device=session.device,
