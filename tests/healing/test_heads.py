@@ -112,7 +112,7 @@ def test_the_gradient_of_a_step_is_the_same_for_every_micro_batch(
         shape = (tokens.sequences, tokens.sequence_length, teacher.hidden_size)
         with BoundaryStore(shape, torch.float64, torch.device("cpu"), 1 << 24, tmp_path) as store:
             states = TeacherStatesStore(store, list(range(LAYERS)))
-            for _ in asked(teacher, tokens, WalkSettings(batch_size=4), slice(0, 6), states=states):
+            for _ in asked(teacher, tokens, WalkSettings(batch_size=4), slice(0, 6), stores=[states]):
                 pass
             pairs = [(layer, layer) for layer in range(LAYERS)]
             made = student(problem, model_type, tokens, ("kl:1", "hidden:1", "cka:1"), states=states, pairs=pairs)
