@@ -42,7 +42,7 @@ PURE = (
     "vectors.losses",
     "vectors.relative",
     "vectors.storage",
-    "vectors.teachers",
+    "vectors.unit",
     "walk.boundaries",
     "walk.gradients",
     "walk.moments",

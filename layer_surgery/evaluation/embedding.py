@@ -15,7 +15,7 @@ from layer_surgery.evaluation.ranking import change_over_queries, mean_over_quer
 from layer_surgery.evaluation.similarities import agreement
 from layer_surgery.records.embedding import STORAGES, AsymmetricUse, EmbeddingQuality, Estimate, VectorQuality
 from layer_surgery.vectors.storage import bytes_per_vector, prefix, read_back
-from layer_surgery.vectors.teachers import unit
+from layer_surgery.vectors.unit import unit
 
 Array = NDArray[np.float64]
 #: Prefixes are halved down to this many numbers.

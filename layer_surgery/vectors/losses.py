@@ -4,56 +4,13 @@ Method: Zhang et al., Jasper and Stella (https://arxiv.org/abs/2412.19048), sect
 labels and no pairs that are known to be alike. Shapes: m texts, D dimensions of the student, T of the teacher.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from layer_surgery.vectors.relative import relative_similarity
-from layer_surgery.vectors.teachers import unit
 
-#: The paper's weights of the three terms, and its margin.
-COSINE, SIMILARITY, RELATIVE, MARGIN = 10.0, 200.0, 20.0, 0.015
-
-
-class VectorLosses(NamedTuple):
-    """The terms, each weighted; `total` is their sum. All [] with graph."""
-
-    total: Tensor
-    cosine: Tensor
-    similarity: Tensor
-    relative: Tensor
-
-
-def vector_losses(
-    student: Tensor,
-    teacher: Tensor,
-    *,
-    cosine: float = COSINE,
-    similarity: float = SIMILARITY,
-    relative: float = RELATIVE,
-    margin: float = MARGIN,
-) -> VectorLosses:
-    """Return the weighted terms of one batch; a term of weight 0 is not computed.
-
-    Args:
-        student: [m, D] of any length, with graph.
-        teacher: [m, T] of any length; `teachers.joined` for several. D may differ from T only where `cosine` is 0, as
-            in the paper's training of smaller sizes.
-
-    Raises `ValueError` if the numbers of texts differ, or of dimensions with a cosine term, or a vector has no
-    direction.
-    """
-    if len(student) != len(teacher):
-        raise ValueError(f"the student has vectors of {len(student)} texts and the teacher of {len(teacher)}")
-    s, t = unit(student), unit(teacher.detach()).to(student.dtype)
-    nothing = 0.0 * s.sum()
-    terms = [
-        cosine * cosine_distance(s, t) if cosine else nothing,
-        similarity * similarity_error(s, t) if similarity else nothing,
-        relative * order_error(s, t, margin).to(s.dtype) if relative else nothing,
-    ]
-    return VectorLosses(sum(terms, start=nothing), *terms)
+#: The paper's, in the relative similarity term.
+MARGIN = 0.015
 
 
 def cosine_distance(student: Tensor, teacher: Tensor) -> Tensor:
@@ -61,7 +18,7 @@ def cosine_distance(student: Tensor, teacher: Tensor) -> Tensor:
     if student.shape != teacher.shape:
         raise ValueError(
             f"a cosine term needs vectors of the same size, and the student's have {student.shape[1]} numbers where "
-            f"the teacher's have {teacher.shape[1]}; project them first, or give the term weight 0"
+            f"the teacher's have {teacher.shape[1]}; leave it out"
         )
     return (1 - (student * teacher).sum(dim=1)).sum()
 

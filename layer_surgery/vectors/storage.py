@@ -6,7 +6,7 @@ Shapes: n texts, D numbers of a vector.
 import torch
 from torch import Tensor
 
-from layer_surgery.vectors.teachers import unit
+from layer_surgery.vectors.unit import unit
 
 #: Bits of a number.
 BITS = {"float32": 32, "int8": 8, "binary": 1}

@@ -18,7 +18,7 @@ from layer_surgery.evaluation.embedding import RetrievalVectors, TextVectors, em
 from layer_surgery.evaluation.ranking import change_over_queries, mean_over_queries, ndcg
 from layer_surgery.evaluation.similarities import agreement, agreement_change
 from layer_surgery.vectors.storage import bytes_per_vector, prefix, read_back
-from layer_surgery.vectors.teachers import unit
+from layer_surgery.vectors.unit import unit
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
