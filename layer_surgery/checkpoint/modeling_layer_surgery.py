@@ -207,9 +207,11 @@ class LowRankLinear(nn.Module):
         return product
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map [..., in] to [..., out]."""
+        """Map [..., in] to [..., out]; at rank 0 to zeros, as a product in training only: then what stands before has a
+        gradient (of zeros), and wrappers as DDP wait for one of every parameter."""
         y: torch.Tensor
-        y = self.out_factor(self.in_factor(x)) if self.rank else x.new_zeros(*x.shape[:-1], self.out_features)
+        product = self.rank > 0 or self.training
+        y = self.out_factor(self.in_factor(x)) if product else x.new_zeros(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:

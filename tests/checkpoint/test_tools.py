@@ -74,6 +74,12 @@ def stock(directory: Path, auto_class: Any = AutoModelForCausalLM, **options: An
     return model.eval()
 
 
+def test_every_parameter_has_a_gradient_in_training(result: Path) -> None:
+    model = stock(result).train()
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
+
+
 # The configuration
 
 
