@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -12,8 +13,11 @@ from layer_surgery.healing.training import TrainingSettings, regret, train
 from layer_surgery.healing.windows import HealingData
 from layer_surgery.records import ProbePoint
 
-#: Learning rates that are tried, the likeliest first.
-LEARNING_RATES = (3e-4, 1e-3, 1e-4)
+#: Learning rates that may be tried, from the lowest, and the likeliest, which is tried first.
+LEARNING_RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3)
+LIKELIEST = 3e-4
+#: How many of them are tried at most.
+MOST_RATES = 4
 #: Steps with each, and the held-out windows that they are compared on.
 PROBE_STEPS, PROBE_WINDOWS = 10, 16
 #: The same of examples and of single texts, which say less each.
@@ -36,9 +40,13 @@ def probe(
     rates: Sequence[float] = LEARNING_RATES,
     advance: Callable[[], None] = lambda: None,
 ) -> Probe:
-    """Train a student for a few steps with each learning rate, from the same weights and on the same windows.
+    """Train a student for a few steps with some learning rates, from the same weights and on the same windows.
 
     The student has its own weights again at the end. After `settings.seconds` no further rate is begun.
+
+    Args:
+        rates: from the lowest; which of them are tried, `downhill` says.
+        advance: called after each step.
     """
     compared = slice(0, PROBE_EXAMPLES if data.validation.objective.apart else PROBE_WINDOWS)
     validation = data.validation.select(compared)
@@ -48,14 +56,17 @@ def probe(
     begun = student.save(settings.directory / "probe-begin")
     points: list[ProbePoint] = []
     seconds, began, limit = 0.0, time.monotonic(), settings.seconds
-    for number, rate in enumerate(rates):
+
+    def attempt(rate: float) -> float | None:
+        """Return the regret after a few steps with a rate; none if it cannot be told, or the time is up."""
+        nonlocal seconds
         if points and limit is not None and parallel.from_first(lambda: time.monotonic() - began > limit):
-            break
+            return None
         short = replace(
             settings,
             steps=PROBE_STEPS,
             learning_rate=rate,
-            directory=settings.directory / f"probe-{number}",
+            directory=settings.directory / f"probe-{len(points)}",
             validations=1,
             seconds=None,
             keep_state=False,
@@ -64,9 +75,41 @@ def probe(
         start = time.monotonic()
         trained = train(student, few, short, unhealed=unhealed, advance=advance)
         seconds = time.monotonic() - start
-        last = regret(trained.curve[-1].validation, unhealed)
-        points.append(ProbePoint(learning_rate=rate, regret=last if trained.stopped is None else None))
+        last = regret(trained.curve[-1].validation, unhealed) if trained.stopped is None else None
+        points.append(ProbePoint(learning_rate=rate, regret=last))
         student.load(begun)
-    regrets = {point.learning_rate: point.regret for point in points if point.regret is not None}
-    best = min(regrets, key=lambda rate: regrets[rate]) if regrets else min(rates)
+        return last
+
+    best = downhill(rates, LIKELIEST, attempt)
     return Probe(points, best, parallel.from_first(lambda: seconds) / PROBE_STEPS)
+
+
+def downhill(rates: Sequence[float], first: float, attempt: Callable[[float], float | None]) -> float:
+    """Return the best of at most `MOST_RATES` learning rates, which are tried from a first one downhill.
+
+    A rate that made the model worse was more likely too high than too low, and one that made it better may be raised:
+    so the neighbour on that side comes next, and the one on the other side if it was no better. Then it goes on the way
+    that gains.
+
+    Args:
+        rates: from the lowest.
+        first: the one nearest to it comes first.
+        attempt: returns what a rate costs, below 0 if it gained; none if it is not to be taken.
+    """
+    at = min(range(len(rates)), key=lambda number: abs(math.log(rates[number] / first)))
+    found = {at: attempt(rates[at])}
+    best, least = at, _cost(found[at])
+    way = 1 if least < 0 else -1
+    for direction in (way, -way):
+        if best != at:
+            break
+        while len(found) < MOST_RATES and 0 <= (there := best + direction) < len(rates):
+            found[there] = attempt(rates[there])
+            if _cost(found[there]) >= least:
+                break
+            best, least = there, _cost(found[there])
+    return rates[best] if math.isfinite(least) else min(rates[number] for number in found)
+
+
+def _cost(regret: float | None) -> float:
+    return math.inf if regret is None else regret

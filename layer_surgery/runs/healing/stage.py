@@ -24,7 +24,7 @@ from layer_surgery.evaluation.perplexity import window_losses
 from layer_surgery.healing.adapters import add_adapters
 from layer_surgery.healing.local import GradientMoments, LayerStudent, Place
 from layer_surgery.healing.pairs import layer_pairs
-from layer_surgery.healing.probe import LEARNING_RATES, PROBE_STEPS, Probe, probe
+from layer_surgery.healing.probe import LEARNING_RATES, LIKELIEST, MOST_RATES, PROBE_STEPS, Probe, probe
 from layer_surgery.healing.relations import check_relations
 from layer_surgery.healing.student import Student
 from layer_surgery.healing.trainable import changed_positions, trained_names
@@ -133,7 +133,7 @@ class _Healing:
                 self._data = self._data.first(steps * config.step_sequences)
                 self._data = self._asking.ask(student, self._data)
                 rate = probed.best if probed is not None else config.learning_rate
-                training = self._train(student, steps, rate or LEARNING_RATES[0])
+                training = self._train(student, steps, rate or LIKELIEST)
                 if training.best_step is not None:
                     checkpoint = self._better(checkpoint, self._as_saved(checkpoint, student))
         record = HealingRecord(
@@ -228,7 +228,7 @@ class _Healing:
         prefix = self._checkpoint.layer_prefix(place.position)
         one.unfreeze({name.removeprefix(prefix) for name in names if name.startswith(prefix)})
         before = one.measure("validation", data.validation, self._session.runtime.batch_size)
-        settings = self._settings("layer", steps=LOCAL_STEPS, rate=LEARNING_RATES[0])
+        settings = self._settings("layer", steps=LOCAL_STEPS, rate=LIKELIEST)
         if self._config.budget_minutes is not None:
             settings = replace(settings, seconds=max(1.0, _LOCAL_SHARE * 60 * self._config.budget_minutes / layers))
         rate = self._config.learning_rate or probe(one, data, settings).best
@@ -258,10 +258,10 @@ class _Healing:
         few = self._asking.ask(student, few)
         self._seconds_a_window = (time.monotonic() - start) / few.train.sequences
         rates = LEARNING_RATES if rate is None else (rate,)
-        settings = self._settings("probe", steps=PROBE_STEPS, rate=rates[0])
+        settings = self._settings("probe", steps=PROBE_STEPS, rate=LIKELIEST)
         if self._config.budget_minutes is not None:
             settings = replace(settings, seconds=_PROBE_SHARE * 60 * self._config.budget_minutes)
-        with self._session.ui.progress("trying learning rates", len(rates) * PROBE_STEPS) as advance:
+        with self._session.ui.progress("trying learning rates", min(len(rates), MOST_RATES) * PROBE_STEPS) as advance:
             found = probe(student, few, settings, rates, advance)
         tried = ", ".join(
             f"{point.learning_rate:g}: " + ("not finite" if point.regret is None else f"{point.regret:+.4f}")
