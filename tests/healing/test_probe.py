@@ -8,21 +8,23 @@ import pytest
 
 from layer_surgery.healing.probe import LEARNING_RATES, LIKELIEST, MOST_RATES, downhill
 
-NAN = None
+NAN = None  # what the training says of a loss that is not finite
 
 
 @pytest.mark.parametrize(
     ("costs", "tried", "best"),
     [
-        pytest.param({3e-4: 0.015, 1e-4: 0.002, 3e-5: -0.001, 1e-5: -0.0005}, [3e-4, 1e-4, 3e-5, 1e-5], 3e-5, id="too high"),
+        pytest.param(
+            {3e-4: 0.015, 1e-4: 0.002, 3e-5: -0.001, 1e-5: 0.0}, [3e-4, 1e-4, 3e-5, 1e-5], 3e-5, id="too high"
+        ),
         pytest.param({3e-4: 0.015, 1e-4: 0.02, 1e-3: -0.01}, [3e-4, 1e-4, 1e-3], 1e-3, id="worse below"),
         pytest.param({3e-4: -0.1, 1e-3: -0.2}, [3e-4, 1e-3], 1e-3, id="higher gains more"),
         pytest.param({3e-4: -0.1, 1e-3: 0.3, 1e-4: -0.05}, [3e-4, 1e-3, 1e-4], 3e-4, id="the likeliest is best"),
-        pytest.param({3e-4: -0.1, 1e-3: NAN, 1e-4: -0.2, 3e-5: -0.1}, [3e-4, 1e-3, 1e-4, 3e-5], 1e-4, id="diverges above"),
+        pytest.param({3e-4: -0.1, 1e-3: NAN, 1e-4: -0.2, 3e-5: -0.1}, [3e-4, 1e-3, 1e-4, 3e-5], 1e-4, id="diverges"),
         pytest.param({3e-4: NAN, 1e-4: 0.1, 3e-5: 0.2}, [3e-4, 1e-4, 3e-5], 1e-4, id="none gains"),
         pytest.param({3e-4: NAN, 1e-4: NAN, 1e-3: NAN}, [3e-4, 1e-4, 1e-3], 1e-4, id="all diverge"),
     ],
-)  # fmt: skip
+)
 def test_the_probe_goes_downhill(costs: dict[float, float | None], tried: list[float], best: float) -> None:
     asked: list[float] = []
 
