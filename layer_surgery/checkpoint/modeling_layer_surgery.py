@@ -167,6 +167,13 @@ class SmallFactor(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(0.02 * torch.randn(out_features, in_features, device=device, dtype=dtype))
 
+    def train(self, mode: bool = True) -> SmallFactor:
+        """Take a weight without elements out of what is trained, where loading has put it: DDP waits for its gradient,
+        and FSDP2 fails on one."""
+        if self.weight.numel() == 0:
+            self.weight.requires_grad_(False)
+        return super().train(mode)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map [..., in] to [..., out]."""
         return nn.functional.linear(x, self.weight)
@@ -208,7 +215,7 @@ class LowRankLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map [..., in] to [..., out]; at rank 0 to zeros, as a product in training only: then what stands before has a
-        gradient (of zeros), and wrappers as DDP wait for one of every parameter."""
+        gradient (of zeros), for which DDP waits."""
         y: torch.Tensor
         product = self.rank > 0 or self.training
         y = self.out_factor(self.in_factor(x)) if product else x.new_zeros(*x.shape[:-1], self.out_features)

@@ -74,10 +74,12 @@ def stock(directory: Path, auto_class: Any = AutoModelForCausalLM, **options: An
     return model.eval()
 
 
-def test_every_parameter_has_a_gradient_in_training(result: Path) -> None:
+def test_what_is_trained_has_elements_and_a_gradient(result: Path) -> None:
     model = stock(result).train()
     model(input_ids=IDS, labels=IDS).loss.backward()
-    assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert [name for name, parameter in trained.items() if parameter.grad is None or not parameter.numel()] == []
+    assert all(not parameter.numel() for name, parameter in model.named_parameters() if name not in trained)
 
 
 # The configuration
