@@ -17,6 +17,7 @@ from layer_surgery.checkpoint.contents import CODE_FILE, TEMPLATES_FOLDER
 from layer_surgery.checkpoint.conversion import as_stored
 from layer_surgery.checkpoint.open import Checkpoint, open_checkpoint
 from layer_surgery.checkpoint.tensors import INDEX_FILE, SAFETENSORS_DTYPES, SINGLE_FILE, SafetensorsSource, TensorSpec
+from layer_surgery.disk.reading import read_json
 from layer_surgery.errors import CheckpointError, LayerSurgeryError, NumericalError
 from layer_surgery.machine import release_freed_memory
 from layer_surgery.progress import Progress, no_progress
@@ -28,6 +29,8 @@ COMPANIONS = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "*.tiktoken"),
     *("chat_template*", "*.jinja", "generation_config.json", "LICENSE*", "LICENCE*", "NOTICE*"),
 )
+#: Classes of tokenizers, without `Fast`, that have nothing of their own beside `tokenizer.json`.
+_GENERIC_TOKENIZERS = ("PreTrainedTokenizer", "TokenizersBackend")
 #: Freed memory goes back to the system after tensors of at least this size.
 _LARGE_BYTES = 1 << 20
 _DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
@@ -66,6 +69,8 @@ def save_checkpoint(
     if checkpoint.embedder is not None:
         checkpoint.embedder.save(directory)
     _copy_companions(base, directory, tokenizer)
+    if checkpoint.low_rank or checkpoint.narrowed:
+        _name_tokenizer_class(base, directory, tokenizer)
 
 
 def check_saved(directory: Path, checkpoint: Checkpoint) -> None:
@@ -199,6 +204,24 @@ def _copy_companions(base: Checkpoint, directory: Path, tokenizer: PreTrainedTok
         tokenizer.save_pretrained(directory)
     if isinstance(base.generation_config, GenerationConfig):
         base.generation_config.save_pretrained(directory)
+
+
+def _name_tokenizer_class(base: Checkpoint, directory: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """Have `tokenizer_config.json` say which class the tokenizer that was copied from `base` is of.
+
+    Where it does not, or says what is known to be wrong, transformers goes by the type of the model; of a result with
+    the modelling file that is another one, and special tokens that are the class's own would be missing.
+    """
+    if tokenizer is None or base.directory is None or tokenizer.name_or_path != str(base.directory):
+        return
+    file = directory / "tokenizer_config.json"
+    settings = read_json(file) if file.is_file() else {}
+    found = type(tokenizer).__name__.removesuffix("Fast")
+    said = str(settings.get("tokenizer_class") or "").removesuffix("Fast")
+    generic = found in _GENERIC_TOKENIZERS
+    if settings.get("auto_map") or found == said or (generic and said in ("", *_GENERIC_TOKENIZERS)):
+        return
+    write_json(file, settings | {"tokenizer_class": "PreTrainedTokenizerFast" if generic else found})
 
 
 def write_json(path: Path, data: Any) -> None:

@@ -25,10 +25,24 @@ def label_number(value: object, objective: Objective, at: str) -> int:
 
 
 def label_set(value: object, objective: Objective, at: str) -> list[float]:
-    """Return 1 for every label of the head that is among those given (one, or a list), else 0."""
-    given = value if isinstance(value, list | tuple) else [value]
-    chosen = {label_number(each, objective, at) for each in given}
-    return [float(number in chosen) for number in range(len(objective.labels))]
+    """Return 1 for every label of the head that is among those given, else 0.
+
+    Args:
+        value: a label, a list of labels, or a list of true and false (or 1.0 and 0.0) with one for each of the head's.
+
+    Raises `DataError`, which begins with `at`, also for a list of whole numbers that may be meant in either way.
+    """
+    given = list(value) if isinstance(value, list | tuple) else [value]
+    count = len(objective.labels)
+    if len(given) == count and all(isinstance(each, bool | float) and each in (0, 1) for each in given):
+        return [float(each) for each in given]  # type: ignore[arg-type]
+    chosen = [label_number(each, objective, at) for each in given]
+    if len(set(chosen)) < len(chosen) or (chosen in ([0, 1], [1, 0]) and count == 2 and chosen == given):
+        raise DataError(
+            f"{at}: the labels {value!r} may be numbers of labels, or 0 or 1 for each of the head's {count}; write "
+            "each label once, by its name, or true or false for each of the head's."
+        )
+    return [float(number in chosen) for number in range(count)]
 
 
 def numbers(value: object, objective: Objective, at: str) -> list[float]:

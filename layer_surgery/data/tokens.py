@@ -52,8 +52,8 @@ class PackedTokens:
     of the latter is True at the first token of each sequence, and there only."""
     segments: Tensor | None = None  #: [N, S] int64, which of two texts a token is of, where the model wants to know.
     documents: Tensor | None = None
-    """[N] int64, which document each sequence is a window of, where a document may have several; its windows stand one
-    behind the other. What is counted by example is counted by document then."""
+    """[N] int64, which document each sequence is a window of, where a document may have several. In evaluation data its
+    windows stand one behind the other, and what is counted by example is counted by document."""
 
     @property
     def sequences(self) -> int:
@@ -134,7 +134,7 @@ def packed_tokens(
 def joined(name: str, parts: Sequence[PackedTokens], order: Tensor | slice = slice(None)) -> PackedTokens:
     """Return the sequences of several records in one, padded to the longest, in the given order ([N] int64).
 
-    Which of them are windows of one document is not known of the result.
+    Documents of different records are different ones.
     """
     length = max(part.sequence_length for part in parts)
     objective = parts[0].objective
@@ -162,4 +162,16 @@ def joined(name: str, parts: Sequence[PackedTokens], order: Tensor | slice = sli
         labels=together,
         segments=stacked(told, 0) if any(each is not None for each in segments) else None,
     )
-    return replace(mixed, objective=objective)
+    return replace(mixed, objective=objective, documents=_joined_documents(parts, order))
+
+
+def _joined_documents(parts: Sequence[PackedTokens], order: Tensor | slice) -> Tensor | None:
+    """Return which document each sequence is of; None if each is one by itself."""
+    if all(part.documents is None for part in parts):
+        return None
+    found, first = [], 0
+    for part in parts:
+        documents = torch.arange(part.sequences) if part.documents is None else part.documents
+        found.append(first + documents)
+        first += int(documents.max()) + 1
+    return torch.cat(found)[order]

@@ -53,7 +53,7 @@ class HealingData:
 
 
 def healing_data(tokens: PackedTokens, general: PackedTokens | None, share: float, seed: int) -> HealingData:
-    """Divide text into what is trained on and what is held out.
+    """Divide text into what is trained on and what is held out. All windows of a document are on one side.
 
     Args:
         tokens: the data, in an order that is random already.
@@ -63,8 +63,12 @@ def healing_data(tokens: PackedTokens, general: PackedTokens | None, share: floa
 
     Raises `DataError` if too few windows would be left.
     """
-    held_out = min(most_held_out(tokens.objective), tokens.sequences // HELD_OUT)
-    if held_out < LEAST_HELD_OUT:
+    held_out = _held_out(tokens)
+    if held_out.all():
+        raise DataError(
+            f"'{tokens.name}' is one long example, of which no window can be held out that is like no other; pass more."
+        )
+    if int(held_out.sum()) < LEAST_HELD_OUT:
         kind = "examples" if tokens.objective.labelled else "texts" if tokens.objective.apart else None
         found = (
             f"has {tokens.sequences} {kind}"
@@ -82,12 +86,28 @@ def healing_data(tokens: PackedTokens, general: PackedTokens | None, share: floa
         apart = min(MOST_HELD_OUT, general.sequences // HELD_OUT)
         watched = general.select(order[:apart]) if apart else None
         general = general.select(order[apart:])
-    return _arranged(tokens.select(slice(held_out, None)), general, share, tokens.select(slice(0, held_out)), watched)
+    return _arranged(tokens.select(~held_out), general, share, tokens.select(held_out), watched)
 
 
 def most_held_out(objective: Objective) -> int:
     """Return how many sequences are held out at most."""
     return MOST_EXAMPLES_HELD_OUT if objective.apart else MOST_HELD_OUT
+
+
+def _held_out(tokens: PackedTokens) -> Tensor:
+    """Return which sequences [N] bool are held out: the first ones.
+
+    Windows of one document share text, so of documents all are, as many documents as it takes.
+    """
+    count = min(most_held_out(tokens.objective), tokens.sequences // HELD_OUT)
+    if tokens.documents is None:
+        return torch.arange(tokens.sequences) < count
+    found = torch.zeros(tokens.sequences, dtype=torch.bool)
+    for document in dict.fromkeys(tokens.documents.tolist()):
+        if int(found.sum()) >= count:
+            break
+        found |= tokens.documents == document
+    return found
 
 
 def _arranged(

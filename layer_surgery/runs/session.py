@@ -392,9 +392,12 @@ def _column(column: str | None, source: str) -> str | None:
 
 def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     """Load the tokenizer beside a checkpoint; `CheckpointError` if there is none that can be used."""
+    # Where its own files do not say the class, it is that of the architecture, which a result says in its own way.
+    base = getattr(checkpoint.config, "base_class", None)
+    told = {} if base is None else {"config": base.from_dict(checkpoint.config_fields)}
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            checkpoint.directory, trust_remote_code=checkpoint.trust_remote_code, local_files_only=True
+            checkpoint.directory, trust_remote_code=checkpoint.trust_remote_code, local_files_only=True, **told
         )
     except Exception as error:  # transformers raises many types here, each about these few files
         reason = " ".join(str(error).split())[:200]

@@ -90,6 +90,7 @@ def test_text_without_labels_is_refused(tmp_path: Path, wanted: Wanted) -> None:
     [
         ("single_label", ["yes", 0, "1", 2.0, True], [2, 0, 1, 2, 1]),
         ("multi_label", [["yes", 0], [], "maybe"], [[1, 0, 1], [0, 0, 0], [0, 1, 0]]),
+        ("multi_label", [[1.0, 0.0, 1.0], [False, False, True]], [[1, 0, 1], [0, 0, 1]]),
         ("regression", [[1, "2", 0.5], [0, 0, -1]], [[1, 2, 0.5], [0, 0, -1]]),
     ],
 )
@@ -111,6 +112,7 @@ def test_labels_by_name_and_by_number(problem: Problem, given: list[Any], expect
         ("single_label", 0.5, "the label 0.5 is none"),
         ("single_label", ["yes"], 'set "problem_type": "multi_label_classification"'),
         ("multi_label", ["yes", "nope"], "the label 'nope' is none"),
+        ("multi_label", [0, 1, 0], "may be numbers of labels, or 0 or 1 for each of the head's 3"),
         ("regression", "high", "is not a list of 3 numbers"),
         ("regression", [1.0, 2.0], "is not a list of 3 numbers"),
         ("regression", [1.0, 2.0, float("nan")], "is not a list of 3 numbers"),
@@ -119,6 +121,18 @@ def test_labels_by_name_and_by_number(problem: Problem, given: list[Any], expect
 def test_labels_that_the_head_does_not_have_are_refused(problem: Problem, label: object, expected: str) -> None:
     with pytest.raises(DataError, match=expected):
         pack_evaluation(labelled(("a", label)), TOKENIZER, sequence_length=16, objective=objective(problem))
+
+
+def test_both_of_two_labels_are_not_taken_for_no_and_yes() -> None:
+    two = objective("multi_label", labels=("no", "yes"))
+    for label, expected in ([0, 1], None), ([0.0, 1.0], [0, 1]), (["no", "yes"], [1, 1]), ([1], [0, 1]):
+        data = labelled(("a", label))
+        if expected is None:
+            with pytest.raises(DataError, match="write each label once, by its name, or true or false"):
+                pack_evaluation(data, TOKENIZER, sequence_length=16, objective=two)
+            continue
+        labels = pack_evaluation(data, TOKENIZER, sequence_length=16, objective=two).labels
+        assert labels is not None and labels.tolist() == [expected]
 
 
 # Packing

@@ -9,11 +9,12 @@ import pytest
 import torch
 from tiny_encoders import encoder_tokenizer
 
-from layer_surgery.data import pack_calibration, pack_evaluation
+from layer_surgery.data import pack_at_most, pack_calibration, pack_evaluation
 from layer_surgery.data.documents import LoadedData, Tagged
 from layer_surgery.data.objective import NO_LABEL, Objective
 from layer_surgery.data.overlap import windows
 from layer_surgery.errors import DataError
+from layer_surgery.healing.windows import healing_data
 
 TOKENIZER = encoder_tokenizer()
 OBJECTIVE = Objective(problem="tags", labels=("O", "B-animal", "I-animal"), padding_id=0, longest=256)
@@ -97,3 +98,24 @@ def test_without_an_overlap_long_examples_are_refused_with_the_way_out() -> None
         DataError, match=r"--window-overlap is 8, but a window of 16 tokens has room for 14 .* 7 or less"
     ):
         packed(tagged(40), overlap=8)
+
+
+@pytest.mark.parametrize("lengths", [[range(20, 40)], [range(20, 40), range(40, 60)], [(300, 310)]])
+def test_no_document_is_trained_on_and_held_out(lengths: list[Any]) -> None:
+    """Windows of one document share words and their tags: what was seen in one would be known in the next."""
+    data, sources = [tagged(*each) for each in lengths], len(lengths)
+    tokens = pack_at_most(
+        data, [1.0] * sources, TOKENIZER, samples=999, sequence_length=16, seed=0, objective=OBJECTIVE, overlap=6
+    )
+    halves = healing_data(tokens, None, 0.0, seed=0)
+    trained, held_out = (set(half.documents.tolist()) for half in (halves.train, halves.validation))  # type: ignore[union-attr]
+    assert held_out and trained and not held_out & trained
+    assert halves.train.sequences + halves.validation.sequences == tokens.sequences >= 40 * sources
+    assert len(halves.texts) == 1 and halves.validation.sequences <= tokens.sequences // 2
+
+
+def test_one_long_document_cannot_be_divided() -> None:
+    options = {"samples": 99, "sequence_length": 16, "seed": 0, "overlap": 6}
+    tokens = pack_at_most([tagged(300)], [1.0], TOKENIZER, objective=OBJECTIVE, **options)  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="is one long example"):
+        healing_data(tokens, None, 0.0, seed=0)

@@ -12,11 +12,12 @@ import torch
 import transformers
 from tiny_checkpoints import CommandLine, assert_refused, edit_json, listing
 from tiny_encoders import TAGS, labelled_file, saved_encoder
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, BertTokenizerFast
 
 from layer_surgery.checkpoint.heads import HEADS
 from layer_surgery.checkpoint.open import open_checkpoint
 from layer_surgery.data.objective import Problem
+from layer_surgery.runs.session import load_tokenizer
 
 CUT = ("--target-parameters", 0.8, "--samples", 50)
 
@@ -114,19 +115,36 @@ def test_a_tagger_without_two_layers_is_a_plain_checkpoint_with_the_answers_that
     }
 
 
+def as_bert_is_on_the_hub(directory: Path) -> None:
+    """Put a tokenizer into a directory of which only the model's type says that it is BERT's."""
+    for file in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        (directory / file).unlink(missing_ok=True)
+    words = ["the", "quick", "brown", "fox", "jumps", "over", "lazy", "dog", "answer", "is", "other", "thing"]
+    letters = list("abcdefghijklmnopqrstuvwxyz")
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    tokens = [*special, *letters, *(f"##{letter}" for letter in letters), *words]
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    BertTokenizerFast(vocab=vocabulary).backend_tokenizer.save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer_config.json").write_text('{"do_lower_case": true, "model_max_length": 64}', "utf-8")
+
+
 def test_a_masked_language_model_is_calibrated_on_text(run: CommandLine, tmp_path: Path, text: Path) -> None:
     model, output = saved_encoder(tmp_path / "model", "masked_token"), tmp_path / "output"
+    as_bert_is_on_the_hub(model)
     options = ("--calibration", text, "--eval-data", text, "--sequence-length", 16, "--samples", 20)
     outcome = run("compress", model, *options, "--target-parameters", 0.8, "--output", output)
     assert outcome.code == 0, outcome.err
     assert "of general text" in outcome.err  # a refit looks at it, as for other language models
     report = json.loads((output / "surgery.json").read_text(encoding="utf-8"))
     assert report["after"]["tasks"][str(text)]["metrics"].keys() == {"accuracy", "loss"}
-    tokenizer = AutoTokenizer.from_pretrained(output)
-    answers = pipeline("fill-mask", output, tokenizer=tokenizer)("the quick <mask> fox")
+    answers = pipeline("fill-mask", output)("the quick [MASK] fox")
     assert len(answers) == 5 and all("score" in answer for answer in answers)
-    states = pipeline("feature-extraction", output, tokenizer=tokenizer)("the quick fox")
+    states = pipeline("feature-extraction", output)("the quick fox")
     assert len(states[0][0]) == open_checkpoint(model).config.hidden_size
+    ours = load_tokenizer(open_checkpoint(output))
+    for theirs in (AutoTokenizer.from_pretrained(output, trust_remote_code=True), ours):
+        assert type(theirs) is type(AutoTokenizer.from_pretrained(model)) and theirs.pad_token == "[PAD]"
+        assert theirs("the fox", "the dog")["token_type_ids"] == [0, 0, 0, 0, 1, 1, 1]
 
 
 def test_score_evaluate_sweep_and_report_of_a_classifier(run: CommandLine, tmp_path: Path) -> None:
