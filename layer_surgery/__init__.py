@@ -1,4 +1,4 @@
-"""Layer Surgery: task-aware SVD layer removal for causal language models."""
+"""Layer Surgery: language models, encoders and embedding models made smaller where their task needs them least."""
 
 import importlib
 from typing import TYPE_CHECKING, Any

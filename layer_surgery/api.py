@@ -41,7 +41,7 @@ from layer_surgery.runs.verify import check_whole, run_verify
 
 @with_output(CompressConfig)
 def compress(model: Model, options: CompressConfig) -> SurgeryReport:
-    """Remove the least important decoder layers of a causal LM and save the result.
+    """Make a model smaller where its task needs it least, measure it beside the original, and save it.
 
     Args:
         model: a local directory, a hub name, or a `PreTrainedModel` (which is not changed; pass its `tokenizer`).
@@ -106,7 +106,7 @@ def sweep(model: Model, options: SweepConfig) -> SweepReport:
 
 @on_model(ScoreConfig)
 def score(model: Model, options: ScoreConfig) -> LayerScores:
-    """Rank the decoder layers by importance. With `target_layers`, greedy and block scorers choose that many."""
+    """Rank the layers, the least important first. With `target_layers`, greedy and block scorers choose that many."""
     return run_score(model, options)
 
 

@@ -7,12 +7,13 @@ random generators), which Trainer reads with torch's restricted loader: no code 
 from __future__ import annotations
 
 import gc
+import json
 import math
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ PATIENCE = 3
 WARM_UP = 0.1  #: Share of the steps in which the learning rate rises; after them it falls to 0.
 #: How Trainer's log names the mean of a loss since the last validation, and the tokens that it is over.
 _LOSS, _TOKENS = "eval_mean_", "eval_tokens"
+#: In a checkpoint that can be resumed from: what the training is of.
+IDENTITY_FILE = "training.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +52,7 @@ class TrainingSettings:
     device: torch.device
     dtype: torch.dtype  #: Of computation; parameters that are trained are float32.
     keep_state: bool = False  #: Whether checkpoints can be resumed from; else they hold weights only.
+    identity: Mapping[str, Any] = field(default_factory=dict)  #: What such checkpoints say that the training is of.
     gradient_checkpointing: bool = False
     report_to: str = "none"
     seconds: float | None = None  #: Stop after so long, whatever the number of steps.
@@ -147,6 +151,7 @@ class HealingTrainer(Trainer):  # type: ignore[misc]
     ) -> None:
         self._student, self._data, self._unhealed = student, data, unhealed
         self._batch_size, self._watch, self._say = settings.batch_size, watch, say
+        self._identity = settings.identity if settings.keep_state else None
         order = passes(data.order, settings.steps * settings.step_sequences, settings.seed)
         order = by_length(order, data.train.valid.sum(dim=1), settings.step_sequences)
         windows = WindowDataset(data.train, order)
@@ -188,9 +193,12 @@ class HealingTrainer(Trainer):  # type: ignore[misc]
         return metrics
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the trained parameters alone."""
+        """Write the trained parameters alone, and what the training is of."""
         if self.args.should_save:
-            self._student.save(Path(output_dir or self.args.output_dir))
+            directory = Path(output_dir or self.args.output_dir)
+            self._student.save(directory)
+            if self._identity is not None:
+                (directory / IDENTITY_FILE).write_text(json.dumps(dict(self._identity), indent=2), encoding="utf-8")
 
 
 def regret(losses: dict[str, float], unhealed: dict[str, float]) -> float:

@@ -131,6 +131,24 @@ def original_of(path: Path) -> Path:
     return path
 
 
+def test_a_training_goes_on_from_its_own_checkpoints_only(result: Path, words: Path, tmp_path: Path) -> None:
+    options = HEAL | {"tokens": 800, "data": str(words), "eval_data": None}
+    layer_surgery.heal(result, tmp_path / "whole", checkpoints=tmp_path / "kept", **options)
+    first = min(tmp_path.glob("kept/checkpoint-*"), key=lambda path: int(path.name.removeprefix("checkpoint-")))
+    layer_surgery.heal(result, tmp_path / "resumed", resume=first, **options)
+    whole, resumed = tensors_of(tmp_path / "whole"), tensors_of(tmp_path / "resumed")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    other: dict[str, Any] = {"train": "last", "learning_rate": 1e-3, "tokens": 100, "loss": "ce", "seed": 1}
+    for name, value in other.items():
+        with pytest.raises(layer_surgery.UserError, match=f"of another training: --{name.replace('_', '-')} was"):
+            layer_surgery.heal(result, resume=first, no_save=True, **options | {name: value})
+    with pytest.raises(layer_surgery.UserError, match=r"the result \(sha256\) was"):
+        layer_surgery.heal(tmp_path / "whole", resume=first, no_save=True, **options)
+    (first / "training.json").unlink()
+    with pytest.raises(layer_surgery.UserError, match="does not say what it was trained on"):
+        layer_surgery.heal(result, resume=first, no_save=True, **options)
+
+
 def test_if_nothing_is_gained_the_result_is_the_one_from_before(
     result: Path, words: Path, tmp_path: Path, run: CommandLine
 ) -> None:

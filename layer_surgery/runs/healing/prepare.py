@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from layer_surgery import parallel
 from layer_surgery.checkpoint.heads import CAUSAL_LM, EMBEDDING
@@ -24,6 +25,7 @@ from layer_surgery.healing.rewrite import prompts
 from layer_surgery.healing.trainable import adapter_targets
 from layer_surgery.healing.windows import HealingData, healing_data, most_held_out
 from layer_surgery.runs.bench import GENERAL_TEXT
+from layer_surgery.runs.healing.resuming import check_is_checkpoint, check_resumed, options_identity
 from layer_surgery.runs.provenance import described_tokens
 from layer_surgery.runs.session import Session
 
@@ -41,6 +43,7 @@ class PreparedHealing:
     losses: tuple[WeightedLoss, ...]
     data: HealingData
     described: dict[str, object]  #: The data, for the record.
+    identity: dict[str, Any]  #: What options and data say that the training is of.
 
 
 def prepare_healing(
@@ -81,10 +84,8 @@ def prepare_healing(
             raise UserError("--train lora puts adapters on the whole model; leave out --stages local.")
         check_peft()
         adapter_targets(session.checkpoint.skeleton, session.checkpoint.architecture.layers)
-    if config.resume is not None and not (config.resume / "trainer_state.json").is_file():
-        raise UserError(
-            f"--resume {config.resume} is no checkpoint of a training; give --checkpoints' DIR/checkpoint-N."
-        )
+    if config.resume is not None:
+        check_is_checkpoint(config.resume)
     windows = _MOST_WINDOWS
     if config.tokens is not None and not objective.apart:  # else they are as long as they are
         windows = max(1, math.ceil(config.tokens / text.sequence_length))
@@ -100,7 +101,10 @@ def prepare_healing(
             f"--teacher-rewrite finds no prompts in {tokens.name} (one with one answer, which the tokenizer ends with "
             "an end-of-text token); leave it out, or pass rows with prompt and answer."
         )
-    return PreparedHealing(config=config, losses=losses, data=data, described=described)
+    identity = options_identity(session, config, losses, data)
+    if config.resume is not None:
+        check_resumed(config.resume, identity)
+    return PreparedHealing(config=config, losses=losses, data=data, described=described, identity=identity)
 
 
 def _default_losses(original: Checkpoint, fewer_dimensions: bool) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -34,6 +35,7 @@ from layer_surgery.records import CurvePoint, HealingRecord, LocalRecord, LossRe
 from layer_surgery.runs.evaluator import Evaluator
 from layer_surgery.runs.healing.asking import Asking
 from layer_surgery.runs.healing.prepare import PreparedHealing
+from layer_surgery.runs.healing.resuming import check_resumed, models_identity
 from layer_surgery.runs.session import Session
 from layer_surgery.walk.rehearsal import Rehearsal
 from layer_surgery.walk.streamed import StreamedModel
@@ -105,6 +107,7 @@ class _Healing:
         self._config, self._losses, self._data = prepared.config, prepared.losses, prepared.data
         self._prepared, self._session, self._checkpoint, self._plan = prepared, session, checkpoint, plan
         self._teacher = teacher
+        self._identity = self._known_identity(teacher_sha256)
         self._pairs = layer_pairs(plan.surviving, len(plan.layers))
         self._start = time.monotonic()
         self._kept = ExitStack()
@@ -157,6 +160,18 @@ class _Healing:
             teacher_bytes_per_token=self._asking.bytes_per_token,
         )
         return Healed(checkpoint=checkpoint, record=record)
+
+    def _known_identity(self, teacher_sha256: str) -> dict[str, Any]:
+        """Return what checkpoints are to say that the training is of; raises `UserError` if one to go on from differs.
+
+        Nothing where no checkpoint is kept: hashing the student reads it once.
+        """
+        if self._config.checkpoints is None and self._config.resume is None:
+            return {}
+        identity = self._prepared.identity | models_identity(self._checkpoint, teacher_sha256)
+        if self._config.resume is not None:
+            check_resumed(self._config.resume, identity)
+        return identity
 
     def _held_out_embedded(self) -> HealingData:
         """Return the data with the original's vectors of the texts that are not trained on."""
@@ -317,7 +332,11 @@ class _Healing:
             settings = replace(settings, seconds=max(1.0, left))
         keep = config.checkpoints
         settings = replace(
-            settings, report_to=config.report_to, keep_state=keep is not None, directory=keep or settings.directory
+            settings,
+            report_to=config.report_to,
+            keep_state=keep is not None,
+            identity=self._identity,
+            directory=keep or settings.directory,
         )
         unhealed = {
             name: student.measure(name, text, session.runtime.batch_size) for name, text in self._data.texts.items()
