@@ -100,8 +100,8 @@ class Checkpoint:
 
     @property
     def hidden_size(self) -> int:
-        """Width of the embeddings."""
-        return int(self.skeleton.get_input_embeddings().weight.shape[1])
+        """Width of the hidden states; embeddings of tokens may be narrower, as those of ELECTRA."""
+        return int(self.config.hidden_size)
 
     @property
     def longest_sequence(self) -> int | None:

@@ -77,38 +77,88 @@ def pack_calibration(
     _require("seed", seed, 0, _LARGEST_SEED)
     generator = torch.Generator().manual_seed(seed)
     if objective.labelled:
-        every = range(len(data.documents))
-        size: dict[str, Any] = {"sequence_length": sequence_length, "overlap": overlap}
-        windows = None if overlap is None else pack_labelled(data, tokenizer, objective, chosen=every, **size)
-        count = len(every) if windows is None else windows.sequences
-        if count < samples:
-            raise TooFewSequencesError(data, 0, count, samples, sequence_length)
-        drawn = torch.randperm(count, generator=generator)[:samples]
-        if windows is not None:
-            return windows.select(drawn)
-        return pack_labelled(data, tokenizer, objective, chosen=drawn.tolist(), **size)
+        return _draw_labelled(data, tokenizer, objective, samples, sequence_length, overlap, generator)
     if objective.problem == "embedding":
-        found = passages(data, tokenizer, objective, sequence_length=sequence_length)
-        if len(found) < samples:
-            raise TooFewSequencesError(data, sum(map(len, found)), len(found), samples, sequence_length)
-        drawn = torch.randperm(len(found), generator=generator)[:samples]
-        return pack_passages(data, tokenizer, objective, found, drawn.tolist())
+        return _draw_passages(data, tokenizer, objective, samples, sequence_length, generator)
     if objective.problem == "masked_token":
-        ids, text, available = text_windows(data, tokenizer, sequence_length=sequence_length)
-        full = int(text[:1].sum())
-        whole = (text.sum(dim=1) == full).nonzero().flatten()
-        if len(whole) < samples:
-            raise TooFewSequencesError(data, available, len(whole), samples, sequence_length)
-        drawn_rows = whole[torch.randperm(len(whole), generator=generator)[:samples]]
-        return pack_masked(data, tokenizer, objective, (ids[drawn_rows], text[drawn_rows], available), generator)
+        return _draw_masked(data, tokenizer, objective, samples, sequence_length, generator)
     if data.kind == "text":
-        stream, bos = encode_texts(tokenizer, data), leading_bos(tokenizer)
-        body = sequence_length - (bos is not None)
-        count = len(stream) // body
-        if count < samples:
-            raise TooFewSequencesError(data, len(stream), count, samples, sequence_length)
-        chosen = torch.randperm(count, generator=generator)[:samples]
-        return _packed_windows(data.name, stream[: count * body].view(count, body)[chosen], bos, len(stream))
+        return _draw_windows(data, tokenizer, samples, sequence_length, generator)
+    return _draw_rows(data, tokenizer, samples, sequence_length, alone, generator)
+
+
+def _draw_labelled(
+    data: LoadedData,
+    tokenizer: PreTrainedTokenizerBase,
+    objective: Objective,
+    samples: int,
+    sequence_length: int,
+    overlap: int | None,
+    generator: torch.Generator,
+) -> PackedTokens:
+    every = range(len(data.documents))
+    size: dict[str, Any] = {"sequence_length": sequence_length, "overlap": overlap}
+    windows = None if overlap is None else pack_labelled(data, tokenizer, objective, chosen=every, **size)
+    count = len(every) if windows is None else windows.sequences
+    drawn = _drawn(count, samples, generator, TooFewSequencesError(data, 0, count, samples, sequence_length))
+    if windows is not None:
+        return windows.select(drawn)
+    return pack_labelled(data, tokenizer, objective, chosen=drawn.tolist(), **size)
+
+
+def _draw_passages(
+    data: LoadedData,
+    tokenizer: PreTrainedTokenizerBase,
+    objective: Objective,
+    samples: int,
+    sequence_length: int,
+    generator: torch.Generator,
+) -> PackedTokens:
+    found = passages(data, tokenizer, objective, sequence_length=sequence_length)
+    too_few = TooFewSequencesError(data, sum(map(len, found)), len(found), samples, sequence_length)
+    drawn = _drawn(len(found), samples, generator, too_few)
+    return pack_passages(data, tokenizer, objective, found, drawn.tolist())
+
+
+def _draw_masked(
+    data: LoadedData,
+    tokenizer: PreTrainedTokenizerBase,
+    objective: Objective,
+    samples: int,
+    sequence_length: int,
+    generator: torch.Generator,
+) -> PackedTokens:
+    ids, text, available = text_windows(data, tokenizer, sequence_length=sequence_length)
+    full = int(text[:1].sum())
+    whole = (text.sum(dim=1) == full).nonzero().flatten()
+    too_few = TooFewSequencesError(data, available, len(whole), samples, sequence_length)
+    rows = whole[_drawn(len(whole), samples, generator, too_few)]
+    return pack_masked(data, tokenizer, objective, (ids[rows], text[rows], available), generator)
+
+
+def _draw_windows(
+    data: LoadedData,
+    tokenizer: PreTrainedTokenizerBase,
+    samples: int,
+    sequence_length: int,
+    generator: torch.Generator,
+) -> PackedTokens:
+    stream, bos = encode_texts(tokenizer, data), leading_bos(tokenizer)
+    body = sequence_length - (bos is not None)
+    count = len(stream) // body
+    too_few = TooFewSequencesError(data, len(stream), count, samples, sequence_length)
+    drawn = _drawn(count, samples, generator, too_few)
+    return _packed_windows(data.name, stream[: count * body].view(count, body)[drawn], bos, len(stream))
+
+
+def _draw_rows(
+    data: LoadedData,
+    tokenizer: PreTrainedTokenizerBase,
+    samples: int,
+    sequence_length: int,
+    alone: bool,
+    generator: torch.Generator,
+) -> PackedTokens:
     examples = encode_examples(tokenizer, data)
     _require_fit(data, examples, sequence_length)
     order = torch.randperm(len(examples), generator=generator).tolist()
@@ -119,6 +169,13 @@ def pack_calibration(
     if len(rows) < samples:
         raise TooFewSequencesError(data, available, len(rows), samples, sequence_length)
     return _packed_rows(data.name, rows, tokenizer, sequence_length, available)
+
+
+def _drawn(count: int, samples: int, generator: torch.Generator, too_few: TooFewSequencesError) -> Tensor:
+    """Return `samples` different numbers below `count`, [samples] int64; raises `too_few` if there are not as many."""
+    if count < samples:
+        raise too_few
+    return torch.randperm(count, generator=generator)[:samples]
 
 
 def pack_evaluation(

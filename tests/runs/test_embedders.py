@@ -13,8 +13,10 @@ from tiny_embedders import TEXTS, dense, saved_embedder, text_tokens
 from tiny_encoders import encoder_tokenizer, tiny_encoder
 from tiny_models import settings, streamed
 
+import layer_surgery
 from layer_surgery.checkpoint.open import open_checkpoint
 from layer_surgery.evaluation.vectors import text_vectors
+from layer_surgery.runs.dimensions import check_dimensions
 
 #: More texts than one, in paragraphs, for a sequence is shorter than the whole.
 WORDS = ("fox", "dog", "lazy", "quick", "brown", "one", "two", "three", "answer", "jumps")
@@ -194,6 +196,14 @@ def test_fewer_dimensions_are_a_dense_module_that_keeps_similarities(
     assert "cosine" not in report["after"]["tasks"][str(texts)]["metrics"]
     again = run("compress", output, *given(texts, "--target-parameters", 1, "--dimensions", 16, "--dry-run"))
     assert_refused(again, "--dimensions is 16; allowed: 1 to 15 (the model's vectors have 16)")
+
+
+def test_vectors_are_as_wide_as_hidden_states_and_not_as_embeddings_of_tokens(tmp_path: Path) -> None:
+    electra = open_checkpoint(saved_embedder(tmp_path / "model", "electra"))
+    assert electra.skeleton.get_input_embeddings().weight.shape[1] == 24
+    check_dimensions(electra, 31)
+    with pytest.raises(layer_surgery.UserError, match=r"allowed: 1 to 31 \(the model's vectors have 32\)"):
+        check_dimensions(electra, 32)
 
 
 def test_dimensions_are_for_embedding_models_and_need_texts(run: CommandLine, tmp_path: Path, texts: Path) -> None:
