@@ -3,16 +3,18 @@
 from contextlib import ExitStack
 
 from layer_surgery import parallel
+from layer_surgery.checkpoint.open import Checkpoint
 from layer_surgery.config import CompressConfig
 from layer_surgery.errors import PlanError
 from layer_surgery.journal import check_journal, open_journal
-from layer_surgery.machine import peak_device_memory_bytes, peak_memory_bytes
-from layer_surgery.records import LayerScores, SurgeryReport
+from layer_surgery.records import LayerScores, SurgeryPlan, SurgeryReport
 from layer_surgery.runs.bench import open_bench
 from layer_surgery.runs.dimensions import with_dimensions
-from layer_surgery.runs.healing import heal, unhealed_record
+from layer_surgery.runs.evaluator import Evaluator
+from layer_surgery.runs.healing import Healed, PreparedHealing, heal
 from layer_surgery.runs.identity import run_identity
 from layer_surgery.runs.opening import check_options, open_compression
+from layer_surgery.runs.outcome import evaluate_result, measured
 from layer_surgery.runs.output import check_output_given, save_result, write_report
 from layer_surgery.runs.planning import checked
 from layer_surgery.runs.provenance import (
@@ -21,7 +23,7 @@ from layer_surgery.runs.provenance import (
     described_tokens,
     run_provenance,
 )
-from layer_surgery.runs.session import Model
+from layer_surgery.runs.session import Model, Session
 from layer_surgery.runs.stages import stages_of_compression
 
 
@@ -49,10 +51,8 @@ def run_compress(model: Model, config: CompressConfig, *, known_scores: LayerSco
                 planning, evaluator.texts, tokens, scored=scored, saved=staging is not None, healed=healing is not None
             )
         )
-        # Evaluate the original.
         with session.stage("evaluate_before"):
             evaluator.measure("before", original)
-        # Calibrate, score, plan, operate.
         with open_bench(
             session,
             tokens,
@@ -66,24 +66,11 @@ def run_compress(model: Model, config: CompressConfig, *, known_scores: LayerSco
             scores = bench.scores(**planning.ranking) if scored else known_scores
             result = bench.operate(planning.plan(scores, sha256, bench.first_removable), **planning.surgery)
         checkpoint = with_dimensions(session, result.checkpoint, config, config.dimensions)
-        # Heal.
-        healed, unhealed = None, None
+        healed = None
         if healing is not None:
-            with session.stage("evaluate_unhealed"):
-                evaluator.measure("unhealed", checkpoint)
-            healed = heal(
-                healing, session=session, teacher=session, teacher_sha256=sha256, student=checkpoint, plan=result.plan
-            )
+            healed = _healed(healing, session, evaluator, checkpoint, result.plan, sha256)
             checkpoint = healed.checkpoint
-        # Evaluate the result.
-        with session.stage("evaluate_after"):
-            evaluator.measure("after", checkpoint)
-            comparison = evaluator.compare()
-            if healed is not None:
-                unhealed = unhealed_record(evaluator)
-            device_peak = peak_device_memory_bytes(session.device)  # the next measurement begins to count anew
-            evaluator.measure_speed()
-        # Save.
+        compared = evaluate_result(session, evaluator, checkpoint, healed=healed is not None)
         files = save_result(session, checkpoint, staging, original, config) if staging is not None else {}
         report = SurgeryReport(
             base_model=base_model_record(original, sha256),
@@ -92,22 +79,29 @@ def run_compress(model: Model, config: CompressConfig, *, known_scores: LayerSco
             refit=result.refitted,
             expected=result.expected,
             spectra=result.spectra,
-            before=evaluator.result("before"),
-            after=evaluator.result("after"),
-            comparison=comparison,
-            continuations=evaluator.side_by_side(),
-            failures=evaluator.failures,
-            timings=session.clock.rounded,
-            peak_memory_bytes=peak_memory_bytes(),
-            peak_device_memory_bytes=device_peak,
             calibration=described_tokens(tokens),
             provenance=run_provenance(session, config),
             files=files,
             healing=healed.record if healed is not None else None,
-            unhealed=unhealed,
             output=str(config.output) if staging is not None else None,
+            **compared,
+            **measured(session, evaluator),
         )
         return report if staging is None else write_report(report, staging, config)
+
+
+def _healed(
+    healing: PreparedHealing,
+    session: Session,
+    evaluator: Evaluator,
+    checkpoint: Checkpoint,
+    plan: SurgeryPlan,
+    sha256: str,
+) -> Healed:
+    """Measure what the surgery gave, and heal it."""
+    with session.stage("evaluate_unhealed"):
+        evaluator.measure("unhealed", checkpoint)
+    return heal(healing, session=session, teacher=session, teacher_sha256=sha256, student=checkpoint, plan=plan)
 
 
 def _check_plan_is_for(config: CompressConfig, sha256: str) -> None:

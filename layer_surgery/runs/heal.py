@@ -21,12 +21,12 @@ from layer_surgery.errors import CheckpointError, ReportError
 from layer_surgery.evaluation.task_names import check_task_names
 from layer_surgery.healing.relations import check_relations
 from layer_surgery.healing.trainable import trained_names
-from layer_surgery.machine import peak_device_memory_bytes, peak_memory_bytes
 from layer_surgery.progress import Ui
 from layer_surgery.records import SurgeryReport
 from layer_surgery.records.reading import REPORT_FILE, read_report
 from layer_surgery.runs.evaluator import Evaluator
-from layer_surgery.runs.healing import heal, prepare_healing, unhealed_record
+from layer_surgery.runs.healing import heal, prepare_healing
+from layer_surgery.runs.outcome import evaluate_result, measured
 from layer_surgery.runs.output import check_output_given, open_output, save_result, write_report
 from layer_surgery.runs.provenance import checkpoint_hash, run_provenance
 from layer_surgery.runs.session import Model, Session, check_sources, open_session
@@ -71,30 +71,17 @@ def run_heal(result: str | Path, config: HealConfig) -> SurgeryReport:
         healed = heal(
             healing, session=session, teacher=teacher, teacher_sha256=sha256, student=student, plan=surgery.plan
         )
-        # Evaluate what came of it.
-        with session.stage("evaluate_after"):
-            evaluator.measure("after", healed.checkpoint)
-            comparison = evaluator.compare()
-            unhealed = unhealed_record(evaluator)
-            device_peak = peak_device_memory_bytes(session.device)
-            evaluator.measure_speed()
-        # Save.
+        # Evaluate what came of it, and save it.
+        compared = evaluate_result(session, evaluator, healed.checkpoint, healed=True)
         files = save_result(session, healed.checkpoint, staging, student, config) if staging is not None else {}
         report = replace(
             surgery,
-            before=evaluator.result("before"),
-            after=evaluator.result("after"),
-            comparison=comparison,
-            continuations=evaluator.side_by_side(),
-            failures=evaluator.failures,
-            timings=session.clock.rounded,
-            peak_memory_bytes=peak_memory_bytes(),
-            peak_device_memory_bytes=device_peak,
             provenance=run_provenance(session, config) | {"surgery": surgery.provenance},
             files=files,
             healing=healed.record,
-            unhealed=unhealed,
             output=str(config.output) if staging is not None else None,
+            **compared,
+            **measured(session, evaluator),
         )
         return report if staging is None else write_report(report, staging, config)
 
