@@ -104,7 +104,8 @@ def _with_places(data: LoadedData) -> list[tuple[Labelled | Tagged, str]]:
 
 def _answer(document: Labelled | Tagged, objective: Objective, at: str) -> Any:
     if isinstance(document, Tagged):
-        return [label_number(tag, objective, at) for tag in document.tags]
+        # As in data sets for the hub's token classifiers, -100 is no tag: the word carries no loss.
+        return [NO_LABEL if tag == NO_LABEL else label_number(tag, objective, at) for tag in document.tags]
     if objective.problem == "multi_label":
         return label_set(document.label, objective, at)
     if objective.problem == "regression":

@@ -173,6 +173,13 @@ def test_the_first_token_of_each_word_has_its_tag() -> None:
     assert int(packed.loss_mask.sum()) == len(words) < len(expected) - 1
 
 
+def test_a_word_without_a_tag_carries_no_loss() -> None:
+    data = LoadedData("tagged", [Tagged(["the", "fox"], [NO_LABEL, "B-animal"])], "tagged")
+    packed = pack_evaluation(data, TOKENIZER, sequence_length=40, objective=objective("tags"))
+    assert packed.labels is not None
+    assert packed.labels[packed.loss_mask].tolist() == [1]
+
+
 def test_texts_that_do_not_fit_are_refused_and_never_cut_off() -> None:
     data = labelled(("one", 0), (" ".join(["fox"] * 30), 1))
     with pytest.raises(DataError, match=r"example 2 has \d+ tokens, more than --sequence-length 8 .* raise"):
