@@ -59,6 +59,7 @@ def open_compression(model: Model, config: CompressConfig, stack: ExitStack) -> 
     tokens, general = None, None
     if planning.needs_data:
         tokens = session.calibration_tokens(config)
+        planning.check_tokens(tokens)
         if planning.refit_scope is not None:
             general = general_text(session, tokens, config.refit_general)
     healing = None

@@ -56,6 +56,7 @@ _LARGEST_MULTIPLE, _SHARE_OF_HIDDEN = 64, 16
 @METHODS.add(
     "mix",
     needs_data=True,
+    moments=True,
     needs_boundaries=True,
     refits=True,
     searches=True,
