@@ -15,7 +15,16 @@ from layer_surgery.data.tokens import PackedTokens
 from layer_surgery.errors import PlanError
 from layer_surgery.records import LayerScores, RefitScope, SurgeryPlan
 from layer_surgery.scoring import SCORERS, check_linears
-from layer_surgery.surgeon import METHODS, ModelShape, check_plan, make_plan, model_shape, plan_to_search, removal_count
+from layer_surgery.surgeon import (
+    METHODS,
+    LayerShape,
+    ModelShape,
+    check_plan,
+    make_plan,
+    model_shape,
+    plan_to_search,
+    removal_count,
+)
 from layer_surgery.surgeon.mix import find
 from layer_surgery.surgeon.plan import runs_behind_a_layer
 from layer_surgery.surgeon.resources import CACHE, FLOPS, TIME, pricing_of
@@ -203,11 +212,30 @@ class Planning:
             count = removal_count(config, self.checkpoint.layer_count)
             stand_ins = (untouched + [index for index in range(len(shape.layers)) if index not in untouched])[:count]
             trial = self._made(shape, config.layers or stand_ins)
-        if self.method.searches and any(layer.action == "reduce" for layer in trial.layers):
-            plain = plain_kinds(self.checkpoint) if config.uniform else ()
-            # Raises for what cannot be reached.
-            find(trial, shape, self.checkpoint.architecture, config, self.pricing, plain=plain)
+        self._check_reachable(trial, shape)
+        by_layer = config.target_parameters is None and config.target_size is None and not self.bounds
+        if self.chooses and SCORERS[config.scorer].needs_data and by_layer and trial.smaller:
+            self._check_each_kind(shape, untouched)
         return trial
+
+    def _check_reachable(self, plan: SurgeryPlan, shape: ModelShape) -> None:
+        """Raise `PlanError` for a budget that no search can keep; one that is not searched for is checked as made."""
+        if self.method.searches and any(layer.action == "reduce" for layer in plan.layers):
+            plain = plain_kinds(self.checkpoint) if self.config.uniform else ()
+            find(plan, shape, self.checkpoint.architecture, self.config, self.pricing, plain=plain)
+
+    def _check_each_kind(self, shape: ModelShape, layers: Sequence[int]) -> None:
+        """Raise `PlanError` unless `--keep` can be reached in each of these layers alone, and so in whichever of them
+        the scorer, which takes its time, will choose."""
+        kinds: list[LayerShape] = []
+        for index in layers:
+            if shape.layers[index] in kinds:
+                continue
+            kinds.append(shape.layers[index])
+            try:
+                self._check_reachable(self._made(shape, [index]), shape)
+            except PlanError as error:
+                raise PlanError(f"if --scorer {self.config.scorer} chooses layer {index}, {error}") from error
 
     def _budget(self) -> BudgetConfig:
         return attrs.evolve(self.config, keep=0.0) if self.method.removes else self.config
