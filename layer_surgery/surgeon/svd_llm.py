@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from layer_surgery.calibration.statistics import MomentObserver, weights_with_inputs
+from layer_surgery.calibration.moment_observer import MomentObserver, weights_with_inputs
 from layer_surgery.linalg.decomposition import takes_leading
 from layer_surgery.linalg.leading import leading_whitened_svd
 from layer_surgery.linalg.low_rank import Factors, whitened_svd
