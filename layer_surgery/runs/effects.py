@@ -11,13 +11,12 @@ from layer_surgery.surgeon import METHODS
 def check_effects(config: CompressConfig) -> None:
     """Raise `PlanError` for an option that would have no effect. The method of the options is named.
 
-    A sweep has points of several methods, to some of which an option says nothing; it does not ask here.
+    A sweep has points of several methods, to some of which an option says nothing; it does not ask here. The options
+    that a plan was searched with may be given again with it.
     """
     method = METHODS[config.method or DEFAULT_METHOD]
     searching = _given(config, SearchConfig)
-    if searching and config.plan is not None:
-        raise PlanError(f"--plan says already what is cut; leave out {searching[0]}.")
-    if searching and not method.searches:
+    if searching and not method.searches and config.plan is None:
         raise PlanError(
             f"{searching[0]} is for --method {DEFAULT_METHOD}; leave it out, or leave out --method {method.name}."
         )
