@@ -25,8 +25,8 @@ from tiny_models import (
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from layer_surgery.calibration.moment_observer import MomentObserver
 from layer_surgery.calibration.source import StatisticsSource
-from layer_surgery.calibration.statistics import MomentObserver
 from layer_surgery.checkpoint.open import Checkpoint, open_checkpoint
 from layer_surgery.checkpoint.save import save_checkpoint
 from layer_surgery.config import CalibrationConfig, RuntimeConfig

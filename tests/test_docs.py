@@ -164,7 +164,9 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         assert program == "layer-surgery", f"there is no way to run this here; say why in NOT_RUN: {command}"
         known = options_of(cli.commands[name]) if name in cli.commands else set()
         wanted = {option: value for option, value in FAST.items() if option in known}
-        for option, needed in (("--limit", "--tasks" in rest), ("--continuations", "--prompt" not in rest)):
+        needed_by = {"--limit": "--tasks" in rest, "--continuations": "--prompt" not in rest}
+        needed_by |= {option: "--speed" in rest for option in FAST if option.startswith("--speed-")}
+        for option, needed in needed_by.items():
             if not needed:
                 wanted.pop(option, None)
         rest = [SHORTER.get(before, word) for before, word in zip(["", *rest], rest, strict=False)]

@@ -117,7 +117,7 @@ def random_sums(out: int, in_: int) -> RidgeProblem:
 
 
 def statistics(layer: list[Problem], leading: bool) -> None:
-    """Decompose every linear of a layer and rank channels and heads, as `calibration/statistics.py` does."""
+    """Decompose every linear of a layer and rank channels and heads, as `calibration/collector.py` does."""
     for each in layer:
         weight, inputs, outputs = each.weight, each.inputs, each.outputs
         if leading:

@@ -22,7 +22,7 @@ from points import Points, described, one_thread, points
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import DEMO_CHECKPOINT, ROOT, write_report
 
-from layer_surgery.calibration import statistics
+from layer_surgery.calibration import damping
 from layer_surgery.linalg import least_squares
 from layer_surgery.surgeon import refit
 
@@ -54,7 +54,7 @@ def one_damping(share: float) -> Iterator[None]:
         result.diagonal().add_(share * float(moment.trace()) / len(moment))
         return result
 
-    with mock.patch.object(statistics, "shrunk", fixed):
+    with mock.patch.object(damping, "shrunk", fixed):
         yield
 
 

@@ -17,8 +17,9 @@ import torch
 
 from layer_surgery import parallel
 from layer_surgery.calibration.bypass import MapWorth
+from layer_surgery.calibration.collector import collect
 from layer_surgery.calibration.couplings import Couplings
-from layer_surgery.calibration.statistics import Ranks, Statistics, collect, useful_ranks
+from layer_surgery.calibration.statistics import Ranks, Statistics, useful_ranks
 from layer_surgery.calibration.units import UnitOrder
 from layer_surgery.checkpoint.contents import file_sha256
 from layer_surgery.checkpoint.new_tensors import FactorStore

@@ -10,7 +10,8 @@ import torch
 
 from layer_surgery import parallel
 from layer_surgery.calibration.cache import StatisticsCache, statistics_steps
-from layer_surgery.calibration.statistics import Ranks, Statistics, collect, useful_ranks
+from layer_surgery.calibration.collector import collect
+from layer_surgery.calibration.statistics import Ranks, Statistics, useful_ranks
 from layer_surgery.checkpoint.new_tensors import FactorStore
 from layer_surgery.errors import LayerSurgeryError
 from layer_surgery.journal import NOTHING_KEPT, Journal

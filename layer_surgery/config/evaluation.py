@@ -71,6 +71,10 @@ class SpeedConfig(Options):
         for option, values in lists.items():
             if not values:
                 raise UserError(f"{option} is empty; give for example 1,8.")
+        for field in attrs.fields(SpeedConfig):
+            if not self.speed and getattr(self, field.name) != field.default:
+                option = f"--{field.name.replace('_', '-')}"
+                raise UserError(f"{option} only counts with --speed; add that, or leave it out.")
 
 
 @attrs.frozen(kw_only=True, slots=False)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from layer_surgery import parallel
+from layer_surgery.calibration.collector import composed
 from layer_surgery.calibration.source import StatisticsSource
-from layer_surgery.calibration.statistics import composed
 from layer_surgery.checkpoint.new_tensors import FactorStore
 from layer_surgery.checkpoint.open import Checkpoint
 from layer_surgery.checkpoint.result import result_checkpoint

@@ -17,6 +17,7 @@ from layer_surgery.data.tokens import PackedTokens
 from layer_surgery.evaluation.task_names import check_task_names
 from layer_surgery.runs.bench import general_text
 from layer_surgery.runs.dimensions import check_dimensions
+from layer_surgery.runs.effects import check_effects
 from layer_surgery.runs.evaluator import Evaluator
 from layer_surgery.runs.healing import prepare_healing
 from layer_surgery.runs.healing.prepare import PreparedHealing
@@ -41,6 +42,7 @@ class Opened:
 
 def check_options(config: CompressConfig) -> None:
     """Raise `UserError` for what is wrong whatever the checkpoint is. The options have been through `checked`."""
+    check_effects(config)
     check_cache(config.cache)
     check_sources(config.text_column, calibration=config.calibration, evaluation=config.eval_data)
     check_task_names(config, bundled_tasks)
@@ -59,6 +61,7 @@ def open_compression(model: Model, config: CompressConfig, stack: ExitStack) -> 
     tokens, general = None, None
     if planning.needs_data:
         tokens = session.calibration_tokens(config)
+        planning.check_tokens(tokens)
         if planning.refit_scope is not None:
             general = general_text(session, tokens, config.refit_general)
     healing = None

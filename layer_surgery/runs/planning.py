@@ -7,14 +7,26 @@ from typing import Any
 import attrs
 import torch
 
+from layer_surgery.calibration.statistics import check_tokens
 from layer_surgery.checkpoint.open import Checkpoint
 from layer_surgery.checkpoint.size_fields import plain_kinds
 from layer_surgery.config import DEFAULT_METHOD, BudgetConfig, CompressConfig
+from layer_surgery.data.tokens import PackedTokens
 from layer_surgery.errors import PlanError
 from layer_surgery.records import LayerScores, RefitScope, SurgeryPlan
-from layer_surgery.scoring import SCORERS
-from layer_surgery.surgeon import METHODS, ModelShape, check_plan, make_plan, model_shape, plan_to_search, removal_count
+from layer_surgery.scoring import SCORERS, check_linears
+from layer_surgery.surgeon import (
+    METHODS,
+    LayerShape,
+    ModelShape,
+    check_plan,
+    make_plan,
+    model_shape,
+    plan_to_search,
+    removal_count,
+)
 from layer_surgery.surgeon.mix import find
+from layer_surgery.surgeon.plan import runs_behind_a_layer
 from layer_surgery.surgeon.resources import CACHE, FLOPS, TIME, pricing_of
 
 
@@ -81,6 +93,11 @@ class Planning:
                 "the layers (compress --layers), remove outright with --keep 0 --scorer block_influence, or start from "
                 "the original."
             )
+        if self.chooses:
+            layers = model_shape(checkpoint, config.remove).layers
+            check_linears(config.scorer, {index: layer.linears for index, layer in enumerate(layers)})
+        elif self.method.behind:
+            runs_behind_a_layer(replace(self.trial, method=self.method.name))
         self.refit_scope = self._refit_scope()
 
     @property
@@ -96,6 +113,15 @@ class Planning:
             or (self.method.needs_data and bool(self.trial.smaller or self.method.removes))
             or (self.chooses and SCORERS[self.config.scorer].needs_data)
         )
+
+    def check_tokens(self, tokens: PackedTokens | None) -> None:
+        """Raise `DataError` if there are too few calibration tokens for the second moments that are taken of them."""
+        cuts = any(layer.units or any(layer.ranks.values()) for layer in self.trial.smaller)
+        takers = [f"--scorer {self.config.scorer}"] if self.chooses and SCORERS[self.config.scorer].moments else []
+        if self.method.moments and (cuts or self.method.removes):
+            takers.append(f"--method {self.method.name}")
+        if tokens is not None and takers:
+            check_tokens(tokens, self.checkpoint.hidden_size, takers[0])
 
     @property
     def needs_maps(self) -> bool:
@@ -186,11 +212,30 @@ class Planning:
             count = removal_count(config, self.checkpoint.layer_count)
             stand_ins = (untouched + [index for index in range(len(shape.layers)) if index not in untouched])[:count]
             trial = self._made(shape, config.layers or stand_ins)
-        if self.method.searches and any(layer.action == "reduce" for layer in trial.layers):
-            plain = plain_kinds(self.checkpoint) if config.uniform else ()
-            # Raises for what cannot be reached.
-            find(trial, shape, self.checkpoint.architecture, config, self.pricing, plain=plain)
+        self._check_reachable(trial, shape)
+        by_layer = config.target_parameters is None and config.target_size is None and not self.bounds
+        if self.chooses and SCORERS[config.scorer].needs_data and by_layer and trial.smaller:
+            self._check_each_kind(shape, untouched)
         return trial
+
+    def _check_reachable(self, plan: SurgeryPlan, shape: ModelShape) -> None:
+        """Raise `PlanError` for a budget that no search can keep; one that is not searched for is checked as made."""
+        if self.method.searches and any(layer.action == "reduce" for layer in plan.layers):
+            plain = plain_kinds(self.checkpoint) if self.config.uniform else ()
+            find(plan, shape, self.checkpoint.architecture, self.config, self.pricing, plain=plain)
+
+    def _check_each_kind(self, shape: ModelShape, layers: Sequence[int]) -> None:
+        """Raise `PlanError` unless `--keep` can be reached in each of these layers alone, and so in whichever of them
+        the scorer, which takes its time, will choose."""
+        kinds: list[LayerShape] = []
+        for index in layers:
+            if shape.layers[index] in kinds:
+                continue
+            kinds.append(shape.layers[index])
+            try:
+                self._check_reachable(self._made(shape, [index]), shape)
+            except PlanError as error:
+                raise PlanError(f"if --scorer {self.config.scorer} chooses layer {index}, {error}") from error
 
     def _budget(self) -> BudgetConfig:
         return attrs.evolve(self.config, keep=0.0) if self.method.removes else self.config

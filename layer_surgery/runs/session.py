@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Self, TypeAlias
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from layer_surgery import parallel
 from layer_surgery.checkpoint.heads import CAUSAL_LM
@@ -29,10 +29,12 @@ from layer_surgery.data.tokens import PackedTokens
 from layer_surgery.data.weights import WeightedSource
 from layer_surgery.disk.own import own_directory, remove_dead
 from layer_surgery.disk.reading import why
-from layer_surgery.errors import CheckpointError, DataError, OutputError
+from layer_surgery.errors import DataError, OutputError
 from layer_surgery.machine import PACKAGES, available_memory_bytes, code_sha256, release_freed_memory, version
 from layer_surgery.progress import Clock, Ui
 from layer_surgery.records.provenance import portable
+from layer_surgery.runs.notes import calibration_notes, evaluation_note, notes_on
+from layer_surgery.runs.tokenizer import check_tokenizer, load_tokenizer
 from layer_surgery.walk.self_check import check_walk
 from layer_surgery.walk.streamed import StreamedModel
 from layer_surgery.walk.walk import WalkSettings
@@ -150,7 +152,7 @@ class Session:
         if tokens.objective.labelled:
             self._say_which_labels_are_missing(tokens)
         _check_shares(tokens, self.runtime.batch_size)
-        for line in _calibration_notes(tokens):
+        for line in calibration_notes(tokens):
             self.ui.note(line)
         return tokens
 
@@ -201,7 +203,7 @@ class Session:
                 overlap=self._overlap(config),
             )
             self._check(tokens)
-            self.ui.note(_evaluation_note(tokens))
+            self.ui.note(evaluation_note(tokens))
             packed.append(tokens)
         hashes = {f"other tokens of '{tokens.name}' (sha256)": tokens.sha256 for tokens in packed}
         parallel.agree(hashes, "give all processes the same evaluation data and tokenizer")
@@ -240,37 +242,6 @@ class Session:
             )
 
 
-def _evaluation_note(tokens: PackedTokens) -> str:
-    if tokens.objective.problem == "embedding":
-        return f"evaluation: {tokens.sequences:,} texts of '{tokens.name}', {int(tokens.valid.sum()):,} tokens"
-    if tokens.objective.labelled:
-        documents = tokens.sequences if tokens.documents is None else int(tokens.documents.max()) + 1
-        divided = f" in {tokens.sequences:,} windows" if documents < tokens.sequences else ""
-        return f"evaluation: {documents:,} examples of '{tokens.name}'{divided}, {int(tokens.valid.sum()):,} tokens"
-    return (
-        f"evaluation: {int(tokens.valid.sum()):,} of the {tokens.tokens_available:,} tokens of "
-        f"'{tokens.name}', in {tokens.sequences} windows of {tokens.sequence_length}"
-    )
-
-
-def _calibration_notes(tokens: PackedTokens) -> Iterator[str]:
-    """Yield a line for each source; in a mixture with its part of the loss, which its weight does not tell."""
-    mixed = len(tokens.sources) > 1
-    for source in tokens.sources:
-        weight = f" (weight {source.weight:g})" if mixed else ""
-        if tokens.objective.problem == "embedding":
-            yield f"calibration: {source.sequences:,} texts of '{source.name}'{weight}, {source.tokens:,} tokens"
-            continue
-        if tokens.objective.labelled:
-            yield f"calibration: {source.sequences:,} examples of '{source.name}'{weight}, {source.tokens:,} tokens"
-            continue
-        part = f", {100 * source.predicted_tokens / tokens.predicted_tokens:.1f} % of all that do" if mixed else ""
-        yield (
-            f"calibration: {source.tokens:,} of the {source.tokens_available:,} tokens of '{source.name}'{weight}, "
-            f"as {source.sequences} x {tokens.sequence_length}; {source.predicted_tokens:,} carry loss{part}"
-        )
-
-
 @contextmanager
 def open_session(model: Model, runtime: RuntimeConfig, scratch_parent: Path | None = None) -> Iterator[Session]:
     """Open a model with its tokenizer; scratch files are gone on exit.
@@ -289,8 +260,9 @@ def open_session(model: Model, runtime: RuntimeConfig, scratch_parent: Path | No
             parallel.check_alone("a model with another head than that of a causal language model")
         if tokenizer is None and checkpoint.directory is not None:
             tokenizer = load_tokenizer(checkpoint)
-        _check_tokenizer(checkpoint, tokenizer)
-    _say_what_is_special(checkpoint, ui)
+        check_tokenizer(checkpoint, tokenizer)
+    for line in notes_on(checkpoint):
+        ui.note(line)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     dtype = runtime.torch_dtype(device, checkpoint.dtype, checkpoint.hidden_size)
@@ -342,34 +314,6 @@ def _check_shares(tokens: PackedTokens, batch_size: int) -> None:
         )
 
 
-def _say_what_is_special(checkpoint: Checkpoint, ui: Ui) -> None:
-    architecture = checkpoint.architecture
-    if architecture.guessed:
-        kind = type(checkpoint.layers[0]).__name__
-        linears = ", ".join(architecture.linears)
-        ui.note(
-            f"the architecture '{architecture.model_type}' is not listed; guessing that its decoder layers are "
-            f"'{architecture.layers}' ({checkpoint.layer_count} x {kind}), "
-            + (f"with the linears {linears}" if linears else "which can be removed but not made low-rank")
-        )
-    if checkpoint.left_out:
-        ui.note(
-            f"{len(checkpoint.left_out)} tensors that transformers does not use (the first is "
-            f"'{checkpoint.left_out[0]}'; heads that predict further tokens are such) are left out of the result"
-        )
-
-
-def _check_tokenizer(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase | None) -> None:
-    """Refuse a tokenizer with more tokens than the model has embeddings: it belongs to another model."""
-    rows = checkpoint.vocabulary_size
-    largest = max(tokenizer.get_vocab().values(), default=0) if tokenizer is not None else 0
-    if largest >= rows:
-        raise CheckpointError(
-            f"the tokenizer does not fit the model: it has the token id {largest}, but the embedding of "
-            f"{checkpoint.name} has {rows} rows; use the tokenizer that the model was trained with."
-        )
-
-
 def check_sources(
     column: str | None,
     calibration: Sequence[str] = (),
@@ -388,26 +332,3 @@ def check_sources(
 def _column(column: str | None, source: str) -> str | None:
     """Return the column for a source that has columns: not for the bundled text and plain text files."""
     return None if source == "bundled" or source.lower().endswith(".txt") else column
-
-
-def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
-    """Load the tokenizer beside a checkpoint; `CheckpointError` if there is none that can be used."""
-    # Where its own files do not say the class, it is that of the architecture, which a result says in its own way.
-    base = getattr(checkpoint.config, "base_class", None)
-    told = {} if base is None else {"config": base.from_dict(checkpoint.config_fields)}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            checkpoint.directory, trust_remote_code=checkpoint.trust_remote_code, local_files_only=True, **told
-        )
-    except Exception as error:  # transformers raises many types here, each about these few files
-        reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"the tokenizer in {checkpoint.directory} cannot be loaded: {reason}") from error
-    assert isinstance(tokenizer, PreTrainedTokenizerBase)
-    if checkpoint.embedder is not None:
-        tokenizer = checkpoint.embedder.prepared(tokenizer)
-    longest = tokenizer.model_max_length
-    if isinstance(longest, bool) or not isinstance(longest, int | float):
-        raise CheckpointError(
-            f"the tokenizer in {checkpoint.directory} has model_max_length: {longest!r}; it must be a number."
-        )
-    return tokenizer

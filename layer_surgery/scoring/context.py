@@ -1,12 +1,12 @@
 """The input of a scorer, and the registry of scorers."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import KW_ONLY, dataclass
 
 from layer_surgery.calibration.source import StatisticsSource
 from layer_surgery.config.choices import SCORER_CHOICES
-from layer_surgery.errors import NumericalError
+from layer_surgery.errors import NumericalError, PlanError
 from layer_surgery.records import LayerScores
 from layer_surgery.registry import Registry
 from layer_surgery.walk.finite import remedy
@@ -61,6 +61,7 @@ class ScorerEntry:
     name: str
     _: KW_ONLY
     needs_data: bool = False  #: Whether it looks at calibration data.
+    moments: bool = False  #: Whether it takes second moments, of as many tokens as the model is wide or more.
     parts: bool = False  #: Whether it can rank the attention and the MLP of layers too.
     depends_on: tuple[str, ...] = ()
     """The fields of the context, apart from model, data and seed, that what it returns depends on. Where these are the
@@ -89,6 +90,16 @@ class ScorerEntry:
             values=values,
             removal_order=by_value if ranking.order is None else ranking.order,
             tokens=int(context.walk.all_tokens.valid.sum()) if self.needs_data else 0,
+        )
+
+
+def check_linears(scorer: str, linears: Mapping[int, Collection[str]]) -> None:
+    """Raise `PlanError` if a scorer that takes second moments finds a layer without a linear to take them of."""
+    without = [index for index, names in linears.items() if not names]
+    if SCORERS[scorer].moments and without:
+        raise PlanError(
+            f"--scorer {scorer} needs linears that can be replaced, and layers {without} have none; use another, such "
+            "as --scorer block_influence."
         )
 
 

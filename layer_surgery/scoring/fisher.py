@@ -2,8 +2,7 @@
 
 from layer_surgery.calibration.couplings import Couplings
 from layer_surgery.calibration.statistics import useful_ranks
-from layer_surgery.errors import PlanError
-from layer_surgery.scoring.context import SCORERS, Ranking, ScoringContext
+from layer_surgery.scoring.context import SCORERS, Ranking, ScoringContext, check_linears
 
 #: Share of the first layer's error, in amplitude, that a refit of all later layers takes away; its cost then falls to
 #: the square of what is left, 4/9. On the demo checkpoint the cost of single layers fell to 0.4, 0.5 and 0.6 for the
@@ -14,6 +13,7 @@ ABSORBED = 1 / 3
 @SCORERS.add(
     "fisher",
     needs_data=True,
+    moments=True,
     parts=True,
     depends_on=("count", "keep", "refit"),
 )
@@ -25,12 +25,7 @@ def predicted_cost(context: ScoringContext) -> Ranking:
     error: the share is `ABSORBED` for the first layer, going down to none for the last.
     """
     linears = useful_ranks(context.walk.model, context.path, context.statistics.part)
-    without = [index for index, names in linears.items() if not names]
-    if without:
-        raise PlanError(
-            f"the scorer fisher needs linear layers that can be replaced, and layers {without} have none; use another, "
-            "such as --scorer block_influence."
-        )
+    check_linears("fisher", linears)
     couplings = context.statistics.get(context.walk, linears).couplings
     if context.refit:
         couplings = couplings.scaled([1 - ABSORBED * (1 - i / max(1, context.layer_count - 1)) for i in context.path])

@@ -158,9 +158,11 @@ class MethodEntry:
     name: str
     _: KW_ONLY
     needs_data: bool = False  #: Whether it looks at calibration data.
+    moments: bool = False  #: Whether it takes second moments, of as many tokens as the model is wide or more.
     needs_boundaries: bool = False  #: Whether it reads the hidden states at all layer boundaries.
     removes: bool = False
     """Whether the layers are removed and nothing of them is kept, so that there is no budget to spend."""
+    behind: bool = False  #: Whether it puts something into the layer before each removed run; the first must then stay.
     refits: bool = False  #: Whether a refit follows unless the user says otherwise.
     searches: bool = False
     """Whether it finds out itself what stays of which layer, under any budgets; else it is given ranks."""

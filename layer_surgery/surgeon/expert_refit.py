@@ -23,13 +23,12 @@ from layer_surgery.checkpoint.experts import Experts
 from layer_surgery.linalg.decomposition import Decomposition, takes_leading
 from layer_surgery.linalg.least_squares import RidgeProblem, Solution, Sums
 from layer_surgery.records import RefitRecord
+from layer_surgery.surgeon.refit_problems import PARTS
 from layer_surgery.walk.expert_moments import inner_activations
 from layer_surgery.walk.rehearsal import LayerCall
 
 #: How far `out = in + s * experts + the rest` may be off, relative to the experts' part, beside rounding.
 _TOLERANCE = 0.02
-#: The parts of the tokens that have sums of their own.
-_PARTS = ("train", "held_out")
 
 
 @dataclass(frozen=True)
@@ -110,7 +109,7 @@ class ExpertProblems:
             z = inner_activations(self._experts, self._module, expert, tokens.hidden[token]).to(lacking.dtype)
             y = z @ self._down(expert).to(lacking.dtype).T + shared[token]
             root = tokens.weights[token, place, None].to(lacking.dtype).clamp_min(0).sqrt()
-            for part, mask in zip(_PARTS, masks, strict=True):
+            for part, mask in zip(PARTS, masks, strict=True):
                 chosen = mask[token]
                 self._add(f"{expert} {part}", (root * z)[chosen], (root * y)[chosen])
 
@@ -130,7 +129,7 @@ class ExpertProblems:
     def solve(self) -> Iterator[tuple[str, Solution, float]]:
         """Yield each expert of this process with its solution and the sum of squares of its held-out targets."""
         for expert in parallel.own(self.owner_of):
-            train, held_out = (self._of(expert, part) for part in _PARTS)
+            train, held_out = (self._of(expert, part) for part in PARTS)
             problem, weight = RidgeProblem(train, held_out), self._down(int(expert))
             by_factors = takes_leading(self._way, weight.shape[1])
             solution = problem.solve_by_factors(weight) if by_factors else problem.solve(weight)
@@ -150,7 +149,7 @@ def groups_of(experts: Experts, layer: nn.Module) -> list[list[int]]:
 
     Each group costs a pass over the tokens.
     """
-    sums = len(_PARTS) * experts.count * (experts.count + experts.hidden)
+    sums = len(PARTS) * experts.count * (experts.count + experts.hidden)
     size = max(1, sum(p.numel() for p in layer.parameters()) // max(1, sums))
     everyone = list(range(experts.number))
     return [everyone[start : start + size] for start in range(0, experts.number, size)]

@@ -16,6 +16,7 @@ from layer_surgery.surgeon.remove import without_parts
 @METHODS.add(
     "fisher",
     needs_data=True,
+    moments=True,
     needs_boundaries=True,
     refits=True,
 )

@@ -16,6 +16,7 @@ from layer_surgery.walk.streamed import StreamedModel
 @METHODS.add(
     "laco",
     removes=True,
+    behind=True,
 )
 def laco(plan: SurgeryPlan, context: SurgeryContext) -> SurgeryPlan:
     """Put `W_l + sum_k (W_{l+k} - W_l)` in the place of each linear's W_l, l the layer before a removed run.

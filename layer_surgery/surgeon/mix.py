@@ -19,13 +19,8 @@ from layer_surgery.calibration.expert_channels import (
     kept_channels,
     narrowed_outputs,
 )
-from layer_surgery.calibration.statistics import (
-    MomentObserver,
-    Statistics,
-    replaceable_linears,
-    useful_rank,
-    weights_with_inputs,
-)
+from layer_surgery.calibration.moment_observer import MomentObserver, weights_with_inputs
+from layer_surgery.calibration.statistics import Statistics, replaceable_linears, useful_rank
 from layer_surgery.calibration.units import UnitOrder, Units
 from layer_surgery.checkpoint.architectures import Architecture
 from layer_surgery.checkpoint.bypass import Bypass
@@ -56,6 +51,7 @@ _LARGEST_MULTIPLE, _SHARE_OF_HIDDEN = 64, 16
 @METHODS.add(
     "mix",
     needs_data=True,
+    moments=True,
     needs_boundaries=True,
     refits=True,
     searches=True,

@@ -73,7 +73,10 @@ def removal_count(budget: BudgetConfig, layer_count: int) -> int:
             )
         return len(budget.layers)
     if budget.target_layers is None:
-        raise PlanError("give --target-layers (how many layers stay whole), --layers or --plan.")
+        raise PlanError(
+            "there is no budget: give --target-parameters (a share of the whole model) or another target, "
+            "--target-layers (how many layers stay whole), --layers or --plan."
+        )
     if not 1 <= budget.target_layers < layer_count:
         raise PlanError(
             f"--target-layers is {budget.target_layers}; allowed: 1 to {layer_count - 1} "
@@ -302,7 +305,10 @@ def runs_behind_a_layer(plan: SurgeryPlan) -> list[tuple[int, int]]:
     Raises `PlanError` if layer 0 is removed.
     """
     if plan.layers[0].action == "remove":
-        raise PlanError(f"--method {plan.method} needs a layer before each removed run, but layer 0 is removed.")
+        raise PlanError(
+            f"--method {plan.method} needs a layer before each removed run, but layer 0 is removed; name --layers "
+            "without it, or take another --method."
+        )
     return plan.removed_runs
 
 

@@ -24,8 +24,6 @@ from layer_surgery.checkpoint.modeling_layer_surgery import IN_FACTOR, OUT_FACTO
 from layer_surgery.checkpoint.new_tensors import FactorStore
 from layer_surgery.errors import DataError
 from layer_surgery.journal import NO_STEPS, NOTHING_KEPT, Finished, Journal, Steps
-from layer_surgery.linalg.decomposition import Decomposition, takes_leading
-from layer_surgery.linalg.least_squares import RidgeProblem, Solution, Sums
 from layer_surgery.records import RefitRecord, RefitScope, SurgeryPlan
 from layer_surgery.surgeon.expert_refit import ExpertTokens, expert_scale, refit_experts, run_with_experts
 from layer_surgery.surgeon.layer_pair import (
@@ -37,8 +35,8 @@ from layer_surgery.surgeon.layer_pair import (
     wide,
     without_bias,
 )
+from layer_surgery.surgeon.refit_problems import LinearProblems, solved_weight
 from layer_surgery.walk.boundaries import Boundary
-from layer_surgery.walk.moments import rows_of
 from layer_surgery.walk.rehearsal import LayerCall, Rehearsal
 from layer_surgery.walk.streamed import StreamedModel
 from layer_surgery.walk.walk import Losses, Walk, boundary_steps
@@ -201,6 +199,11 @@ class _Batch:
     reference_call: LayerCall
     result_call: LayerCall
 
+    @property
+    def masks(self) -> tuple[Tensor, Tensor]:
+        """Which tokens are for training, and which are held out, [B, S] bool each."""
+        return self.tokens & ~self.held_out, self.held_out
+
 
 _Rows = tuple[dict[str, Tensor], dict[str, Tensor]]
 """What linears read [B, S, in] and what they should give [B, S, out], by linear."""
@@ -312,7 +315,7 @@ class _Pair:
                 tokens = run_with_experts(self.layer, experts, batch.result_call, batch.result)
                 aim = batch.track.walk.boundary(self.after).read(batch.rows)
                 lacking = (wide(aim).flatten(0, 1) - wide(tokens.stream)) / scale
-                yield (tokens, lacking, [(batch.tokens & ~batch.held_out).flatten(), batch.held_out.flatten()]), present
+                yield (tokens, lacking, [mask.flatten() for mask in batch.masks]), present
 
         way = self.tracks[0].walk.settings.decomposition
         record = refit_experts(self.layer, experts, way, self.refitted.dtype, rounds, self.index)
@@ -327,16 +330,16 @@ class _Pair:
         """Re-solve linears on what they read and should give, as `look` finds it, unless nothing is left of them."""
         if not names or self._gone(names[0]):
             return
-        problems = _Problems(self.layer, names, self.tracks[0].walk.settings.decomposition)
+        problems = LinearProblems(self.layer, names, self.tracks[0].walk.settings.decomposition)
         for batch, present in self._rounds():
             if batch is not None:
-                problems.add(*look(batch), batch)
+                problems.add(*look(batch), batch.masks)
             problems.end_round(present)
         records, owner_of = {}, problems.owner_of
         with parallel.together():
             for name, solution in problems.solve():
                 if solution.ridge is not None:
-                    weight = _solved_weight(self.layer, name)
+                    weight = solved_weight(self.layer, name)
                     # Rounded as it will be stored, so that what follows sees what the saved model has.
                     weight.data = solution.weight.to(self.refitted.dtype).to(weight.dtype)
                     linear = self.layer.get_submodule(name)
@@ -350,7 +353,7 @@ class _Pair:
         for name, record in parallel.by_owner(owner_of, records).items():
             self.records.append(RefitRecord(layer=self.index, linear=name, **record))
             if record["ridge"] is not None:
-                weight, owner = _solved_weight(self.layer, name), owner_of[name]
+                weight, owner = solved_weight(self.layer, name), owner_of[name]
                 solved = weight.data if owner == parallel.group().rank else None
                 weight.data = parallel.broadcast(solved, owner, weight.device)
 
@@ -400,76 +403,3 @@ class _Pair:
 def _has(layer: nn.Module, name: str) -> bool:
     """Return whether a layer has a module of this name."""
     return any(name == other for other, _ in layer.named_modules())
-
-
-class _Problems:
-    """The least-squares problems of some linears; those that read the same input share its sums."""
-
-    def __init__(self, layer: nn.Module, names: Sequence[str], way: Decomposition) -> None:
-        self._layer, self._names, self._way = layer, names, way
-        self._reads: dict[str, str] = {}
-        self._sums = parallel.Sums(lambda name: (self.owner_of[name.partition(" ")[0]],))
-
-    @property
-    def owner_of(self) -> dict[str, int]:
-        """The process that each linear belongs to: one for all that share their inputs, and their decomposition."""
-        costs: dict[str, float] = {}
-        for name in self._names:
-            out, in_ = _solved_weight(self._layer, name).shape
-            reader = self._reads.get(name, name)
-            costs[reader] = costs.get(reader, 10.0 * in_**3) + out * in_ * (out + in_)
-        found = parallel.owners(costs)
-        return {name: found[self._reads.get(name, name)] for name in self._names}
-
-    def add(self, inputs: dict[str, Tensor], targets: dict[str, Tensor], batch: _Batch) -> None:
-        """Add a micro-batch: inputs [B, S, in] and targets [B, S, out] by linear."""
-        readers: dict[int, str] = {}
-        for name in self._names:
-            linear = self._layer.get_submodule(name)
-            z = inputs[name]
-            if isinstance(linear, LowRankLinear):
-                first, z = True, linear.in_factor(z)
-            else:
-                reader = readers.setdefault(z.data_ptr(), name)
-                first = reader == name
-                self._reads[name] = reader
-            y = targets[name]
-            trained = batch.tokens & ~batch.held_out
-            for part, mask in (("train", trained), ("held_out", batch.held_out)):
-                self._add(f"{name} {part}", rows_of(z, mask), rows_of(y, mask), inputs=first)
-
-    def _add(self, name: str, z: Tensor, y: Tensor, *, inputs: bool) -> None:
-        """Add tokens, z [tokens, in] and y [tokens, out]; their inputs only if no other linear adds them."""
-        out, in_ = y.shape[-1], z.shape[-1]
-        like = torch.empty(0, dtype=torch.promote_types(z.dtype, torch.float32), device=z.device)
-        of_inputs = self._sums.term(f"{name} inputs", (in_, in_), like) if inputs else like
-        batch = Sums(of_inputs, self._sums.term(f"{name} products", (out, in_), like))
-        batch.add(z, y, inputs=inputs)
-        counts = torch.tensor([batch.targets, batch.tokens], dtype=torch.float64)
-        self._sums.term(f"{name} counts", (2,), counts).add_(counts)
-
-    def end_round(self, present: int) -> None:
-        """Bring what the micro-batches of this round add to the owners."""
-        self._sums.close(present)
-
-    def solve(self) -> Iterator[tuple[str, Solution]]:
-        """Yield each linear of this process with its solution."""
-        problems: dict[str, RidgeProblem] = {}
-        for name in parallel.own(self.owner_of):
-            reader = self._reads.get(name, name)
-            problems[name] = problem = RidgeProblem(*(self._of(name, reader, part) for part in ("train", "held_out")))
-            shared = None if reader == name else problems[reader]
-            weight = _solved_weight(self._layer, name).detach()
-            by_factors = takes_leading(self._way, weight.shape[1])
-            yield name, problem.solve_by_factors(weight, shared) if by_factors else problem.solve(weight, shared)
-
-    def _of(self, name: str, reader: str, part: str) -> Sums:
-        totals = self._sums.totals
-        targets, tokens = totals[f"{name} {part} counts"].tolist()
-        return Sums(totals[f"{reader} {part} inputs"], totals[f"{name} {part} products"], targets, int(tokens))
-
-
-def _solved_weight(layer: nn.Module, name: str) -> nn.Parameter:
-    """Return the weight of a linear that a refit re-solves: its own, or its left factor [out, r]."""
-    linear = layer.get_submodule(name)
-    return linear.get_parameter(OUT_FACTOR if isinstance(linear, LowRankLinear) else "weight")

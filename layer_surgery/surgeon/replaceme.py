@@ -19,8 +19,10 @@ from layer_surgery.walk.walk import Walk
 @METHODS.add(
     "replaceme",
     needs_data=True,
+    moments=True,
     needs_boundaries=True,
     removes=True,
+    behind=True,
 )
 def replaceme(plan: SurgeryPlan, context: SurgeryContext) -> SurgeryPlan:
     """Solve `min_T |s M T + Y - L|^2` for each removed run; `T^T W` takes the place of the MLP's output projection W.

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from layer_surgery.calibration.statistics import MomentObserver, check_tokens, weights_with_inputs
+from layer_surgery.calibration.moment_observer import MomentObserver, weights_with_inputs
 from layer_surgery.linalg.decomposition import takes_leading
 from layer_surgery.linalg.leading import leading_whitened_svd
 from layer_surgery.linalg.low_rank import Factors, whitened_svd
@@ -40,11 +40,11 @@ class WhitenedObserver(SurgeryObserver, MomentObserver):
 @METHODS.add(
     "svd_llm",
     needs_data=True,
+    moments=True,
 )
 def svd_llm(plan: SurgeryPlan, context: SurgeryContext) -> SurgeryPlan:
     """Truncate each linear in the metric of its inputs' second moment, at the plan's ranks."""
     walk = context.walk
-    check_tokens(walk.all_tokens, walk.model.hidden_size, "svd_llm")
     ranks = {layer.index: layer.ranks for layer in plan.low_rank}
     observers = [WhitenedObserver(ranks, context)]
     walk.forward(range(max(ranks) + 1), keep=False, observers=observers, watch=ranks, steps=context.steps)

@@ -28,8 +28,7 @@ from layer_surgery.checkpoint.conversion import as_in_model, as_stored
 from layer_surgery.checkpoint.open import open_checkpoint
 from layer_surgery.checkpoint.tensors import SafetensorsSource, TensorSource
 from layer_surgery.errors import CheckpointError
-from layer_surgery.progress import Ui
-from layer_surgery.runs.session import _say_what_is_special
+from layer_surgery.runs.notes import notes_on
 
 CPU = torch.device("cpu")
 TOKENS = packed_tokens(2, 8)
@@ -154,8 +153,7 @@ def test_heads_that_predict_further_tokens_are_left_out_and_it_is_said(
     edit(path, lambda tensors: tensors | {name: torch.ones(3, 2)})
     checkpoint = open_checkpoint(path)
     assert checkpoint.left_out == (name,)
-    notes: list[str] = []
-    _say_what_is_special(checkpoint, Ui(note=notes.append))
+    notes = list(notes_on(checkpoint))
     assert len(notes) == 1
     assert name in notes[0] and "left out" in notes[0]
     output = without_first(path, tmp_path)

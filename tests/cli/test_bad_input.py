@@ -44,7 +44,7 @@ WRONG_OPTIONS: list[tuple[str, ...]] = [
     ("--target-layers 40", "--target-layers is 40; allowed: 1 to 3"),
     ("--target-layers two", "--target-layers", "'two'"),
     ("--target-layers 2.5", "--target-layers", "'2.5'"),
-    ("", "give --target-layers"),
+    ("", "there is no budget: give --target-parameters", "--target-layers", "--plan"),
     ("--target-layers 2 --keep -0.1", "--keep is -0.1; allowed", "0"),
     ("--target-layers 2 --keep 1.1", "--keep is 1.1; allowed", "to 1"),
     ("--target-layers 2 --keep nan", "--keep is nan; allowed"),
@@ -71,7 +71,14 @@ WRONG_OPTIONS: list[tuple[str, ...]] = [
     ("--layers 0,1 --method laco --samples 4 --sequence-length 16", "laco needs a layer before each", "layer 0"),
     ("--target-layers 2 --method replaceme --keep 0.1", "--method replaceme keeps nothing", "--keep"),
     ("--layers 2 --method replaceme --samples 2 --sequence-length 15", "replaceme needs at least", "--samples 3"),
-    ("--layers 2 --method svd_llm --samples 1 --sequence-length 31", "svd_llm needs at least", "--samples 2"),
+    ("--layers 2 --method svd_llm --samples 1 --sequence-length 31", "--method svd_llm needs at least", "--samples 2"),
+    ("--target-layers 2 --method svd --multiple 8", "--multiple is for --method mix", "leave out --method svd"),
+    ("--target-layers 2 --method fisher --components heads", "--components is for --method mix"),
+    ("--target-parameters 0.8 --scorer random", "--scorer random would have nothing to choose: all layers take part"),
+    ("--layers 2 --scorer last", "--scorer last would have nothing to choose: --layers names the layers"),
+    ("--target-layers 2 --no-refit --refit-scope operated", "--refit-scope says how to refit", "leave out --no-refit"),
+    ("--target-layers 2 --method svd --refit-general 0.5", "--refit-general says how to refit", "pass --refit too"),
+    ("--target-layers 2 --speed-repeats 3", "--speed-repeats only counts with --speed; add that"),
     ("--target-layers 2 --device gpu", "--device is 'gpu'; allowed: auto, cpu, cuda, cuda:N"),
     ("--target-layers 2 --device cuda:", "--device is 'cuda:'; allowed"),
     ("--target-layers 2 --device cuda:first", "--device is 'cuda:first'; allowed"),
@@ -106,7 +113,9 @@ def test_a_wrong_option_is_refused(
     data = ["--calibration", text, "--eval-data", text]
     data += [] if "--sequence-length" in options else ["--sequence-length", 16]
     data += [] if "--samples" in options else ["--samples", 4]
-    assert_refused(run("compress", model, *data, "--output", tmp_path / "new" / "output", *options.split()), *expected)
+    outcome = run("compress", model, *data, "--output", tmp_path / "new" / "output", *options.split())
+    assert_refused(outcome, *expected)
+    assert "stage 1" not in outcome.err  # before any work: on a large model a stage takes hours
     assert listing(tmp_path) == {}
 
 

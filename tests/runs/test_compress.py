@@ -513,6 +513,17 @@ def test_a_scorer_is_not_asked_to_choose_among_low_rank_layers(compressed: Resul
         layer_surgery.compress(compressed[0], no_save=True, **options)
 
 
+def test_a_budget_that_one_of_the_layers_cannot_keep_is_refused_before_the_scorer_chooses(
+    model: Path, options: Options, tmp_path: Path
+) -> None:
+    """The first layers can be cut to a tenth; the last, which has fewer channels already, cannot."""
+    searching = options | {"method": "mix", "refit": False, "eval_data": None}
+    narrowed = searching | {"target_layers": None, "layers": [4], "keep": 0.6, "components": "channels"}
+    layer_surgery.compress(model, tmp_path / "narrowed", **narrowed)
+    with pytest.raises(PlanError, match=r"if --scorer fisher chooses layer 4, .* reachable: --keep 0\.1"):
+        layer_surgery.compress(tmp_path / "narrowed", no_save=True, **searching | {"keep": 0.1})
+
+
 def test_unknown_fields_of_a_plan_are_refused(model: Path, plan: tuple[Path, Options]) -> None:
     path, data = plan
     data["layers"][0] = {"index": 0, "action": "keep", "rank": 3}

@@ -242,7 +242,7 @@ def test_target_layers_and_named_layers_say_how_many_go(budget: dict[str, Any], 
         ((-1,), None, r"--layers names \[-1\]"),
         ((0, 1, 2, 3), None, "at least one must stay whole"),
         ((0, 1), 3, "give only one of them"),
-        (None, None, "give --target-layers"),
+        (None, None, "there is no budget: give --target-parameters"),
         *[
             (None, target, rf"--target-layers is {target}; allowed: 1 to 3 \(the model has 4 layers\)")
             for target in (0, -1, 4, 5)

@@ -11,7 +11,7 @@ from tiny_models import CALIBRATION, decoder_layers, settings, streamed, tiny_mo
 from torch import Tensor, nn
 
 from layer_surgery.calibration.expert_channels import expert_orders, on_some_channels
-from layer_surgery.calibration.statistics import MomentObserver
+from layer_surgery.calibration.moment_observer import MomentObserver
 from layer_surgery.checkpoint.experts import Experts, experts_of
 from layer_surgery.walk.expert_moments import ExpertMoments
 from layer_surgery.walk.moments import LayerMoments

@@ -128,7 +128,7 @@ def _products(layer: LayerSizes, count: int, device: torch.device) -> float:
 
 
 def _decompose(layer: LayerSizes, sizes: Sizes, scale: float, device: torch.device) -> float:
-    """Return the seconds of decomposing smaller linears as `calibration/statistics.py` does."""
+    """Return the seconds of decomposing smaller linears as `calibration/collector.py` does."""
     seconds, of_size = 0.0, dict[tuple[object, ...], float]()
     for name, size in layer.linears.items():
         leading, unit = takes_leading(sizes.decomposition, *size), layer.units.get(name)

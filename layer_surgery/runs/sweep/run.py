@@ -97,11 +97,11 @@ class _Sweep:
     ) -> Self:
         """Make every check that there is, and begin with what is known already."""
         without_texts = attrs.evolve(config, continuations=0, prompts=())
-        scopes = [
-            Planning(compress_config(config, point), session.checkpoint, session.device).refit_scope for point in points
-        ]
+        plannings = [Planning(compress_config(config, point), session.checkpoint, session.device) for point in points]
         tokens = session.calibration_tokens(config)
-        refitted = any(scope is not None for scope in scopes)
+        for planning in plannings:
+            planning.check_tokens(tokens)
+        refitted = any(planning.refit_scope is not None for planning in plannings)
         general = general_text(session, tokens, config.refit_general) if refitted else None
         texts = session.evaluation_tokens(config)
         sha256 = checkpoint_hash(session)
