@@ -124,6 +124,13 @@ class HealingConfig(Options):
             "Answers that it does not end stay as they were."
         ),
     )
+    both_models: bool = attrs.field(
+        default=False,
+        metadata=about(
+            "Keep the original in memory beside the student and run it in each step, instead of asking it once before. "
+            "The losses attention and stones need this."
+        ),
+    )
     gradient_checkpointing: bool = attrs.field(
         default=False, metadata=about("Compute activations twice instead of keeping them: less memory, more time.")
     )
@@ -155,6 +162,13 @@ class HealingConfig(Options):
             raise UserError(f"--general is {self.general}; allowed: a fraction from 0 to 1.")
         if not self.stages or not set(self.stages) <= set(STAGES):
             raise UserError(f"--stages is '{','.join(self.stages)}'; allowed: {', '.join(STAGES)}, or both.")
+        if self.both_models and "global" not in self.stages:
+            raise UserError("--both-models is of the global stage, and --stages has only local; leave one of them out.")
+        if self.both_models and self.teacher_cache is not None and not self.teacher_rewrite:
+            raise UserError(
+                "--both-models runs the original in each step, so there is nothing for --teacher-cache to keep; leave "
+                "one of them out."
+            )
         if self.loss is not None and not self.loss:
             raise UserError("--loss is empty; give a name such as kl, or leave it out.")
 

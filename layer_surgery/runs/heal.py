@@ -19,6 +19,7 @@ from layer_surgery.config import HealConfig
 from layer_surgery.data.bundled import bundled_tasks
 from layer_surgery.errors import CheckpointError, ReportError
 from layer_surgery.evaluation.task_names import check_task_names
+from layer_surgery.healing.attention_maps import compared_layers
 from layer_surgery.healing.relations import check_relations
 from layer_surgery.healing.trainable import trained_names
 from layer_surgery.progress import Ui
@@ -52,9 +53,15 @@ def run_heal(result: str | Path, config: HealConfig) -> SurgeryReport:
         if staging is not None:
             parallel.from_first(lambda: check_free_space(staging, student.size_bytes))
         healing = prepare_healing(
-            session, config, config, fewer_dimensions=_dimensions(student) != _dimensions(teacher.checkpoint)
+            session,
+            config,
+            config,
+            fewer_dimensions=_dimensions(student) != _dimensions(teacher.checkpoint),
+            teacher=teacher.checkpoint,
         )
         check_relations(healing.losses, teacher.checkpoint)
+        if any(loss.entry.needs == "attention" for loss in healing.losses):
+            compared_layers(student, teacher.checkpoint, surgery.plan.surviving)
         trained_names(student, surgery.plan, config.train)
         texts = session.evaluation_tokens(config)
         evaluator = stack.enter_context(Evaluator(session, config, texts, baseline=teacher))

@@ -65,7 +65,14 @@ def open_compression(model: Model, config: CompressConfig, stack: ExitStack) -> 
     if config.heal is not None:
         option = "--heal-data" if config.heal.data else "--calibration"
         chosen = attrs.evolve(config.heal, data=config.heal.data or config.calibration)
-        healing = prepare_healing(session, chosen, config, option, fewer_dimensions=config.dimensions is not None)
+        healing = prepare_healing(
+            session,
+            chosen,
+            config,
+            option,
+            fewer_dimensions=config.dimensions is not None,
+            parameters=planning.trial.parameters,
+        )
     texts = session.evaluation_tokens(config)
     evaluator = stack.enter_context(Evaluator(session, config, texts, baseline=session))
     session.stream(original)  # proves, before anything else is done, that it can be walked over

@@ -24,16 +24,18 @@ from layer_surgery.errors import LayerSurgeryError
 from layer_surgery.evaluation.perplexity import window_losses
 from layer_surgery.healing.adapters import add_adapters
 from layer_surgery.healing.local import GradientMoments, LayerStudent, Place
+from layer_surgery.healing.packing import packed_batch_size, packs
 from layer_surgery.healing.pairs import layer_pairs
 from layer_surgery.healing.probe import LEARNING_RATES, LIKELIEST, MOST_RATES, PROBE_STEPS, Probe, probe
 from layer_surgery.healing.relations import check_relations
 from layer_surgery.healing.student import Student
 from layer_surgery.healing.trainable import changed_positions, trained_names
 from layer_surgery.healing.training import Training, TrainingSettings, regret, train
-from layer_surgery.healing.windows import HealingData
+from layer_surgery.healing.windows import HealingData, training_order
 from layer_surgery.records import CurvePoint, HealingRecord, LocalRecord, LossRecord, SurgeryPlan, UnhealedRecord
 from layer_surgery.runs.evaluator import Evaluator
 from layer_surgery.runs.healing.asking import Asking
+from layer_surgery.runs.healing.beside import put_beside
 from layer_surgery.runs.healing.prepare import PreparedHealing
 from layer_surgery.runs.healing.resuming import check_resumed, models_identity
 from layer_surgery.runs.session import Session
@@ -131,6 +133,10 @@ class _Healing:
             if "global" in config.stages:
                 student = self._student(checkpoint)
                 count = student.unfreeze(names)
+                if config.both_models:
+                    original = self._teacher.checkpoint
+                    put_beside(student, self._session, original, self._losses, self._pairs, self._plan)
+                student.packs = self._packs(student)
                 probed = self._probe(student)
                 steps = self._steps(probed)
                 self._data = self._data.first(steps * config.step_sequences)
@@ -193,6 +199,17 @@ class _Healing:
                 add_adapters(student.model, checkpoint.architecture.layers, self._config.lora_rank)
         return student
 
+    def _packs(self, student: Student) -> bool:
+        """Return whether short windows may share rows, which both models have to be exact with."""
+        bodies = [student.body, *([student.resident.body] if student.resident is not None else [])]
+        found = [packs(body, self._data.train) for body in bodies]
+        if False in found:
+            kind = self._checkpoint.architecture.model_type
+            self._session.ui.note(
+                f"healing: windows are padded and not packed, because this model ({kind}) is not exact with packed ones"
+            )
+        return all(found)
+
     # -- the local stage -------------------------------------------------------------------------------------------
 
     def _local_stage(self, names: set[str]) -> tuple[Checkpoint, list[LocalRecord]]:
@@ -243,7 +260,7 @@ class _Healing:
         prefix = self._checkpoint.layer_prefix(place.position)
         one.unfreeze({name.removeprefix(prefix) for name in names if name.startswith(prefix)})
         before = one.measure("validation", data.validation, self._session.runtime.batch_size)
-        settings = self._settings("layer", steps=LOCAL_STEPS, rate=LIKELIEST)
+        settings = self._settings("layer", data, steps=LOCAL_STEPS, rate=LIKELIEST)
         if self._config.budget_minutes is not None:
             settings = replace(settings, seconds=max(1.0, _LOCAL_SHARE * 60 * self._config.budget_minutes / layers))
         rate = self._config.learning_rate or probe(one, data, settings).best
@@ -273,7 +290,7 @@ class _Healing:
         few = self._asking.ask(student, few)
         self._seconds_a_window = (time.monotonic() - start) / few.train.sequences
         rates = LEARNING_RATES if rate is None else (rate,)
-        settings = self._settings("probe", steps=PROBE_STEPS, rate=LIKELIEST)
+        settings = self._settings("probe", few, steps=PROBE_STEPS, rate=LIKELIEST, packs=student.packs)
         if self._config.budget_minutes is not None:
             settings = replace(settings, seconds=_PROBE_SHARE * 60 * self._config.budget_minutes)
         with self._session.ui.progress("trying learning rates", min(len(rates), MOST_RATES) * PROBE_STEPS) as advance:
@@ -306,16 +323,24 @@ class _Healing:
 
     # -- training --------------------------------------------------------------------------------------------------
 
-    def _settings(self, name: str, *, steps: int, rate: float) -> TrainingSettings:
+    def _settings(
+        self, name: str, data: HealingData, *, steps: int, rate: float, packs: bool = False
+    ) -> TrainingSettings:
         config, session = self._config, self._session
-        embeds = self._data.train.objective.problem == "embedding"
+        batch_size = session.runtime.batch_size
+        if data.train.objective.problem == "embedding":  # texts are compared within a micro-batch: all of a step
+            batch_size = max(batch_size, config.step_sequences)
+        if packs:
+            order = training_order(data, steps, config.step_sequences, session.runtime.seed)
+            lengths, room = data.train.valid.sum(dim=1)[order], batch_size * data.train.sequence_length
+            share = config.step_sequences // parallel.group().world
+            batch_size = max(batch_size, packed_batch_size(lengths, share, room))
         held_out = sum(text.sequences for text in self._data.texts.values())
         return TrainingSettings(
             steps=steps,
             learning_rate=rate,
             step_sequences=config.step_sequences,
-            # Texts are compared within a micro-batch: all of a step are to be in one.
-            batch_size=max(session.runtime.batch_size, config.step_sequences if embeds else 1),
+            batch_size=batch_size,
             seed=session.runtime.seed,
             directory=session.new_scratch(name),
             device=session.device,
@@ -326,7 +351,7 @@ class _Healing:
 
     def _train(self, student: Student, steps: int, rate: float) -> Training:
         config, session = self._config, self._session
-        settings = self._settings("training", steps=steps, rate=rate)
+        settings = self._settings("training", self._data, steps=steps, rate=rate, packs=student.packs)
         if config.budget_minutes is not None:
             left = 60 * config.budget_minutes - (time.monotonic() - self._start)
             settings = replace(settings, seconds=max(1.0, left))
