@@ -287,7 +287,7 @@ def examples(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Prompts with answers of different lengths."""
     file = tmp_path_factory.mktemp("examples") / "task.jsonl"
     rows = [
-        {"prompt": f"one two {number}", "answer": "the answer " * (1 + number % 4) + "is the other thing"}
+        {"prompt": f"one two {number}", "answer": "the answer " * (7 if number % 4 == 0 else 1) + "is the other thing"}
         for number in range(60)
     ]
     file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
@@ -301,6 +301,7 @@ def test_both_models_in_memory_and_rows_that_are_shared_go_on_where_they_were_st
     result: Path, examples: Path, tmp_path: Path
 ) -> None:
     options = HEAL | BOTH | {"sequence_length": 48, "eval_data": None, "data": str(examples), "train": "operated"}
+    options |= {"step_sequences": 8, "tokens": 1000}
     whole = layer_surgery.heal(result, tmp_path / "whole", checkpoints=tmp_path / "kept", **options)
     assert whole.healing is not None and whole.healing.helped
     assert set(whole.healing.curve[-1].losses) == {"stones", "attention", "kl", "hidden"}
@@ -314,9 +315,9 @@ def test_both_models_in_memory_and_rows_that_are_shared_go_on_where_they_were_st
 
 
 def test_short_windows_share_rows_without_another_result(
-    result: Path, examples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: CommandLine
+    result: Path, examples: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = HEAL | {"sequence_length": 48, "eval_data": None, "data": str(examples)}
+    options = HEAL | {"sequence_length": 48, "eval_data": None, "data": str(examples), "tokens": 1000}
     shapes: list[tuple[int, int]] = []
     states = Body.states
 
@@ -328,11 +329,12 @@ def test_short_windows_share_rows_without_another_result(
     monkeypatch.setattr(Body, "states", watched)
     packed = layer_surgery.heal(result, no_save=True, **options).healing
     rows = sum(count * length for count, length in shapes)
+    assert packed is not None and packed.helped
     monkeypatch.setattr("layer_surgery.runs.healing.stage.packs", lambda *_: False)
     shapes.clear()
     padded = layer_surgery.heal(result, no_save=True, **options).healing
     assert rows < sum(count * length for count, length in shapes)
-    assert packed is not None and padded is not None and packed.curve[-1].losses != {}
+    assert padded is not None
     for one, other in zip(packed.curve, padded.curve, strict=True):
         assert one.losses == pytest.approx(other.losses, abs=1e-5)
         assert one.validation == pytest.approx(other.validation, abs=1e-5)
