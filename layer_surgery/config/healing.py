@@ -196,8 +196,15 @@ def healing(value: HealingConfig | Mapping[str, Any] | bool | None) -> HealingCo
             check_type(fields[name], option)
         return HealingConfig(**given)
     except UserError as error:
-        own = "|".join(sorted((name.replace("_", "-") for name in fields), key=len, reverse=True))
-        raise type(error)(re.sub(rf"--({own})\b", r"--heal-\1", str(error))) from error
+        raise behind_prefix(error) from error
+
+
+def behind_prefix(error: UserError) -> UserError:
+    """Return an error that names the options of healing as `compress` has them."""
+    own = "|".join(
+        sorted((field.name.replace("_", "-") for field in attrs.fields(HealingConfig)), key=len, reverse=True)
+    )
+    return type(error)(re.sub(rf"--({own})\b", r"--heal-\1", str(error)))
 
 
 @attrs.frozen(kw_only=True, slots=False)

@@ -196,7 +196,7 @@ class Student(Trainee):
 
     def measure(self, text: str, tokens: PackedTokens, batch_size: int) -> float:
         """Return the mean of the head's own loss, per token with loss or per sequence, of the student as it is."""
-        return mean_loss(self.body, tokens, batch_size)
+        return mean_loss(self.body, text, tokens, batch_size)
 
     @property
     def _output_losses(self) -> list[WeightedLoss]:

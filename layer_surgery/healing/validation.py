@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 from layer_surgery import parallel
 from layer_surgery.data.objective import NO_LABEL
 from layer_surgery.data.tokens import PackedTokens
+from layer_surgery.errors import NumericalError
 from layer_surgery.healing.body import Body
 from layer_surgery.healing.outputs import token_outputs
 from layer_surgery.walk.embedding import embedding_losses
@@ -19,8 +21,14 @@ from layer_surgery.walk.walk import LOGITS_AT_A_TIME
 
 
 @torch.no_grad()
-def mean_loss(body: Body, tokens: PackedTokens, batch_size: int) -> float:
-    """Return the mean of the head's own loss, per token with loss or per sequence; processes share out the batches."""
+def mean_loss(body: Body, text: str, tokens: PackedTokens, batch_size: int) -> float:
+    """Return the mean of the head's own loss, per token with loss or per sequence; processes share out the batches.
+
+    Raises `NumericalError`, which names the first layer with a state that is not finite.
+
+    Args:
+        text: what errors call it.
+    """
     objective, group = tokens.objective, parallel.group()
     if objective.problem == "embedding":
         return _of_vectors(body, tokens, batch_size)
@@ -44,6 +52,10 @@ def mean_loss(body: Body, tokens: PackedTokens, batch_size: int) -> float:
         sums[number] = total, len(chosen)
     every: list[Any] = sorted(each for of_one in parallel.gather([*sums.items()]) for each in of_one)
     whole, count = float(sum(part[0] for _, part in every)), int(sum(part[1] for _, part in every))
+    if not math.isfinite(whole):  # found by all processes together
+        bad = next(number for number, part in every if not math.isfinite(part[0]))
+        where = body.where_not_finite(tokens.inputs(batches[bad]))
+        raise NumericalError(f"the loss on the {text} text is not finite ({where} of the student)")
     return whole / max(1, count)
 
 

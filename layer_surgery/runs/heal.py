@@ -21,13 +21,14 @@ from layer_surgery.errors import CheckpointError, ReportError
 from layer_surgery.evaluation.task_names import check_task_names
 from layer_surgery.healing.attention_maps import compared_layers
 from layer_surgery.healing.relations import check_relations
-from layer_surgery.healing.trainable import trained_names
+from layer_surgery.healing.trainable import numbers_of, trained_names
 from layer_surgery.progress import Ui
 from layer_surgery.records import SurgeryReport
 from layer_surgery.records.reading import REPORT_FILE, read_report
 from layer_surgery.runs.evaluator import Evaluator
 from layer_surgery.runs.healing import heal, prepare_healing
 from layer_surgery.runs.outcome import evaluate_result, measured
+from layer_surgery.runs.healing.beside import check_fits, model_bytes, training_bytes
 from layer_surgery.runs.output import check_output_given, open_output, save_result, write_report
 from layer_surgery.runs.provenance import checkpoint_hash, run_provenance
 from layer_surgery.runs.session import Model, Session, check_sources, open_session
@@ -62,7 +63,10 @@ def run_heal(result: str | Path, config: HealConfig) -> SurgeryReport:
         check_relations(healing.losses, teacher.checkpoint)
         if any(loss.entry.needs == "attention" for loss in healing.losses):
             compared_layers(student, teacher.checkpoint, surgery.plan.surviving)
-        trained_names(student, surgery.plan, config.train)
+        names = trained_names(student, surgery.plan, config.train)
+        if config.both_models:
+            needed = training_bytes(student, session, numbers_of(student, names))
+            check_fits(session, model_bytes(teacher.checkpoint, session), needed)
         texts = session.evaluation_tokens(config)
         evaluator = stack.enter_context(Evaluator(session, config, texts, baseline=teacher))
         teacher.stream(teacher.checkpoint)  # proves, before anything else is done, that both can be walked over

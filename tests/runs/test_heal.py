@@ -338,25 +338,3 @@ def test_short_windows_share_rows_without_another_result(
     for one, other in zip(packed.curve, padded.curve, strict=True):
         assert one.losses == pytest.approx(other.losses, abs=1e-5)
         assert one.validation == pytest.approx(other.validation, abs=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("options", "expected"),
-    [
-        (["--loss", "stones"], "--loss stones looks at original and student together; add --both-models, which keeps"),
-        (["--loss", "attention"], "--loss attention looks at original and student together; add --both-models"),
-        (["--both-models", "--loss", "ce"], "--both-models has nothing to do: --loss ce looks at nothing"),
-        (["--both-models", "--teacher-cache", "x"], "there is nothing for --teacher-cache to keep"),
-        (["--both-models", "--stages", "local"], "--both-models is of the global stage"),
-        (["--both-models", "--memory-limit", "100KB"], "bytes are available; leave it out and take losses over"),
-        (["--loss", "stones:1:blocks=0"], "'blocks' is '0'; allowed: a whole number, 1 or more"),
-        (["--loss", "hidden:1:projected=2"], "'projected' is '2'; allowed: a whole number, 0 or more, at most 1"),
-    ],
-)
-def test_both_models_are_refused_in_one_sentence_before_any_work(
-    result: Path, words: Path, tmp_path: Path, run: CommandLine, options: list[str], expected: str
-) -> None:
-    outcome = run("heal", result, "--data", words, "--sequence-length", 16, *options, "--output", tmp_path / "out")
-    assert outcome.code == 2 and "Traceback" not in outcome.err
-    assert expected in outcome.error_lines[-1] and len(outcome.error_lines) == 1
-    assert not (tmp_path / "out").exists()

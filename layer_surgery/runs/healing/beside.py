@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from layer_surgery.checkpoint.open import Checkpoint
+from layer_surgery.config import HealingConfig
 from layer_surgery.errors import UserError
 from layer_surgery.healing.attention_maps import AttentionMaps
 from layer_surgery.healing.losses.registry import Needs
@@ -27,9 +28,10 @@ _TRAINED_BYTES = 16
 
 
 def check_beside(
-    losses: Sequence[WeightedLoss], both_models: bool, session: Session, original: Checkpoint, parameters: int
+    losses: Sequence[WeightedLoss], config: HealingConfig, session: Session, original: Checkpoint, parameters: int
 ) -> None:
-    """Raise `UserError` for losses that need both models where only one is to be in memory, and the other way round.
+    """Raise `UserError` for losses that need both models where only one is to be in memory, and the other way round,
+    and for models that surely do not fit together.
 
     Args:
         session: whose device and limit of memory count.
@@ -37,12 +39,12 @@ def check_beside(
     """
     needed = model_bytes(original, session)
     only = next((loss.name for loss in losses if loss.entry.needs in ONLY_BESIDE), None)
-    if only is not None and not both_models:
+    if only is not None and not config.both_models:
         raise UserError(
             f"--loss {only} looks at original and student together; add --both-models, which keeps the original's "
             f"{needed:,} bytes in memory too, or take losses over logits, states or relations."
         )
-    if not both_models:
+    if not config.both_models:
         return
     if all(loss.entry.needs in _NOT_BESIDE for loss in losses):
         names = ", ".join(loss.name for loss in losses)
@@ -50,7 +52,7 @@ def check_beside(
             f"--both-models has nothing to do: --loss {names} looks at nothing that the original does in a step; "
             "leave it out."
         )
-    check_fits(session, needed, parameters * session.dtype.itemsize)
+    check_fits(session, needed, parameters * (_TRAINED_BYTES if config.train == "all" else session.dtype.itemsize))
 
 
 def check_fits(session: Session, original: int, student: int) -> None:

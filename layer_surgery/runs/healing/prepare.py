@@ -79,7 +79,7 @@ def prepare_healing(
         )
     losses = parse_losses(config.loss if config.loss is not None else _default_losses(original, fewer_dimensions))
     check_losses(losses, objective)
-    check_beside(losses, config.both_models, session, teacher or original, parameters or original.parameters)
+    check_beside(losses, config, session, teacher or original, parameters or original.parameters)
     check_relations(losses, original)
     if any(loss.entry.needs == "attention" for loss in losses):
         compared_layers(original, original, range(original.layer_count))

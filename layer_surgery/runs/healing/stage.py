@@ -29,7 +29,7 @@ from layer_surgery.healing.pairs import layer_pairs
 from layer_surgery.healing.probe import LEARNING_RATES, LIKELIEST, MOST_RATES, PROBE_STEPS, Probe, probe
 from layer_surgery.healing.relations import check_relations
 from layer_surgery.healing.student import Student
-from layer_surgery.healing.trainable import changed_positions, trained_names
+from layer_surgery.healing.trainable import changed_positions, numbers_of, trained_names
 from layer_surgery.healing.training import Training, TrainingSettings, regret, train
 from layer_surgery.healing.windows import HealingData, training_order
 from layer_surgery.records import CurvePoint, HealingRecord, LocalRecord, LossRecord, SurgeryPlan, UnhealedRecord
@@ -120,7 +120,7 @@ class _Healing:
         config = self._config
         names = trained_names(self._checkpoint, self._plan, config.train)
         local: list[LocalRecord] = []
-        probed, rate, count = None, None, _numbers(self._checkpoint, names)
+        probed, rate, count = None, None, numbers_of(self._checkpoint, names)
         training = Training(curve=[], best_step=None, steps=0)
         with self._session.stage("heal"), self._kept:
             checkpoint = self._checkpoint
@@ -397,11 +397,6 @@ class _Healing:
         return {
             name: window_losses(model, text, self._session.settings).mean for name, text in self._data.texts.items()
         }
-
-
-def _numbers(checkpoint: Checkpoint, names: set[str]) -> int:
-    """Return how many numbers the named parameters have."""
-    return sum(value.numel() for name, value in checkpoint.skeleton.named_parameters() if name in names)
 
 
 def _write(file: Path, tensors: Mapping[str, Tensor], specs: Mapping[str, TensorSpec]) -> None:
