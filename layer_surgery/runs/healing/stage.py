@@ -4,24 +4,16 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
 
 from layer_surgery import parallel
 from layer_surgery.checkpoint.open import Checkpoint
-from layer_surgery.checkpoint.result import with_new_tensors
-from layer_surgery.checkpoint.tensors import SafetensorsSource, TensorSpec
 from layer_surgery.data.tokens import joined
-from layer_surgery.errors import LayerSurgeryError
-from layer_surgery.evaluation.perplexity import window_losses
 from layer_surgery.healing.adapters import add_adapters
 from layer_surgery.healing.local import GradientMoments, LayerStudent, Place
 from layer_surgery.healing.packing import packed_batch_size, packs
@@ -30,14 +22,14 @@ from layer_surgery.healing.probe import LEARNING_RATES, LIKELIEST, MOST_RATES, P
 from layer_surgery.healing.relations import check_relations
 from layer_surgery.healing.student import Student
 from layer_surgery.healing.trainable import changed_positions, numbers_of, trained_names
-from layer_surgery.healing.training import Training, TrainingSettings, regret, train
+from layer_surgery.healing.training import Training, TrainingSettings, train
 from layer_surgery.healing.windows import HealingData, training_order
-from layer_surgery.records import CurvePoint, HealingRecord, LocalRecord, LossRecord, SurgeryPlan, UnhealedRecord
-from layer_surgery.runs.evaluator import Evaluator
+from layer_surgery.records import CurvePoint, HealingRecord, LocalRecord, LossRecord, SurgeryPlan
 from layer_surgery.runs.healing.asking import Asking
 from layer_surgery.runs.healing.beside import put_beside
 from layer_surgery.runs.healing.prepare import PreparedHealing
 from layer_surgery.runs.healing.resuming import check_resumed, models_identity
+from layer_surgery.runs.healing.results import Results, write_trained
 from layer_surgery.runs.session import Session
 from layer_surgery.walk.rehearsal import Rehearsal
 from layer_surgery.walk.streamed import StreamedModel
@@ -59,17 +51,6 @@ class Healed:
 
     checkpoint: Checkpoint
     record: HealingRecord
-
-
-def unhealed_record(evaluator: Evaluator) -> UnhealedRecord:
-    """Return what has been measured of the model from before healing, which is then forgotten."""
-    record = UnhealedRecord(
-        result=evaluator.result("unhealed"),
-        comparison=evaluator.compare("before", "unhealed"),
-        gain=evaluator.compare("unhealed", "after", distance=False),
-    )
-    evaluator.forget("unhealed")
-    return record
 
 
 def heal(
@@ -114,6 +95,7 @@ class _Healing:
         self._start = time.monotonic()
         self._kept = ExitStack()
         self._asking = Asking(session, teacher, teacher_sha256, prepared, self._pairs, self._kept)
+        self._results = Results(session, checkpoint.name)
         self._seconds_a_window = 0.0  # that asking the original takes
 
     def run(self) -> Healed:
@@ -144,7 +126,9 @@ class _Healing:
                 rate = probed.best if probed is not None else config.learning_rate
                 training = self._train(student, steps, rate or LIKELIEST)
                 if training.best_step is not None:
-                    checkpoint = self._better(checkpoint, self._as_saved(checkpoint, student))
+                    checkpoint = self._results.better(
+                        checkpoint, self._results.of_student(checkpoint, student), self._data
+                    )
         record = HealingRecord(
             losses=[LossRecord(name=loss.name, weight=loss.weight, options=loss.settings) for loss in self._losses],
             train=config.train,
@@ -247,8 +231,8 @@ class _Healing:
         files = sorted(folder.glob("*.safetensors"))
         if not files:
             return self._checkpoint, records
-        healed = with_new_tensors(self._checkpoint, SafetensorsSource(files), f"{self._checkpoint.name} and healing")
-        checkpoint = self._better(self._checkpoint, healed)
+        healed = self._results.with_files(self._checkpoint, files)
+        checkpoint = self._results.better(self._checkpoint, healed, self._data)
         if checkpoint is self._checkpoint:
             self._session.ui.note("healing: the local stage made the whole no better, so its layers are not used")
         return checkpoint, records
@@ -270,7 +254,7 @@ class _Healing:
         if kept:
             specs = self._checkpoint.source.specs
             trained = {prefix + name: value for name, value in one.model.named_parameters() if value.requires_grad}
-            _write(folder / f"{place.position:05d}.safetensors", trained, specs)
+            write_trained(folder / f"{place.position:05d}.safetensors", trained, specs)
         self._session.ui.note(
             f"healing: layer {self._plan.surviving[place.position]}: {one.name} {before:.5f} to {after:.5f}"
         )
@@ -376,38 +360,6 @@ class _Healing:
                 advance=advance,
                 resume=config.resume,
             )
-
-    # -- the result ------------------------------------------------------------------------------------------------
-
-    def _better(self, old: Checkpoint, new: Checkpoint) -> Checkpoint:
-        """Return the checkpoint that is better on the texts that were held out, as it would be saved."""
-        return new if regret(self._validated(new), self._validated(old)) < 0 else old
-
-    def _as_saved(self, checkpoint: Checkpoint, student: Student) -> Checkpoint:
-        """Write the trained tensors, in the checkpoint's own dtypes, to a scratch file, and return the checkpoint."""
-        file = self._session.new_scratch("healed") / "healed.safetensors"
-        trained = student.trained_tensors()
-        if parallel.is_first():
-            _write(file, trained, checkpoint.source.specs)
-        parallel.barrier()
-        return with_new_tensors(checkpoint, SafetensorsSource([file]), f"{self._checkpoint.name} and healing")
-
-    def _validated(self, checkpoint: Checkpoint) -> dict[str, float]:
-        model = self._session.stream(checkpoint)
-        return {
-            name: window_losses(model, text, self._session.settings).mean for name, text in self._data.texts.items()
-        }
-
-
-def _write(file: Path, tensors: Mapping[str, Tensor], specs: Mapping[str, TensorSpec]) -> None:
-    """Write tensors in the dtypes of a checkpoint."""
-    stored = {name: tensor.detach().to("cpu", specs[name].dtype).contiguous() for name, tensor in tensors.items()}
-    try:
-        save_file(stored, file)
-    except (OSError, SafetensorError) as error:
-        raise LayerSurgeryError(
-            f"the healed tensors cannot be written to {file.parent} ({error}); is the disk full?"
-        ) from error
 
 
 def _described(point: CurvePoint, steps: int, unhealed: dict[str, float]) -> str:
