@@ -27,8 +27,8 @@ from layer_surgery.records import SurgeryReport
 from layer_surgery.records.reading import REPORT_FILE, read_report
 from layer_surgery.runs.evaluator import Evaluator
 from layer_surgery.runs.healing import heal, prepare_healing
-from layer_surgery.runs.outcome import evaluate_result, measured
 from layer_surgery.runs.healing.beside import check_fits, model_bytes, training_bytes
+from layer_surgery.runs.outcome import evaluate_result, measured
 from layer_surgery.runs.output import check_output_given, open_output, save_result, write_report
 from layer_surgery.runs.provenance import checkpoint_hash, run_provenance
 from layer_surgery.runs.session import Model, Session, check_sources, open_session

@@ -28,8 +28,8 @@ from layer_surgery.records import CurvePoint, HealingRecord, LocalRecord, LossRe
 from layer_surgery.runs.healing.asking import Asking
 from layer_surgery.runs.healing.beside import put_beside
 from layer_surgery.runs.healing.prepare import PreparedHealing
-from layer_surgery.runs.healing.resuming import check_resumed, models_identity
 from layer_surgery.runs.healing.results import Results, write_trained
+from layer_surgery.runs.healing.resuming import check_resumed, models_identity
 from layer_surgery.runs.session import Session
 from layer_surgery.walk.rehearsal import Rehearsal
 from layer_surgery.walk.streamed import StreamedModel
