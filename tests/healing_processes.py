@@ -31,14 +31,20 @@ RESUMED = 3
 def healed(folder: Path, name: str, **more: Any) -> Any:
     """Heal `smaller` in a folder, and return the section about it."""
     by = f"by {parallel.group().world}"
+    options = OPTIONS | {"teacher_cache": folder / f"cache {by}"} | more
     return api.heal(
         folder / "smaller",
         folder / f"{name} {by}",
         data=[folder / "text.txt"],
-        teacher_cache=folder / f"cache {by}",
         checkpoints=folder / f"checkpoints of {name} {by}",
-        **OPTIONS | more,
+        **options,
     ).healing
+
+
+def with_both_models(folder: Path) -> Any:
+    """Heal with the original beside the student in each process."""
+    losses = ["stones:1", "attention:0.01", "relations:0.1", "hidden:0.1"]
+    return healed(folder, "both", both_models=True, teacher_cache=None, loss=losses, tokens=2 * 8 * 12)
 
 
 def stopped_by_one(folder: Path) -> list[Any]:
@@ -66,6 +72,7 @@ def main(folder: Path) -> None:
         resume = folder / f"checkpoints of whole by {group.world}" / f"checkpoint-{RESUMED}"
         healed(folder, "resumed", resume=resume)
         said = stopped_by_one(folder)
+        with_both_models(folder)
         healed(folder, "probed", tokens=None, minutes=0.02, learning_rate=None, train="lora", lora_rank=2)
         if group.rank == 0:
             (folder / "said.json").write_text(json.dumps(said), encoding="utf-8")

@@ -41,8 +41,9 @@ from layer_surgery.data.tokens import PackedTokens
 from layer_surgery.healing.losses import TeacherLogits, TokenLogits
 from layer_surgery.healing.losses.divergences import forward_kl
 from layer_surgery.healing.teacher import cache
-from layer_surgery.healing.teacher.cache import TeacherCache, TeacherIdentity, TeacherRecords
+from layer_surgery.healing.teacher.cache import TeacherCache, TeacherIdentity
 from layer_surgery.healing.teacher.form import RecordForm
+from layer_surgery.healing.teacher.records import TeacherRecords
 from layer_surgery.runs.session import open_session
 
 #: Tokens of a sequence of the synthetic teachers, sequences that the codebook is fitted to, and that are measured.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -46,7 +46,7 @@ class QueriesKeysValues:
             for hook in hooks:
                 hook.remove()
 
-    def joined(self, seen: dict[str, Tensor], shape: Sequence[int]) -> Tensor:
+    def joined(self, seen: Mapping[str, Tensor], shape: Sequence[int]) -> Tensor:
         """Return queries, keys and values side by side, each of all heads, [B, S, sum of the widths].
 
         Args:

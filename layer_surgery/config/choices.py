@@ -122,6 +122,14 @@ LOSS_CHOICES: Mapping[str, Choice] = {
         "KL of relations among queries, keys and values of the last layer (MiniLMv2)",
         "https://arxiv.org/abs/2012.15828",
     ),
+    "attention": Choice(
+        "mean squared error of attention scores, masked places left out (TinyBERT); needs --both-models",
+        "https://arxiv.org/abs/1909.10351",
+    ),
+    "stones": Choice(
+        "block-wise logit distillation: stepping stones between student and teacher; needs --both-models",
+        "https://arxiv.org/abs/2411.01547",
+    ),
     "embedding_cosine": Choice("1 - cosine between a text's embeddings by both models (Jasper and Stella)", _STELLA),
     "embedding_similarity": Choice("mean squared error of the cosines between all texts of a step", _STELLA),
     "embedding_relative": Choice("pairs of texts in another order, by their cosines, than the original's", _STELLA),
@@ -130,15 +138,6 @@ DEFAULT_LOSSES = ("kl",)
 #: Of embedding models, with the paper's weights; where vectors have fewer numbers than the original's, those but the
 #: first.
 DEFAULT_EMBEDDING_LOSSES = ("embedding_cosine:10", "embedding_similarity:200", "embedding_relative:20")
-#: Losses that need both models in memory, which no command has.
-OTHER_LOSSES: Mapping[str, Choice] = {
-    "attention": Choice(
-        "mean squared error of attention scores, masked places left out (TinyBERT)", "https://arxiv.org/abs/1909.10351"
-    ),
-    "stones": Choice(
-        "block-wise logit distillation: stepping stones between student and teacher", "https://arxiv.org/abs/2411.01547"
-    ),
-}
 
 HEAD_CHOICES = ("auto", "embedding")
 POOLING_CHOICES = ("cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")

@@ -124,6 +124,13 @@ class HealingConfig(Options):
             "Answers that it does not end stay as they were."
         ),
     )
+    both_models: bool = attrs.field(
+        default=False,
+        metadata=about(
+            "Keep the original in memory beside the student and run it in each step, instead of asking it once before. "
+            "The losses attention and stones need this."
+        ),
+    )
     gradient_checkpointing: bool = attrs.field(
         default=False, metadata=about("Compute activations twice instead of keeping them: less memory, more time.")
     )
@@ -155,6 +162,13 @@ class HealingConfig(Options):
             raise UserError(f"--general is {self.general}; allowed: a fraction from 0 to 1.")
         if not self.stages or not set(self.stages) <= set(STAGES):
             raise UserError(f"--stages is '{','.join(self.stages)}'; allowed: {', '.join(STAGES)}, or both.")
+        if self.both_models and "global" not in self.stages:
+            raise UserError("--both-models is of the global stage, and --stages has only local; leave one of them out.")
+        if self.both_models and self.teacher_cache is not None and not self.teacher_rewrite:
+            raise UserError(
+                "--both-models runs the original in each step, so there is nothing for --teacher-cache to keep; leave "
+                "one of them out."
+            )
         if self.loss is not None and not self.loss:
             raise UserError("--loss is empty; give a name such as kl, or leave it out.")
 
@@ -182,8 +196,15 @@ def healing(value: HealingConfig | Mapping[str, Any] | bool | None) -> HealingCo
             check_type(fields[name], option)
         return HealingConfig(**given)
     except UserError as error:
-        own = "|".join(sorted((name.replace("_", "-") for name in fields), key=len, reverse=True))
-        raise type(error)(re.sub(rf"--({own})\b", r"--heal-\1", str(error))) from error
+        raise behind_prefix(error) from error
+
+
+def behind_prefix(error: UserError) -> UserError:
+    """Return an error that names the options of healing as `compress` has them."""
+    own = "|".join(
+        sorted((field.name.replace("_", "-") for field in attrs.fields(HealingConfig)), key=len, reverse=True)
+    )
+    return type(error)(re.sub(rf"--({own})\b", r"--heal-\1", str(error)))
 
 
 @attrs.frozen(kw_only=True, slots=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -12,8 +13,7 @@ from torch import Tensor, nn
 from layer_surgery import parallel
 from layer_surgery.data.objective import NO_LABEL
 from layer_surgery.data.tokens import PackedTokens
-from layer_surgery.healing.losses.inputs import TeacherLogits
-from layer_surgery.healing.outputs import token_outputs
+from layer_surgery.healing.outputs import HiddenAnswers, TeacherAnswers, token_outputs
 from layer_surgery.walk.boundaries import Boundary, BoundaryStore
 from layer_surgery.walk.losses import targets
 from layer_surgery.walk.rehearsal import Rehearsal
@@ -114,13 +114,12 @@ class DenseTeacher:
         self._rehearsal, self._tokens, self._states = Rehearsal(teacher), tokens, states
         self._dtype = teacher.dtype
 
-    @torch.no_grad()
-    def read(self, windows: Tensor) -> TeacherLogits:
-        """Return the log-probabilities of the tokens with loss of some windows [B] int64."""
+    def read(self, windows: Tensor) -> TeacherAnswers:
+        """Return what it says of the tokens with loss of some windows [B] int64."""
         carries = targets(self._tokens, windows.cpu()) != NO_LABEL
         hidden = self._states.read(-1, windows)
         hidden = hidden[carries.to(hidden.device)].to(self._dtype)
-        return TeacherLogits(log_probs=token_outputs(self._rehearsal, hidden).log_softmax(dim=-1))
+        return HiddenAnswers(hidden, partial(token_outputs, self._rehearsal), self._tokens.objective)
 
 
 class TeacherStatesStore:

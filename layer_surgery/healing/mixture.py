@@ -38,7 +38,8 @@ class WeightedLoss:
 
     def value(self, inputs: Any) -> Tensor:
         """Return the loss of what it needs (`LossEntry.needs`), without its weight: [n], one a token, or a mean []."""
-        return self.entry.function(inputs, **self.options)
+        own = {name: value for name, value in self.options.items() if name not in self.entry.arranged}
+        return self.entry.function(inputs, **own)
 
     def to_dict(self) -> dict[str, Any]:
         return {"loss": self.name, "weight": self.weight, "source": self.entry.source, **self.settings}

@@ -10,7 +10,9 @@ Shapes: n items, V vocabulary, L outputs of a classifier, m losses.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from einops import rearrange, reduce
@@ -29,13 +31,39 @@ _OF_NUMBERS = ("kl", "ce")
 _OF_SEVERAL_OUTCOMES = ("clkd", "dkd")
 
 
+class TeacherAnswers(Protocol):
+    """What a teacher says of n items, read as many at a time as fit."""
+
+    def rows(self, rows: slice) -> TeacherLogits:
+        """Return what it says of some of them."""
+        ...
+
+
+@dataclass(frozen=True)
+class HiddenAnswers:
+    """All that a teacher says of n tokens, as its states: its head makes outputs of those that are asked for."""
+
+    hidden: Tensor  #: [n, D] after its last layer.
+    head: Callable[[Tensor], Tensor]  #: From states [c, D] to outputs [c, V].
+    objective: Objective
+
+    @torch.no_grad()
+    def rows(self, rows: slice) -> TeacherLogits:
+        return teacher_outputs(self.head(self.hidden[rows]), self.objective)
+
+
 def check_losses(losses: Sequence[WeightedLoss], objective: Objective) -> None:
     """Raise `UserError` for a loss over outputs that a head does not allow."""
     embeds = objective.problem == "embedding"
     for loss in losses:
         if loss.entry.needs == "vectors" and not embeds:
             raise UserError(f"--loss {loss.name} compares embeddings, but the model gives none; take another loss.")
-        if loss.entry.needs in ("labels", "logits", "relations") and embeds:
+        if loss.entry.needs == "stones" and objective.of_sequences and not embeds:
+            raise UserError(
+                f"--loss {loss.name} compares models token by token, but the model gives one answer a sequence; take "
+                "another loss, such as kl."
+            )
+        if loss.entry.needs in ("labels", "logits", "relations", "stones") and embeds:
             known = ", ".join(each.name for each in LOSSES if each.needs == "vectors")
             raise UserError(
                 f"--loss {loss.name} is for models with a head, but this one gives embeddings; allowed for an "

@@ -5,7 +5,7 @@ The original's are kept by the walk that asks it, the student's are seen as it r
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 
@@ -19,6 +19,8 @@ from layer_surgery.errors import UserError
 from layer_surgery.healing.capture import KeptObserver
 from layer_surgery.healing.losses.inputs import RelationPair
 from layer_surgery.healing.mixture import WeightedLoss
+from layer_surgery.healing.packing import Batch
+from layer_surgery.healing.sources import TeacherProjections
 from layer_surgery.walk.boundaries import BoundaryStore
 from layer_surgery.walk.walk import Observer
 
@@ -85,7 +87,7 @@ class _AttentionObserver(KeptObserver):
 class Relations:
     """Both sides of the loss for one student."""
 
-    def __init__(self, student: Checkpoint, teacher: TeacherAttentionStore) -> None:
+    def __init__(self, student: Checkpoint, teacher: TeacherProjections) -> None:
         """Compare the last layers of a student and its teacher."""
         self._place, self._teacher = last_attention(student), teacher
         self._causal = not student.encoder
@@ -95,7 +97,7 @@ class Relations:
         return self._place.seen(last)
 
     def values(
-        self, loss: WeightedLoss, seen: dict[str, Tensor], windows: Tensor, carries: Tensor, mask: Tensor | None
+        self, loss: WeightedLoss, seen: Mapping[str, Tensor], batch: Batch, windows: Tensor, carries: Tensor
     ) -> Tensor:
         """Return the loss of each window [B], a mean over its tokens.
 
@@ -103,15 +105,17 @@ class Relations:
         one, heads x S x S for each of queries, keys and values.
 
         Args:
+            seen: what `seen` has yielded.
             windows: [B] int64, their numbers in the teacher's store.
             carries: [B, S] bool, the tokens that are related to others.
-            mask: [B, S] of the tokens that are no padding; None: padding is at the end, and no token sees it.
         """
+        mask = batch.given.get("attention_mask")  # without one, padding is at the end, and no token sees it
         visible = carries[:, :, None] if mask is None else carries[:, :, None] & mask[:, None, :].bool()
         visible = visible.expand(-1, -1, carries.shape[1])
         if self._causal:
             visible = visible.tril()
-        students = self._place.split(self._place.joined(seen, carries.shape))
+        joined = self._place.joined(seen, batch.run["input_ids"].shape)
+        students = self._place.split(batch.apart(joined))
         teachers = [each[:, : carries.shape[1]].to(carries.device) for each in self._teacher.read(windows)]
         of_window = partial(_of_window, loss)
         found = [

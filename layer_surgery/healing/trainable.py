@@ -58,6 +58,11 @@ def trained_names(student: Checkpoint, plan: SurgeryPlan, train: Trained) -> set
     return found | {name for name, value in parameters.items() if value.dim() == 1}
 
 
+def numbers_of(student: Checkpoint, names: set[str]) -> int:
+    """Return how many numbers the named parameters have."""
+    return sum(value.numel() for name, value in student.skeleton.named_parameters() if name in names)
+
+
 def smaller_linears(student: Checkpoint) -> list[str]:
     """Return the names of the linears that the surgery made smaller: low-rank ones, and those with fewer channels."""
     return [*student.low_rank, *student.narrowed]

@@ -25,7 +25,7 @@ from transformers.trainer_callback import PrinterCallback
 from layer_surgery import parallel
 from layer_surgery.errors import LayerSurgeryError, NumericalError
 from layer_surgery.healing.trainee import WEIGHTS_FILE, Trainee
-from layer_surgery.healing.windows import HealingData, WindowDataset, by_length, passes
+from layer_surgery.healing.windows import HealingData, WindowDataset, training_order
 from layer_surgery.records import CurvePoint
 
 #: What decides which checkpoint is best.
@@ -152,8 +152,7 @@ class HealingTrainer(Trainer):  # type: ignore[misc]
         self._student, self._data, self._unhealed = student, data, unhealed
         self._batch_size, self._watch, self._say = settings.batch_size, watch, say
         self._identity = settings.identity if settings.keep_state else None
-        order = passes(data.order, settings.steps * settings.step_sequences, settings.seed)
-        order = by_length(order, data.train.valid.sum(dim=1), settings.step_sequences)
+        order = training_order(data, settings.steps, settings.step_sequences, settings.seed)
         windows = WindowDataset(data.train, order)
         super().__init__(
             model=student,

@@ -150,6 +150,12 @@ def by_length(order: Tensor, lengths: Tensor, step: int) -> Tensor:
     return steps.gather(1, lengths[steps].argsort(dim=1, stable=True)).flatten()
 
 
+def training_order(data: HealingData, steps: int, step_sequences: int, seed: int) -> Tensor:
+    """Return the windows [steps x step_sequences] of a training, step after step."""
+    order = passes(data.order, steps * step_sequences, seed)
+    return by_length(order, data.train.valid.sum(dim=1), step_sequences)
+
+
 class WindowDataset(Dataset[int]):
     """Numbers of windows, for a data loader; `collate` turns them into a batch."""
 
@@ -163,14 +169,18 @@ class WindowDataset(Dataset[int]):
         return int(self.order[position])
 
     def collate(self, windows: Sequence[int]) -> dict[str, Tensor]:
-        """Return what the model is called with, each [B, S] int64, `labels` (see `targets`), and `windows` [B] int64.
+        """Return what the model is called with, each [B, S] int64, `labels` (see `targets`), and `windows` [B] int64;
+        where windows may share rows, their `lengths` [B] too.
 
         Columns at the end that are padding in all of them are left out, as examples are of different lengths.
         """
         rows = torch.tensor(list(windows))
-        length = int(self.tokens.valid[rows].sum(dim=1).max())
+        lengths = self.tokens.valid[rows].sum(dim=1)
+        length = int(lengths.max())
         labels = targets(self.tokens, rows)
         given = {name: tensor[:, :length] for name, tensor in self.tokens.inputs(rows).items()}
+        if self.tokens.objective.problem == "next_token":
+            given["lengths"] = lengths
         return given | {
             "labels": labels if self.tokens.objective.of_sequences else labels[:, :length],
             "windows": rows,

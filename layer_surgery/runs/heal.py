@@ -19,13 +19,15 @@ from layer_surgery.config import HealConfig
 from layer_surgery.data.bundled import bundled_tasks
 from layer_surgery.errors import CheckpointError, ReportError
 from layer_surgery.evaluation.task_names import check_task_names
+from layer_surgery.healing.attention_maps import compared_layers
 from layer_surgery.healing.relations import check_relations
-from layer_surgery.healing.trainable import trained_names
+from layer_surgery.healing.trainable import numbers_of, trained_names
 from layer_surgery.progress import Ui
 from layer_surgery.records import SurgeryReport
 from layer_surgery.records.reading import REPORT_FILE, read_report
 from layer_surgery.runs.evaluator import Evaluator
 from layer_surgery.runs.healing import heal, prepare_healing
+from layer_surgery.runs.healing.beside import check_fits, model_bytes, training_bytes
 from layer_surgery.runs.outcome import evaluate_result, measured
 from layer_surgery.runs.output import check_output_given, open_output, save_result, write_report
 from layer_surgery.runs.provenance import checkpoint_hash, run_provenance
@@ -52,10 +54,19 @@ def run_heal(result: str | Path, config: HealConfig) -> SurgeryReport:
         if staging is not None:
             parallel.from_first(lambda: check_free_space(staging, student.size_bytes))
         healing = prepare_healing(
-            session, config, config, fewer_dimensions=_dimensions(student) != _dimensions(teacher.checkpoint)
+            session,
+            config,
+            config,
+            fewer_dimensions=_dimensions(student) != _dimensions(teacher.checkpoint),
+            teacher=teacher.checkpoint,
         )
         check_relations(healing.losses, teacher.checkpoint)
-        trained_names(student, surgery.plan, config.train)
+        if any(loss.entry.needs == "attention" for loss in healing.losses):
+            compared_layers(student, teacher.checkpoint, surgery.plan.surviving)
+        names = trained_names(student, surgery.plan, config.train)
+        if config.both_models:
+            needed = training_bytes(student, session, numbers_of(student, names))
+            check_fits(session, model_bytes(teacher.checkpoint, session), needed)
         texts = session.evaluation_tokens(config)
         evaluator = stack.enter_context(Evaluator(session, config, texts, baseline=teacher))
         teacher.stream(teacher.checkpoint)  # proves, before anything else is done, that both can be walked over

@@ -12,8 +12,10 @@ from layer_surgery import parallel
 from layer_surgery.calibration.cache import check_cache
 from layer_surgery.checkpoint.save import check_free_space
 from layer_surgery.config import CompressConfig
+from layer_surgery.config.healing import behind_prefix
 from layer_surgery.data.bundled import bundled_tasks
 from layer_surgery.data.tokens import PackedTokens
+from layer_surgery.errors import UserError
 from layer_surgery.evaluation.task_names import check_task_names
 from layer_surgery.runs.bench import general_text
 from layer_surgery.runs.dimensions import check_dimensions
@@ -68,7 +70,17 @@ def open_compression(model: Model, config: CompressConfig, stack: ExitStack) -> 
     if config.heal is not None:
         option = "--heal-data" if config.heal.data else "--calibration"
         chosen = attrs.evolve(config.heal, data=config.heal.data or config.calibration)
-        healing = prepare_healing(session, chosen, config, option, fewer_dimensions=config.dimensions is not None)
+        try:
+            healing = prepare_healing(
+                session,
+                chosen,
+                config,
+                option,
+                fewer_dimensions=config.dimensions is not None,
+                parameters=planning.trial.parameters,
+            )
+        except UserError as error:
+            raise behind_prefix(error) from error
     texts = session.evaluation_tokens(config)
     evaluator = stack.enter_context(Evaluator(session, config, texts, baseline=session))
     session.stream(original)  # proves, before anything else is done, that it can be walked over

@@ -104,10 +104,10 @@ class Rehearsal:
         """Return what layer `index` is called with for these inputs.
 
         Rehearsed once for each shape, or for each batch where calls depend on content (the latest batch is kept), as
-        they do where the model is told which tokens are padding.
+        they do where the model is told which tokens are padding, or where each one stands.
         """
         given = _named(inputs)
-        if self.depends_on_content or "attention_mask" in given:
+        if self.depends_on_content or len(given) > 1:
             if self._latest is None or not _same(self._latest[0], given):
                 self._latest = (given, self._rehearse(given)[1])
             return self._latest[1][index]

@@ -61,8 +61,18 @@ WRONG = [
     ("--local-error l1", "--local-error is 'l1'; allowed: fisher, mse"),
     ("--loss kll", "unknown loss 'kll'", "Did you mean 'kl'?"),
     ("--loss kl:0", "the weight of 'kl'", "a number above 0"),
-    ("--loss attention", "--loss attention", "not in memory here"),
-    ("--loss stones", "--loss stones"),
+    ("--loss attention", "--loss attention looks at original and student together; add --both-models, which keeps"),
+    ("--loss stones", "--loss stones looks at original and student together; add --both-models"),
+    ("--loss stones:1:blocks=0", "'blocks' is '0'; allowed: a whole number, 1 or more"),
+    ("--loss hidden:1:projected=2", "'projected' is '2'; allowed: a whole number, 0 or more, at most 1"),
+    ("--both-models --loss ce", "--both-models has nothing to do: --loss ce looks at nothing"),
+    ("--both-models --teacher-cache x", "there is nothing for --teacher-cache to keep"),
+    ("--both-models --stages local", "--both-models is of the global stage"),
+    (
+        "--both-models --memory-limit 100KB",
+        "--both-models keeps the original (",
+        "100,000 bytes are available; leave it",
+    ),
     ("--loss relations:1:heads=5", "--loss relations has heads=5, which does not divide", "take a divisor of 24, 48"),
     ("--tokens 100 --resume no-such", "--resume no-such", "no checkpoint"),
     ("--resume no-such", "--resume goes on", "give the same --tokens"),
@@ -91,6 +101,9 @@ def test_the_options_behind_heal_need_it_and_are_named_with_their_prefix(
     assert_refused(run(*command, "--heal-minutes", 1), "--heal-minutes only counts with --heal; add that")
     assert_refused(run(*command, "--heal", "--heal-minutes", 0), "--heal-minutes is 0.0; allowed")
     assert_refused(run(*command, "--heal", "--heal-train", "x"), "--heal-train is 'x'; allowed")
+    small = ("--samples", 8, "--sequence-length", 16)
+    outcome = run(*command, *small, "--heal", "--heal-loss", "stones")
+    assert_refused(outcome, "--heal-loss stones looks", "add --heal-both-models")
     with pytest.raises(UserError, match=r"--heal has no option 'minute'\. Did you mean 'minutes'\?"):
         layer_surgery.compress(original, tmp_path / "out", target_layers=3, heal={"minute": 1})
     with pytest.raises(UserError, match=r"--heal-tokens is 'many'; give a whole number\."):

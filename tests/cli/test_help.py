@@ -29,7 +29,6 @@ from layer_surgery.config.choices import (
     DATA_CHOICES,
     LOSS_CHOICES,
     METHOD_CHOICES,
-    OTHER_LOSSES,
     SCORER_CHOICES,
 )
 from layer_surgery.config.declaring import GROUPS, Options, about_of, group_of, grouped
@@ -101,9 +100,7 @@ def test_what_is_listed_is_what_is_registered() -> None:
     # Listed apart from the functions, so that help and completion need not import them.
     assert set(SCORERS.names) == set(SCORER_CHOICES) and set(METHODS.names) == set(METHOD_CHOICES)
     assert set(DATA_CHOICES) == set(known_sources())
-    assert set(LOSSES.names) == {*LOSS_CHOICES, *OTHER_LOSSES}
-    known = ("labels", "logits", "states", "relations", "vectors")
-    assert {loss.name for loss in LOSSES if loss.needs not in known} == set(OTHER_LOSSES)
+    assert set(LOSSES.names) == set(LOSS_CHOICES)
     group, *tasks = BUNDLED_TASKS
     listed = (bundled_tasks() / f"{group}.yaml").read_text(encoding="utf-8")
     assert re.findall(r"^  - (bundled_\w+)$", listed, re.MULTILINE) == tasks

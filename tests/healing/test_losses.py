@@ -322,7 +322,7 @@ def test_cka_is_blind_to_rotation_and_scale_and_sees_a_new_shape() -> None:
 
 def test_projections_begin_as_the_identity_and_are_trained() -> None:
     pairs = [StatePair(random(N, D, seed=i), random(N, D, seed=i + 10), i) for i in (0, 4)]
-    projections = Projections(D, [0, 4]).double()
+    projections = Projections(D, [0, 4], torch.float64, torch.device("cpu"))
     projected = projections(pairs)
     for before, after in zip(pairs, projected, strict=True):
         torch.testing.assert_close(after.student, before.student)

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import TrainerControl
 
 from layer_surgery.data.objective import NO_LABEL
+from layer_surgery.errors import NumericalError
 from layer_surgery.healing.losses import TeacherLogits
 from layer_surgery.healing.mixture import parse_losses
 from layer_surgery.healing.student import Student
@@ -161,7 +162,7 @@ def test_a_loss_that_is_not_finite_ends_the_training_with_the_best_weights(data:
     def break_later(_module: Any, _inputs: Any, output: Any) -> Any:
         calls.append(student.training)
         states = output[0] if isinstance(output, tuple) else output
-        return torch.full_like(states, torch.nan) if torch.is_grad_enabled() and stop(student) else None
+        return torch.full_like(states, torch.nan) if stop(student) else None
 
     def stop(student: Student) -> bool:
         return any((tmp_path / "t").glob("checkpoint-3"))
@@ -170,9 +171,18 @@ def test_a_loss_that_is_not_finite_ends_the_training_with_the_best_weights(data:
     result = train(student, data, settings(tmp_path / "t", steps=6, validations=6), unhealed=unhealed)
     assert result.stopped is not None
     assert "the loss is not finite" in result.stopped and "step 4" in result.stopped
+    assert "the first states that are not finite come out of layer 1 of the student" in result.stopped
     assert result.best_step in (1, 2, 3)
     kept = {name: value.detach() for name, value in student.named_parameters()}
     assert all(bool(torch.isfinite(value).all()) for value in kept.values())
+
+
+def test_a_validation_that_is_not_finite_names_the_layer(data: HealingData) -> None:
+    student = new_student(data)
+    with torch.no_grad():
+        next(student.layers[1].parameters())[0] = torch.nan
+    with pytest.raises(NumericalError, match=r"the loss on the general text is not finite \(.* out of layer 1 of"):
+        student.measure("general", data.validation, 8)
 
 
 def test_the_random_state_of_the_process_is_left_alone(data: HealingData, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from tiny_tokenizer import tiny_tokenizer
 
 import layer_surgery
 from layer_surgery.checkpoint.open import open_checkpoint
+from layer_surgery.healing.body import Body
 from layer_surgery.records.reading import read_report
 
 QUICK: dict[str, Any] = {"sequence_length": 16, "eval_windows": 8, "continuations": 0}
@@ -279,3 +280,61 @@ def test_a_full_disk_is_one_sentence_and_nothing_is_lost(
     assert outcome.code == 1 and "Traceback" not in outcome.err
     assert "--teacher-cache" in outcome.error_lines[-1] and "No space left on device" in outcome.error_lines[-1]
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def examples(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prompts with answers of different lengths."""
+    file = tmp_path_factory.mktemp("examples") / "task.jsonl"
+    rows = [
+        {"prompt": f"one two {number}", "answer": "the answer " * (7 if number % 4 == 0 else 1) + "is the other thing"}
+        for number in range(60)
+    ]
+    file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return file
+
+
+BOTH: dict[str, Any] = {"both_models": True, "loss": ["stones:0.5", "attention:0.01", "kl:1", "hidden:0.1:projected=1"]}
+
+
+def test_both_models_in_memory_and_rows_that_are_shared_go_on_where_they_were_stopped(
+    result: Path, examples: Path, tmp_path: Path
+) -> None:
+    options = HEAL | BOTH | {"sequence_length": 48, "eval_data": None, "data": str(examples), "train": "operated"}
+    options |= {"step_sequences": 8, "tokens": 1000}
+    whole = layer_surgery.heal(result, tmp_path / "whole", checkpoints=tmp_path / "kept", **options)
+    assert whole.healing is not None and whole.healing.helped
+    assert set(whole.healing.curve[-1].losses) == {"stones", "attention", "kl", "hidden"}
+    assert whole.healing.curve[-1].losses["stones"] < whole.healing.curve[1].losses["stones"]
+    steps = sorted(int(path.name.rpartition("-")[2]) for path in (tmp_path / "kept").glob("checkpoint-*"))
+    assert len(steps) > 2
+    resume = tmp_path / "kept" / f"checkpoint-{steps[1]}"
+    layer_surgery.heal(result, tmp_path / "resumed", checkpoints=tmp_path / "again", resume=resume, **options)
+    one, other = (tensors_of(tmp_path / name) for name in ("whole", "resumed"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_short_windows_share_rows_without_another_result(
+    result: Path, examples: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = HEAL | {"sequence_length": 48, "eval_data": None, "data": str(examples), "tokens": 1000}
+    shapes: list[tuple[int, int]] = []
+    states = Body.states
+
+    def watched(self: Body, given: Any, positions: Any = ()) -> Any:
+        if torch.is_grad_enabled():
+            shapes.append(tuple(given["input_ids"].shape))
+        return states(self, given, positions)
+
+    monkeypatch.setattr(Body, "states", watched)
+    packed = layer_surgery.heal(result, no_save=True, **options).healing
+    rows = sum(count * length for count, length in shapes)
+    assert packed is not None and packed.helped
+    monkeypatch.setattr("layer_surgery.runs.healing.stage.packs", lambda *_: False)
+    shapes.clear()
+    padded = layer_surgery.heal(result, no_save=True, **options).healing
+    assert rows < sum(count * length for count, length in shapes)
+    assert padded is not None
+    for one, other in zip(packed.curve, padded.curve, strict=True):
+        assert one.losses == pytest.approx(other.losses, abs=1e-5)
+        assert one.validation == pytest.approx(other.validation, abs=1e-5)

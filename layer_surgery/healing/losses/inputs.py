@@ -31,6 +31,15 @@ class TeacherLogits:
             return "dense"
         return "sampled" if self.tail is None else "top_k"
 
+    def rows(self, rows: slice) -> TeacherLogits:
+        """Return what it says of some of the tokens."""
+        return TeacherLogits(
+            log_probs=self.log_probs[rows],
+            ids=None if self.ids is None else self.ids[rows],
+            tail=None if self.tail is None else self.tail[rows],
+            temperature=self.temperature,
+        )
+
 
 @dataclass(frozen=True)
 class TokenLogits:

@@ -10,12 +10,11 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from layer_surgery.config.choices import LOSS_CHOICES, OTHER_LOSSES
+from layer_surgery.config.choices import LOSS_CHOICES
 from layer_surgery.errors import UserError, nearest_name
 from layer_surgery.healing.losses.inputs import TeacherKind
 from layer_surgery.registry import Registry
 
-_LISTED = {**LOSS_CHOICES, **OTHER_LOSSES}
 Needs = Literal["labels", "logits", "states", "vectors", "attention", "relations", "stones"]
 """What a loss is a function of: `TokenLogits` without a teacher; with one; a sequence of `StatePair`;
 `VectorPair`; a sequence of `AttentionPair` or of `RelationPair`; `Stones`."""
@@ -59,8 +58,17 @@ OPEN_UNIT = Interval(0, 1, "()")
 
 
 @dataclass(frozen=True)
+class Arranged:
+    """An option that the student sees to, before the function of a loss is called."""
+
+    default: float
+    allowed: Interval
+
+
+@dataclass(frozen=True)
 class LossEntry:
-    """A loss that can be chosen by name. Its options are the keyword-only arguments of the function."""
+    """A loss that can be chosen by name. Its options are the keyword-only arguments of the function, and those that say
+    what it is called with."""
 
     function: Callable[..., Tensor]
     name: str
@@ -68,21 +76,28 @@ class LossEntry:
     needs: Needs
     teachers: tuple[TeacherKind, ...] = ("dense",)  #: The kinds of teacher that it is defined for; () needs none.
     allowed: Mapping[str, Interval] = field(default_factory=dict)  #: Of its options that are numbers.
+    arranged: Mapping[str, Arranged] = field(default_factory=dict)
+    """Options that are not the function's: they say how what it looks at is made."""
     across_tokens: bool = False
     """Whether a token's value depends on the other tokens of the chunk, so that the sum depends on the chunks."""
 
     def __post_init__(self) -> None:
-        if set(self.allowed) != set(self.options):
+        if set(self.allowed) != set(self.own_options):
             raise ValueError(f"the loss '{self.name}' has options without an interval, or the other way round")
 
     @property
     def source(self) -> str:
         """URL of the paper, or "" where there is none."""
-        return _LISTED[self.name].source
+        return LOSS_CHOICES[self.name].source
 
     @property
     def options(self) -> dict[str, float]:
         """The default of each option, by name."""
+        return self.own_options | {name: option.default for name, option in self.arranged.items()}
+
+    @property
+    def own_options(self) -> dict[str, float]:
+        """Those of the function."""
         arguments = inspect.signature(self.function).parameters.values()
         return {each.name: each.default for each in arguments if each.kind is inspect.Parameter.KEYWORD_ONLY}
 
@@ -102,16 +117,17 @@ class LossEntry:
             place: what the message calls the place where they are from, as `--loss kl:1`.
         """
         found: dict[str, float] = {}
+        allowed = {**self.allowed, **{name: option.allowed for name, option in self.arranged.items()}}
         for name, value in options.items():
-            if name not in self.allowed:
-                known = ", ".join(self.allowed) or "none"
+            if name not in allowed:
+                known = ", ".join(allowed) or "none"
                 raise UserError(
                     f"{place}: the loss '{self.name}' has no option '{name}'."
-                    f"{nearest_name(name, self.allowed)} It has: {known}."
+                    f"{nearest_name(name, allowed)} It has: {known}."
                 )
             number = as_number(value)
-            if number is None or number not in self.allowed[name]:
-                raise UserError(f"{place}: '{name}' is {value!r}; allowed: {self.allowed[name]}.")
+            if number is None or number not in allowed[name]:
+                raise UserError(f"{place}: '{name}' is {value!r}; allowed: {allowed[name]}.")
             found[name] = number
         return found
 
@@ -126,4 +142,4 @@ def as_number(value: Any) -> float | None:
         return None
 
 
-LOSSES = Registry("loss", LossEntry, _LISTED)
+LOSSES = Registry("loss", LossEntry, LOSS_CHOICES)

@@ -9,15 +9,20 @@ import torch
 from torch import Tensor, nn
 
 from layer_surgery.healing.losses.inputs import StatePair
-from layer_surgery.healing.losses.registry import LOSSES
+from layer_surgery.healing.losses.registry import LOSSES, Arranged, Interval
 
 P = TypeVar("P")
+
+
+#: Whether the student's states go through a linear map first (`Projections`).
+PROJECTED = {"projected": Arranged(0.0, Interval(0, 1, whole=True))}
 
 
 @LOSSES.add(
     "hidden",
     needs="states",
     teachers=(),
+    arranged=PROJECTED,
 )
 def hidden_mse(pairs: Sequence[StatePair]) -> Tensor:
     """Return the mean of `(h_s - h_t)^2` [] over pairs, tokens and D, in squared units of the stream."""
@@ -28,6 +33,7 @@ def hidden_mse(pairs: Sequence[StatePair]) -> Tensor:
     "cosine",
     needs="states",
     teachers=(),
+    arranged=PROJECTED,
 )
 def hidden_cosine(pairs: Sequence[StatePair]) -> Tensor:
     """Return the mean of `1 - cos(h_s, h_t)` [] over pairs and tokens."""
@@ -50,18 +56,20 @@ def normalised_mse(pairs: Sequence[StatePair]) -> Tensor:
 
 
 class Projections(nn.Module):
-    """A linear map of the student's states for each pair of layers, trained with it and then thrown away.
+    """A linear map of the student's states for each pair of layers, trained with it and then thrown away: FitNets'
+    regressor (https://arxiv.org/abs/1412.6550).
 
     Surgery leaves the width of the stream alone, so a map is not needed to compare; it lets the student keep what it
     knows in another basis. It begins as the identity.
     """
 
-    def __init__(self, width: int, positions: Sequence[int]) -> None:
+    def __init__(self, width: int, positions: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
         """Make maps [width, width] for pairs at these positions."""
         super().__init__()
-        self.maps = nn.ModuleDict({str(position): nn.Linear(width, width, bias=False) for position in positions})
-        for linear in self.maps.values():
-            nn.init.eye_(linear.weight)  # type: ignore[arg-type]
+        maps = {str(each): nn.Linear(width, width, bias=False, dtype=dtype, device=device) for each in positions}
+        self.maps = nn.ModuleDict(maps)
+        for linear in maps.values():
+            nn.init.eye_(linear.weight)
 
     def forward(self, pairs: Sequence[StatePair]) -> list[StatePair]:
         """Return the pairs with the student's states projected."""

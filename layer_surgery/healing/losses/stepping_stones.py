@@ -12,7 +12,7 @@ from torch import Tensor
 
 from layer_surgery.healing.losses.divergences import forward_kl
 from layer_surgery.healing.losses.inputs import Stones, TokenLogits
-from layer_surgery.healing.losses.registry import LOSSES, POSITIVE
+from layer_surgery.healing.losses.registry import LOSSES, POSITIVE, Arranged, Interval
 
 
 @LOSSES.add(
@@ -20,12 +20,14 @@ from layer_surgery.healing.losses.registry import LOSSES, POSITIVE
     needs="stones",
     teachers=("dense", "top_k", "sampled"),
     allowed={"temperature": POSITIVE},
+    arranged={"blocks": Arranged(4.0, Interval(1, whole=True))},
 )
 def stepping_stones(stones: Stones, *, temperature: float = 1.0) -> Tensor:
     """Return sum over i of `KL(teacher || N_i) / 2^(n - i)` [n tokens]: the student counts once, each earlier stone
     half as much as the next.
 
-    Stones before the first block that surgery has changed are the teacher itself: leave them out.
+    Stones before the first block that surgery has changed are the teacher itself: leave them out. The option `blocks`
+    says how many there are at most (`SteppingStones`); the paper has one for each stage of its networks.
     """
     count = len(stones.students)
     if not count:

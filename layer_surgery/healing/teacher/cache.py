@@ -1,4 +1,4 @@
-"""The teacher's answers on disk: captured once, in shards, and read by sequence while a student is trained.
+"""The teacher's answers on disk: captured once, in shards; `records.py` reads them while a student is trained.
 
 A directory holds `teacher.json` (of what it was made, and the SHA-256 of every other file), `codebook.safetensors` and
 shards. Finished shards are kept whatever happens, and capturing goes on behind them. Nothing that is damaged is used:
@@ -7,7 +7,6 @@ every byte is checked when the cache is opened.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import os
@@ -18,23 +17,19 @@ from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
 from layer_surgery.errors import LayerSurgeryError, UserError
-from layer_surgery.healing.losses.inputs import TeacherLogits
-from layer_surgery.healing.teacher.bits import I64
 from layer_surgery.healing.teacher.codebook import Codebook, RecordReader
 from layer_surgery.healing.teacher.form import Observed, RecordForm, observe
+from layer_surgery.healing.teacher.records import DAMAGE, OPTION, Shard, TeacherRecords
 from layer_surgery.machine import code_sha256
 
 HEADER_FILE, CODEBOOK_FILE = "teacher.json", "codebook.safetensors"
 #: A shard is finished behind the sequence in which it gets so many tokens.
 SHARD_TOKENS = 1 << 14
-_OPTION = "--teacher-cache"
-#: Whatever is wrong with a file: it cannot be read, is no JSON or safetensors, or lacks something.
-_DAMAGE = (OSError, SafetensorError, ValueError, KeyError, TypeError, IndexError)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,17 +50,6 @@ _WHAT_DIFFERS = {
     "chat_template_sha256": "another chat template",
     "code_sha256": "another release of layer-surgery",
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Shard:
-    """A file with the records of consecutive sequences."""
-
-    file: str
-    first: int  #: Its first sequence.
-    stop: int  #: The sequence behind its last.
-    sha256: str
-    nbytes: int
 
 
 class TeacherCache:
@@ -109,13 +93,13 @@ class TeacherCache:
         if header.exists():
             cache._read(header, note)
         elif directory.is_dir() and any(directory.iterdir()):
-            raise UserError(f"{_OPTION} {directory} is not empty and no teacher cache; give another directory.")
+            raise UserError(f"{OPTION} {directory} is not empty and no teacher cache; give another directory.")
         try:
             directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"{_OPTION} {directory} cannot be made ({error.strerror}); give another.") from error
+            raise UserError(f"{OPTION} {directory} cannot be made ({error.strerror}); give another.") from error
         if not os.access(directory, os.W_OK | os.X_OK) and not cache.complete:
-            raise UserError(f"{_OPTION} {directory} cannot be written; give another directory.")
+            raise UserError(f"{OPTION} {directory} cannot be written; give another directory.")
         return cache
 
     @property
@@ -243,7 +227,7 @@ class TeacherCache:
     def _unwritable(self, error: Exception) -> LayerSurgeryError:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         return LayerSurgeryError(
-            f"{_OPTION} {self._directory} cannot be written ({reason}); is the disk full? The "
+            f"{OPTION} {self._directory} cannot be written ({reason}); is the disk full? The "
             f"{self.next_sequence} of {len(self._tokens)} sequences that are captured stay: make room and run the same "
             "command again."
         )
@@ -258,9 +242,9 @@ class TeacherCache:
             shards = [Shard(**shard) for shard in record["shards"]]
             identity, form = dict(record["identity"]), dict(record["form"])
             self._book_sha256 = record["codebook_sha256"]
-        except _DAMAGE as error:
+        except DAMAGE as error:
             raise UserError(
-                f"{_OPTION} {self._directory} has a damaged {HEADER_FILE} ({error}); delete the directory to capture "
+                f"{OPTION} {self._directory} has a damaged {HEADER_FILE} ({error}); delete the directory to capture "
                 "again, or give another."
             ) from error
         self._refuse_other(identity, form, record)
@@ -268,7 +252,7 @@ class TeacherCache:
             if _sha256(self._directory / CODEBOOK_FILE) != self._book_sha256:
                 raise ValueError("its checksum is wrong")
             self._book = Codebook.from_arrays(load_file(self._directory / CODEBOOK_FILE))
-        except _DAMAGE as error:
+        except DAMAGE as error:
             note(f"warning: {self._directory / CODEBOOK_FILE} is damaged ({error}); the teacher is captured again")
             self._book, self._book_sha256 = None, ""
             return
@@ -297,7 +281,7 @@ class TeacherCache:
             other = "other data"
         if other:
             raise UserError(
-                f"{_OPTION} {self._directory} was captured with {other}; give another directory, or delete this one to "
+                f"{OPTION} {self._directory} was captured with {other}; give another directory, or delete this one to "
                 "capture again."
             )
 
@@ -307,86 +291,6 @@ class TeacherCache:
             return Path(shard.file).name == shard.file and _sha256(path) == shard.sha256
         except OSError:
             return False
-
-
-class TeacherRecords:
-    """A complete cache, read by sequence. Holds the sizes of some shards; streams are read from the files."""
-
-    def __init__(self, directory: Path, shards: Sequence[Shard], reader: RecordReader) -> None:
-        self._directory, self._shards, self._reader = directory, list(shards), reader
-        self._firsts = np.array([shard.first for shard in shards])
-        self._index = functools.lru_cache(maxsize=32)(self._read_index)
-
-    def read(self, sequences: Tensor | Sequence[int]) -> TeacherLogits:
-        """Return the records of all tokens that carry loss in some sequences, sequence after sequence, in this order.
-
-        A sequence may be asked for more than once. Raises `LayerSurgeryError` if a file has changed since the cache was
-        opened, and `IndexError` for a sequence that is not there.
-        """
-        pieces: list[_Piece] = []
-        for sequence in map(int, sequences):
-            if not 0 <= sequence < self._shards[-1].stop:
-                raise IndexError(f"sequence {sequence} of {self._shards[-1].stop}")
-            shard = self._shards[int(np.searchsorted(self._firsts, sequence, side="right")) - 1]
-            try:
-                pieces.append(self._piece(shard, sequence - shard.first))
-            except _DAMAGE as error:
-                raise LayerSurgeryError(
-                    f"{_OPTION}: {self._directory / shard.file} cannot be read ({error})."
-                ) from error
-        lengths = np.array([len(piece.stream) for piece in pieces], np.int64)
-        offsets = 8 * (np.cumsum(lengths) - lengths)
-        sampled = pieces and pieces[0].tails is None
-        return self._reader.read(
-            _joined([piece.stream for piece in pieces], np.uint8),
-            _joined([piece.starts + offset for piece, offset in zip(pieces, offsets, strict=True)], np.int64),
-            _joined([piece.ends + offset for piece, offset in zip(pieces, offsets, strict=True)], np.int64),
-            None if sampled else _joined([piece.tails for piece in pieces if piece.tails is not None], np.int64),
-        )
-
-    def _piece(self, shard: Shard, position: int) -> _Piece:
-        index = self._index(shard.file)
-        tokens = slice(index.tokens[position], index.tokens[position + 1])
-        places = index.places[tokens.start : tokens.stop + 1]
-        first_byte = int(places[0]) // 8
-        with safe_open(self._directory / shard.file, framework="numpy") as file:
-            stream = file.get_slice("stream")[first_byte : (int(places[-1]) + 7) // 8]
-        inside = places - 8 * first_byte
-        return _Piece(stream, inside[:-1], inside[1:], None if index.tails is None else index.tails[tokens])
-
-    def _read_index(self, file: str) -> _Index:
-        with safe_open(self._directory / file, framework="numpy") as tensors:
-            names = set(tensors.keys())
-            bits, counts = tensors.get_tensor("bits"), tensors.get_tensor("tokens")
-            tails = tensors.get_tensor("tails").astype(np.int64) if "tails" in names else None
-        return _Index(_from_zero(counts), _from_zero(bits), tails)
-
-
-@dataclass(frozen=True)
-class _Index:
-    """Where sequences and tokens of a shard are."""
-
-    tokens: I64  #: [sequences + 1] the first token of each sequence.
-    places: I64  #: [tokens + 1] the first bit of each token.
-    tails: I64 | None  #: [tokens]
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """The records of one sequence."""
-
-    stream: NDArray[np.uint8]
-    starts: I64
-    ends: I64
-    tails: I64 | None
-
-
-def _from_zero(sizes: NDArray[Any]) -> I64:
-    return np.concatenate([[0], np.cumsum(sizes.astype(np.int64))])
-
-
-def _joined(arrays: list[Any], dtype: Any) -> Any:
-    return np.concatenate([np.zeros(0, dtype), *arrays])
 
 
 def _record_sha256(record: Mapping[str, Any]) -> str:

@@ -86,6 +86,8 @@ class Asking:
         """
         needs = {loss.entry.needs for loss in self._losses}
         tokens = data.train
+        if self._config.both_models:  # what else losses look at is found in each step
+            return replace(data, train=self.embedded(tokens)) if tokens.objective.problem == "embedding" else data
         layers = [layer for _, layer in self._pairs] if "states" in needs else []
         if tokens.objective.problem == "embedding":
             student.states = self._states(tokens, layers) if layers else None

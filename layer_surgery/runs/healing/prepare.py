@@ -18,6 +18,7 @@ from layer_surgery.data import load_documents, pack_evaluation
 from layer_surgery.data.tokens import PackedTokens
 from layer_surgery.errors import CheckpointError, DataError, UserError
 from layer_surgery.healing.adapters import check_peft
+from layer_surgery.healing.attention_maps import compared_layers
 from layer_surgery.healing.mixture import WeightedLoss, parse_losses
 from layer_surgery.healing.outputs import check_losses
 from layer_surgery.healing.relations import check_relations
@@ -25,6 +26,7 @@ from layer_surgery.healing.rewrite import prompts
 from layer_surgery.healing.trainable import adapter_targets
 from layer_surgery.healing.windows import HealingData, healing_data, most_held_out
 from layer_surgery.runs.bench import GENERAL_TEXT
+from layer_surgery.runs.healing.beside import check_beside
 from layer_surgery.runs.healing.resuming import check_is_checkpoint, check_resumed, options_identity
 from layer_surgery.runs.provenance import described_tokens
 from layer_surgery.runs.session import Session
@@ -47,7 +49,14 @@ class PreparedHealing:
 
 
 def prepare_healing(
-    session: Session, config: HealingConfig, text: TextConfig, option: str = "--data", *, fewer_dimensions: bool = False
+    session: Session,
+    config: HealingConfig,
+    text: TextConfig,
+    option: str = "--data",
+    *,
+    fewer_dimensions: bool = False,
+    teacher: Checkpoint | None = None,
+    parameters: int | None = None,
 ) -> PreparedHealing:
     """Load the text and check the options, before any work is done.
 
@@ -56,6 +65,8 @@ def prepare_healing(
         text: length of the sequences, and column.
         option: what errors call the option that names the text.
         fewer_dimensions: whether the embeddings of the result have fewer numbers than those of the original.
+        teacher: the original, where the session is the result's.
+        parameters: of the result, where the session is the original's.
 
     Raises `UserError` for what cannot be done.
     """
@@ -67,16 +78,11 @@ def prepare_healing(
             f"{original.head.words}; leave it out."
         )
     losses = parse_losses(config.loss if config.loss is not None else _default_losses(original, fewer_dimensions))
-    unknown = [
-        loss.name for loss in losses if loss.entry.needs not in ("labels", "logits", "states", "relations", "vectors")
-    ]
-    if unknown:
-        raise UserError(
-            f"--loss {unknown[0]} needs the original beside the student, which is not in memory here; take losses over "
-            "logits, states or relations."
-        )
     check_losses(losses, objective)
+    check_beside(losses, config, session, teacher or original, parameters or original.parameters)
     check_relations(losses, original)
+    if any(loss.entry.needs == "attention" for loss in losses):
+        compared_layers(original, original, range(original.layer_count))
     _check_vectors(losses, config, fewer_dimensions)
     _check_processes(config)
     if config.train == "lora":

@@ -20,7 +20,7 @@ _SHOWN = 60  #: Characters of a value that an error shows.
 #: Options that decide the weights and stand nowhere else in the identity.
 _OPTIONS = (
     *("train", "lora_rank", "learning_rate", "step_sequences", "tokens", "general", "stages", "local_error"),
-    "teacher_rewrite",
+    *("teacher_rewrite", "both_models"),
 )
 
 

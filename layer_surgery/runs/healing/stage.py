@@ -4,37 +4,31 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
 
 from layer_surgery import parallel
 from layer_surgery.checkpoint.open import Checkpoint
-from layer_surgery.checkpoint.result import with_new_tensors
-from layer_surgery.checkpoint.tensors import SafetensorsSource, TensorSpec
 from layer_surgery.data.tokens import joined
-from layer_surgery.errors import LayerSurgeryError
-from layer_surgery.evaluation.perplexity import window_losses
 from layer_surgery.healing.adapters import add_adapters
 from layer_surgery.healing.local import GradientMoments, LayerStudent, Place
+from layer_surgery.healing.packing import packed_batch_size, packs
 from layer_surgery.healing.pairs import layer_pairs
 from layer_surgery.healing.probe import LEARNING_RATES, LIKELIEST, MOST_RATES, PROBE_STEPS, Probe, probe
 from layer_surgery.healing.relations import check_relations
 from layer_surgery.healing.student import Student
-from layer_surgery.healing.trainable import changed_positions, trained_names
-from layer_surgery.healing.training import Training, TrainingSettings, regret, train
-from layer_surgery.healing.windows import HealingData
-from layer_surgery.records import CurvePoint, HealingRecord, LocalRecord, LossRecord, SurgeryPlan, UnhealedRecord
-from layer_surgery.runs.evaluator import Evaluator
+from layer_surgery.healing.trainable import changed_positions, numbers_of, trained_names
+from layer_surgery.healing.training import Training, TrainingSettings, train
+from layer_surgery.healing.windows import HealingData, training_order
+from layer_surgery.records import CurvePoint, HealingRecord, LocalRecord, LossRecord, SurgeryPlan
 from layer_surgery.runs.healing.asking import Asking
+from layer_surgery.runs.healing.beside import put_beside
 from layer_surgery.runs.healing.prepare import PreparedHealing
+from layer_surgery.runs.healing.results import Results, write_trained
 from layer_surgery.runs.healing.resuming import check_resumed, models_identity
 from layer_surgery.runs.session import Session
 from layer_surgery.walk.rehearsal import Rehearsal
@@ -57,17 +51,6 @@ class Healed:
 
     checkpoint: Checkpoint
     record: HealingRecord
-
-
-def unhealed_record(evaluator: Evaluator) -> UnhealedRecord:
-    """Return what has been measured of the model from before healing, which is then forgotten."""
-    record = UnhealedRecord(
-        result=evaluator.result("unhealed"),
-        comparison=evaluator.compare("before", "unhealed"),
-        gain=evaluator.compare("unhealed", "after", distance=False),
-    )
-    evaluator.forget("unhealed")
-    return record
 
 
 def heal(
@@ -112,13 +95,14 @@ class _Healing:
         self._start = time.monotonic()
         self._kept = ExitStack()
         self._asking = Asking(session, teacher, teacher_sha256, prepared, self._pairs, self._kept)
+        self._results = Results(session, checkpoint.name)
         self._seconds_a_window = 0.0  # that asking the original takes
 
     def run(self) -> Healed:
         config = self._config
         names = trained_names(self._checkpoint, self._plan, config.train)
         local: list[LocalRecord] = []
-        probed, rate, count = None, None, _numbers(self._checkpoint, names)
+        probed, rate, count = None, None, numbers_of(self._checkpoint, names)
         training = Training(curve=[], best_step=None, steps=0)
         with self._session.stage("heal"), self._kept:
             checkpoint = self._checkpoint
@@ -131,6 +115,10 @@ class _Healing:
             if "global" in config.stages:
                 student = self._student(checkpoint)
                 count = student.unfreeze(names)
+                if config.both_models:
+                    original = self._teacher.checkpoint
+                    put_beside(student, self._session, original, self._losses, self._pairs, self._plan)
+                student.packs = self._packs(student)
                 probed = self._probe(student)
                 steps = self._steps(probed)
                 self._data = self._data.first(steps * config.step_sequences)
@@ -138,7 +126,9 @@ class _Healing:
                 rate = probed.best if probed is not None else config.learning_rate
                 training = self._train(student, steps, rate or LIKELIEST)
                 if training.best_step is not None:
-                    checkpoint = self._better(checkpoint, self._as_saved(checkpoint, student))
+                    checkpoint = self._results.better(
+                        checkpoint, self._results.of_student(checkpoint, student), self._data
+                    )
         record = HealingRecord(
             losses=[LossRecord(name=loss.name, weight=loss.weight, options=loss.settings) for loss in self._losses],
             train=config.train,
@@ -193,6 +183,17 @@ class _Healing:
                 add_adapters(student.model, checkpoint.architecture.layers, self._config.lora_rank)
         return student
 
+    def _packs(self, student: Student) -> bool:
+        """Return whether short windows may share rows, which both models have to be exact with."""
+        bodies = [student.body, *([student.resident.body] if student.resident is not None else [])]
+        found = [packs(body, self._data.train) for body in bodies]
+        if False in found:
+            kind = self._checkpoint.architecture.model_type
+            self._session.ui.note(
+                f"healing: windows are padded and not packed, because this model ({kind}) is not exact with packed ones"
+            )
+        return all(found)
+
     # -- the local stage -------------------------------------------------------------------------------------------
 
     def _local_stage(self, names: set[str]) -> tuple[Checkpoint, list[LocalRecord]]:
@@ -230,8 +231,8 @@ class _Healing:
         files = sorted(folder.glob("*.safetensors"))
         if not files:
             return self._checkpoint, records
-        healed = with_new_tensors(self._checkpoint, SafetensorsSource(files), f"{self._checkpoint.name} and healing")
-        checkpoint = self._better(self._checkpoint, healed)
+        healed = self._results.with_files(self._checkpoint, files)
+        checkpoint = self._results.better(self._checkpoint, healed, self._data)
         if checkpoint is self._checkpoint:
             self._session.ui.note("healing: the local stage made the whole no better, so its layers are not used")
         return checkpoint, records
@@ -243,7 +244,7 @@ class _Healing:
         prefix = self._checkpoint.layer_prefix(place.position)
         one.unfreeze({name.removeprefix(prefix) for name in names if name.startswith(prefix)})
         before = one.measure("validation", data.validation, self._session.runtime.batch_size)
-        settings = self._settings("layer", steps=LOCAL_STEPS, rate=LIKELIEST)
+        settings = self._settings("layer", data, steps=LOCAL_STEPS, rate=LIKELIEST)
         if self._config.budget_minutes is not None:
             settings = replace(settings, seconds=max(1.0, _LOCAL_SHARE * 60 * self._config.budget_minutes / layers))
         rate = self._config.learning_rate or probe(one, data, settings).best
@@ -253,7 +254,7 @@ class _Healing:
         if kept:
             specs = self._checkpoint.source.specs
             trained = {prefix + name: value for name, value in one.model.named_parameters() if value.requires_grad}
-            _write(folder / f"{place.position:05d}.safetensors", trained, specs)
+            write_trained(folder / f"{place.position:05d}.safetensors", trained, specs)
         self._session.ui.note(
             f"healing: layer {self._plan.surviving[place.position]}: {one.name} {before:.5f} to {after:.5f}"
         )
@@ -273,7 +274,7 @@ class _Healing:
         few = self._asking.ask(student, few)
         self._seconds_a_window = (time.monotonic() - start) / few.train.sequences
         rates = LEARNING_RATES if rate is None else (rate,)
-        settings = self._settings("probe", steps=PROBE_STEPS, rate=LIKELIEST)
+        settings = self._settings("probe", few, steps=PROBE_STEPS, rate=LIKELIEST, packs=student.packs)
         if self._config.budget_minutes is not None:
             settings = replace(settings, seconds=_PROBE_SHARE * 60 * self._config.budget_minutes)
         with self._session.ui.progress("trying learning rates", min(len(rates), MOST_RATES) * PROBE_STEPS) as advance:
@@ -306,16 +307,24 @@ class _Healing:
 
     # -- training --------------------------------------------------------------------------------------------------
 
-    def _settings(self, name: str, *, steps: int, rate: float) -> TrainingSettings:
+    def _settings(
+        self, name: str, data: HealingData, *, steps: int, rate: float, packs: bool = False
+    ) -> TrainingSettings:
         config, session = self._config, self._session
-        embeds = self._data.train.objective.problem == "embedding"
+        batch_size = session.runtime.batch_size
+        if data.train.objective.problem == "embedding":  # texts are compared within a micro-batch: all of a step
+            batch_size = max(batch_size, config.step_sequences)
+        if packs:
+            order = training_order(data, steps, config.step_sequences, session.runtime.seed)
+            lengths, room = data.train.valid.sum(dim=1)[order], batch_size * data.train.sequence_length
+            share = config.step_sequences // parallel.group().world
+            batch_size = max(batch_size, packed_batch_size(lengths, share, room))
         held_out = sum(text.sequences for text in self._data.texts.values())
         return TrainingSettings(
             steps=steps,
             learning_rate=rate,
             step_sequences=config.step_sequences,
-            # Texts are compared within a micro-batch: all of a step are to be in one.
-            batch_size=max(session.runtime.batch_size, config.step_sequences if embeds else 1),
+            batch_size=batch_size,
             seed=session.runtime.seed,
             directory=session.new_scratch(name),
             device=session.device,
@@ -326,7 +335,7 @@ class _Healing:
 
     def _train(self, student: Student, steps: int, rate: float) -> Training:
         config, session = self._config, self._session
-        settings = self._settings("training", steps=steps, rate=rate)
+        settings = self._settings("training", self._data, steps=steps, rate=rate, packs=student.packs)
         if config.budget_minutes is not None:
             left = 60 * config.budget_minutes - (time.monotonic() - self._start)
             settings = replace(settings, seconds=max(1.0, left))
@@ -351,43 +360,6 @@ class _Healing:
                 advance=advance,
                 resume=config.resume,
             )
-
-    # -- the result ------------------------------------------------------------------------------------------------
-
-    def _better(self, old: Checkpoint, new: Checkpoint) -> Checkpoint:
-        """Return the checkpoint that is better on the texts that were held out, as it would be saved."""
-        return new if regret(self._validated(new), self._validated(old)) < 0 else old
-
-    def _as_saved(self, checkpoint: Checkpoint, student: Student) -> Checkpoint:
-        """Write the trained tensors, in the checkpoint's own dtypes, to a scratch file, and return the checkpoint."""
-        file = self._session.new_scratch("healed") / "healed.safetensors"
-        trained = student.trained_tensors()
-        if parallel.is_first():
-            _write(file, trained, checkpoint.source.specs)
-        parallel.barrier()
-        return with_new_tensors(checkpoint, SafetensorsSource([file]), f"{self._checkpoint.name} and healing")
-
-    def _validated(self, checkpoint: Checkpoint) -> dict[str, float]:
-        model = self._session.stream(checkpoint)
-        return {
-            name: window_losses(model, text, self._session.settings).mean for name, text in self._data.texts.items()
-        }
-
-
-def _numbers(checkpoint: Checkpoint, names: set[str]) -> int:
-    """Return how many numbers the named parameters have."""
-    return sum(value.numel() for name, value in checkpoint.skeleton.named_parameters() if name in names)
-
-
-def _write(file: Path, tensors: Mapping[str, Tensor], specs: Mapping[str, TensorSpec]) -> None:
-    """Write tensors in the dtypes of a checkpoint."""
-    stored = {name: tensor.detach().to("cpu", specs[name].dtype).contiguous() for name, tensor in tensors.items()}
-    try:
-        save_file(stored, file)
-    except (OSError, SafetensorError) as error:
-        raise LayerSurgeryError(
-            f"the healed tensors cannot be written to {file.parent} ({error}); is the disk full?"
-        ) from error
 
 
 def _described(point: CurvePoint, steps: int, unhealed: dict[str, float]) -> str:
