@@ -39,6 +39,7 @@ PURE = (
     "linalg.blockwise_nystrom",
     "linalg.least_squares",
     "linalg.nested_map",
+    "linalg.symmetric",
     "vectors.losses",
     "vectors.relative",
     "vectors.storage",
