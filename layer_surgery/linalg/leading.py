@@ -2,9 +2,9 @@
 
 Knows torch only. What `low_rank.whitened_svd` finds, from the smaller side alone: with `M = L_B^T W L_A`, the products
 `M M^T = (L_B^T W) A (L_B^T W)^T` and `M^T M = (W L_A)^T B (W L_A)` need the Cholesky factor of the smaller side only,
-and the trace of either is the sum of all squared singular values. Products of the wide matrices run in float32: the moments
-are float32 sums, and what is rounded away is a fraction of about 1e-6 of the largest squared value. Factorisations,
-triangular solves and sums run in float64.
+and the trace of either is the sum of all squared singular values. Products of the wide matrices run in float32: the
+moments are float32 sums, and what is rounded away is a fraction of about 1e-6 of the largest squared value.
+Factorisations, triangular solves and sums run in float64.
 """
 
 import torch

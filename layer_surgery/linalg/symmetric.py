@@ -7,8 +7,7 @@ work is in products of dense matrices, which every device is good at, and little
 import torch
 from torch import Tensor
 
-#: Rows of a block, on a CPU and on an accelerator.
-_BLOCK = {"cpu": 512, "cuda": 4096}
+from layer_surgery.devices import block_rows
 
 
 def sandwich(left: Tensor, middle: Tensor) -> Tensor:
@@ -16,7 +15,7 @@ def sandwich(left: Tensor, middle: Tensor) -> Tensor:
 
     With `S = T + T^T`, T triangular, it is `X T X^T` and the transpose of that: half of the products with S.
     """
-    columns, step = left.T, block(left)
+    columns, step = left.T, block_rows(left.device)
     half = torch.empty_like(columns)
     for start in range(0, len(middle), step):
         rows = middle[start : start + step, : start + step].to(left.dtype, copy=True)
@@ -28,7 +27,7 @@ def sandwich(left: Tensor, middle: Tensor) -> Tensor:
 
 def transposed_times(triangle: Tensor, right: Tensor) -> Tensor:
     """Return `L^T R` [n, k] for a lower triangular L [n, n] and R [n, k], in the dtype of R."""
-    step = block(right)
+    step = block_rows(right.device)
     parts = [
         triangle[start:, start : start + step].to(right.dtype).T @ right[start:]
         for start in range(0, len(triangle), step)
@@ -45,7 +44,7 @@ def positive_inverse(matrix: Tensor) -> Tensor | None:
     triangle, failed = torch.linalg.cholesky_ex(matrix)
     if failed:
         return None
-    d, step = len(matrix), block(matrix)
+    d, step = len(matrix), block_rows(matrix.device)
     for start in range(0, d, step):
         columns = torch.eye(d - start, min(step, d - start), dtype=matrix.dtype, device=matrix.device)
         triangle[start:, start : start + step] = torch.linalg.solve_triangular(
@@ -59,8 +58,3 @@ def positive_inverse(matrix: Tensor) -> Tensor | None:
         inverse[start : start + step, : start + step] = rows
         inverse[: start + step, start : start + step] = rows.T
     return inverse
-
-
-def block(matrix: Tensor) -> int:
-    """Return how many rows of a matrix make a block on its device."""
-    return _BLOCK.get(matrix.device.type, 4096)

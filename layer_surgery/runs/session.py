@@ -27,10 +27,11 @@ from layer_surgery.data.documents import Wanted
 from layer_surgery.data.labelled import count_labels
 from layer_surgery.data.tokens import PackedTokens
 from layer_surgery.data.weights import WeightedSource
+from layer_surgery.devices import available_memory_bytes, reset_peak_device_memory
 from layer_surgery.disk.own import own_directory, remove_dead
 from layer_surgery.disk.reading import why
 from layer_surgery.errors import DataError, OutputError
-from layer_surgery.machine import PACKAGES, available_memory_bytes, code_sha256, release_freed_memory, version
+from layer_surgery.machine import PACKAGES, code_sha256, release_freed_memory, version
 from layer_surgery.progress import Clock, Ui
 from layer_surgery.records.provenance import portable
 from layer_surgery.runs.notes import calibration_notes, evaluation_note, notes_on
@@ -263,8 +264,7 @@ def open_session(model: Model, runtime: RuntimeConfig, scratch_parent: Path | No
         check_tokenizer(checkpoint, tokenizer)
     for line in notes_on(checkpoint):
         ui.note(line)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    reset_peak_device_memory(device)
     dtype = runtime.torch_dtype(device, checkpoint.dtype, checkpoint.hidden_size)
     memory = runtime.memory(device)
     parent = runtime.scratch or scratch_parent or Path(tempfile.gettempdir())

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from layer_surgery.linalg import symmetric
+from layer_surgery import devices
 from layer_surgery.linalg.symmetric import positive_inverse, sandwich, transposed_times
 
 
 @pytest.fixture(autouse=True, params=[4, 5, 64])
 def _block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(symmetric, "_BLOCK", {"cpu": request.param})
+    monkeypatch.setattr(devices, "_BLOCK_ROWS", {"cpu": request.param})
 
 
 def positive(size: int) -> Tensor:

@@ -14,7 +14,8 @@ import attrs
 from layer_surgery import parallel
 from layer_surgery.config import CompressConfig
 from layer_surgery.data.tokens import PackedTokens
-from layer_surgery.machine import available_memory_bytes, release_freed_memory, used_memory_bytes
+from layer_surgery.devices import available_memory_bytes, frees_to_system, used_memory_bytes
+from layer_surgery.machine import release_freed_memory
 from layer_surgery.progress import Stage
 from layer_surgery.records.foresight import Foresight, StageForesight
 from layer_surgery.runs.foresight import memory, seconds
@@ -63,7 +64,7 @@ def _foresee(opened: Opened, config: CompressConfig) -> Foresight:
 
     def of(stage: Stage, sizes: Sizes) -> StageForesight:
         working = _memory(stage.name, sizes, planning)
-        kept = memory.kept_by_allocator(working, sizes, session.device.type)
+        kept = memory.kept_by_allocator(working, sizes, given_back=frees_to_system(session.device))
         taken = {"the process": base} | working | kept
         return StageForesight(
             name=stage.name,
