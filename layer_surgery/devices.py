@@ -8,6 +8,8 @@ import functools
 import resource
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
 
@@ -23,6 +25,8 @@ _PROBE_SIDE = {"cpu": 640, "cuda": 4096}
 ROW_MULTIPLE = 8
 #: Ranks and widths that are multiples of this suit tensor cores and their tiles.
 TILE_MULTIPLE = 64
+#: Relative error above which a product is none of float32: that of one rounded to bfloat16 is 2e-3.
+_FLOAT32_ERROR = 5e-6
 
 
 def block_rows(device: torch.device) -> int:
@@ -78,6 +82,47 @@ def fast_dtype(device: torch.device, stored: torch.dtype, *, wide: bool) -> torc
     if device.type != "cpu":
         return stored
     return stored if stored == torch.bfloat16 and wide and cpu_multiplies_bfloat16() else torch.float32
+
+
+@functools.cache
+def float32_by_onednn() -> bool:
+    """Return whether float32 products on this CPU had better be formed by oneDNN than by MKL.
+
+    MKL takes no AVX-512 on other CPUs than Intel's: on an AMD EPYC of 2024 a core does 90 GFLOP/s with it, and 200 with
+    oneDNN, at the same error (`experiments/scale/products.py`). torch hands such products to oneDNN only where they may
+    be rounded to bfloat16 inside, which oneDNN does with AMX; so it is tried whether they are.
+    """
+    there = torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()
+    if not there or from_proc("cpuinfo", "vendor_id") != "AuthenticAMD" or "AVX512" not in _cpu_capability():
+        return False
+    generator = torch.Generator().manual_seed(0)
+    left, right = torch.randn(256, 512, generator=generator), torch.randn(512, 256, generator=generator)
+    exact = left.double() @ right.double()
+    with _products_by_onednn():
+        error = float((left @ right - exact).norm() / exact.norm())
+    return error < _FLOAT32_ERROR
+
+
+@contextmanager
+def fast_products() -> Iterator[None]:
+    """Have products formed by the library that is fastest on this machine, for the duration of the block."""
+    with _products_by_onednn() if float32_by_onednn() else nullcontext():
+        yield
+
+
+@contextmanager
+def _products_by_onednn() -> Iterator[None]:
+    settings = torch.backends.mkldnn.matmul
+    before = settings.fp32_precision
+    settings.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
+
+
+def _cpu_capability() -> str:
+    return str(torch.backends.cpu.get_cpu_capability())
 
 
 # -- memory ----------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from layer_surgery.devices import device_name, from_proc
+from layer_surgery.devices import device_name, float32_by_onednn, from_proc
 
 PACKAGES = ("layer-surgery", "torch", "transformers", "safetensors", "tokenizers", "numpy", "lm-eval")
 _CODE = (".py", ".jinja")
@@ -31,6 +31,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
         "cpu_threads": torch.get_num_threads(),
         "cpu_count": os.cpu_count(),
         "device": device_name(device),
+        "float32_products": "oneDNN" if float32_by_onednn() else "torch's default",
     }
 
 

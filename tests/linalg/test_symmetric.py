@@ -12,7 +12,7 @@ from layer_surgery.linalg.symmetric import positive_inverse, sandwich, transpose
 
 @pytest.fixture(autouse=True, params=[4, 5, 64])
 def _block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(devices, "_BLOCK_ROWS", {"cpu": request.param})
+    monkeypatch.setitem(devices._BLOCK_ROWS, "cpu", request.param)
 
 
 def positive(size: int) -> Tensor:
