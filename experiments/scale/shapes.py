@@ -125,8 +125,9 @@ def measured(shape: str, dtype: str, arguments: argparse.Namespace) -> dict[str,
         "perplexity": [next(iter(report[when]["perplexity"].values()))["value"] for when in ("before", "after")],
         "extrapolated": (
             f"{depth} layers would take about {(layers / operated * depth + rest) / 60:.0f} minutes: "
-            f"{layers / operated:.1f} s a layer for statistics, surgery{missing} of {arguments.samples} x {LENGTH} tokens, "
-            f"measured on {operated}, and {rest:.0f} s for the rest, which grows too, where perplexity passes more layers; "
+            f"{layers / operated:.1f} s a layer for statistics, surgery{missing} of {arguments.samples} x {LENGTH} "
+            f"tokens, measured on {operated}, and {rest:.0f} s for the rest, which grows too, where perplexity passes "
+            "more layers; "
             "memory grows with the depth by the hidden states that are kept, up to 512 MiB, and not by weights."
         ),
     }
