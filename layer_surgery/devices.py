@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 
@@ -92,7 +93,8 @@ def float32_by_onednn() -> bool:
     oneDNN, at the same error (`experiments/scale/products.py`). torch hands such products to oneDNN only where they may
     be rounded to bfloat16 inside, which oneDNN does with AMX; so it is tried whether they are.
     """
-    there = torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()
+    libraries: tuple[Any, ...] = (torch.backends.mkldnn, torch.backends.mkl)
+    there = all(library.is_available() for library in libraries)
     if not there or from_proc("cpuinfo", "vendor_id") != "AuthenticAMD" or "AVX512" not in _cpu_capability():
         return False
     generator = torch.Generator().manual_seed(0)
@@ -112,7 +114,7 @@ def fast_products() -> Iterator[None]:
 
 @contextmanager
 def _products_by_onednn() -> Iterator[None]:
-    settings = torch.backends.mkldnn.matmul
+    settings: Any = getattr(torch.backends.mkldnn, "matmul")  # noqa: B009  its stubs do not know it
     before = settings.fp32_precision
     settings.fp32_precision = "bf16"
     try:
