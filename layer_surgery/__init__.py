@@ -4,7 +4,19 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from layer_surgery.api import compress, evaluate, export_dense, foresee, heal, load, report, score, sweep, verify
+    from layer_surgery.api import (
+        compress,
+        evaluate,
+        export_dense,
+        foresee,
+        foresee_sweep,
+        heal,
+        load,
+        report,
+        score,
+        sweep,
+        verify,
+    )
     from layer_surgery.errors import LayerSurgeryError, UserError
     from layer_surgery.records import (
         Comparison,
@@ -38,6 +50,7 @@ __all__ = [
     "evaluate",
     "export_dense",
     "foresee",
+    "foresee_sweep",
     "heal",
     "load",
     "report",

@@ -32,6 +32,7 @@ from layer_surgery.runs.compress import run_compress
 from layer_surgery.runs.evaluate import run_evaluate
 from layer_surgery.runs.export import DenseExport, run_export
 from layer_surgery.runs.foresight.run import run_foresee
+from layer_surgery.runs.foresight.sweep import run_foresee_sweep
 from layer_surgery.runs.heal import run_heal
 from layer_surgery.runs.score import run_score
 from layer_surgery.runs.session import Model
@@ -63,6 +64,17 @@ def foresee(model: Model, options: CompressConfig) -> Foresight:
     Raises: `layer_surgery.UserError` for what `compress` would refuse, and for what cannot fit.
     """
     return run_foresee(model, options)
+
+
+@with_output(SweepConfig)
+def foresee_sweep(model: Model, options: SweepConfig) -> Foresight:
+    """Say what memory, disk and time `sweep` with these options would take on this machine. Measures no point.
+
+    Points that the `output` holds already are left out. A stage of what is returned is a point, or what all share.
+    Raises: `layer_surgery.UserError` for what `sweep` would refuse, and for what cannot fit.
+    """
+    _check_sweep(options)
+    return run_foresee_sweep(model, options)
 
 
 @with_output(HealConfig)
@@ -97,11 +109,15 @@ def sweep(model: Model, options: SweepConfig) -> SweepReport:
     Returns: the report that is also `sweep.json`. Points that failed are in it, and are tried again next time.
     Raises: `layer_surgery.UserError` for what cannot be done as asked, before any work is done.
     """
+    _check_sweep(options)
+    return run_sweep(model, options)
+
+
+def _check_sweep(options: SweepConfig) -> None:
     if not options.target_layers:
         raise PlanError("give target_layers: the numbers of layers left whole, such as 11,10,9.")
     if options.output is None:
         raise OutputError("give an output: a directory for the sweep.")
-    return run_sweep(model, options)
 
 
 @on_model(ScoreConfig)

@@ -1,4 +1,4 @@
-"""The machine and what it runs: versions, hardware, memory, and memory given back to the system."""
+"""The machine and what it runs: versions, hardware, and memory given back to the system."""
 
 import ctypes
 import functools
@@ -6,13 +6,14 @@ import hashlib
 import importlib.metadata
 import os
 import platform
-import resource
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from layer_surgery.devices import device_name, float32_by_onednn, from_proc
 
 PACKAGES = ("layer-surgery", "torch", "transformers", "safetensors", "tokenizers", "numpy", "lm-eval")
 _CODE = (".py", ".jinja")
@@ -26,21 +27,12 @@ def provenance(device: torch.device) -> dict[str, Any]:
         "packages": {name: version(name) for name in PACKAGES},
         "code_sha256": code_sha256(),
         "platform": platform.platform(),
-        "processor": _from_proc("cpuinfo", "model name") or platform.processor() or platform.machine(),
+        "processor": from_proc("cpuinfo", "model name") or platform.processor() or platform.machine(),
         "cpu_threads": torch.get_num_threads(),
         "cpu_count": os.cpu_count(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "device": device_name(device),
+        "float32_products": "oneDNN" if float32_by_onednn() else "torch's default",
     }
-
-
-@functools.cache
-def cpu_multiplies_bfloat16() -> bool:
-    """Return whether this CPU has instructions for products of bfloat16 matrices (AVX-512 BF16 or AMX).
-
-    Without them such products are slower than those of float32.
-    """
-    known = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
-    return any(is_there() for is_there in known if is_there is not None)
 
 
 @functools.cache
@@ -68,42 +60,6 @@ def version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def peak_memory_bytes() -> int:
-    """Return the highest resident memory of this process so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def used_memory_bytes(device: torch.device) -> int:
-    """Return the memory that this process has now: resident, or on a CUDA device allocated."""
-    if device.type == "cuda":
-        return int(torch.cuda.memory_allocated(device))
-    found = _from_proc("self/status", "VmRSS")
-    return int(found.split()[0]) * 1024 if found else peak_memory_bytes()
-
-
-def peak_device_memory_bytes(device: torch.device) -> int | None:
-    """Return the highest allocated memory of a CUDA device since its statistics were reset; None for a CPU."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-
-
-def available_memory_bytes(device: torch.device) -> int | None:
-    """Return how much more memory can be had on a device; None where the system does not say."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    found = _from_proc("meminfo", "MemAvailable")
-    return int(found.split()[0]) * 1024 if found else None
-
-
-def _from_proc(file: str, key: str) -> str | None:
-    """Return what stands behind the first `key:` in a file of /proc; None on a system that has none."""
-    try:
-        with open(f"/proc/{file}", encoding="utf-8") as lines:
-            return next((line.partition(":")[2].strip() for line in lines if line.startswith(key)), None)
-    except OSError:
         return None
 
 

@@ -6,8 +6,10 @@ import json
 import os
 import signal
 import sys
+from contextlib import chdir
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -15,6 +17,7 @@ from torch import Tensor
 from layer_surgery import UserError, api, parallel
 from layer_surgery.cli.main import main
 from layer_surgery.errors import NumericalError
+from layer_surgery.machine import version
 from layer_surgery.records.sweep import SweepPoint
 from layer_surgery.runs.sweep.measuring import Measuring
 from layer_surgery.walk.finite import Finite
@@ -52,6 +55,28 @@ def refusal(action: Any) -> str:
     except UserError as error:
         return str(error)
     return ""
+
+
+def other_release(model: Path, text: Path) -> str:
+    """Return how it is refused that the last process has another release of torch."""
+    last = parallel.group().rank == parallel.group().world - 1
+
+    def other(package: str) -> str | None:
+        return "0.1" if last and package == "torch" else version(package)
+
+    with mock.patch("layer_surgery.runs.session.version", other):
+        return refusal(lambda: api.score(model, scorer="block_influence", calibration=[text], **TOKENS))
+
+
+def other_text(folder: Path) -> str:
+    """Return how it is refused that a file of one name holds another text for each process."""
+    own = folder / f"of {parallel.group().rank}"
+    own.mkdir()
+    words = (folder / "text.txt").read_text(encoding="utf-8")
+    (own / "own.txt").write_text(words[parallel.group().rank :], encoding="utf-8")
+    with chdir(own):
+        said = refusal(lambda: api.score(folder / "llama", scorer="block_influence", calibration=["own.txt"], **TOKENS))
+    return said
 
 
 def not_finite_in_one(model: Path, text: Path) -> list[str]:
@@ -94,6 +119,9 @@ def compress_all(folder: Path) -> None:
                 )
             ),
             "output": refusal(lambda: api.compress(folder / "llama", **options_of("mix", text), output=text)),
+            "release": other_release(folder / "llama", text),
+            "text": other_text(folder),
+            "device": refusal(lambda: api.score(folder / "llama", device="cuda", scorer="random")),
             "not finite": not_finite_in_one(folder / "llama", text),
         }
         for case, (family, _) in CASES.items():

@@ -29,16 +29,19 @@ LAYERS: list[tuple[str, ...]] = [
     ("journal",),
     ("parallel",),
     ("disk", "machine", "progress", "registry"),
+    ("devices",),
     ("errors",),
 ]
 STAGES = next(names for names in LAYERS if "scoring" in names)
 #: What knows torch and the standard library only, itself and all that it imports.
 PURE = (
+    "devices",
     "linalg.low_rank",
     "linalg.leading",
     "linalg.blockwise_nystrom",
     "linalg.least_squares",
     "linalg.nested_map",
+    "linalg.symmetric",
     "vectors.losses",
     "vectors.relative",
     "vectors.storage",

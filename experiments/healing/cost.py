@@ -36,12 +36,12 @@ from transformers import Trainer, TrainerCallback
 import layer_surgery
 from layer_surgery.config import HealConfig
 from layer_surgery.data.objective import NO_LABEL
+from layer_surgery.devices import peak_device_memory_bytes, peak_memory_bytes
 from layer_surgery.healing.pairs import layer_pairs
 from layer_surgery.healing.student import Student
 from layer_surgery.healing.trainable import trained_names
 from layer_surgery.healing.training import TrainingSettings, train, training_arguments
 from layer_surgery.healing.windows import HealingData, WindowDataset, passes
-from layer_surgery.machine import peak_device_memory_bytes, peak_memory_bytes
 from layer_surgery.records.reading import read_report
 from layer_surgery.runs.healing.asking import Asking
 from layer_surgery.runs.healing.prepare import prepare_healing

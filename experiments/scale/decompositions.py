@@ -23,6 +23,8 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRot
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import ROOT, write_report
 
+from layer_surgery.devices import fast_products, float32_by_onednn
+
 LENGTH = 256
 
 
@@ -61,21 +63,29 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=11008)
     parser.add_argument("--sequences", type=int, default=2)
     parser.add_argument("--refit", action="store_true")
+    parser.add_argument("--ways", nargs="+", default=["leading"], choices=["leading", "exact"])
     parser.add_argument("--report", type=Path, default=ROOT / "reports" / "scale" / "decompositions.json")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    with fast_products():
+        measure(arguments)
+
+
+def measure(arguments: argparse.Namespace) -> None:
+    """Measure passes and decompositions, and write the report after each."""
     sizes = arguments.hidden, arguments.width
     found: dict[str, Any] = {"hidden": sizes[0], "width": sizes[1], "tokens of the passes": TOKENS, "seconds": {}}
+    found["float32 products"] = "oneDNN" if float32_by_onednn() else "torch's default"
     for dtype in (torch.float32, torch.bfloat16):
         name = str(dtype).removeprefix("torch.")
         found["seconds"][f"passes, {name}"] = passes(*sizes, arguments.sequences, dtype)
     layer = problems(*sizes)
-    for way in ("leading", "exact"):
+    for way in arguments.ways:
         for work in (statistics, refit) if arguments.refit else (statistics,):
             found["seconds"][f"{work.__name__}, {way}"] = seconds(lambda: work(layer, way == "leading"))  # noqa: B023
             print(found["seconds"], flush=True)
-    write_report(arguments.report, found)
+            write_report(arguments.report, found)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import DEMO_CHECKPOINT, ROOT, write_report
 
 import layer_surgery
-from layer_surgery.machine import peak_memory_bytes
+from layer_surgery.devices import peak_memory_bytes
 
 LENGTH = 256
 BATCH = 64  #: Sequences in a step of training.

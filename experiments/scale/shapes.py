@@ -1,14 +1,16 @@
 """Seconds and peak memory of every stage on random checkpoints of real shapes, from disk to disk.
 
     python experiments/scale/shapes.py WORK_DIR [--shapes llama-7b llama-3-8b llama-70b mixtral-8x7b] [--layers 2]
-        [--dtypes bfloat16 float32] [--samples 32] [--scale 1]
+        [--dtypes bfloat16 float32] [--samples 32] [--operate 1] [--no-refit] [--scale 1]
 
 Each shape is written shard by shard with some of its layers, and compressed by a process of its own with the default
 method and its refit (`--target-parameters 0.8`); perplexity is measured before and after. Beside what the run says of
 each stage stands what `--dry-run` said of it. Memory is the peak resident memory of the process, as the kernel reports
 it. What depends on the number of layers is a straight line in it, so the seconds of the whole depth are extrapolated:
 from those of one layer, and of embeddings and head once. The report is written after every run, and runs that it has
-are not made again; `--scale 16` divides all widths, to try the script.
+are not made again; `--scale 16` divides all widths, to try the script. Where all layers take too long, `--operate 1`
+makes low-rank the last only (a fifth of it stays, `--method fisher`), and the others pass whole; `--no-refit` leaves
+the refit out. Decompositions do not depend on the tokens, so few `--samples` change the seconds of the passes only.
 """
 
 from __future__ import annotations
@@ -81,7 +83,13 @@ def measured(shape: str, dtype: str, arguments: argparse.Namespace) -> dict[str,
         shutil.rmtree(checkpoint, ignore_errors=True)
         make_checkpoint(checkpoint, configuration(shape, arguments.layers, arguments.scale))
     options = [str(checkpoint), "--output", str(output), "--overwrite", "--dtype", dtype, "--device", arguments.device]
-    options += ["--target-parameters", "0.8", "--samples", str(arguments.samples), "--sequence-length", str(LENGTH)]
+    if arguments.operate:
+        last = range(arguments.layers - arguments.operate, arguments.layers)
+        options += ["--layers", ",".join(map(str, last)), "--method", "fisher", "--keep", "0.2"]
+    else:
+        options += ["--target-parameters", "0.8"]
+    options += ["--no-refit"] if arguments.no_refit else []
+    options += ["--samples", str(arguments.samples), "--sequence-length", str(LENGTH)]
     options += ["--eval-windows", "8", "--continuations", "0", "--decomposition", arguments.decomposition]
     options += ["--memory-limit", arguments.memory_limit] if arguments.memory_limit else []
     foreseen, _ = run([*options, "--dry-run"])
@@ -96,7 +104,8 @@ def measured(shape: str, dtype: str, arguments: argparse.Namespace) -> dict[str,
     }
     depth = SHAPES[shape][-1]
     layers = sum(stages[stage]["seconds"] for stage in ("score", "operate", "refit") if stage in stages)
-    rest = seconds - layers
+    rest, operated = seconds - layers, arguments.operate or arguments.layers
+    missing = " without the refit" if arguments.no_refit else " and refit"
     size = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
     shutil.rmtree(output)
     return {
@@ -105,17 +114,20 @@ def measured(shape: str, dtype: str, arguments: argparse.Namespace) -> dict[str,
         "layers": arguments.layers,
         "scale": arguments.scale,
         "samples": arguments.samples,
+        "operate": arguments.operate,
+        "no_refit": arguments.no_refit,
         "checkpoint_bytes": size,
         "stages": stages,
         "seconds": round(seconds, 1),
-        "seconds_a_layer": round(layers / arguments.layers, 2),
+        "seconds_a_layer": round(layers / operated, 2),
         "peak_resident_bytes": peak,
         "peak_foreseen_bytes": foreseen["memory_bytes"],
         "perplexity": [next(iter(report[when]["perplexity"].values()))["value"] for when in ("before", "after")],
         "extrapolated": (
-            f"{depth} layers would take about {(layers / arguments.layers * depth + rest) / 60:.0f} minutes: "
-            f"{layers / arguments.layers:.1f} s a layer for statistics, surgery and refit, measured on "
-            f"{arguments.layers}, and {rest:.0f} s for the rest, which grows too, where perplexity passes more layers; "
+            f"{depth} layers would take about {(layers / operated * depth + rest) / 60:.0f} minutes: "
+            f"{layers / operated:.1f} s a layer for statistics, surgery{missing} of {arguments.samples} x {LENGTH} "
+            f"tokens, measured on {operated}, and {rest:.0f} s for the rest, which grows too, where perplexity passes "
+            "more layers; "
             "memory grows with the depth by the hidden states that are kept, up to 512 MiB, and not by weights."
         ),
     }
@@ -148,6 +160,8 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--operate", type=int, default=0, help="only so many layers, the last; 0 for all")
+    parser.add_argument("--no-refit", action="store_true")
     parser.add_argument("--scale", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--decomposition", default="auto")
@@ -157,7 +171,7 @@ def main() -> None:
     arguments = parser.parse_args()
     known = json.loads(arguments.report.read_text(encoding="utf-8"))["rows"] if arguments.report.exists() else []
     rows: list[dict[str, Any]] = list(known)
-    same = ("layers", "scale", "samples")
+    same = ("layers", "scale", "samples", "operate", "no_refit")
     for shape in arguments.shapes:
         for dtype in arguments.dtypes:
             wanted = {"shape": shape, "dtype": dtype} | {name: getattr(arguments, name) for name in same}

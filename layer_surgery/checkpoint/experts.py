@@ -20,9 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from layer_surgery.devices import ROW_MULTIPLE
+
 #: Widths are multiples of this: the kernel that transformers runs experts with by default (`grouped_mm`) wants rows of
 #: multiples of 16 bytes, and a result is to run in 16 bits too, whatever it is stored in.
-WIDTH_MULTIPLE = 8
+WIDTH_MULTIPLE = ROW_MULTIPLE
 #: What a class of experts says of itself.
 _LAYOUT = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "is_concatenated", "num_experts")
 

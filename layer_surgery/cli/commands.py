@@ -2,7 +2,7 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
@@ -25,6 +25,19 @@ from layer_surgery.config import (
 from layer_surgery.errors import LayerSurgeryError, UserError
 from layer_surgery.reporting.text import one_line
 
+if TYPE_CHECKING:
+    from layer_surgery.records.foresight import Foresight
+
+
+DRY_RUN = option(
+    "--dry-run",
+    "foresee",
+    is_flag=True,
+    group="Output",
+    help="Say what memory, disk and time it would take, stage by stage, from a short probe of this machine; refuse "
+    "what cannot fit. Nothing is compressed or written.",
+)
+
 
 @command_on_model(
     CompressConfig,
@@ -37,27 +50,15 @@ from layer_surgery.reporting.text import one_line
         ),
     },
 )
-@option(
-    "--dry-run",
-    "foresee",
-    is_flag=True,
-    group="Output",
-    help="Say what memory, disk and time it would take, stage by stage, from a short probe of this machine; refuse "
-    "what cannot fit. Nothing is compressed or written.",
-)
+@DRY_RUN
 def compress(model: str, as_json: bool, foresee: bool, **options: Any) -> None:
     """Remove the least important layers of MODEL, put low-rank components in their place, and save the result."""
     from layer_surgery import api
     from layer_surgery.reporting.console import print_report
-    from layer_surgery.reporting.foresight_table import print_foresight
     from layer_surgery.runs.provenance import report_dict
 
     if foresee:
-        found = call(api.foresee, model, options)
-        if as_json:
-            print_json(found.to_dict())
-        else:
-            print_foresight(_console(), found)
+        _say_foreseen(call(api.foresee, model, options), as_json)
         return
     report = call(api.compress, model, options)
     if as_json:
@@ -146,7 +147,8 @@ def evaluate(model: str, as_json: bool, **options: Any) -> None:
         ),
     },
 )
-def sweep(model: str, as_json: bool, **options: Any) -> None:
+@DRY_RUN
+def sweep(model: str, as_json: bool, foresee: bool, **options: Any) -> None:
     """Compress MODEL in many ways, measure each, and find the points that no other beats. No model is written but the
     --best.
 
@@ -157,6 +159,9 @@ def sweep(model: str, as_json: bool, **options: Any) -> None:
     from layer_surgery.reporting.console import print_sweep
     from layer_surgery.reporting.sentences import best_sentence
 
+    if foresee:
+        _say_foreseen(call(api.foresee_sweep, model, options), as_json)
+        return
     report = call(api.sweep, model, options)
     if as_json:
         print_json(report.to_dict())
@@ -304,3 +309,12 @@ def completion(context: click.Context, shell: str) -> None:
 
 def _console() -> Console:
     return HarmlessConsole(highlight=False, soft_wrap=True)
+
+
+def _say_foreseen(found: "Foresight", as_json: bool) -> None:
+    from layer_surgery.reporting.foresight_table import print_foresight
+
+    if as_json:
+        print_json(found.to_dict())
+    else:
+        print_foresight(_console(), found)

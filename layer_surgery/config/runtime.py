@@ -181,27 +181,28 @@ class RuntimeConfig(CallConfig):
         import torch
 
         from layer_surgery import parallel
+        from layer_surgery.devices import KINDS, cuda_devices
 
-        name, group = self.device, parallel.group()
+        name, group, there = self.device, parallel.group(), cuda_devices()
         if name == "auto":
-            name = "cuda" if torch.cuda.is_available() else "cpu"
+            name = "cuda" if there else "cpu"
         kind, _, number = name.partition(":")
-        if kind not in ("cpu", "cuda") or (number and not number.isdigit()) or name.endswith(":"):
+        if kind not in KINDS or (number and not number.isdigit()) or name.endswith(":"):
             raise UserError(f"--device is '{self.device}'; allowed: auto, cpu, cuda, cuda:N.")
-        if kind == "cuda" and not torch.cuda.is_available():
+        if kind == "cuda" and not there:
             raise UserError(f"--device is '{self.device}', but torch sees no CUDA device; use --device cpu.")
-        if kind == "cuda" and number and int(number) >= torch.cuda.device_count():
-            raise UserError(f"--device is '{self.device}', but there are {torch.cuda.device_count()} CUDA devices.")
+        if kind == "cuda" and number and int(number) >= there:
+            raise UserError(f"--device is '{self.device}', but there are {there} CUDA devices.")
         if kind == "cuda" and group.world > 1:
             if number:
                 raise UserError(
                     f"--device is '{self.device}', but each of {group.world} processes takes a GPU of its own; give "
                     "--device cuda."
                 )
-            if group.local_world > torch.cuda.device_count():
+            if group.local_world > there:
                 raise UserError(
-                    f"--device is '{self.device}', but this machine has {torch.cuda.device_count()} CUDA devices for "
-                    f"{group.local_world} processes; start --nproc-per-node {torch.cuda.device_count()}, or give "
+                    f"--device is '{self.device}', but this machine has {there} CUDA devices for "
+                    f"{group.local_world} processes; start --nproc-per-node {there}, or give "
                     "--device cpu."
                 )
             name = f"cuda:{group.local_rank}"
@@ -210,12 +211,9 @@ class RuntimeConfig(CallConfig):
 
     def memory(self, device: torch.device) -> tuple[int, int]:
         """Return `resident_bytes` and `boundary_bytes` for a device."""
-        import torch
+        from layer_surgery.devices import memory_shares
 
-        resident = boundary = CPU_MEMORY_BYTES
-        if device.type == "cuda":
-            free, _total = torch.cuda.mem_get_info(device)
-            resident, boundary = free // 2, free // 4
+        resident, boundary = memory_shares(device, CPU_MEMORY_BYTES)
         if self.memory_limit is not None:
             resident, boundary = min(resident, self.memory_limit // 2), min(boundary, self.memory_limit // 4)
         return (
@@ -227,13 +225,9 @@ class RuntimeConfig(CallConfig):
         """Return the dtype of computation on `device` for a checkpoint of this width, stored in `stored`."""
         import torch
 
-        from layer_surgery.machine import cpu_multiplies_bfloat16
+        from layer_surgery.devices import fast_dtype
 
         if self.dtype != "auto":
             dtype: torch.dtype = getattr(torch, self.dtype)
             return dtype
-        if device.type != "cpu":
-            return stored
-        # On a CPU that multiplies bfloat16, the same loss in half of the time or less.
-        short = stored == torch.bfloat16 and hidden_size >= BFLOAT16_FROM and cpu_multiplies_bfloat16()
-        return stored if short else torch.float32
+        return fast_dtype(device, stored, wide=hidden_size >= BFLOAT16_FROM)

@@ -6,10 +6,10 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
-import torch
 from lm_eval.models.huggingface import HFLM
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from layer_surgery.devices import available_memory_bytes
 from layer_surgery.progress import Progress
 
 #: Memory for the logits of a batch on a CPU. Fixed, so that batches are the same on every run; on CUDA a quarter of
@@ -37,8 +37,8 @@ class HarnessModel(HFLM):  # type: ignore[misc]
         if requests:
             length = min(length, len(requests[pos][1]) + len(requests[pos][2]))
         budget = CPU_LOGITS_BYTES
-        if self.device.type == "cuda":
-            budget = torch.cuda.mem_get_info(self.device)[0] // 4
+        if self.device.type != "cpu":
+            budget = (available_memory_bytes(self.device) or budget) // 4
         vocabulary = int(self.model.get_input_embeddings().weight.shape[0])
         return int(max(1, min(LARGEST_BATCH, budget // (length * vocabulary * 4 * _COPIES))))
 

@@ -5,7 +5,6 @@ Wall time of this machine through transformers' own modules, greedily and with a
 not what a serving engine reaches.
 """
 
-import time
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from layer_surgery.config import SpeedConfig
+from layer_surgery.devices import now, peak_device_memory_bytes, reset_peak_device_memory, used_memory_bytes, wait_for
 from layer_surgery.progress import Progress
 from layer_surgery.records import SpeedPoint
 
@@ -73,13 +73,12 @@ def generation_memory_bytes(model: PreTrainedModel, prompt: Tensor, steps: int =
     """
     stored = {tensor.data_ptr(): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
     weights: int = sum(stored.values())
-    if prompt.device.type == "cuda":
-        torch.cuda.synchronize(prompt.device)
-        torch.cuda.reset_peak_memory_stats(prompt.device)
-        before: int = torch.cuda.memory_allocated(prompt.device)
+    if peak_device_memory_bytes(prompt.device) is not None:
+        wait_for(prompt.device)
+        reset_peak_device_memory(prompt.device)
+        before = used_memory_bytes(prompt.device)
         _run(model, prompt, steps, _Timings())
-        peak: int = torch.cuda.max_memory_allocated(prompt.device)
-        return weights + peak - before
+        return weights + (peak_device_memory_bytes(prompt.device) or 0) - before
     allocations = Allocations()
     with allocations:
         _run(model, prompt, steps, _Timings())
@@ -128,22 +127,22 @@ class Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def _run(model: PreTrainedModel, prompt: Tensor, new_tokens: int, timings: _Timings) -> None:
     """Generate greedily after `prompt` [B, L]; the first token comes from the prefill. With 0 tokens, run it only."""
-    start = _now(prompt.device)
+    start = now(prompt.device)
     if new_tokens == 0:
         model(input_ids=prompt, attention_mask=torch.ones_like(prompt))
-        timings.prefill.append(_now(prompt.device) - start)
+        timings.prefill.append(now(prompt.device) - start)
         return
     # As generation does: logits are needed for the last token only.
     output: Any = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
     token = output.logits[:, -1:].argmax(dim=-1)
-    begin = last = _now(prompt.device)
+    begin = last = now(prompt.device)
     timings.prefill.append(begin - start)
     for _step in range(new_tokens - 1):
         output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True, logits_to_keep=1)
         token = output.logits[:, -1:].argmax(dim=-1)
-        now = _now(prompt.device)
-        timings.steps.append(now - last)
-        last = now
+        end = now(prompt.device)
+        timings.steps.append(end - last)
+        last = end
     timings.decode.append(last - begin)
 
 
@@ -163,9 +162,3 @@ def _point(timings: _Timings, peak: int, prompt: Tensor, new_tokens: int, repeat
         latency_p95_seconds=p95,
         peak_memory_bytes=peak,
     )
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()

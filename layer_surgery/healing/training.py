@@ -23,6 +23,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, Traini
 from transformers.trainer_callback import PrinterCallback
 
 from layer_surgery import parallel
+from layer_surgery.devices import random_devices, wants_pinned_memory
 from layer_surgery.errors import LayerSurgeryError, NumericalError
 from layer_surgery.healing.trainee import WEIGHTS_FILE, Trainee
 from layer_surgery.healing.windows import HealingData, WindowDataset, training_order
@@ -130,7 +131,7 @@ def _own_random_state(device: torch.device) -> Iterator[None]:
     """Give the block random generators of its own: Trainer seeds those of the whole process."""
     states = random.getstate(), np.random.get_state()
     try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        with torch.random.fork_rng(devices=random_devices(device)):
             yield
     finally:
         random.setstate(states[0])
@@ -303,7 +304,7 @@ def training_arguments(settings: TrainingSettings) -> TrainingArguments:
         label_names=["labels"],
         seed=settings.seed % 2**32,  # numpy takes no larger one
         activation_checkpointing=settings.gradient_checkpointing,
-        dataloader_pin_memory=settings.device.type == "cuda",
+        dataloader_pin_memory=wants_pinned_memory(settings.device),
     )
     arguments._n_gpu = min(1, arguments.n_gpu)  # else Trainer would copy the model to every device that it sees
     return arguments

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from layer_surgery.linalg.nystrom import ColumnOrder
+from layer_surgery.linalg.symmetric import positive_inverse, transposed_times
 
 #: Columns that go at most in one block, and those among which they are chosen.
-_BLOCK, _CANDIDATES = 64, 256
+_BLOCK, _CANDIDATES = 128, 256
 #: Columns that are gone are dropped from the large matrices once at most this fraction of them is left.
 _SHRINK = 0.9
 
@@ -25,19 +26,17 @@ def blockwise_column_order(weight: Tensor, inputs: Tensor, outputs: Tensor | Non
     `inputs` is A [in, in], positive definite, `outputs` is B [out, out] or None for the identity. The choice is
     backward, by single columns. H is float64, because it is an inverse; Y is float32.
 
-    About `2 in^3 + 2 in^2 out` floating-point operations for any `out`, all in matrix products, a Cholesky
-    factorisation and an inverse, with at most two matrices [in, in] of float64 at a time beside A. Raises `ValueError`
+    About `2 in^3 + 2 in^2 out` floating-point operations for any `out`, all in matrix products, an
+    inverse by blocks among them, with at most two matrices [in, in] of float64 at a time beside A. Raises `ValueError`
     for an A that is not positive definite.
     """
-    factor, failed = torch.linalg.cholesky_ex(inputs.double())
-    if failed:
+    h = positive_inverse(inputs.double())
+    if h is None:
         raise ValueError("the second moment of the inputs is not positive definite: damp it")
-    h = torch.cholesky_inverse(factor)
-    del factor
     if outputs is None:
         y = weight.float().clone()  # it is changed in place
     else:
-        y = torch.linalg.cholesky(outputs.double()).T.float() @ weight.float()
+        y = transposed_times(torch.linalg.cholesky(outputs.double()), weight.float())
     columns = torch.arange(len(h), device=h.device)
     free = torch.ones(len(h), dtype=torch.bool, device=h.device)
     taken: list[Tensor] = []
@@ -61,7 +60,7 @@ def _least(h: Tensor, y: Tensor, free: Tensor) -> tuple[Tensor, Tensor]:
     Those that `free` [m] bool names are still there.
     """
     there = free.nonzero().flatten()
-    worths = (y.pow(2).sum(dim=0, dtype=torch.float64) / h.diagonal())[there]
+    worths = (torch.linalg.vector_norm(y, dim=0).double().square() / h.diagonal())[there]
     by_worth = worths.argsort(stable=True)
     candidates = there[by_worth[:_CANDIDATES].sort().values]
     outside = float(worths[by_worth[_CANDIDATES]]) if len(by_worth) > _CANDIDATES else torch.inf

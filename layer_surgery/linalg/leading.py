@@ -1,16 +1,17 @@
 """Truncations in a metric for wide matrices: bound by matrix products, up to a rank that is asked for.
 
 Knows torch only. What `low_rank.whitened_svd` finds, from the smaller side alone: with `M = L_B^T W L_A`, the products
-`M M^T = L_B^T (W A W^T) L_B` and `M^T M = L_A^T (W^T B W) L_A` need the Cholesky factor of the smaller side only, and
-the trace of either is the sum of all squared singular values. Products of the wide matrices run in float32: the moments
-are float32 sums, and what is rounded away is a fraction of about 1e-6 of the largest squared value. Factorisations,
-triangular solves and sums run in float64.
+`M M^T = (L_B^T W) A (L_B^T W)^T` and `M^T M = (W L_A)^T B (W L_A)` need the Cholesky factor of the smaller side only,
+and the trace of either is the sum of all squared singular values. Products of the wide matrices run in float32: the
+moments are float32 sums, and what is rounded away is a fraction of about 1e-6 of the largest squared value.
+Factorisations, triangular solves and sums run in float64.
 """
 
 import torch
 from torch import Tensor
 
 from layer_surgery.linalg.low_rank import Factors, WhitenedFactors, balanced
+from layer_surgery.linalg.symmetric import sandwich, transposed_times
 
 #: Columns of the random sketch beyond the rank, as a fraction of the rank, and at least.
 _OVERSAMPLING, _LEAST_OVERSAMPLING = 1 / 8, 32
@@ -34,15 +35,17 @@ def leading_whitened_svd(
     rank = small if rank is None else min(rank, small)
     if out <= in_:
         factor = None if outputs is None else torch.linalg.cholesky(outputs.double())
-        gram = _in_metric((w @ inputs.float()) @ w.T, factor)
+        whitened = w if factor is None else transposed_times(factor, w)  # L_B^T W [out, in]
+        gram = sandwich(whitened, inputs)
         squares, u = leading_eigenpairs(gram, rank)
         left = u.double() if factor is None else torch.linalg.solve_triangular(factor.T, u.double(), upper=True)
-        right = ((u if factor is None else factor.float() @ u).T @ w).double()
+        right = (u.T @ whitened).double()
     else:
         factor = torch.linalg.cholesky(inputs.double())
-        gram = _in_metric(w.T @ (w if outputs is None else outputs.float() @ w), factor)
+        whitened = transposed_times(factor, w.T)  # L_A^T W^T [in, out]
+        gram = whitened @ whitened.T if outputs is None else sandwich(whitened, outputs)
         squares, v = leading_eigenpairs(gram, rank)
-        left = (w @ (factor.float() @ v)).double()
+        left = (whitened.T @ v).double()
         right = torch.linalg.solve_triangular(factor, v.T.double(), upper=False, left=False)
     rest = max(float(gram.diagonal().sum(dtype=torch.float64) - squares.sum()), 0.0)
     behind = squares.new_full((small - rank,), rest / max(small - rank, 1))
@@ -74,11 +77,3 @@ def _subspace(gram: Tensor, size: int) -> Tensor:
     for _ in range(_ITERATIONS):
         basis, _triangle = torch.linalg.qr(gram @ basis)
     return basis
-
-
-def _in_metric(product: Tensor, factor: Tensor | None) -> Tensor:
-    """Return `L^T P L`, made exactly symmetric, in the dtype of the product [n, n]."""
-    if factor is not None:
-        triangle = factor.to(product.dtype)
-        product = triangle.T @ product @ triangle
-    return (product + product.T) / 2

@@ -12,6 +12,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from layer_surgery.devices import block_rows
+
 #: Ridges that are tried, as multiples of the mean square of an input. Beyond the last, the weight stays as it is.
 RIDGES: tuple[float, ...] = tuple(10 ** (exponent / 2) for exponent in range(-12, 7))
 
@@ -19,9 +21,6 @@ RIDGES: tuple[float, ...] = tuple(10 ** (exponent / 2) for exponent in range(-12
 _PROBES = 64
 #: Of `RIDGES`, one in so many is tried first there, and then those around the best.
 _COARSE = 3
-
-#: Symmetric products of matrices this wide and wider are formed block by block, on a CPU and on an accelerator.
-_BLOCK = {"cpu": 512, "cuda": 4096}
 
 
 @dataclass
@@ -213,7 +212,7 @@ def _solve_damped(gram: Tensor, ridge: float, right: Tensor) -> Tensor:
 def add_gram(total: Tensor, rows: Tensor) -> None:
     """Add `rows^T rows` to `total` [d, d], for rows [tokens, d]; where d is large, half of it is computed."""
     d = rows.shape[1]
-    if d < _BLOCK.get(rows.device.type, 4096):
+    if d < block_rows(rows.device):
         total += rows.T @ rows  # formed by itself, so that its bits do not depend on where it is added: see parallel/
         return
     middle = d // 2
@@ -230,6 +229,6 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
     As in `add_gram` every part is formed by itself, and little of it exists beside the sum.
     """
-    step = _BLOCK.get(left.device.type, 4096)
+    step = block_rows(left.device)
     for start in range(0, left.shape[1], step):
         total[start : start + step] += left[:, start : start + step].T @ right

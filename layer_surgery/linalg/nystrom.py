@@ -110,8 +110,12 @@ def narrowed(weight: Tensor, inputs: Tensor, kept: Tensor) -> Tensor:
     A (`low_rank.shrunk`) it is ridge regression towards the columns of W as they are. Raises `ValueError` for an A that
     is not positive definite on S.
     """
-    a = inputs.double()[:, kept]
-    return torch.cholesky_solve((weight.double() @ a).T, _cholesky(a[kept])).T
+    # `W[:,S]` and what the columns that go leave to them: of the inputs, no more than what stands between the two.
+    gone = torch.ones(len(inputs), dtype=torch.bool, device=inputs.device)
+    gone[kept] = False
+    left = weight[:, gone].double() @ inputs[gone][:, kept].double()
+    carried = torch.cholesky_solve(left.T, _cholesky(inputs[kept][:, kept].double())).T
+    return weight[:, kept].double() + carried
 
 
 def dropped_cost(weight: Tensor, inputs: Tensor, outputs: Tensor | None, kept: Tensor) -> float:

@@ -17,10 +17,10 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
+from layer_surgery.devices import backend
 from layer_surgery.disk.signals import handled
 from layer_surgery.errors import LayerSurgeryError, describe
 from layer_surgery.parallel.group import Group, ProcessLost, gather, group, member
@@ -59,9 +59,8 @@ def joined() -> Iterator[Group]:
     store, rank, world = next(rendezvous("env://", timeout=timedelta(minutes=10)))
     local_rank, local_world = int(os.environ.get("LOCAL_RANK", rank)), int(os.environ.get("LOCAL_WORLD_SIZE", world))
     with member(Group(rank, world, local_rank, local_world)), _Watch(store, rank).watching():
-        cuda = torch.cuda.is_available() and dist.is_nccl_available() and local_world <= torch.cuda.device_count()
         dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if cuda else "gloo",
+            backend(local_world),
             store=store,
             rank=rank,
             world_size=world,

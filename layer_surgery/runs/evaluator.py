@@ -15,6 +15,7 @@ from layer_surgery.checkpoint.open import Checkpoint
 from layer_surgery.config import EvaluationConfig
 from layer_surgery.data import bundled_tasks
 from layer_surgery.data.tokens import PackedTokens
+from layer_surgery.devices import available_memory_bytes
 from layer_surgery.errors import CheckpointError, DataError, describe
 from layer_surgery.evaluation.continuations import continuations, encode_prompt, prompts_from
 from layer_surgery.evaluation.distance import FinalStates, check_same_vocabulary
@@ -24,7 +25,6 @@ from layer_surgery.evaluation.labelled import LabelOutcome, label_changes, label
 from layer_surgery.evaluation.perplexity import summarise, window_losses
 from layer_surgery.evaluation.speed import measure_speed
 from layer_surgery.evaluation.uncertainty import perplexity_change
-from layer_surgery.machine import available_memory_bytes
 from layer_surgery.records import Comparison, Continuation, EvaluationResult, Perplexity, StageFailure, TaskResult
 from layer_surgery.records.embedding import EmbeddingQuality
 from layer_surgery.runs.embedding import EmbeddingTexts

@@ -27,10 +27,11 @@ from layer_surgery.data.documents import Wanted
 from layer_surgery.data.labelled import count_labels
 from layer_surgery.data.tokens import PackedTokens
 from layer_surgery.data.weights import WeightedSource
+from layer_surgery.devices import available_memory_bytes, fast_products, float32_by_onednn, reset_peak_device_memory
 from layer_surgery.disk.own import own_directory, remove_dead
 from layer_surgery.disk.reading import why
 from layer_surgery.errors import DataError, OutputError
-from layer_surgery.machine import PACKAGES, available_memory_bytes, code_sha256, release_freed_memory, version
+from layer_surgery.machine import PACKAGES, code_sha256, release_freed_memory, version
 from layer_surgery.progress import Clock, Ui
 from layer_surgery.records.provenance import portable
 from layer_surgery.runs.notes import calibration_notes, evaluation_note, notes_on
@@ -263,12 +264,11 @@ def open_session(model: Model, runtime: RuntimeConfig, scratch_parent: Path | No
         check_tokenizer(checkpoint, tokenizer)
     for line in notes_on(checkpoint):
         ui.note(line)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    reset_peak_device_memory(device)
     dtype = runtime.torch_dtype(device, checkpoint.dtype, checkpoint.hidden_size)
     memory = runtime.memory(device)
     parent = runtime.scratch or scratch_parent or Path(tempfile.gettempdir())
-    with parallel.shared_folder(_scratch(parent, ui)) as scratch:
+    with parallel.shared_folder(_scratch(parent, ui)) as scratch, fast_products():
         yield Session(checkpoint, tokenizer, runtime, device, dtype, scratch, ui, clock, *memory)
 
 
@@ -294,7 +294,9 @@ def _check_processes(runtime: RuntimeConfig) -> None:
     parallel.agree(portable(options), "give all processes the same options")
     running = {name: version(name) for name in PACKAGES} | {"the code (sha256)": code_sha256()}
     parallel.agree(running, "install the same on all machines")
-    # Products of matrices are rounded differently with another number of threads.
+    # Products of matrices are rounded differently by another library, or with another number of threads.
+    by_onednn = {"float32 products by oneDNN (as on AMD's CPUs)": float32_by_onednn()}
+    parallel.agree(by_onednn, "use machines of one kind")
     parallel.agree({"CPU threads": torch.get_num_threads()}, "set OMP_NUM_THREADS to the same number everywhere")
 
 

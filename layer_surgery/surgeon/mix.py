@@ -27,6 +27,7 @@ from layer_surgery.checkpoint.bypass import Bypass
 from layer_surgery.checkpoint.experts import Experts, of_some
 from layer_surgery.checkpoint.size_fields import plain_kinds
 from layer_surgery.config import DEFAULT_COMPONENTS, UNIFORM_COMPONENTS, SearchConfig
+from layer_surgery.devices import TILE_MULTIPLE
 from layer_surgery.errors import PlanError
 from layer_surgery.linalg.nystrom import narrowed
 from layer_surgery.records import LayerPlan, SurgeryPlan
@@ -45,7 +46,7 @@ from layer_surgery.walk.moments import LayerMoments
 #: What is cut beside the default where a resource is limited that channels and ranks save little of.
 _ALSO = {CACHE: ("heads", "attention"), TIME: ("attention", "mlp")}
 #: Largest default of `--multiple`, and the share of the hidden size that it is at most.
-_LARGEST_MULTIPLE, _SHARE_OF_HIDDEN = 64, 16
+_LARGEST_MULTIPLE, _SHARE_OF_HIDDEN = TILE_MULTIPLE, 16
 
 
 @METHODS.add(

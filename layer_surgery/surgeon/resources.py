@@ -4,7 +4,6 @@ A target is a fraction of what the original takes. Prices are those of what surg
 norms, the head) is there in any case.
 """
 
-import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
@@ -19,6 +18,7 @@ from layer_surgery.calibration.units import attention_heads
 from layer_surgery.checkpoint.costs import cache_bytes_by_layer, token_costs
 from layer_surgery.checkpoint.experts import Experts, experts_of
 from layer_surgery.checkpoint.open import Checkpoint
+from layer_surgery.devices import now
 from layer_surgery.errors import PlanError
 from layer_surgery.surgeon.curves import Floats
 
@@ -188,16 +188,11 @@ class TimeTable:
             weights = [torch.randn(out // parts, in_, device=self._device, dtype=self._dtype) for _ in range(count)]
             times = []
             for repeat in range(_REPEATS + 1):
-                start = self._now()
+                start = now(self._device)
                 for weight in weights:
                     torch.nn.functional.linear(x, weight)
                 if repeat:
-                    times.append((self._now() - start) / count)
+                    times.append((now(self._device) - start) / count)
             # The first process's clock counts, so that all plan with the same prices.
             self._known[out, in_] = parallel.from_first(lambda: 1e3 * parts * median(times))
         return self._known[out, in_]
-
-    def _now(self) -> float:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        return time.perf_counter()

@@ -12,6 +12,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import Tensor
 
+from layer_surgery.devices import moves_beside
+
 Tensors = dict[str, Tensor]
 
 
@@ -58,7 +60,7 @@ class ReadAhead:
             future.exception()
 
     def _work(self, number: int) -> tuple[Tensors, torch.cuda.Event | None]:
-        if self._device.type != "cuda":
+        if not moves_beside(self._device):
             return self._read(number), None
         beside = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         with torch.cuda.device(self._device), torch.cuda.stream(beside):

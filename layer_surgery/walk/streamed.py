@@ -11,6 +11,7 @@ from transformers.core_model_loading import build_glob_alternation
 
 from layer_surgery.checkpoint.modeling_layer_surgery import replace_linears
 from layer_surgery.checkpoint.open import Checkpoint, build_skeleton
+from layer_surgery.devices import frees_to_system
 from layer_surgery.errors import NumericalError
 from layer_surgery.machine import map_large_blocks, release_freed_memory
 from layer_surgery.walk.ahead import ReadAhead
@@ -44,7 +45,7 @@ class StreamedModel:
             self._resident is None and 2 * max(layer_bytes) <= ahead_bytes
         )  # as stored and in the dtype of computation
         self._ahead = ReadAhead(self._layer_tensors, device) if fits else None
-        if self._resident is None and device.type == "cpu":
+        if self._resident is None and frees_to_system(device):
             map_large_blocks()
         self._sentence = checkpoint.embedder.modules().to(device, dtype) if checkpoint.embedder is not None else None
         self._replaced: dict[int, Callable[[], dict[str, Tensor]]] = {}
@@ -93,7 +94,7 @@ class StreamedModel:
             layer.requires_grad_(False)
             _assign(layer, {name: tensor.to("meta") for name, tensor in tensors.items()})
             del tensors
-            if self._resident is None and self.device.type == "cpu":
+            if self._resident is None and frees_to_system(self.device):
                 release_freed_memory()
 
     def read_weights(self, names: list[str]) -> dict[str, Tensor]:

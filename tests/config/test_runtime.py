@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from layer_surgery import machine
+from layer_surgery import devices
 from layer_surgery.config import RuntimeConfig
 from layer_surgery.config.runtime import BFLOAT16_FROM
 
@@ -34,5 +34,5 @@ def test_auto_is_bfloat16_on_a_cpu_for_wide_models_that_are_stored_so_and_where_
     expected: torch.dtype,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(machine, "cpu_multiplies_bfloat16", lambda: capable)
+    monkeypatch.setattr(devices, "cpu_multiplies_bfloat16", lambda: capable)
     assert RuntimeConfig(dtype=given).torch_dtype(device, stored, hidden_size) == expected

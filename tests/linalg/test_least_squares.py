@@ -8,6 +8,7 @@ from surgery_helpers import by_rows, held_out_error
 from tiny_models import largest_difference
 from torch import Tensor
 
+from layer_surgery import devices
 from layer_surgery.linalg import least_squares
 from layer_surgery.linalg.least_squares import RIDGES, RidgeProblem, Sums, add_gram
 
@@ -214,7 +215,7 @@ def test_linears_with_the_same_inputs_share_them() -> None:
 
 @pytest.mark.parametrize("width", [3, 64, 65, 130])
 def test_symmetric_products_by_blocks_are_the_whole_product(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(least_squares, "_BLOCK", {"cpu": 32})
+    monkeypatch.setitem(devices._BLOCK_ROWS, "cpu", 32)
     z = torch.randn(20, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     total = torch.ones(width, width).double()
     add_gram(total, z)

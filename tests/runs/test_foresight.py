@@ -89,6 +89,32 @@ def test_the_command_prints_a_table_or_json(run: CommandLine, model: Path, text:
     assert record["probed"]["forward"] > 0
 
 
+def test_a_sweep_is_foreseen_point_by_point_and_leaves_out_what_it_has(
+    run: CommandLine, model: Path, text: Path, tmp_path: Path
+) -> None:
+    arguments = ["sweep", model, "--target-layers", "3,2", "--keep", "0,0.5", "--output", tmp_path / "sweep"]
+    arguments += ["--calibration", text, "--eval-data", text, "--samples", 8, "--sequence-length", 16]
+    arguments += ["--batch-size", 2, "--method", "fisher", "--no-refit", "--continuations", 0]
+    before = listing(tmp_path)
+    found = strict_json(run(*arguments, "--dry-run", "--json").out)
+    points = ["3 layers", "2 layers"]
+    names = [stage["name"] for stage in found["stages"]]
+    assert names[:2] == ["evaluate_before", "statistics"]
+    assert len(names) == 2 + 4
+    assert all(any(point in name for name in names) for point in points)
+    assert all(stage["seconds"] > 0 for stage in found["stages"])
+    assert listing(tmp_path) == before
+    run(*[each if each != "3,2" else "3" for each in arguments])
+    assert (tmp_path / "sweep" / "sweep.json").exists()
+    before = listing(tmp_path)
+    rest = strict_json(run(*arguments, "--dry-run", "--json").out)
+    assert [stage["name"] for stage in rest["stages"]] == [*names[:2], *(name for name in names if "2 layers" in name)]
+    assert listing(tmp_path) == before
+    outcome = run(*arguments, "--dry-run", "--memory-limit", "50MB")
+    assert outcome.code == 2
+    assert "--memory-limit (or what is free) is 50,000,000" in outcome.err
+
+
 def test_a_scorer_that_searches_has_no_time(model: Path, options: dict[str, Any]) -> None:
     del options["layers"]
     found = layer_surgery.foresee(model, target_layers=2, scorer="perplexity", refit=False, **options)

@@ -87,6 +87,11 @@ def test_what_processes_cannot_do_together_is_refused_in_one_sentence(folder: Pa
     )
     assert refusals["steps"] == ("--step-sequences is 7, which 2 processes cannot share evenly; take a multiple of 2.")
     assert "is a file or a link" in refusals["output"]
+    assert refusals["release"].startswith('process 1 has torch "0.1", and process 0 has ')
+    assert refusals["release"].endswith("; install the same on all machines.")
+    assert refusals["text"].startswith("process 1 has other tokens of 'own")
+    assert refusals["text"].endswith("; give all processes the same calibration data and tokenizer.")
+    assert refusals["device"] == "--device is 'cuda', but torch sees no CUDA device; use --device cpu."
 
 
 def test_a_number_that_is_not_finite_in_one_process_is_an_error_of_all(folder: Path) -> None:

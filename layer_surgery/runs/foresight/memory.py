@@ -21,13 +21,13 @@ _FORWARD = 4
 _EXACT, _LEADING = 7, 3
 
 
-def kept_by_allocator(parts: Parts, sizes: Sizes, device: str) -> Parts:
+def kept_by_allocator(parts: Parts, sizes: Sizes, *, given_back: bool) -> Parts:
     """Return what the C library keeps of what a stage frees, until the stage ends: about as much as it works with.
 
     Of models whose layers stay, on a CPU; for others, large blocks are mapped one by one (`machine.map_large_blocks`).
     """
     working = sum(size for name, size in parts.items() if name not in ("weights", "hidden states"))
-    return {"freed and kept": working} if device == "cpu" and sizes.stay else {}
+    return {"freed and kept": working} if given_back and sizes.stay else {}
 
 
 def evaluation(sizes: Sizes, *, compared: bool) -> Parts:

@@ -1,12 +1,11 @@
 """A short probe of this machine: seconds of what the stages of a run do, on the checkpoint's own layers.
 
 A layer of each kind passes some sequences, its linears are decomposed by the functions that the run calls, on random
-moments of at most `_SIDE` (their time is cubic in the sides), and tokens go to moments and to the head.
+moments of at most `probe_side` (their time is cubic in the sides), and tokens go to moments and to the head.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from layer_surgery.calibration.statistics import useful_rank
 from layer_surgery.data.tokens import PackedTokens
+from layer_surgery.devices import now, probe_operations, probe_side
 from layer_surgery.linalg.blockwise_nystrom import blockwise_column_order
 from layer_surgery.linalg.decomposition import takes_leading
 from layer_surgery.linalg.leading import leading_whitened_svd
@@ -25,10 +25,6 @@ from layer_surgery.runs.foresight.sizes import LayerSizes, Sizes
 from layer_surgery.walk.boundaries import Boundary
 from layer_surgery.walk.streamed import StreamedModel
 from layer_surgery.walk.walk import Walk, WalkSettings
-
-#: Operations that one pass of the probe takes at most, and the largest side of what it decomposes.
-_OPERATIONS = {"cpu": 2e10, "cuda": 2e13}
-_SIDE = {"cpu": 640, "cuda": 4096}
 
 
 @dataclass
@@ -51,7 +47,7 @@ def probe(model: StreamedModel, tokens: PackedTokens, sizes: Sizes, settings: Wa
     rates, first_of = Rates(), dict[object, int]()
     for index, layer in enumerate(sizes.layers):
         first_of.setdefault(layer.kind, index)
-    most = _OPERATIONS.get(model.device.type, 2e13)
+    most = probe_operations(model.device)
     operations = 2 * max(layer.parameters for layer in sizes.layers) * tokens.sequence_length
     count = int(min(settings.batch_size, tokens.sequences, max(1, most // operations)))
     some = tokens.select(slice(0, count))
@@ -69,10 +65,9 @@ def probe(model: StreamedModel, tokens: PackedTokens, sizes: Sizes, settings: Wa
 def _probe_layer(walk: Walk, index: int, sizes: Sizes, rates: Rates) -> None:
     device, tokens, layer_sizes = walk.model.device, walk.tokens, sizes.layers[index]
     count, rows = int(tokens.valid.sum()), slice(0, tokens.sequences)
-    start = time.perf_counter()
+    start = now(device)
     with walk.model.layer(index) as layer:
-        _wait(device)
-        rates.reading[index] = time.perf_counter() - start
+        rates.reading[index] = now(device) - start
         hidden = walk.rehearsal.embed(tokens.inputs(rows))
         call = walk.rehearsal.call(index, tokens.inputs(rows))
         with torch.no_grad():
@@ -86,7 +81,7 @@ def _probe_layer(walk: Walk, index: int, sizes: Sizes, rates: Rates) -> None:
         rates.backward[index] = _seconds(back, device) / count
     rates.moments[index] = _moments(layer_sizes, count, device) / count
     rates.sums[index] = _products(layer_sizes, count, device) / count
-    scale = max(1.0, max((max(size) for size in layer_sizes.linears.values()), default=1) / _side(device))
+    scale = max(1.0, max((max(size) for size in layer_sizes.linears.values()), default=1) / probe_side(device))
     rates.decompositions[index] = _decompose(layer_sizes, sizes, scale, device) * scale**3
     rates.solutions[index] = _solve(layer_sizes, sizes, scale, device) * scale**3
 
@@ -110,7 +105,7 @@ def _moments(layer: LayerSizes, count: int, device: torch.device) -> float:
 
 
 def _gram(side: int, count: int, device: torch.device) -> float:
-    part = min(side, 2 * _side(device))
+    part = min(side, 2 * probe_side(device))
     rows, total = torch.randn(count, part, device=device), torch.zeros(part, part, device=device)
     return _seconds(lambda: add_gram(total, rows), device) * (side / part) ** 2
 
@@ -119,7 +114,7 @@ def _products(layer: LayerSizes, count: int, device: torch.device) -> float:
     """Return the seconds of the sums of the refit of a layer of so many tokens."""
     seconds = sum(_gram(layer.linears[group[0]][1], count, device) for group in layer.groups)
     for size in set(layer.linears.values()):
-        out, in_ = (min(side, 2 * _side(device)) for side in size)
+        out, in_ = (min(side, 2 * probe_side(device)) for side in size)
         y, z = torch.randn(count, out, device=device), torch.randn(count, in_, device=device)
         total = torch.zeros(out, in_, device=device)
         each = _seconds(lambda: add_product(total, y, z), device) * (size[0] * size[1]) / (out * in_)  # noqa: B023
@@ -197,22 +192,11 @@ def _moment(side: int, device: torch.device) -> Tensor:
     return shrunk((rows.T @ rows / len(rows)).double(), len(rows))
 
 
-def _side(device: torch.device) -> int:
-    return _SIDE.get(device.type, 4096)
-
-
 def _seconds(work: Callable[[], object], device: torch.device, times: int = 2) -> float:
     """Return the seconds of some work, the less of so many times."""
     found = []
     for _ in range(times):
-        _wait(device)
-        start = time.perf_counter()
+        start = now(device)
         work()
-        _wait(device)
-        found.append(time.perf_counter() - start)
+        found.append(now(device) - start)
     return min(found)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

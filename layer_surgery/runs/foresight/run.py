@@ -5,16 +5,19 @@ from __future__ import annotations
 import gc
 import shutil
 import tempfile
+from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Self
 
 import attrs
 
 from layer_surgery import parallel
 from layer_surgery.config import CompressConfig
 from layer_surgery.data.tokens import PackedTokens
-from layer_surgery.machine import available_memory_bytes, release_freed_memory, used_memory_bytes
+from layer_surgery.devices import available_memory_bytes, frees_to_system, used_memory_bytes
+from layer_surgery.machine import release_freed_memory
 from layer_surgery.progress import Stage
 from layer_surgery.records.foresight import Foresight, StageForesight
 from layer_surgery.runs.foresight import memory, seconds
@@ -23,7 +26,7 @@ from layer_surgery.runs.foresight.probe import Rates, probe
 from layer_surgery.runs.foresight.sizes import Sizes, layer_sizes, sequences_of
 from layer_surgery.runs.opening import Opened, check_options, open_compression
 from layer_surgery.runs.planning import Planning, checked
-from layer_surgery.runs.session import Model
+from layer_surgery.runs.session import Model, Session
 from layer_surgery.runs.stages import (
     FISHER,
     PASSES_OF_METHODS,
@@ -44,8 +47,8 @@ def run_foresee(model: Model, config: CompressConfig) -> Foresight:
 
 
 def _foresee(opened: Opened, config: CompressConfig) -> Foresight:
-    session, original, planning = opened.session, opened.session.checkpoint, opened.planning
-    sizes = sizes_of(opened, config)
+    planning = opened.planning
+    probed = Probed.measure(opened, config)
     stages = stages_of_compression(
         planning,
         opened.texts,
@@ -54,44 +57,82 @@ def _foresee(opened: Opened, config: CompressConfig) -> Foresight:
         saved=config.output is not None,
         healed=opened.healing is not None,
     )
-    # What has no data at all looks at weights only: any tokens do to see what the process itself takes.
-    some = opened.tokens or next(iter(opened.texts), None)
-    rates = _probed(opened, some, sizes) if some is not None else None
-    gc.collect()
-    release_freed_memory()
-    base = used_memory_bytes(session.device)
 
-    def of(stage: Stage, sizes: Sizes) -> StageForesight:
-        working = _memory(stage.name, sizes, planning)
-        kept = memory.kept_by_allocator(working, sizes, session.device.type)
-        taken = {"the process": base} | working | kept
-        return StageForesight(
-            name=stage.name,
-            title=stage.title,
-            seconds=_seconds(stage.name, sizes, rates, planning),
-            memory_bytes=sum(taken.values()),
-            parts=taken,
-        )
+    def foreseen(sizes: Sizes) -> list[StageForesight]:
+        return [probed.stage(stage, sizes, planning) for stage in stages]
 
-    free = available_memory_bytes(session.device)
-    limit = session.runtime.memory_limit
-    output, scratch = config.output, session.runtime.scratch or _scratch_parent(config.output)
-    found = Foresight(
-        model=original.name,
-        device=str(session.device),
-        dtype=str(session.dtype).removeprefix("torch."),
-        stages=[of(stage, sizes) for stage in stages],
-        memory_available_bytes=limit if limit is not None else None if free is None else free + base,
-        output_bytes=planning.trial.parameters * original.dtype.itemsize,
-        output_free_bytes=shutil.disk_usage(existing(output or scratch)).free,
-        scratch_bytes=_scratch_bytes(sizes, planning),
-        scratch_free_bytes=shutil.disk_usage(existing(scratch)).free,
-        probed=_means(rates) if rates is not None else {},
-        left_out=_left_out(config, planning),
+    return probed.found(
+        foreseen,
+        output=config.output,
+        output_bytes=planning.trial.parameters * opened.session.checkpoint.dtype.itemsize,
+        scratch_bytes=scratch_bytes_of(probed.sizes, planning),
+        left_out=left_out_of(config, planning),
     )
-    check_memory(found, sizes, found.memory_available_bytes, lambda other: [of(stage, other) for stage in stages])
-    check_disk(found, output, scratch)
-    return found
+
+
+@dataclass(frozen=True)
+class Probed:
+    """An opened checkpoint with its sizes, what the probe of this machine has measured, and what the process takes."""
+
+    session: Session
+    sizes: Sizes
+    rates: Rates | None  #: None without any data to pass through the layers.
+    base: int  #: Bytes that the process has anyway.
+
+    @classmethod
+    def measure(cls, opened: Opened, config: CompressConfig) -> Self:
+        """Probe this machine."""
+        session, sizes = opened.session, sizes_of(opened, config)
+        # What has no data at all looks at weights only: any tokens do to see what the process itself takes.
+        some = opened.tokens or next(iter(opened.texts), None)
+        rates = _probed(opened, some, sizes) if some is not None else None
+        gc.collect()
+        release_freed_memory()
+        return cls(session, sizes, rates, used_memory_bytes(session.device))
+
+    def stage(self, stage: Stage, sizes: Sizes, planning: Planning, *, known: bool = False) -> StageForesight:
+        """Return what a stage of a compression takes; `known` if there are statistics of all layers already."""
+        working = _memory(stage.name, sizes, planning)
+        taken = _seconds(stage.name, sizes, self.rates, planning, known=known)
+        return self.with_process(stage.name, stage.title, taken, working, sizes)
+
+    def with_process(
+        self, name: str, title: str, taken: float | None, working: memory.Parts, sizes: Sizes
+    ) -> StageForesight:
+        """Return a stage of so many seconds with the memory of the process beside its own."""
+        kept = memory.kept_by_allocator(working, sizes, given_back=frees_to_system(self.session.device))
+        parts = {"the process": self.base} | working | kept
+        return StageForesight(name=name, title=title, seconds=taken, memory_bytes=sum(parts.values()), parts=parts)
+
+    def found(
+        self,
+        foreseen: Callable[[Sizes], list[StageForesight]],
+        *,
+        output: Path | None,
+        output_bytes: int,
+        scratch_bytes: int,
+        left_out: list[str],
+    ) -> Foresight:
+        """Return the whole; raises `UserError` if it does not fit. `foreseen` gives the stages for other sizes too."""
+        session = self.session
+        free, limit = available_memory_bytes(session.device), session.runtime.memory_limit
+        scratch = session.runtime.scratch or _scratch_parent(output)
+        found = Foresight(
+            model=session.checkpoint.name,
+            device=str(session.device),
+            dtype=str(session.dtype).removeprefix("torch."),
+            stages=foreseen(self.sizes),
+            memory_available_bytes=limit if limit is not None else None if free is None else free + self.base,
+            output_bytes=output_bytes,
+            output_free_bytes=shutil.disk_usage(existing(output or scratch)).free,
+            scratch_bytes=scratch_bytes,
+            scratch_free_bytes=shutil.disk_usage(existing(scratch)).free,
+            probed=_means(self.rates) if self.rates is not None else {},
+            left_out=left_out,
+        )
+        check_memory(found, self.sizes, found.memory_available_bytes, foreseen)
+        check_disk(found, output, scratch)
+        return found
 
 
 def sizes_of(opened: Opened, config: CompressConfig) -> Sizes:
@@ -135,7 +176,7 @@ def _memory(name: str, sizes: Sizes, planning: Planning) -> memory.Parts:
     return {"weights": max(layer.largest for layer in sizes.layers) * sizes.stored_itemsize}
 
 
-def _seconds(name: str, sizes: Sizes, rates: Rates | None, planning: Planning) -> float | None:
+def _seconds(name: str, sizes: Sizes, rates: Rates | None, planning: Planning, *, known: bool = False) -> float | None:
     """Return the seconds of a stage; None where they cannot be told before."""
     operated = [layer.index for layer in planning.trial.smaller]
     config, by_fisher = planning.config, planning.config.scorer == FISHER and planning.chooses
@@ -149,12 +190,12 @@ def _seconds(name: str, sizes: Sizes, rates: Rates | None, planning: Planning) -
         return seconds.refit(sizes, rates, _refitted(planning))
     if name == "score":
         if by_fisher:
-            return seconds.statistics(sizes, rates)
+            return 0.0 if known else seconds.statistics(sizes, rates)
         passes = PASSES_OF_SCORERS.get(config.scorer)
         return None if passes is None else seconds.forward(sizes, rates, passes)
     passes = PASSES_OF_METHODS.get(planning.method.name)
     if planning.method.name in WITH_STATISTICS:
-        return seconds.forward(sizes, rates, 1) + (0.0 if by_fisher else seconds.statistics(sizes, rates))
+        return seconds.forward(sizes, rates, 1) + (0.0 if by_fisher or known else seconds.statistics(sizes, rates))
     if passes is None:
         return seconds.decompositions(rates, operated) if not planning.method.needs_data else None
     return seconds.forward(sizes, rates, passes) + seconds.decompositions(rates, operated)
@@ -176,7 +217,7 @@ def _refitted(planning: Planning) -> list[int]:
     return [index for index in range(first, len(planning.trial.layers)) if index not in gone]
 
 
-def _scratch_bytes(sizes: Sizes, planning: Planning) -> int:
+def scratch_bytes_of(sizes: Sizes, planning: Planning) -> int:
     """Return what scratch files take at most: boundaries, components of all layers, what was solved."""
     written = planning.trial.parameters * sizes.stored_itemsize
     components = memory.components_bytes(sizes) if _takes_statistics(planning) else 0
@@ -195,7 +236,7 @@ def _means(rates: Rates) -> dict[str, float]:
     return found
 
 
-def _left_out(config: CompressConfig, planning: Planning) -> list[str]:
+def left_out_of(config: CompressConfig, planning: Planning) -> list[str]:
     """Return what the seconds do not hold, in words."""
     found = []
     if config.tasks or config.continuations or config.speed:

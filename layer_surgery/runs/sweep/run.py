@@ -43,7 +43,8 @@ from layer_surgery.runs.sweep.state import (
 )
 from layer_surgery.walk.walk import Walk
 
-_ADVICE = "give another --output, or --overwrite to start anew"
+#: Behind what is said of a sweep in the output that cannot be gone on with.
+ADVICE = "give another --output, or --overwrite to start anew"
 
 
 def run_sweep(model: Model, config: SweepConfig) -> SweepReport:
@@ -61,7 +62,7 @@ def run_sweep(model: Model, config: SweepConfig) -> SweepReport:
         check_best(config.directory)
     check_sweep_directory(config.directory)
     with parallel.shared_folder(sweep_directory(config.directory)) as directory:
-        known = None if config.overwrite else read_sweep(directory, _ADVICE)
+        known = None if config.overwrite else read_sweep(directory, ADVICE)
         with open_session(model, config, directory) as session:
             if condition is not None and session.checkpoint.head is not CAUSAL_LM:
                 raise PlanError(
