@@ -106,21 +106,32 @@ def float32_by_onednn() -> bool:
 
 
 @contextmanager
-def fast_products() -> Iterator[None]:
-    """Have products formed by the library that is fastest on this machine, for the duration of the block."""
-    with _products_by_onednn() if float32_by_onednn() else nullcontext():
+def fast_products(device: torch.device) -> Iterator[None]:
+    """Have products on a CPU formed by the library that is fastest on this machine, for the duration of the block."""
+    with _products_by_onednn() if device.type == "cpu" and float32_by_onednn() else nullcontext():
         yield
 
 
 @contextmanager
 def _products_by_onednn() -> Iterator[None]:
-    settings: Any = getattr(torch.backends.mkldnn, "matmul")  # noqa: B009  its stubs do not know it
-    before = settings.fp32_precision
-    settings.fp32_precision = "bf16"
+    """Let products of float32 be rounded inside. Nothing changes if the precision of a backend has been set by itself.
+
+    `set_float32_matmul_precision` also speaks for CUDA; what it does there holds in the block only.
+    """
+    try:
+        before = torch.get_float32_matmul_precision()
+    except RuntimeError:  # precisions of single backends do not go together with one for all
+        yield
+        return
+    backends: list[Any] = [torch.backends.mkldnn.matmul, torch.backends.cuda.matmul]  # type: ignore[attr-defined]
+    precisions = [backend.fp32_precision for backend in backends]
+    torch.set_float32_matmul_precision("medium")
     try:
         yield
     finally:
-        settings.fp32_precision = before
+        torch.set_float32_matmul_precision(before)
+        for backend, precision in zip(backends, precisions, strict=True):
+            backend.fp32_precision = precision
 
 
 def _cpu_capability() -> str:

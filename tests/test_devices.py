@@ -7,19 +7,54 @@ import torch
 
 from layer_surgery import devices
 
+CPU = torch.device("cpu")
+
 
 @pytest.fixture(autouse=True)
 def _fresh() -> None:
     devices.float32_by_onednn.cache_clear()
 
 
-def test_products_are_of_float32_in_the_block_and_the_setting_is_put_back() -> None:
+def precisions() -> tuple[str, str, str]:
+    backends = torch.backends.mkldnn.matmul, torch.backends.cuda.matmul
+    return torch.get_float32_matmul_precision(), *(backend.fp32_precision for backend in backends)
+
+
+@pytest.fixture
+def by_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take oneDNN, whatever this processor is."""
+    monkeypatch.setattr(devices, "float32_by_onednn", lambda: True)
+
+
+def test_products_are_of_float32_in_the_block() -> None:
     left, right = torch.randn(300, 400), torch.randn(400, 200)
-    exact, before = left.double() @ right.double(), torch.backends.mkldnn.matmul.fp32_precision
-    with devices.fast_products():
+    exact = left.double() @ right.double()
+    with devices.fast_products(CPU):
         found = left @ right
     assert float((found - exact).norm() / exact.norm()) < 2e-6
-    assert torch.backends.mkldnn.matmul.fp32_precision == before
+
+
+@pytest.mark.usefixtures("by_onednn")
+def test_the_settings_can_be_read_in_the_block_and_are_put_back() -> None:
+    before = precisions()
+    with devices.fast_products(CPU):
+        assert precisions()[:2] == ("medium", "bf16")
+    assert precisions() == before
+    with devices.fast_products(torch.device("cuda")):
+        assert precisions() == before
+
+
+@pytest.mark.usefixtures("by_onednn")
+def test_a_precision_that_somebody_has_set_for_a_backend_stays() -> None:
+    backend = torch.backends.cuda.matmul
+    before = backend.fp32_precision
+    backend.fp32_precision = "tf32"
+    try:
+        with devices.fast_products(CPU):
+            assert backend.fp32_precision == "tf32"
+            assert torch.backends.mkldnn.matmul.fp32_precision != "bf16"
+    finally:
+        backend.fp32_precision = before
 
 
 def test_a_library_that_rounds_to_bfloat16_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:

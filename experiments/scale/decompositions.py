@@ -68,7 +68,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    with fast_products():
+    with fast_products(torch.device("cpu")):
         measure(arguments)
 
 

@@ -268,7 +268,7 @@ def open_session(model: Model, runtime: RuntimeConfig, scratch_parent: Path | No
     dtype = runtime.torch_dtype(device, checkpoint.dtype, checkpoint.hidden_size)
     memory = runtime.memory(device)
     parent = runtime.scratch or scratch_parent or Path(tempfile.gettempdir())
-    with parallel.shared_folder(_scratch(parent, ui)) as scratch, fast_products():
+    with parallel.shared_folder(_scratch(parent, ui)) as scratch, fast_products(device):
         yield Session(checkpoint, tokenizer, runtime, device, dtype, scratch, ui, clock, *memory)
 
 
