@@ -8,7 +8,7 @@ hidden, V vocabulary or outputs of a classifier, E numbers of an embedding.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, Protocol
@@ -26,7 +26,8 @@ from layer_surgery.healing.losses.inputs import StatePair, TeacherLogits, Vector
 from layer_surgery.healing.mixture import WeightedLoss
 from layer_surgery.healing.outputs import item_values, token_outputs
 from layer_surgery.healing.relations import Relations
-from layer_surgery.healing.trainee import Trainee
+from layer_surgery.healing.trainable import BEHIND
+from layer_surgery.healing.trainee import Trainee, unfrozen
 from layer_surgery.walk.embedding import embedding_losses
 from layer_surgery.walk.losses import losses as own_losses
 from layer_surgery.walk.losses import targets
@@ -59,6 +60,7 @@ class Student(Trainee):
     """
 
     model: Any  # a PreTrainedModel
+    behind: nn.Module | None  #: The modules behind the transformer of an embedding model.
 
     def __init__(
         self,
@@ -79,6 +81,9 @@ class Student(Trainee):
         """
         super().__init__()
         self.model = streamed.load_whole()
+        self.behind = streamed.behind
+        if self.behind is not None:
+            self.behind.requires_grad_(False)
         self._streamed, self._losses, self._pairs = streamed, list(losses), list(pairs)
         self.outputs, self.states = outputs, states
         self.relations: Relations | None = None
@@ -109,6 +114,17 @@ class Student(Trainee):
             if value.requires_grad and not is_adapter(name)
         }
         return found | merged_weights(self.model)
+
+    def unfreeze(self, names: Collection[str]) -> int:
+        """Have the named parameters trained, also of the modules behind a transformer; return how many numbers."""
+        own = {name.removeprefix(BEHIND) for name in names if name.startswith(BEHIND)}
+        return super().unfreeze(names) + (unfrozen(self.behind, own) if self.behind is not None else 0)
+
+    @torch.no_grad()
+    def trained_behind(self) -> dict[str, Tensor]:
+        """Return the tensors of the modules behind the transformer that training has changed, by their names there."""
+        named = self.behind.named_parameters() if self.behind is not None else ()
+        return {name: value.detach() for name, value in named if value.requires_grad}
 
     def train(self, mode: bool = True) -> Student:
         """Go on computing as in evaluation: the teacher was asked without dropout too.

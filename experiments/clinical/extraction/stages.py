@@ -186,7 +186,8 @@ class Recipe:
         def make(output: Path) -> None:
             # How many sequences the rows fill depends a little on their order, which calibration shuffles.
             tokenizer = AutoTokenizer.from_pretrained(model)
-            packed = pack_evaluation(load_documents(calibration), tokenizer, sequence_length=LLM_LENGTH)
+            rows = load_documents(calibration, part="calibration")
+            packed = pack_evaluation(rows, tokenizer, sequence_length=LLM_LENGTH)
             layer_surgery.compress(
                 model,
                 output,

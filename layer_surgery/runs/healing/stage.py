@@ -27,7 +27,7 @@ from layer_surgery.healing.pairs import layer_pairs
 from layer_surgery.healing.probe import LEARNING_RATES, LIKELIEST, MOST_RATES, PROBE_STEPS, Probe, probe
 from layer_surgery.healing.relations import check_relations
 from layer_surgery.healing.student import Student
-from layer_surgery.healing.trainable import changed_positions, trained_names
+from layer_surgery.healing.trainable import BEHIND, changed_positions, trained_names
 from layer_surgery.healing.training import Training, TrainingSettings, regret, train
 from layer_surgery.healing.windows import HealingData
 from layer_surgery.records import CurvePoint, HealingRecord, LocalRecord, LossRecord, SurgeryPlan, UnhealedRecord
@@ -346,7 +346,10 @@ class _Healing:
         if parallel.is_first():
             _write(file, trained, checkpoint.source.specs)
         parallel.barrier()
-        return with_new_tensors(checkpoint, SafetensorsSource([file]), f"{self._checkpoint.name} and healing")
+        healed = with_new_tensors(checkpoint, SafetensorsSource([file]), f"{self._checkpoint.name} and healing")
+        if healed.embedder is None:
+            return healed
+        return replace(healed, embedder=healed.embedder.with_weights(student.trained_behind()))
 
     def _validated(self, checkpoint: Checkpoint) -> dict[str, float]:
         model = self._session.stream(checkpoint)
@@ -357,7 +360,9 @@ class _Healing:
 
 def _numbers(checkpoint: Checkpoint, names: set[str]) -> int:
     """Return how many numbers the named parameters have."""
-    return sum(value.numel() for name, value in checkpoint.skeleton.named_parameters() if name in names)
+    behind = checkpoint.embedder.weights if checkpoint.embedder is not None else {}
+    every = [*checkpoint.skeleton.named_parameters(), *((f"{BEHIND}{name}", value) for name, value in behind.items())]
+    return sum(value.numel() for name, value in every if name in names)
 
 
 def _write(file: Path, tensors: Mapping[str, Tensor], specs: Mapping[str, TensorSpec]) -> None:
