@@ -125,8 +125,8 @@ def page(results: dict[str, Any]) -> str:
         f"Models of {numbers} numbers; maps from {results['calibration']['texts']:,} passages of",
         f"{results['calibration']['name']}; {results['held_out'][0]['texts']:,} passages of each held-out text; all",
         f"are drawn anew for each of {results['seeds']} seeds. Spearman's correlation of the similarities of all",
-        "pairs of held-out passages with those of the whole vectors: mean over seeds. Behind it, the paired difference to the",
-        "better of PCA and SVD for each seed, with its 95 % interval over passages.",
+        "pairs of held-out passages with those of the whole vectors: mean over seeds. Behind it, the paired difference",
+        "to the better of PCA and SVD for each seed, with its 95 % interval over passages.",
     ]
     rows = results["rows"]
     for model in (each["model"] for each in results["models"]):

@@ -139,7 +139,7 @@ def _climbed(x: Tensor, start: NestedMap, sizes: Sequence[int]) -> Iterator[tupl
 
     for steps in _STEPS:
         optimizer.param_groups[0].update(max_iter=steps - taken, max_eval=4 * (steps - taken))
-        optimizer.step(lost)  # type: ignore[arg-type]
+        optimizer.step(lost)  # type: ignore[no-untyped-call]
         taken = steps
         yield steps, NestedMap(weight.detach().clone(), bias.detach().clone())
 
