@@ -42,28 +42,26 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="of the texts (default: 3)")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    rows, models = list[dict[str, Any]](), []
+    results: dict[str, Any] = {
+        "models": [],
+        "seeds": options.seeds,
+        "calibration": described(options.calibration) | {"texts": options.texts},
+        "held_out": [described(path) | {"texts": options.measured} for path in options.held_out],
+        "rows": [],
+    }
     for number, path in enumerate(options.models, start=1):
         model = SentenceTransformer(str(path), device="cpu")
+        results["models"].append({"model": number, "sha256": sha256(path / "model.safetensors")})
         for seed in range(options.seeds):
             # Seeds of calibration are even and those of measurement odd, so no two draws are the same.
             known = unit_vectors(model, passages(options.calibration, options.texts, 2 * seed))
             maps = all_maps(known)
+            results["models"][-1]["numbers"] = known.shape[1]
             for text in options.held_out:
                 vectors = unit_vectors(model, passages(text, options.measured, 2 * seed + 1))
                 found = measured(vectors, maps, seed)
-                rows += [{"model": number, "seed": seed, "text": text.name, **row} for row in found]
-                print(number, seed, text.name, flush=True)
-        sizes = {"sha256": sha256(path / "model.safetensors"), "numbers": known.shape[1]}
-        models.append({"model": number, **sizes})
-    results = {
-        "models": models,
-        "seeds": options.seeds,
-        "calibration": described(options.calibration) | {"texts": options.texts},
-        "held_out": [described(path) | {"texts": options.measured} for path in options.held_out],
-        "rows": rows,
-    }
-    write_page(options.report, results, page(results))
+                results["rows"] += [{"model": number, "seed": seed, "text": text.name, **row} for row in found]
+            write_page(options.report, results, page(results))
 
 
 def all_maps(vectors: Tensor) -> dict[str, dict[int, NestedMap]]:
