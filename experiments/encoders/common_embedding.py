@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import sys
 from pathlib import Path
@@ -16,6 +17,22 @@ from train_encoder import read_text
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import write_report
+
+
+def parser_of(doc: str | None, *, texts: int, report: Path) -> argparse.ArgumentParser:
+    """Return what both comparisons are told: the texts, how many passages of them, seeds, and where the report goes."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--calibration", type=Path, required=True)
+    parser.add_argument("--held-out", type=Path, action="append", required=True)
+    parser.add_argument("--texts", type=int, default=texts, help=f"passages to calibrate on (default: {texts})")
+    parser.add_argument("--measured", type=int, default=400, help="passages of each held-out file (default: 400)")
+    parser.add_argument("--report", type=Path, default=report)
+    return parser
+
+
+def described(path: Path) -> dict[str, Any]:
+    """Return what the report says of a file of text."""
+    return {"name": path.name, "sha256": sha256(path)}
 
 
 def passages(path: Path, count: int, seed: int) -> list[str]:

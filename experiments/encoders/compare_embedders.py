@@ -20,7 +20,6 @@ on the bundled sets, both also with the original's documents, and paired differe
 
 from __future__ import annotations
 
-import argparse
 import json
 import tempfile
 import time
@@ -30,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common_embedding import passages, sha256, unit_vectors, write_page
+from common_embedding import described, parser_of, passages, sha256, unit_vectors, write_page
 from sentence_transformers import SentenceTransformer
 from torch import nn
 
@@ -44,14 +43,9 @@ RATE, WARM_UP, BATCH = 1e-4, 0.1, 16
 
 def main() -> None:
     """Make all rows, measure each on every held-out text, and write the report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, texts=1024, report=Path("reports/encoders/compare.json"))
     parser.add_argument("model", type=Path)
-    parser.add_argument("--calibration", type=Path, required=True)
-    parser.add_argument("--held-out", type=Path, action="append", required=True)
-    parser.add_argument("--texts", type=int, default=1024, help="passages for calibration (default: 1024)")
-    parser.add_argument("--measured", type=int, default=400, help="passages of each held-out file (default: 400)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--report", type=Path, default=Path("reports/encoders/compare.json"))
     options = parser.parse_args()
     torch.set_num_threads(1)
     known = passages(options.calibration, options.texts, options.seed)
@@ -66,8 +60,8 @@ def main() -> None:
         "kept": kept,
         "parameters": sum(each.numel() for each in original.parameters()),
         "seed": options.seed,
-        "calibration": {"name": options.calibration.name, "sha256": sha256(options.calibration), "texts": len(known)},
-        "held_out": [{"name": path.name, "sha256": sha256(path)} for path in options.held_out],
+        "calibration": described(options.calibration) | {"texts": len(known)},
+        "held_out": [described(path) for path in options.held_out],
     }
     rows: dict[str, Any] = {}
     agreements: dict[str, dict[str, Agreement]] = {}

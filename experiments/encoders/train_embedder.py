@@ -25,8 +25,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from train_encoder import SIZES, masked_batches, new_tokenizer, read_text, train
-from transformers import AutoModel, AutoTokenizer, ModernBertConfig, ModernBertForMaskedLM, PreTrainedTokenizerFast
+from train_encoder import SIZES, encoder_config, masked_batches, new_tokenizer, read_text, train
+from transformers import AutoModel, AutoTokenizer, ModernBertForMaskedLM, PreTrainedTokenizerFast
 
 from layer_surgery.machine import provenance
 
@@ -79,16 +79,7 @@ def new_encoder(
 ) -> list[float]:
     """Train an encoder with a masked-LM head from scratch, write it, and return its losses."""
     tokenizer = new_tokenizer(texts.values(), vocabulary)
-    config = ModernBertConfig(
-        vocab_size=len(tokenizer),
-        pad_token_id=tokenizer.pad_token_id,
-        cls_token_id=tokenizer.cls_token_id,
-        sep_token_id=tokenizer.sep_token_id,
-        bos_token_id=tokenizer.cls_token_id,
-        eos_token_id=tokenizer.sep_token_id,
-        **SIZES,
-    )
-    model = ModernBertForMaskedLM(config)
+    model = ModernBertForMaskedLM(encoder_config(tokenizer, SIZES))
     losses = train(model, masked_batches(texts, tokenizer, generator), minutes, 1e-3)
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)

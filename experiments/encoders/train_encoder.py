@@ -18,7 +18,7 @@ import argparse
 import json
 import lzma
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from transformers import (
     ModernBertForMaskedLM,
     ModernBertForSequenceClassification,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
 
@@ -73,16 +74,7 @@ def main() -> None:
     texts = {path.name.split(".")[0]: read_text(path) for path in options.texts}
     trained = {name: text[: len(text) * 9 // 10] for name, text in texts.items()}
     tokenizer = new_tokenizer(trained.values(), options.vocabulary)
-    config = ModernBertConfig(
-        vocab_size=len(tokenizer),
-        pad_token_id=tokenizer.pad_token_id,
-        cls_token_id=tokenizer.cls_token_id,
-        sep_token_id=tokenizer.sep_token_id,
-        bos_token_id=tokenizer.cls_token_id,
-        eos_token_id=tokenizer.sep_token_id,
-        **SIZES,
-    )
-    encoder = ModernBertForMaskedLM(config)
+    encoder = ModernBertForMaskedLM(encoder_config(tokenizer, SIZES))
     losses = train(encoder, masked_batches(trained, tokenizer, generator), options.minutes / 2, 1e-3)
     save(encoder, tokenizer, options.output / "encoder")
     labels = dict(enumerate(texts))
@@ -134,6 +126,19 @@ def new_tokenizer(texts: Any, vocabulary: int) -> PreTrainedTokenizerFast:
         tokenizer_object=backend,
         model_max_length=SIZES["max_position_embeddings"],
         **dict(zip(names, SPECIAL, strict=True)),
+    )
+
+
+def encoder_config(tokenizer: PreTrainedTokenizerBase, sizes: Mapping[str, int]) -> ModernBertConfig:
+    """Return the configuration of a ModernBERT of these sizes, with the tokenizer's vocabulary and special tokens."""
+    return ModernBertConfig(
+        vocab_size=len(tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+        cls_token_id=tokenizer.cls_token_id,
+        sep_token_id=tokenizer.sep_token_id,
+        bos_token_id=tokenizer.cls_token_id,
+        eos_token_id=tokenizer.sep_token_id,
+        **sizes,
     )
 
 

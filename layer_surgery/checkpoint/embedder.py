@@ -19,6 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from layer_surgery.checkpoint.sentence_modules import (
     KNOWN,
+    MODULE_PREFIX,
     POOLING_MODES,
     SentenceModules,
     StoredModule,
@@ -92,6 +93,29 @@ class Embedder:
         return next((str(prompts[name]) for name in names if prompts.get(name)), self.prompt)
 
     @property
+    def weights(self) -> dict[str, Tensor]:
+        """Tensors behind the transformer that can be trained, by the names that they have in `modules()`."""
+        names = dict(self.modules().named_parameters())
+        return {name: tensor for name, (_, _, tensor) in self._named().items() if name in names}
+
+    def with_weights(self, weights: Mapping[str, Tensor]) -> Embedder:
+        """Return it with other values for some of `weights`, stored in the dtypes of the old ones."""
+        stored = list(self.stored)
+        for name, tensor in weights.items():
+            number, local, old = self._named()[name]
+            changed = {**stored[number].tensors, local: tensor.detach().to("cpu", old.dtype).contiguous()}
+            stored[number] = replace(stored[number], tensors=changed)
+        return replace(self, stored=tuple(stored))
+
+    def _named(self) -> dict[str, tuple[int, str, Tensor]]:
+        """Return, by the name in `modules()`, the module that has a tensor, its name there, and the tensor."""
+        return {
+            f"{MODULE_PREFIX}{number - 1}.{local}": (number, local, tensor)
+            for number, each in enumerate(self.stored)
+            for local, tensor in each.tensors.items()
+        }
+
+    @property
     def identity(self) -> dict[str, Any]:
         """What decides what is computed, as JSON has it; tensors by their hash."""
         digest = hashlib.sha256()
@@ -116,26 +140,26 @@ class Embedder:
         dense = [each.config["out_features"] for each in self.stored if each.kind == "Dense"]
         return int(dense[-1]) if dense else hidden_size * len(self.pooling)
 
-    def mapped(self, weight: Tensor) -> Embedder:
-        """Return it with a linear map [out, in] of its vectors."""
+    def mapped(self, weight: Tensor, bias: Tensor) -> Embedder:
+        """Return it with an affine map of its vectors at length 1: a weight [out, in] and a bias [out].
+
+        They are made that long before the map, and behind it again where they were so without it.
+        """
         config = {
             "in_features": int(weight.shape[1]),
             "out_features": int(weight.shape[0]),
-            "bias": False,
+            "bias": True,
             # Said, for without it the activation is taken for tanh.
             "activation_function": "torch.nn.modules.linear.Identity",
         }
-        return self.with_module(
-            StoredModule(type=f"{_MODELS}Dense", path="", config=config, tensors={"linear.weight": weight})
-        )
-
-    def with_module(self, module: StoredModule) -> Embedder:
-        """Return it with one more module on vectors: before those at the end that only normalise, else last."""
+        tensors = {"linear.weight": weight, "linear.bias": bias}
+        normalize = StoredModule(type=f"{_MODELS}Normalize", path="", config={})
+        dense = StoredModule(type=f"{_MODELS}Dense", path="", config=config, tensors=tensors)
         end = len(self.stored)
         while end > 1 and self.stored[end - 1].kind in ("Normalize", "Dropout"):
             end -= 1
         # Folders have the number of their module in their names.
-        together = [*self.stored[:end], module, *self.stored[end:]]
+        together = [*self.stored[:end], normalize, dense, *self.stored[end:]]
         return replace(
             self, stored=tuple(replace(each, path=f"{k}_{each.kind}") for k, each in enumerate(together, start=1))
         )

@@ -29,6 +29,8 @@ _SWITCHES: dict[str, PoolingMode] = {
 #: Activations that a dense module may have; each is a class of `torch.nn` that is made without arguments.
 ACTIVATIONS = ("ELU", "GELU", "Identity", "LeakyReLU", "ReLU", "SELU", "SiLU", "Sigmoid", "Softplus", "Tanh")
 _VECTORS = "sentence_embedding"
+#: What names of parameters in `SentenceModules` begin with; the number of a module behind pooling follows.
+MODULE_PREFIX = "others."
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,8 +14,8 @@ from layer_surgery.config.declaring import Group, Options, about, at_least, mayb
 from layer_surgery.config.keywords import check_type
 from layer_surgery.errors import UserError, nearest_name
 
-Trained: TypeAlias = Literal["all", "factors", "operated", "last", "lora"]
-TRAINED: tuple[Trained, ...] = ("all", "factors", "operated", "last", "lora")
+Trained: TypeAlias = Literal["all", "factors", "operated", "last", "head", "lora"]
+TRAINED: tuple[Trained, ...] = ("all", "factors", "operated", "last", "head", "lora")
 Stage: TypeAlias = Literal["local", "global"]
 STAGES: tuple[Stage, ...] = ("local", "global")
 LOCAL_ERRORS = ("fisher", "mse")
@@ -69,8 +69,9 @@ class HealingConfig(Options):
         validator=one_of(TRAINED),
         metadata=about(
             "What is trained: all weights; factors (linears that the surgery made smaller); operated (layers that it "
-            "changed, and those before a removed one); last (the last quarter of the layers and the head); lora "
-            "(adapters on all linears, merged at the end). Norms and biases are always trained.",
+            "changed, and those before a removed one); last (the last quarter of the layers and the head); head (the "
+            "head alone); lora (adapters on all linears, merged at the end). Norms and biases are trained with each "
+            "but the head. The head of an embedding model is the modules behind its transformer that have weights.",
             metavar="|".join(TRAINED),
         ),
     )

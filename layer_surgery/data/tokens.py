@@ -91,6 +91,20 @@ class PackedTokens:
         documents = None if self.documents is None else self.documents[rows]
         return replace(chosen, objective=self.objective, documents=documents)
 
+    def first_tokens(self, length: int) -> PackedTokens:
+        """Return the first tokens of each sequence, where what is behind them is padding."""
+        of_tokens = self.labels is not None and not self.objective.of_sequences
+        cut = packed_tokens(
+            self.name,
+            self.token_ids[:, :length],
+            self.loss_mask[:, :length],
+            self.valid[:, :length],
+            self.tokens_available,
+            labels=self.labels[:, :length] if of_tokens and self.labels is not None else self.labels,
+            segments=None if self.segments is None else self.segments[:, :length],
+        )
+        return replace(cut, objective=self.objective, documents=self.documents)
+
     def holding(self, token_ids: Tensor, loss_mask: Tensor, valid: Tensor) -> PackedTokens:
         """Return other sequences [N, S], whose labels are their next tokens, under the same name and without shares."""
         return packed_tokens(self.name, token_ids, loss_mask, valid, self.tokens_available)

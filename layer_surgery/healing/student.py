@@ -8,7 +8,7 @@ hidden, V vocabulary or outputs of a classifier, E numbers of an embedding.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -32,7 +32,8 @@ from layer_surgery.healing.relations import Relations
 from layer_surgery.healing.resident import ResidentTeacher
 from layer_surgery.healing.sources import TeacherOutputs, TeacherStates
 from layer_surgery.healing.stones import SteppingStones
-from layer_surgery.healing.trainee import Trainee
+from layer_surgery.healing.trainable import BEHIND
+from layer_surgery.healing.trainee import Trainee, unfrozen
 from layer_surgery.healing.validation import mean_loss
 from layer_surgery.walk.streamed import StreamedModel
 from layer_surgery.walk.walk import LOGITS_AT_A_TIME
@@ -46,6 +47,7 @@ class Student(Trainee):
     """
 
     model: Any  # a PreTrainedModel
+    behind: nn.Module | None  #: The modules behind the transformer of an embedding model.
 
     def __init__(
         self,
@@ -66,7 +68,9 @@ class Student(Trainee):
         """
         super().__init__()
         self.body = Body(streamed)
-        self.model = self.body.model
+        self.model, self.behind = self.body.model, streamed.behind
+        if self.behind is not None:
+            self.behind.requires_grad_(False)
         self._losses, self._pairs = list(losses), list(pairs)
         self.outputs, self.states = outputs, states
         self.relations: Relations | None = None
@@ -100,6 +104,17 @@ class Student(Trainee):
             if value.requires_grad and not is_adapter(name)
         }
         return found | merged_weights(self.model)
+
+    def unfreeze(self, names: Collection[str]) -> int:
+        """Have the named parameters trained, also of the modules behind a transformer; return how many numbers."""
+        own = {name.removeprefix(BEHIND) for name in names if name.startswith(BEHIND)}
+        return super().unfreeze(names) + (unfrozen(self.behind, own) if self.behind is not None else 0)
+
+    @torch.no_grad()
+    def trained_behind(self) -> dict[str, Tensor]:
+        """Return the tensors of the modules behind the transformer that training has changed, by their names there."""
+        named = self.behind.named_parameters() if self.behind is not None else ()
+        return {name: value.detach() for name, value in named if value.requires_grad}
 
     def train(self, mode: bool = True) -> Student:
         """Go on computing as in evaluation: the teacher was asked without dropout too.

@@ -78,14 +78,7 @@ class Trainee(nn.Module, ABC):
 
     def unfreeze(self, names: Collection[str]) -> int:
         """Have the named parameters of the model trained, as copies in float32; return how many numbers are trained."""
-        count = 0
-        for name, parameter in self.model.named_parameters():
-            if plain_name(name) in names:
-                # A copy: the tensor may be shared with a model of the user's.
-                parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32), copy=True)
-                parameter.requires_grad_(True)
-            count += parameter.numel() if parameter.requires_grad else 0
-        return count
+        return unfrozen(self.model, names)
 
     def save(self, directory: Path) -> Path:
         """Write the parameters that are trained into a directory, and return the file; the first process does."""
@@ -102,3 +95,15 @@ class Trainee(nn.Module, ABC):
         parameters = dict(self.named_parameters())
         for name, tensor in load_file(file).items():
             parameters[name].copy_(tensor)
+
+
+def unfrozen(model: nn.Module, names: Collection[str]) -> int:
+    """Have the named parameters of a module trained, as copies in float32; return how many of its numbers are."""
+    count = 0
+    for name, parameter in model.named_parameters():
+        if plain_name(name) in names:
+            # A copy: the tensor may be shared with a model of the user's.
+            parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32), copy=True)
+            parameter.requires_grad_(True)
+        count += parameter.numel() if parameter.requires_grad else 0
+    return count

@@ -1,17 +1,24 @@
-"""Fewer numbers a vector: the linear map after which cosine similarities are nearest to those of the whole vectors.
+"""Fewer numbers a vector: the affine map after which cosine similarities go most with those of the whole vectors.
 
 Knows torch only. Shapes: n texts, D numbers of a vector, d of a mapped one; X [n, D] has rows of length 1, so that
-`G = X X^T` are all cosines. Mapped by W [d, D] they are `s_i s_j x_i^T W^T W x_j` with `s_i = 1 / |W x_i|`. Were all s
-equal, the best W would be the leading right singular vectors of X (Eckart & Young, 1936), not centred: cosines are of
-vectors as they are. They are not, because texts keep different shares of their length. For given s the problem has an
-answer too. With `A = diag(s) X = Q R`, `|A M A^T - G|` is least over M of rank d for `R M R^T` the truncation of
-`Q^T G Q`: a truncated decomposition in the metric that s gives. So s and W are found in turn, as in alternating least
-squares. Rows of W come best first, so each prefix of a mapped vector is a good vector of its size (in the sense of
-Kusupati et al., Matryoshka Representation Learning, https://arxiv.org/abs/2205.13147).
+`G = X X^T` are all cosines. Mapped by W [d, D] and c [d] they are the cosines of `y_i = W x_i + c`. The measure is the
+correlation of both over all pairs of texts. It is of sums over pairs, and these are of small matrices (`|X^T Y|^2` is
+the sum of all products of a cosine of X and one of Y), so that it costs as much as mapping the texts does.
+
+Where to begin: were all `s_i = 1 / |W x_i|` equal and c zero, the W that is nearest to G would be the leading right
+singular vectors of X (Eckart & Young, 1936), not centred: cosines are of vectors as they are. They are not equal,
+because texts keep different shares of their length. For given s that problem has an answer too. With
+`A = diag(s) X = Q R`, `|A M A^T - G|` is least over M of rank d for `R M R^T` the truncation of `Q^T G Q`: a truncated
+decomposition in the metric that s gives. So s and W are found in turn, as in alternating least squares.
+
+From there a quasi-Newton method (L-BFGS) raises the correlation itself, over c too: what all texts have in common then
+takes none of the d numbers. It does so for d and its halves at once, so that each of these prefixes of a mapped vector
+is a good vector of its size (Kusupati et al., Matryoshka Representation Learning, https://arxiv.org/abs/2205.13147).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,26 +26,51 @@ from torch.nn.functional import normalize
 
 #: Rounds of s and W; more change the fourth decimal of a correlation.
 ROUNDS = 20
-#: One text in so many decides between starts and rounds, where there are this many texts for each number; at most so
-#: many of them. All give the map itself.
-_HELD_OUT, _FEWEST, COMPARED = 4, 2, 1024
+#: One text in so many decides between starts, rounds and steps, where there are this many texts for each number. All
+#: give the map itself.
+_HELD_OUT, _FEWEST = 4, 2
 #: Directions that hold less of the largest singular value than this are taken for rounding.
 _RANK = 1e-6
+#: Variance of cosines below which they are all taken for the same.
+_VARIANCE = 1e-15
 #: Of the root mean square length: texts of which less is kept would count for more than all others.
 _SHORTEST = 0.25
 
 
-def nested_map(vectors: Tensor, size: int) -> Tensor:
-    """Return W [size, D] float64, its rows best first, by the start and the rounds that are best for texts held out.
+#: Steps of L-BFGS after which the map is looked at; more fit the texts too closely.
+_STEPS = (10, 20, 40, 80)
+#: Of the correlation at half of the numbers, against that at all of them, and so on.
+_HALF = 0.5
+#: Numbers that a half has at least to count.
+_SMALLEST = 8
+
+
+class NestedMap(NamedTuple):
+    """An affine map of vectors of length 1."""
+
+    weight: Tensor  #: W [d, D] float64
+    bias: Tensor  #: c [d] float64
+
+    def __call__(self, vectors: Tensor) -> Tensor:
+        """Map vectors [n, D] of any length to [n, d]."""
+        return normalize(vectors, dim=1) @ self.weight.T + self.bias
+
+    def prefix(self, size: int) -> "NestedMap":
+        """Return the map to the first `size` numbers."""
+        return NestedMap(self.weight[:size], self.bias[:size])
+
+
+def nested_map(vectors: Tensor, size: int) -> NestedMap:
+    """Return the map to `size` numbers: the start, rounds and steps that are best for texts held out.
 
     Rounds begin with the singular vectors of the vectors as they are, and with those of centred ones, the principal
-    components. No round at all may be best: what rounds make small is not the correlation, but nearest to it.
+    components. No round and no step at all may be best: what rounds make small is not the correlation, and with few
+    texts steps fit these alone.
 
     Args:
         vectors: [n, D] of texts like those that it is for, of any length. More texts than numbers are needed for a
             map that holds for others.
-        size: d, of at most the vectors' rank. With it, the cosines of all prefixes of a half or a quarter are good
-            too; they are best at d itself.
+        size: d, of at most the vectors' rank.
 
     Mapped vectors have the mean squared length 1. The signs of rows are set by their largest number. Deterministic.
     Raises `ValueError` if a vector is zero or not finite, or the vectors have too small a rank.
@@ -57,14 +89,67 @@ def nested_map(vectors: Tensor, size: int) -> Tensor:
     basis = directions[:rank]
     inner = x @ basis.T  # [n, rank]: the same cosines
     fitted, compared = _parts(inner)
-    trials = [
-        (_correlation(compared, mapping), centred, rounds)
+    sizes = _halves(size)
+    starts = [
+        (agreement(compared, NestedMap(weight, weight.new_zeros(size)), sizes[:1]), centred, rounds)
         for centred in (False, True)
-        for rounds, mapping in enumerate(_maps(fitted, size, centred))
+        for rounds, weight in enumerate(_maps(fitted, size, centred))
     ]
-    _, centred, rounds = max(trials, key=lambda trial: trial[0])
-    mapping = next(islice(_maps(inner, size, centred), rounds, None))
-    return _in_standard_form(mapping @ basis, x)
+    _, centred, rounds = max(starts, key=lambda start: start[0])
+
+    def begun(texts: Tensor) -> NestedMap:
+        weight = next(islice(_maps(texts, size, centred), rounds, None))
+        return NestedMap(weight, weight.new_zeros(size))
+
+    trials = [(agreement(compared, each, sizes), -steps) for steps, each in _climbed(fitted, begun(fitted), sizes)]
+    steps = -max(trials)[1]
+    found = next(each for taken, each in _climbed(inner, begun(inner), sizes) if taken == steps)
+    return _in_standard_form(NestedMap(found.weight @ basis, found.bias), x)
+
+
+def agreement(x: Tensor, mapping: NestedMap, sizes: Sequence[int]) -> float:
+    """Return the weighted mean over prefixes of these sizes of the correlation of cosines, mapped and whole.
+
+    That of the first size counts once, and each other half of the one before. `x` is [n, D].
+    """
+    with torch.no_grad():
+        return float(_agreement(x, x @ mapping.weight.T + mapping.bias, sizes))
+
+
+def _agreement(x: Tensor, mapped: Tensor, sizes: Sequence[int]) -> Tensor:
+    shares = [_HALF**number for number in range(len(sizes))]
+    found = [share * _correlation(x, mapped[:, :size]) for share, size in zip(shares, sizes, strict=True)]
+    return torch.stack(found).sum() / sum(shares)
+
+
+def _climbed(x: Tensor, start: NestedMap, sizes: Sequence[int]) -> Iterator[tuple[int, NestedMap]]:
+    """Yield the map as it begins, after no step, and after each number of `_STEPS` that raise its agreement."""
+    yield 0, start
+    weight, bias = (each.clone(memory_format=torch.contiguous_format).requires_grad_() for each in start)
+    # One state throughout, whose later calls go on where the one before has stopped.
+    optimizer = torch.optim.LBFGS([weight, bias], history_size=20, line_search_fn="strong_wolfe")
+    taken = 0
+
+    def lost() -> Tensor:
+        optimizer.zero_grad()
+        with torch.enable_grad():
+            loss = 1 - _agreement(x, x @ weight.T + bias, sizes)
+            loss.backward()  # type: ignore[no-untyped-call]
+        return loss
+
+    for steps in _STEPS:
+        optimizer.param_groups[0].update(max_iter=steps - taken, max_eval=4 * (steps - taken))
+        optimizer.step(lost)  # type: ignore[no-untyped-call]
+        taken = steps
+        yield steps, NestedMap(weight.detach().clone(), bias.detach().clone())
+
+
+def _halves(size: int) -> list[int]:
+    """Return a size, half of it, and so on."""
+    sizes = [size]
+    while sizes[-1] // 2 >= _SMALLEST:
+        sizes.append(sizes[-1] // 2)
+    return sizes
 
 
 def _parts(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -72,7 +157,7 @@ def _parts(x: Tensor) -> tuple[Tensor, Tensor]:
     if len(x) < _FEWEST * x.shape[1]:
         return x, x
     held_out = torch.arange(len(x)) % _HELD_OUT == 0
-    return x[~held_out], x[held_out][:COMPARED]
+    return x[~held_out], x[held_out]
 
 
 def _maps(x: Tensor, size: int, centred: bool) -> Iterator[Tensor]:
@@ -107,15 +192,32 @@ def _right_singular(x: Tensor) -> tuple[Tensor, Tensor]:
     return singular, directions
 
 
-def _correlation(x: Tensor, mapping: Tensor) -> float:
-    """Return Pearson's correlation of the cosines of all pairs of different texts, mapped and whole."""
-    mapped = normalize(x @ mapping.T, dim=1)
-    rows, columns = torch.triu_indices(len(x), len(x), offset=1, device=x.device)
-    pairs = torch.stack([(each @ each.T)[rows, columns] for each in (x, mapped)])
-    return float(torch.corrcoef(pairs)[0, 1].nan_to_num()) if pairs.shape[1] > 1 else 0.0
+def _correlation(x: Tensor, mapped: Tensor) -> Tensor:
+    """Return Pearson's correlation [] of the cosines of all pairs of different texts, of X [n, D] and mapped [n, d].
+
+    0 where one of the two is the same for all pairs.
+    """
+    y = normalize(mapped, dim=1)
+    pairs = len(x) * (len(x) - 1)
+
+    def mean_product(one: Tensor, other: Tensor) -> Tensor:  # of the cosines of `one` with those of `other`
+        return ((one.T @ other).square().sum() - len(x)) / pairs
+
+    def mean(one: Tensor) -> Tensor:
+        return (one.sum(dim=0).square().sum() - len(x)) / pairs
+
+    if pairs == 0:
+        return 0 * y.sum()
+    means = mean(x), mean(y)
+    variances = [mean_product(one, one) - own.square() for one, own in zip((x, y), means, strict=True)]
+    if float(torch.stack(variances).detach().min()) <= _VARIANCE:
+        return 0 * y.sum()
+    return (mean_product(x, y) - means[0] * means[1]) / (variances[0] * variances[1]).sqrt()
 
 
-def _in_standard_form(mapping: Tensor, x: Tensor) -> Tensor:
+def _in_standard_form(mapping: NestedMap, x: Tensor) -> NestedMap:
     """Return a map whose vectors have the mean squared length 1, each row with its largest number positive."""
-    largest = mapping.gather(1, mapping.abs().argmax(dim=1, keepdim=True))
-    return mapping * largest.sign() / (x @ mapping.T).square().sum(dim=1).mean().sqrt()
+    weight, bias = mapping
+    signs = weight.gather(1, weight.abs().argmax(dim=1, keepdim=True)).sign()
+    length = (x @ weight.T + bias).square().sum(dim=1).mean().sqrt()
+    return NestedMap(weight * signs / length, bias * signs[:, 0] / length)

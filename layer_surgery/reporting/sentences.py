@@ -23,6 +23,7 @@ TRAINED_NAMES = {
     "factors": "linears that the surgery made smaller",
     "operated": "layers that the surgery changed",
     "last": "the last layers and the head",
+    "head": "the head",
     "lora": "low-rank adapters, merged",
 }
 #: Words for the texts that are watched.

@@ -10,7 +10,7 @@ from layer_surgery.linalg.nested_map import nested_map
 from layer_surgery.runs.session import Session
 
 #: Texts for each number of the original's vectors, where there are as many: fewer are fitted too closely.
-_TEXTS = 4
+_TEXTS = 8
 
 
 def check_dimensions(checkpoint: Checkpoint, wanted: int | None) -> None:
@@ -30,7 +30,7 @@ def check_dimensions(checkpoint: Checkpoint, wanted: int | None) -> None:
 def with_dimensions(session: Session, result: Checkpoint, config: CalibrationConfig, wanted: int | None) -> Checkpoint:
     """Return a result whose vectors have so many numbers, the most telling first; None: as it is.
 
-    The map is that after which the original's cosines are nearest to what they were (`linalg/nested_map.py`), and so it
+    The map is that after which the original's cosines go most with what they were (`linalg/nested_map.py`), and so it
     is good for what the result keeps of them.
     Raises `DataError` if there are fewer different texts than numbers.
     """
@@ -43,8 +43,8 @@ def with_dimensions(session: Session, result: Checkpoint, config: CalibrationCon
         tokens = session.texts(config, _TEXTS * whole)
         vectors = text_vectors(session.stream(session.checkpoint), tokens, session.settings)
         try:
-            weight = nested_map(vectors, wanted)
+            mapping = nested_map(vectors, wanted)
         except ValueError as error:
             raise DataError(f"--dimensions {wanted} cannot be made of {tokens.sequences} texts: {error}.") from error
     session.ui.note(f"dimensions: {wanted} of {whole}, from {tokens.sequences:,} texts of '{tokens.name}'")
-    return replace(result, embedder=embedder.mapped(weight.to(result.dtype)))
+    return replace(result, embedder=embedder.mapped(*(each.to(result.dtype) for each in mapping)))

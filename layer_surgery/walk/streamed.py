@@ -63,6 +63,11 @@ class StreamedModel:
         return len(self.layers)
 
     @property
+    def behind(self) -> nn.Module | None:
+        """The modules behind the transformer of an embedding model."""
+        return self._sentence
+
+    @property
     def hidden_size(self) -> int:
         # Not the width of the embeddings: OPT may project them.
         return int(self.model.config.hidden_size)

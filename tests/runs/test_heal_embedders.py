@@ -48,6 +48,13 @@ def cut(model: Path, output: Path, texts: Path, **more: Any) -> Path:
     return output
 
 
+def behind(directory: Path) -> dict[str, Tensor]:
+    """Return the tensors of the modules behind the transformer, as a model opened anew has them."""
+    embedder = open_checkpoint(directory).embedder
+    assert embedder is not None
+    return embedder.tensors
+
+
 def vectors(directory: Path, folder: Path) -> Tensor:
     return text_vectors(
         streamed(directory), text_tokens(open_checkpoint(directory).objective, rows()), settings(folder)
@@ -92,11 +99,9 @@ def test_a_healed_embedding_model_is_nearer_to_the_original_and_a_result_like_an
     cosines = [result.tasks[str(texts)].metrics["cosine"].value for result in (unhealed.result, report.after)]
     assert cosines[1] > cosines[0] + 0.02
     assert report.after.embedding[str(texts)].texts == 200
-    # The modules behind the transformer are the original's.
-    assert all(
-        torch.equal(tensor, open_checkpoint(model).embedder.tensors[name])  # type: ignore[union-attr]
-        for name, tensor in open_checkpoint(healed).embedder.tensors.items()  # type: ignore[union-attr]
-    )
+    # What is behind the transformer is trained too.
+    assert behind(smaller).keys() == behind(healed).keys() == {"2_Dense/linear.weight", "2_Dense/linear.bias"}
+    assert not any(torch.equal(tensor, behind(smaller)[name]) for name, tensor in behind(healed).items())
     page = (healed / "report.html").read_text(encoding="utf-8")
     assert f"rained it on {healing.tokens} texts to follow the original" in page and "nats per" not in page
     assert layer_surgery.verify(healed).problems == []
@@ -110,6 +115,36 @@ def test_the_vectors_of_the_original_are_kept(folder: Path, tmp_path: Path, monk
     layer_surgery.heal(folder / "smaller", tmp_path / "again", eval_data=None, **given)
     one, other = tensors_of(folder / "healed"), tensors_of(tmp_path / "again")
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_the_head_is_trained_first_and_more_of_the_model_after_it(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stages of Jasper and Stella; the original is asked for its vectors once."""
+    monkeypatch.setattr(
+        "layer_surgery.runs.healing.asking.asked", lambda *_: pytest.fail("the original was asked again")
+    )
+    given = HEAL | {"data": str(folder / "texts.jsonl"), "teacher_cache": folder / "cache", "eval_data": None}
+    report = layer_surgery.heal(folder / "smaller", tmp_path / "first", train="head", **given)
+    assert report.healing is not None and report.healing.helped and report.healing.trained_parameters == 16 * 32 + 16
+    before, after = tensors_of(folder / "smaller"), tensors_of(tmp_path / "first")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert not any(
+        torch.equal(each, behind(tmp_path / "first")[name]) for name, each in behind(folder / "smaller").items()
+    )
+    report = layer_surgery.heal(tmp_path / "first", tmp_path / "second", train="last", **given)
+    assert report.healing is not None and report.healing.helped
+    changed = {name for name, each in tensors_of(tmp_path / "second").items() if not torch.equal(each, after[name])}
+    assert {name.split(".")[2] for name in changed if after[name].dim() > 1} == {"4"}  # the last
+    assert not any(
+        torch.equal(each, behind(tmp_path / "second")[name]) for name, each in behind(tmp_path / "first").items()
+    )
+    teacher, *others = (
+        vectors(each, tmp_path)
+        for each in (folder / "model", folder / "smaller", tmp_path / "first", tmp_path / "second")
+    )
+    losses = [float(embedding_losses(each, teacher).mean()) for each in others]
+    assert losses[0] > losses[1] > losses[2]
 
 
 def test_with_fewer_dimensions_similarities_alone_are_followed(tmp_path: Path, texts: Path) -> None:
@@ -189,6 +224,7 @@ def test_what_an_embedding_model_cannot_be_healed_by_is_refused(run: CommandLine
         (("--heal-loss", "kl"), "--loss kl is for models with a head, but this one gives embeddings; allowed"),
         (("--dimensions", 8, "--heal-loss", "embedding_cosine"), "with the original's, which has more numbers"),
         (("--heal-step-sequences", 2), "compares the texts of a step with each other; allowed: 3 or more."),
+        (("--heal-train", "head"), "--train head finds nothing to train: no module behind the transformer of"),
         (("--heal-teacher-rewrite",), "--teacher-rewrite has a causal language model write answers"),
         (("--heal-data", few), "has 9 texts, too few to hold some out and train on the rest, which takes 16"),
     ):

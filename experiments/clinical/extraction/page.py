@@ -30,7 +30,7 @@ def page(report: dict[str, Any]) -> str:
         "labels, half of its layers are removed with the task's loss, calibrated on the same labels, and the result is "
         "healed on the outputs of the tagger from before.",
         "",
-        "## The teacher: strict F1 of every union, on the notes for the choice",
+        "## The teacher: strict F1 of every union, on the synthetic notes for the choice",
         "",
         *_table(
             ["labellers", *kinds[:-1]],
@@ -43,7 +43,7 @@ def page(report: dict[str, Any]) -> str:
     for name, title in (("test", "the same templates and terms"), ("external", "held-out templates and terms")):
         notes = report["notes"][name]
         lines += [
-            f"## Test notes with {title}",
+            f"## Synthetic test notes with {title}",
             "",
             f"{notes['notes']} notes, {notes['longer_than_a_window']} of them longer than a window of "
             f"{report['encoder']['window']} tokens. F1, strict / overlap, with the 95 % interval of the strict one "
@@ -65,7 +65,7 @@ def page(report: dict[str, Any]) -> str:
         ]
         lines += [*_table(["", *kinds], changes), ""]
     lines += [
-        "## Speed",
+        "## Speed on synthetic notes",
         "",
         f"From text to spans, in one thread, by processor time; cost at {speed['price_per_hour']} an hour for "
         "the core.",
@@ -86,7 +86,7 @@ def page(report: dict[str, Any]) -> str:
 def _causal_part(causal: dict[str, Any], kinds: list[str]) -> list[str]:
     return [
         "",
-        "## The causal LM, compressed with the loss of its answers",
+        "## The causal LM, compressed with the loss of its answers, on synthetic notes",
         "",
         f"On the first {causal['notes']} test notes. Strict / overlap F1.",
         "",

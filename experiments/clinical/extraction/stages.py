@@ -23,10 +23,13 @@ from extraction.sizes import Size
 from extraction.tags import check_classes, write_tagged
 from extraction.terms import split_terms
 from extraction.unions import best_unions, labelled_by
+from layer_surgery.data import load_documents, pack_evaluation
 
 LABELLERS = ("llm", "lexicon", "rules")
 #: Whole layers that the compressed tagger keeps, of twelve; and of the causal LM, whose other layers keep a part.
 TAGGER_LAYERS, LLM_LAYERS, LLM_KEEP = 6, 9, 0.2
+#: Tokens of a sequence of prompts and answers that calibrates the causal LM.
+LLM_LENGTH = 256
 
 
 @dataclass(frozen=True)
@@ -178,20 +181,27 @@ class Recipe:
 
     def compressed_llm(self, model: Path) -> Path:
         """Compress the causal LM with the loss of its answers."""
-        return self._result(
-            "llm-compressed",
-            lambda output: layer_surgery.compress(
+        calibration = str(self.folder / "few.jsonl")
+
+        def make(output: Path) -> None:
+            # How many sequences the rows fill depends a little on their order, which calibration shuffles.
+            tokenizer = AutoTokenizer.from_pretrained(model)
+            rows = load_documents(calibration, part="calibration")
+            packed = pack_evaluation(rows, tokenizer, sequence_length=LLM_LENGTH)
+            layer_surgery.compress(
                 model,
                 output,
                 target_layers=LLM_LAYERS,
                 keep=LLM_KEEP,
-                calibration=str(self.folder / "few.jsonl"),
+                calibration=calibration,
                 eval_data=None,
                 continuations=0,
-                samples=min(self.size.samples, len(json_labeller.rows_of(self.notes["few"])) // 4),
+                samples=min(self.size.samples, packed.sequences * 9 // 10),
+                sequence_length=LLM_LENGTH,
                 seed=self.seed,
-            ),
-        )
+            )
+
+        return self._result("llm-compressed", make)
 
     def found(self, model: Path, name: str) -> list[list[Span]]:
         """Return what a tagger finds in the notes of a set."""

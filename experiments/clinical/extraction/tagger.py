@@ -17,7 +17,6 @@ import torch
 from transformers import (
     DataCollatorForLanguageModeling,
     DataCollatorForTokenClassification,
-    ModernBertConfig,
     ModernBertForMaskedLM,
     ModernBertForTokenClassification,
     PreTrainedModel,
@@ -34,7 +33,7 @@ from layer_surgery.data.objective import NO_LABEL, Objective
 from layer_surgery.data.tokens import PackedTokens
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "encoders"))
-from train_encoder import new_tokenizer
+from train_encoder import encoder_config, new_tokenizer
 
 SIZES = {
     "hidden_size": 96,
@@ -58,17 +57,8 @@ def train_encoder(texts: Sequence[str], directory: Path, *, steps: int, seed: in
         {"input_ids": [tokenizer.cls_token_id, *ids[start : start + room], tokenizer.sep_token_id]}
         for start in range(0, len(ids) - room + 1, room)
     ]
-    config = ModernBertConfig(
-        vocab_size=len(tokenizer),
-        pad_token_id=tokenizer.pad_token_id,
-        cls_token_id=tokenizer.cls_token_id,
-        sep_token_id=tokenizer.sep_token_id,
-        bos_token_id=tokenizer.cls_token_id,
-        eos_token_id=tokenizer.sep_token_id,
-        **SIZES,
-    )
     torch.manual_seed(seed)
-    model = ModernBertForMaskedLM(config)
+    model = ModernBertForMaskedLM(encoder_config(tokenizer, SIZES))
     collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.3)
     loss = train(model, rows, collator, steps=steps, rate=_ENCODER_RATE, seed=seed)
     save(model, tokenizer, directory)

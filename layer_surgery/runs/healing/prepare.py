@@ -23,7 +23,7 @@ from layer_surgery.healing.mixture import WeightedLoss, parse_losses
 from layer_surgery.healing.outputs import check_losses
 from layer_surgery.healing.relations import check_relations
 from layer_surgery.healing.rewrite import prompts
-from layer_surgery.healing.trainable import adapter_targets
+from layer_surgery.healing.trainable import adapter_targets, check_head
 from layer_surgery.healing.windows import HealingData, healing_data, most_held_out
 from layer_surgery.runs.bench import GENERAL_TEXT
 from layer_surgery.runs.healing.beside import check_beside
@@ -90,6 +90,8 @@ def prepare_healing(
             raise UserError("--train lora puts adapters on the whole model; leave out --stages local.")
         check_peft()
         adapter_targets(session.checkpoint.skeleton, session.checkpoint.architecture.layers)
+    if config.train == "head" and not fewer_dimensions:  # which come with a module of their own
+        check_head(original)
     if config.resume is not None:
         check_is_checkpoint(config.resume)
     windows = _MOST_WINDOWS

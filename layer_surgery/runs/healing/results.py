@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -41,7 +42,10 @@ class Results:
         if parallel.is_first():
             write_trained(file, trained, checkpoint.source.specs)
         parallel.barrier()
-        return self.with_files(checkpoint, [file])
+        healed = self.with_files(checkpoint, [file])
+        if healed.embedder is None:
+            return healed
+        return replace(healed, embedder=healed.embedder.with_weights(student.trained_behind()))
 
     def better(self, old: Checkpoint, new: Checkpoint, data: HealingData) -> Checkpoint:
         """Return the checkpoint that is better on the texts that were held out, as it would be saved."""
