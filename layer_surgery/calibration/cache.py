@@ -26,7 +26,7 @@ from layer_surgery.checkpoint.new_tensors import FactorStore
 from layer_surgery.disk.own import own_directory, remove_dead
 from layer_surgery.disk.reading import read_json, why
 from layer_surgery.disk.renaming import rename_new, sync, sync_tree
-from layer_surgery.errors import UserError
+from layer_surgery.errors import LayerSurgeryError, UserError
 from layer_surgery.journal import NOTHING_KEPT, Journal, Steps
 from layer_surgery.machine import code_sha256
 from layer_surgery.records import Part
@@ -119,18 +119,29 @@ class StatisticsCache:
         self, staging: Path, folder: Path, other: Path, identity: Mapping[str, Any], statistics: Statistics
     ) -> str:
         """Complete a staging folder and move it to where it is found from now on; return where it is."""
-        if statistics.components.directory != staging:  # in a journal, which keeps its own
-            shutil.copytree(statistics.components.directory, staging, dirs_exist_ok=True)
-        _write(staging, identity, statistics)
-        sync_tree(staging)
+        mine = statistics.components.directory
         try:
+            if mine != staging:  # in a journal, which keeps its own
+                shutil.copytree(mine, staging, dirs_exist_ok=True)
+            _write(staging, identity, statistics)
+            sync_tree(staging)
             rename_new(staging, folder)
             sync(self._directory)
+            return str(folder)
         except OSError as error:
             if not folder.exists():  # else another run has put the same there, and may be reading it
                 self._note(f"warning: statistics are not kept in {self._directory} ({why(error)})")
+            if mine != staging:
+                return str(mine)
+            if not staging.exists():
+                return str(folder)
+        try:
             return str(shutil.move(staging, other))
-        return str(folder)
+        except OSError as error:
+            raise LayerSurgeryError(
+                f"the statistics can be kept neither in --cache {self._directory} nor in {other.parent} "
+                f"({why(error)}); make room, or leave --cache out."
+            ) from error
 
 
 def statistics_steps(journal: Journal, layers: Mapping[int, Ranks], part: Part, maps: bool) -> Steps:

@@ -8,12 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from layer_surgery import parallel
 from layer_surgery.data.objective import NO_LABEL, Objective
 from layer_surgery.data.tokens import PackedTokens
+from layer_surgery.errors import LayerSurgeryError
 from layer_surgery.healing.adapters import plain_name
 
 #: File of the trained parameters in a checkpoint of a training; Trainer looks for this name.
@@ -90,9 +92,15 @@ class Trainee(nn.Module, ABC):
     def save(self, directory: Path) -> Path:
         """Write the parameters that are trained into a directory, and return the file; the first process does."""
         if parallel.is_first():
-            directory.mkdir(parents=True, exist_ok=True)
             trained = {name: value.detach().cpu() for name, value in self.named_parameters() if value.requires_grad}
-            save_file(trained, directory / WEIGHTS_FILE)
+            try:
+                directory.mkdir(parents=True, exist_ok=True)
+                save_file(trained, directory / WEIGHTS_FILE)
+            except (OSError, SafetensorError) as error:
+                raise LayerSurgeryError(
+                    f"the weights of the training cannot be written to {directory} ({' '.join(str(error).split())}); "
+                    "make room, or give --checkpoints elsewhere."
+                ) from error
         return directory / WEIGHTS_FILE
 
     @torch.no_grad()

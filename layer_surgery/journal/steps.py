@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from layer_surgery import parallel
 from layer_surgery.disk.reading import read_json, why
 from layer_surgery.disk.writing import write_atomically
+from layer_surgery.errors import LayerSurgeryError
 
 Write = Callable[[Path], object]
 """Writes one file."""
@@ -48,7 +49,11 @@ class Steps:
         self._listed: set[str] = set()  # in the first process: the files of finished steps
         self._working = folder is not None
         if folder is not None:
-            self._numbers = parallel.from_first(lambda: self._opened(folder))
+            found = parallel.from_first(lambda: self._opened(folder))
+            if found is None:
+                self._folder, self._working = None, False
+            else:
+                self._numbers = found
 
     def __len__(self) -> int:
         return len(self._numbers)
@@ -58,8 +63,17 @@ class Steps:
         if self._folder is None:
             return None
         folder = self._folder / name
-        parallel.from_first(lambda: folder.mkdir(exist_ok=True))
-        return folder
+        failed = parallel.from_first(lambda: _made(folder))
+        if not failed:
+            return folder
+        if self._numbers:  # whose files are there
+            raise LayerSurgeryError(
+                f"{folder} cannot be made ({failed}); make room, and give the same command to go on with what is "
+                "finished."
+            )
+        self._note(f"warning: finished layers are not kept in {self._folder} ({failed})")
+        self._folder, self._working = None, False
+        return None
 
     def find(self, name: str) -> Finished | None:
         """Return a step, if it is finished."""
@@ -145,19 +159,28 @@ class Steps:
                     shutil.rmtree(path, ignore_errors=True)
                 path.unlink(missing_ok=True)
 
-    def _opened(self, folder: Path) -> dict[str, int]:
-        """Return the numbers of the steps in a folder, by name, every byte of them checked."""
-        folder.mkdir(exist_ok=True)
+    def _opened(self, folder: Path) -> dict[str, int] | None:
+        """Return the numbers of the steps in a folder, by name, every byte of them checked; None if nothing can be kept
+        there."""
+        if failed := _made(folder):
+            self._note(f"warning: finished layers are not kept in {folder} ({failed})")
+            return None
         try:
-            numbers = self._checked()
+            numbers, damaged = self._checked(), False
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             self._note(f"warning: the finished layers in {folder} are not used ({error}); doing them again")
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(exist_ok=True)
-            self._listed = set()
-            return {}
-        for name in self._files() - self._listed:
-            self._absolute(name).unlink()
+            numbers, damaged, self._listed = {}, True, set()
+        try:
+            if damaged:
+                shutil.rmtree(folder)
+                folder.mkdir()
+            for name in self._files() - self._listed:
+                self._absolute(name).unlink()
+        except OSError as error:
+            raise LayerSurgeryError(
+                f"{folder} holds what a run that was stopped has left, which cannot be removed ({why(error)}); remove "
+                "it, or give another --resume."
+            ) from error
         return numbers
 
     def _checked(self) -> dict[str, int]:
@@ -182,6 +205,15 @@ class Steps:
 
 #: Steps that are neither kept nor found.
 NO_STEPS = Steps(None)
+
+
+def _made(folder: Path) -> str:
+    """Make a folder, unless it is there; return why it cannot be made."""
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        return why(error)
+    return ""
 
 
 def _of_json(value: Any) -> str:

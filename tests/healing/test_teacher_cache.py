@@ -119,12 +119,12 @@ def test_an_interrupted_capture_goes_on_behind_its_finished_shards(tmp_path: Pat
 def test_a_full_disk_is_one_sentence_and_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save, written = module.save_file, list[str]()
 
-    def full(arrays: Any, path: Path) -> None:
+    def full(arrays: Any, path: Path, about: dict[str, str]) -> None:
         written.append(path.name)
         if len(written) == 3:  # the codebook, a shard, and half of the next
             path.write_bytes(b"half")
             raise OSError(errno.ENOSPC, "No space left on device")
-        save(arrays, path)
+        save(arrays, path, about)
 
     monkeypatch.setattr(module, "save_file", full)
     with pytest.raises(LayerSurgeryError) as caught:
