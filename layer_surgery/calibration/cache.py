@@ -150,13 +150,20 @@ def statistics_steps(journal: Journal, layers: Mapping[int, Ranks], part: Part, 
     return journal.stage("statistics", ranks, part, maps)
 
 
-def check_cache(cache: Path | None) -> None:
+def check_cache(cache: Path | None, option: str = "--cache") -> None:
     """Raise `UserError` if a cache is neither a directory nor can be made. One that is read-only may be of use."""
-    if cache is None or cache.is_dir():
+    if cache is None:
         return
-    nearest = next(place for place in cache.absolute().parents if place.exists())
-    if cache.exists() or not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        raise UserError(f"--cache {cache} is no directory and cannot be made one; give another directory.")
+    try:
+        if cache.is_dir():
+            return
+        nearest = next(place for place in cache.absolute().parents if place.exists())
+        possible = not os.path.lexists(cache) and nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)
+        reason = "is no directory and cannot be made one"
+    except OSError as error:
+        possible, reason = False, f"cannot be a directory ({why(error)})"
+    if not possible:
+        raise UserError(f"{option} {cache} {reason}; give another directory.")
 
 
 def _write(folder: Path, identity: Mapping[str, Any], statistics: Statistics) -> None:

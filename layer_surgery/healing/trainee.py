@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from layer_surgery import parallel
 from layer_surgery.data.objective import NO_LABEL, Objective
 from layer_surgery.data.tokens import PackedTokens
+from layer_surgery.disk.reading import check_regular
 from layer_surgery.errors import LayerSurgeryError
 from layer_surgery.healing.adapters import plain_name
 
@@ -105,8 +106,20 @@ class Trainee(nn.Module, ABC):
 
     @torch.no_grad()
     def load(self, file: Path) -> None:
-        """Put what `save` wrote back, when all processes are here."""
+        """Put what `save` wrote back, when all processes are here.
+
+        Raises `LayerSurgeryError` if that is not there any more, or of other parameters.
+        """
         parallel.barrier()
-        parameters = dict(self.named_parameters())
-        for name, tensor in load_file(file).items():
+        parameters = {name: value for name, value in self.named_parameters() if value.requires_grad}
+        try:
+            check_regular(file)
+            stored = load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise LayerSurgeryError(
+                f"the weights of the training in {file} cannot be read again ({' '.join(str(error).split())})."
+            ) from error
+        if {name: value.shape for name, value in stored.items()} != {n: value.shape for n, value in parameters.items()}:
+            raise LayerSurgeryError(f"{file} has the weights of another training.")
+        for name, tensor in stored.items():
             parameters[name].copy_(tensor)

@@ -11,6 +11,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from layer_surgery import parallel
-from layer_surgery.disk.reading import read_json, why
+from layer_surgery.disk.reading import check_regular, read_json, why
 from layer_surgery.disk.writing import write_atomically
 from layer_surgery.errors import LayerSurgeryError
 
@@ -157,7 +158,9 @@ class Steps:
             if int(path.name.split("-")[1]) < before:
                 if path.is_dir():
                     shutil.rmtree(path, ignore_errors=True)
-                path.unlink(missing_ok=True)
+                else:
+                    with suppress(OSError):  # no mark lists it any more: the next run removes it
+                        path.unlink()
 
     def _opened(self, folder: Path) -> dict[str, int] | None:
         """Return the numbers of the steps in a folder, by name, every byte of them checked; None if nothing can be kept
@@ -221,5 +224,6 @@ def _of_json(value: Any) -> str:
 
 
 def _sha256(path: Path) -> str:
+    check_regular(path)
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

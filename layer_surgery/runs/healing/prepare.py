@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from layer_surgery import parallel
+from layer_surgery.calibration.cache import check_cache
 from layer_surgery.checkpoint.heads import CAUSAL_LM, EMBEDDING
 from layer_surgery.checkpoint.open import Checkpoint
 from layer_surgery.config import HealingConfig
@@ -21,11 +22,12 @@ from layer_surgery.healing.adapters import check_peft
 from layer_surgery.healing.mixture import WeightedLoss, parse_losses
 from layer_surgery.healing.outputs import check_losses
 from layer_surgery.healing.relations import check_relations
+from layer_surgery.healing.resuming import check_training_checkpoint
 from layer_surgery.healing.rewrite import prompts
 from layer_surgery.healing.trainable import adapter_targets
 from layer_surgery.healing.windows import HealingData, healing_data, most_held_out
 from layer_surgery.runs.bench import GENERAL_TEXT
-from layer_surgery.runs.healing.resuming import check_is_checkpoint, check_resumed, options_identity
+from layer_surgery.runs.healing.resuming import check_resumed, options_identity
 from layer_surgery.runs.provenance import described_tokens
 from layer_surgery.runs.session import Session
 
@@ -84,8 +86,10 @@ def prepare_healing(
             raise UserError("--train lora puts adapters on the whole model; leave out --stages local.")
         check_peft()
         adapter_targets(session.checkpoint.skeleton, session.checkpoint.architecture.layers)
+    check_cache(config.teacher_cache, "--teacher-cache")
+    check_cache(config.checkpoints, "--checkpoints")
     if config.resume is not None:
-        check_is_checkpoint(config.resume)
+        check_training_checkpoint(config.resume)
     windows = _MOST_WINDOWS
     if config.tokens is not None and not objective.apart:  # else they are as long as they are
         windows = max(1, math.ceil(config.tokens / text.sequence_length))
