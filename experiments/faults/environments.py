@@ -1,9 +1,9 @@
-"""Run compress, evaluate, export and report in each environment that a run may find itself in, and in all at once.
+"""Run the commands in all environments that a run may find itself in at once, and in each of them.
 
     python experiments/faults/environments.py [--output reports/faults/environments.json]
 
 Read-only HOME, no TMPDIR, 64 open files, LANG=C, and as root also: no network, another user. Each run must end with 0,
-and without a warning or a traceback.
+and without a warning or a traceback. A record that is there is gone on with.
 """
 
 from __future__ import annotations
@@ -28,6 +28,11 @@ SURGERY = ["--calibration", "text.txt", "--samples", "4", "--output", "output", 
 COMMANDS = {
     "compress": ["compress", "model", "--target-layers", "3", "--keep", "0.3", "--method", "fisher", *DATA, *SURGERY],
     "evaluate": ["evaluate", "output", "--baseline", "model", *DATA],
+    "heal": [
+        *("heal", "output", "--data", "text.txt", "--tokens", "64", "--learning-rate", "1e-3", "--step-sequences", "2"),
+        *(*DATA, "--general", "0", "--teacher-cache", "cache", "--output", "healed"),
+    ],
+    "verify": ["verify", "healed"],
     "export": ["export", "output", "--dense", "--output", "dense"],
     "report": ["report", "output"],
 }
@@ -39,7 +44,11 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="Write down here what came of it.")
     options = parser.parse_args()
     tried: dict[str, dict[str, str]] = {}
-    for name, chosen in {**{name: [name] for name in possible()}, "all at once": possible()}.items():
+    if options.output is not None and options.output.exists():
+        tried = json.loads(options.output.read_text(encoding="utf-8"))["tried"]
+    for name, chosen in {"all at once": possible(), **{name: [name] for name in possible()}}.items():
+        if name in tried:
+            continue
         with tempfile.TemporaryDirectory() as place:
             folder = Path(place)
             folder.chmod(0o755)
@@ -54,10 +63,10 @@ def main() -> None:
                 good = ended.returncode == 0 and not odd
                 tried[name][command] = "works" if good else f"{ended.returncode}: {ended.stderr[-1500:]}"
         print(name, tried[name], flush=True)
-    missing = [name for name in ENVIRONMENTS if name not in possible()]
-    record = {"tried": tried, "not possible here": missing, "provenance": provenance(torch.device("cpu"))}
-    if options.output is not None:
-        options.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        missing = [name for name in ENVIRONMENTS if name not in possible()]
+        record = {"tried": tried, "not possible here": missing, "provenance": provenance(torch.device("cpu"))}
+        if options.output is not None:
+            options.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     sys.exit(any(outcome != "works" for each in tried.values() for outcome in each.values()))
 
 

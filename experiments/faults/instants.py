@@ -35,7 +35,7 @@ from fault_injection import (
     scenarios,
     warm,
 )
-from outcomes import FINE, LOST, RAW, WRONG, Outcome, options, try_all
+from outcomes import FINE, Outcome, of_problems, options, try_all
 from tiny_checkpoints import saved_model, text_file
 
 import layer_surgery
@@ -74,17 +74,6 @@ def quick(_log: int) -> None:
     leave_out_what_takes_long()
 
 
-def outcome(said: str) -> Outcome:
-    """Return what a problem of a trial is."""
-    if "traceback" in said:
-        return RAW, said
-    if "neither the old nor the new" in said or "the result is not there" in said:
-        return LOST, said
-    if "something else" in said:
-        return WRONG, said
-    return RAW, said
-
-
 def main() -> None:
     given = options(__doc__, 1000).parse_args()
     torch.set_num_threads(1)
@@ -104,7 +93,7 @@ def main() -> None:
                 draw = random.Random(f"{trial.scenario.name} {number}")
                 fault, at = draw.choice(sorted(SIGNALS)), draw.randrange(1000)
                 problems = list(trial.problems(fault, at))
-                return outcome("\n".join(problems)) if problems else (FINE, "")
+                return of_problems(problems) if problems else (FINE, "")
 
             kinds[scenario.name] = attempt
         try_all("runs stopped at random instants", kinds, given, at_once=10)

@@ -16,7 +16,7 @@ import sys
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,16 @@ def outcome_of(case: Callable[[], Outcome | None]) -> Outcome:
     finally:
         for timer, _, _ in _TIMERS:
             signal.setitimer(timer, 0)
+
+
+def of_problems(problems: list[str]) -> Outcome:
+    """Return what the problems of a trial (`tests/fault_injection.py`) come to."""
+    said = "\n".join(problems)
+    if "neither the old nor the new" in said or "the result is not there" in said:
+        return LOST, said
+    if "something else" in said:
+        return WRONG, said
+    return RAW, said
 
 
 def in_forks(cases: list[int], attempt: Callable[[int], Outcome | None]) -> dict[int, Outcome]:
@@ -138,10 +148,11 @@ class Record:
         )
 
 
-def options(description: str | None, count: int) -> argparse.ArgumentParser:
-    """Return a parser with the options of all of these scripts."""
+def options(description: str | None, count: int | None) -> argparse.ArgumentParser:
+    """Return a parser with the options of all of these scripts; without a count all cases are tried."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=count, help=f"Cases in all (default {count:,}).")
+    if count is not None:
+        parser.add_argument("--count", type=int, default=count, help=f"Cases in all (default {count:,}).")
     parser.add_argument("--kind", action="append", help="Only this kind.")
     parser.add_argument("--case", type=int, help="Only the case of this number, with what it says.")
     parser.add_argument("--minutes", type=float, help="Stop after so long; the same command goes on.")
@@ -150,9 +161,17 @@ def options(description: str | None, count: int) -> argparse.ArgumentParser:
 
 
 def try_all(
-    what: str, kinds: dict[str, Callable[[int], Outcome | None]], given: argparse.Namespace, at_once: int = _AT_ONCE
+    what: str,
+    kinds: dict[str, Callable[[int], Outcome | None]],
+    given: argparse.Namespace,
+    at_once: int = _AT_ONCE,
+    counts: Mapping[str, int] | None = None,
+    about: Mapping[str, Any] | None = None,
 ) -> None:
-    """Try cases 0, 1, ... of every kind, as many of each, and end the process with 1 if one of them failed."""
+    """Try cases 0, 1, ... of every kind, as many of each, and end the process with 1 if one of them failed.
+
+    With `counts`, a kind has so many cases; `about` goes to the record.
+    """
     torch.set_num_threads(1)  # forks have no other threads
     gc.freeze()
     chosen = {kind: attempt for kind, attempt in kinds.items() if not given.kind or kind in given.kind}
@@ -161,11 +180,12 @@ def try_all(
             print(kind, *outcome_of(lambda attempt=attempt: attempt(given.case)))  # type: ignore[misc]
         return
     record, begun = Record(given.output, what), time.monotonic()
-    each = -(-given.count // len(kinds))
-    while any(record.done(kind) < each for kind in chosen):
+    record.data |= about or {}
+    wanted = counts or dict.fromkeys(kinds, -(-given.count // len(kinds)))
+    while any(record.done(kind) < wanted[kind] for kind in chosen):
         for kind, attempt in chosen.items():
             first = record.done(kind)
-            cases = [*range(first, min(first + at_once, each))]
+            cases = [*range(first, min(first + at_once, wanted[kind]))]
             if cases:
                 record.add(kind, in_forks(cases, attempt))
         if given.minutes is not None and time.monotonic() - begun > 60 * given.minutes:

@@ -26,7 +26,7 @@ from layer_surgery.checkpoint.new_tensors import FactorStore
 from layer_surgery.disk.own import own_directory, remove_dead
 from layer_surgery.disk.reading import read_json, why
 from layer_surgery.disk.renaming import rename_new, sync, sync_tree
-from layer_surgery.errors import UserError
+from layer_surgery.errors import LayerSurgeryError, UserError
 from layer_surgery.journal import NOTHING_KEPT, Journal, Steps
 from layer_surgery.machine import code_sha256
 from layer_surgery.records import Part
@@ -119,18 +119,29 @@ class StatisticsCache:
         self, staging: Path, folder: Path, other: Path, identity: Mapping[str, Any], statistics: Statistics
     ) -> str:
         """Complete a staging folder and move it to where it is found from now on; return where it is."""
-        if statistics.components.directory != staging:  # in a journal, which keeps its own
-            shutil.copytree(statistics.components.directory, staging, dirs_exist_ok=True)
-        _write(staging, identity, statistics)
-        sync_tree(staging)
+        mine = statistics.components.directory
         try:
+            if mine != staging:  # in a journal, which keeps its own
+                shutil.copytree(mine, staging, dirs_exist_ok=True)
+            _write(staging, identity, statistics)
+            sync_tree(staging)
             rename_new(staging, folder)
             sync(self._directory)
+            return str(folder)
         except OSError as error:
             if not folder.exists():  # else another run has put the same there, and may be reading it
                 self._note(f"warning: statistics are not kept in {self._directory} ({why(error)})")
+            if mine != staging:
+                return str(mine)
+            if not staging.exists():
+                return str(folder)
+        try:
             return str(shutil.move(staging, other))
-        return str(folder)
+        except OSError as error:
+            raise LayerSurgeryError(
+                f"the statistics can be kept neither in --cache {self._directory} nor in {other.parent} "
+                f"({why(error)}); make room, or leave --cache out."
+            ) from error
 
 
 def statistics_steps(journal: Journal, layers: Mapping[int, Ranks], part: Part, maps: bool) -> Steps:
@@ -139,13 +150,20 @@ def statistics_steps(journal: Journal, layers: Mapping[int, Ranks], part: Part, 
     return journal.stage("statistics", ranks, part, maps)
 
 
-def check_cache(cache: Path | None) -> None:
+def check_cache(cache: Path | None, option: str = "--cache") -> None:
     """Raise `UserError` if a cache is neither a directory nor can be made. One that is read-only may be of use."""
-    if cache is None or cache.is_dir():
+    if cache is None:
         return
-    nearest = next(place for place in cache.absolute().parents if place.exists())
-    if cache.exists() or not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        raise UserError(f"--cache {cache} is no directory and cannot be made one; give another directory.")
+    try:
+        if cache.is_dir():
+            return
+        nearest = next(place for place in cache.absolute().parents if place.exists())
+        possible = not os.path.lexists(cache) and nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)
+        reason = "is no directory and cannot be made one"
+    except OSError as error:
+        possible, reason = False, f"cannot be a directory ({why(error)})"
+    if not possible:
+        raise UserError(f"{option} {cache} {reason}; give another directory.")
 
 
 def _write(folder: Path, identity: Mapping[str, Any], statistics: Statistics) -> None:

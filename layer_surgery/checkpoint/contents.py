@@ -57,7 +57,7 @@ def listed_files(data: Mapping[str, Any]) -> dict[str, FileRecord] | None:
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"its list of files is damaged ({error!r})") from error
     for name, record in records.items():
-        if os.path.isabs(name) or ".." in Path(name).parts:
+        if os.path.isabs(name) or ".." in Path(name).parts or "\0" in name:
             raise ValueError(f"its list of files names '{name}', which is not in it")
         if type(record.bytes) not in (int, type(None)) or type(record.sha256) not in (str, type(None)):
             raise ValueError(f"its list of files is damaged at '{name}'")

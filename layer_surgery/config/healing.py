@@ -19,6 +19,8 @@ TRAINED: tuple[Trained, ...] = ("all", "factors", "operated", "last", "head", "l
 Stage: TypeAlias = Literal["local", "global"]
 STAGES: tuple[Stage, ...] = ("local", "global")
 LOCAL_ERRORS = ("fisher", "mse")
+#: More than any result is healed on, and than there is memory for the order of.
+_MOST_TOKENS = 10**12
 
 
 @attrs.frozen(kw_only=True, slots=False)
@@ -155,6 +157,8 @@ class HealingConfig(Options):
             raise UserError("--minutes and --tokens both say how long to heal; give only one.")
         if self.minutes is not None and not 0 < self.minutes < float("inf"):
             raise UserError(f"--minutes is {self.minutes}; allowed: a number above 0.")
+        if self.tokens is not None and self.tokens > _MOST_TOKENS:
+            raise UserError(f"--tokens is {self.tokens:,}; allowed: at most {_MOST_TOKENS:,}.")
         if self.resume is not None and self.tokens is None:
             raise UserError("--resume goes on with a training of a fixed length; give the same --tokens as before.")
         if self.learning_rate is not None and not 0 < self.learning_rate < float("inf"):

@@ -100,6 +100,9 @@ def _remove(path: Path) -> None:
         # It may have been renamed to where it stays, and something else have its name; that is not ours.
         if is_at(descriptor, path):
             shutil.rmtree(path, ignore_errors=True)
+            if is_at(descriptor, path):  # something could not be removed: tried again when the process ends
+                _own[path] = (descriptor, process)
+                return
         os.close(descriptor)
 
 

@@ -1,12 +1,14 @@
-"""Text files written whole or not at all."""
+"""Files written whole or not at all."""
 
 import os
 import re
 import secrets
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from layer_surgery.disk.locks import is_at, try_lock
+from layer_surgery.disk.own import own_directory
 from layer_surgery.disk.renaming import rename_new, sync
 from layer_surgery.disk.signals import signals_wait
 
@@ -42,6 +44,23 @@ def write_atomically(path: Path, text: str, *, replace: bool = True) -> None:
                     with suppress(OSError):
                         staging.unlink()
                 os.close(descriptor)
+
+
+@contextmanager
+def staged_file(path: Path, prefix: str) -> Iterator[Path]:
+    """Yield where a library may write a file, which gets its own name, replacing what has it, when the block succeeds.
+
+    It is on the disk by then. What the library leaves beside it when it is killed stays in a directory of this process,
+    called `prefix` and random letters, and goes with it; `remove_dead` (`own.py`) removes those of dead processes.
+
+    Raises `OSError` if the directory or the file cannot be made.
+    """
+    with own_directory(path.parent, prefix) as folder:
+        staging = folder / path.name
+        yield staging
+        sync(staging)
+        staging.replace(path)
+        sync(path.parent)
 
 
 def _make(parent: Path, prefix: str) -> tuple[Path, int]:

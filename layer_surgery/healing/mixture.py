@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,10 +11,13 @@ import torch
 import yaml
 from torch import Tensor
 
+from layer_surgery.disk.reading import parse_json, read_bytes, why
 from layer_surgery.errors import UserError
 from layer_surgery.healing.losses import LOSSES, PER_TOKEN, LossEntry, TokenLogits
 from layer_surgery.healing.losses.registry import as_number
 
+#: Bytes of a file of losses at most.
+_FILE_BYTES = 1_000_000
 _FORM = "write NAME, NAME:WEIGHT or NAME:WEIGHT:OPTION=VALUE,OPTION=VALUE, or name a .yaml or .json file"
 
 
@@ -88,10 +90,10 @@ def _from_text(text: str) -> WeightedLoss:
 def _from_file(text: str) -> list[WeightedLoss]:
     path, place = Path(text).expanduser(), f"--loss {text}"
     try:
-        content = path.read_text(encoding="utf-8")
-        data = json.loads(content) if path.suffix == ".json" else yaml.safe_load(content)
+        content = read_bytes(path, _FILE_BYTES)
+        data = parse_json(content) if path.suffix == ".json" else yaml.safe_load(content)
     except OSError as error:
-        raise UserError(f"{place} cannot be read ({error.strerror}).") from error
+        raise UserError(f"{place} cannot be read ({why(error)}).") from error
     except (ValueError, RecursionError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{place} is no {path.suffix.removeprefix('.').upper()} ({reason}).") from error

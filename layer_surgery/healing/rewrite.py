@@ -6,17 +6,22 @@ keeps more of what it knew (https://arxiv.org/abs/2410.09982).
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Collection
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from layer_surgery.data.tokens import PackedTokens
+from layer_surgery.disk.own import remove_dead
+from layer_surgery.disk.reading import check_regular
+from layer_surgery.disk.writing import staged_file
 from layer_surgery.errors import LayerSurgeryError
+from layer_surgery.healing.teacher.cache import STAGING
 
 Generate = Callable[[Tensor, int], Tensor]
 """From token ids [n] and a number of tokens to as many new ones [m], or fewer where it ends before."""
@@ -82,11 +87,11 @@ def greedy(model: PreTrainedModel, stops: Collection[int]) -> Generate:
 def save_rewritten(tokens: PackedTokens, count: int, file: Path) -> None:
     """Keep windows that were rewritten. Raises `LayerSurgeryError` if that fails."""
     tensors = {"token_ids": tokens.token_ids, "loss_mask": tokens.loss_mask, "valid": tokens.valid}
-    partial = file.with_name(f".{file.name}.partial")
+    about = {"sha256": _sha256(tokens, count)}
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors | {"count": torch.tensor(count)}, partial, {"sha256": tokens.sha256})
-        partial.replace(file)
+        with staged_file(file, STAGING) as staging:
+            save_file(tensors | {"count": torch.tensor(count)}, staging, about)
     except (OSError, SafetensorError) as error:
         raise LayerSurgeryError(
             f"--teacher-cache {file.parent} cannot be written ({error}); is the disk full?"
@@ -95,15 +100,26 @@ def save_rewritten(tokens: PackedTokens, count: int, file: Path) -> None:
 
 def load_rewritten(tokens: PackedTokens, file: Path) -> tuple[PackedTokens, int] | None:
     """Return what `save_rewritten` has kept in the place of `tokens`; None if nothing usable is there."""
+    remove_dead(file.parent, STAGING)
     try:
-        found = load_file(file)
-        parts = {name: found[name] for name in ("token_ids", "loss_mask", "valid")}
-        count = int(found["count"])
-    except (OSError, SafetensorError, KeyError):
+        check_regular(file)
+        with safe_open(file, framework="pt") as stored:
+            about = stored.metadata() or {}
+            parts = {name: stored.get_tensor(name) for name in ("token_ids", "loss_mask", "valid")}
+            count = int(stored.get_tensor("count"))
+    except (OSError, SafetensorError, ValueError, RuntimeError):
         return None
-    if any(part.shape != tokens.token_ids.shape for part in parts.values()):
+    if any(
+        part.shape != tokens.token_ids.shape or part.dtype != getattr(tokens, name).dtype
+        for name, part in parts.items()
+    ):
         return None
-    return tokens.holding(**parts), count
+    found = tokens.holding(**parts)
+    return (found, count) if about.get("sha256") == _sha256(found, count) else None
+
+
+def _sha256(tokens: PackedTokens, count: int) -> str:
+    return hashlib.sha256(f"{tokens.sha256} {count}".encode()).hexdigest()
 
 
 def _answer(tokens: PackedTokens, row: int, stops: Collection[int]) -> tuple[int, int, int] | None:

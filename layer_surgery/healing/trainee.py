@@ -8,12 +8,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from layer_surgery import parallel
 from layer_surgery.data.objective import NO_LABEL, Objective
 from layer_surgery.data.tokens import PackedTokens
+from layer_surgery.disk.reading import check_regular
+from layer_surgery.errors import LayerSurgeryError
 from layer_surgery.healing.adapters import plain_name
 
 #: File of the trained parameters in a checkpoint of a training; Trainer looks for this name.
@@ -83,17 +86,35 @@ class Trainee(nn.Module, ABC):
     def save(self, directory: Path) -> Path:
         """Write the parameters that are trained into a directory, and return the file; the first process does."""
         if parallel.is_first():
-            directory.mkdir(parents=True, exist_ok=True)
             trained = {name: value.detach().cpu() for name, value in self.named_parameters() if value.requires_grad}
-            save_file(trained, directory / WEIGHTS_FILE)
+            try:
+                directory.mkdir(parents=True, exist_ok=True)
+                save_file(trained, directory / WEIGHTS_FILE)
+            except (OSError, SafetensorError) as error:
+                raise LayerSurgeryError(
+                    f"the weights of the training cannot be written to {directory} ({' '.join(str(error).split())}); "
+                    "make room, or give --checkpoints elsewhere."
+                ) from error
         return directory / WEIGHTS_FILE
 
     @torch.no_grad()
     def load(self, file: Path) -> None:
-        """Put what `save` wrote back, when all processes are here."""
+        """Put what `save` wrote back, when all processes are here.
+
+        Raises `LayerSurgeryError` if that is not there any more, or of other parameters.
+        """
         parallel.barrier()
-        parameters = dict(self.named_parameters())
-        for name, tensor in load_file(file).items():
+        parameters = {name: value for name, value in self.named_parameters() if value.requires_grad}
+        try:
+            check_regular(file)
+            stored = load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise LayerSurgeryError(
+                f"the weights of the training in {file} cannot be read again ({' '.join(str(error).split())})."
+            ) from error
+        if {name: value.shape for name, value in stored.items()} != {n: value.shape for n, value in parameters.items()}:
+            raise LayerSurgeryError(f"{file} has the weights of another training.")
+        for name, tensor in stored.items():
             parameters[name].copy_(tensor)
 
 

@@ -20,15 +20,19 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_callback import PrinterCallback, TrainerState
 
 from layer_surgery import parallel
 from layer_surgery.devices import random_devices, wants_pinned_memory
+from layer_surgery.disk.reading import why
 from layer_surgery.errors import LayerSurgeryError, NumericalError
+from layer_surgery.healing.resuming import STATE_FILE, check_same_length, reading_checkpoint
 from layer_surgery.healing.trainee import WEIGHTS_FILE, Trainee
 from layer_surgery.healing.windows import HealingData, WindowDataset, training_order
 from layer_surgery.records import CurvePoint
 
+#: What torch calls what writes its files, in the errors that it raises on a full disk.
+_TORCH_WRITES = "PytorchStreamWriter"
 #: What decides which checkpoint is best.
 METRIC = "eval_regret"
 #: How many validations without a gain, in the second half, end a training.
@@ -99,6 +103,8 @@ def train(
         resume: checkpoint of a training with the same settings to go on from; it ends with the same weights as one that
             was never interrupted.
     """
+    if resume is not None:
+        check_same_length(resume, settings.steps)
     begun = student.save(settings.directory / "begin")
     watch = _Watch(settings, advance)
     stopped = None
@@ -109,10 +115,13 @@ def train(
             trainer.train(resume_from_checkpoint=str(resume) if resume is not None else None)
         except NumericalError as error:
             stopped = f"{error}, in step {trainer.state.global_step + 1}"
-        except OSError as error:
+        except (OSError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and _TORCH_WRITES not in str(error):
+                raise
+            reason = why(error) if isinstance(error, OSError) else "is the disk full?"
             raise LayerSurgeryError(
-                f"a checkpoint of the training cannot be written to {settings.directory} ({error.strerror}); make "
-                "room, or give --checkpoints elsewhere."
+                f"a checkpoint of the training cannot be written to {settings.directory} ({reason}); make room, or "
+                "give --checkpoints elsewhere."
             ) from error
     # Only the first process is sure to have seen a file that it has written.
     best, value = parallel.from_first(lambda: [trainer.state.best_model_checkpoint, trainer.state.best_metric])
@@ -169,6 +178,23 @@ class HealingTrainer(Trainer):  # type: ignore[misc]
         """Return the loss of a micro-batch; one that is not finite in one process ends the training in all."""
         with parallel.together():
             return super().compute_loss(*given, **named)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Read the trained parameters alone, as `save_model` has written them."""
+        with reading_checkpoint(Path(resume_from_checkpoint)):
+            self._student.load(Path(resume_from_checkpoint) / WEIGHTS_FILE)
+            state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / STATE_FILE))
+            curve_of(state.log_history, self._data)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            with reading_checkpoint(Path(checkpoint)):
+                super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            with reading_checkpoint(Path(checkpoint)):
+                super()._load_rng_state(checkpoint)
 
     def release(self) -> None:
         """Let go of the wrapper around the student: what it does in each backward pass would go on in the next

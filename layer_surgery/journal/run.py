@@ -89,9 +89,12 @@ def check_journal(directory: Path | None, output: Path | None) -> None:
     """Raise `OutputError` unless a directory is free for a journal, or has one."""
     if directory is None:
         return
-    if directory.exists() and not directory.is_dir():
-        raise OutputError(f"--resume {directory} is no directory; give another one.")
-    found = set(os.listdir(directory)) if directory.exists() else set()
+    try:
+        if directory.exists() and not directory.is_dir():
+            raise OutputError(f"--resume {directory} is no directory; give another one.")
+        found = set(os.listdir(directory)) if directory.exists() else set()
+    except OSError as error:
+        raise OutputError(f"--resume {directory} cannot be read ({why(error)}); give another one.") from error
     if found and _RUN_FILE not in found and found != {_STAGES}:
         raise OutputError(f"--resume {directory} holds other files ('{min(found)}'); give an empty or a new directory.")
     if output is not None:

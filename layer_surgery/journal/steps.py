@@ -11,6 +11,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,9 @@ from typing import Any
 from safetensors import SafetensorError
 
 from layer_surgery import parallel
-from layer_surgery.disk.reading import read_json, why
+from layer_surgery.disk.reading import check_regular, read_json, why
 from layer_surgery.disk.writing import write_atomically
+from layer_surgery.errors import LayerSurgeryError
 
 Write = Callable[[Path], object]
 """Writes one file."""
@@ -48,7 +50,11 @@ class Steps:
         self._listed: set[str] = set()  # in the first process: the files of finished steps
         self._working = folder is not None
         if folder is not None:
-            self._numbers = parallel.from_first(lambda: self._opened(folder))
+            found = parallel.from_first(lambda: self._opened(folder))
+            if found is None:
+                self._folder, self._working = None, False
+            else:
+                self._numbers = found
 
     def __len__(self) -> int:
         return len(self._numbers)
@@ -58,8 +64,17 @@ class Steps:
         if self._folder is None:
             return None
         folder = self._folder / name
-        parallel.from_first(lambda: folder.mkdir(exist_ok=True))
-        return folder
+        failed = parallel.from_first(lambda: _made(folder))
+        if not failed:
+            return folder
+        if self._numbers:  # whose files are there
+            raise LayerSurgeryError(
+                f"{folder} cannot be made ({failed}); make room, and give the same command to go on with what is "
+                "finished."
+            )
+        self._note(f"warning: finished layers are not kept in {self._folder} ({failed})")
+        self._folder, self._working = None, False
+        return None
 
     def find(self, name: str) -> Finished | None:
         """Return a step, if it is finished."""
@@ -143,21 +158,32 @@ class Steps:
             if int(path.name.split("-")[1]) < before:
                 if path.is_dir():
                     shutil.rmtree(path, ignore_errors=True)
-                path.unlink(missing_ok=True)
+                else:
+                    with suppress(OSError):  # no mark lists it any more: the next run removes it
+                        path.unlink()
 
-    def _opened(self, folder: Path) -> dict[str, int]:
-        """Return the numbers of the steps in a folder, by name, every byte of them checked."""
-        folder.mkdir(exist_ok=True)
+    def _opened(self, folder: Path) -> dict[str, int] | None:
+        """Return the numbers of the steps in a folder, by name, every byte of them checked; None if nothing can be kept
+        there."""
+        if failed := _made(folder):
+            self._note(f"warning: finished layers are not kept in {folder} ({failed})")
+            return None
         try:
-            numbers = self._checked()
+            numbers, damaged = self._checked(), False
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             self._note(f"warning: the finished layers in {folder} are not used ({error}); doing them again")
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(exist_ok=True)
-            self._listed = set()
-            return {}
-        for name in self._files() - self._listed:
-            self._absolute(name).unlink()
+            numbers, damaged, self._listed = {}, True, set()
+        try:
+            if damaged:
+                shutil.rmtree(folder)
+                folder.mkdir()
+            for name in self._files() - self._listed:
+                self._absolute(name).unlink()
+        except OSError as error:
+            raise LayerSurgeryError(
+                f"{folder} holds what a run that was stopped has left, which cannot be removed ({why(error)}); remove "
+                "it, or give another --resume."
+            ) from error
         return numbers
 
     def _checked(self) -> dict[str, int]:
@@ -184,10 +210,20 @@ class Steps:
 NO_STEPS = Steps(None)
 
 
+def _made(folder: Path) -> str:
+    """Make a folder, unless it is there; return why it cannot be made."""
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        return why(error)
+    return ""
+
+
 def _of_json(value: Any) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:
+    check_regular(path)
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

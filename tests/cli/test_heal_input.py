@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,7 @@ WRONG = [
     ("--minutes nan", "--minutes is nan; allowed"),
     ("--minutes 1 --tokens 100", "--minutes and --tokens", "give only one"),
     ("--tokens 0", "--tokens is 0; allowed: 1 or more"),
+    ("--tokens 1000000000000000", "--tokens is 1,000,000,000,000,000; allowed: at most"),
     ("--learning-rate -1", "--learning-rate is -1.0; allowed: a number above 0"),
     ("--train some", "--train is 'some'; allowed: all, factors, operated, last, lora"),
     ("--train factors", "--train factors finds nothing to train", "no linear that the surgery made smaller"),
@@ -78,6 +80,17 @@ WRONG = [
     ("--resume no-such", "--resume goes on", "give the same --tokens"),
     ("--sequence-length 65", "--sequence-length is 65", "at most 64"),
 ]
+
+
+def test_folders_that_cannot_be_made_and_pipes_are_refused(heal: Any, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    os.mkfifo(tmp_path / "loss.yaml")
+    for option in ("--teacher-cache", "--checkpoints"):
+        for folder in (tmp_path / "file", tmp_path / "file" / "below", tmp_path / ("n" * 300)):
+            assert_refused(heal("--tokens", 100, option, folder), option, "give another directory")
+    assert_refused(heal("--tokens", 100, "--resume", tmp_path / ("n" * 300)), "--resume", "File name too long")
+    assert_refused(heal("--tokens", 100, "--loss", tmp_path / "loss.yaml"), "--loss", "no regular file")
+    assert sorted(listing(tmp_path)) == ["file", "loss.yaml"]
 
 
 @pytest.mark.parametrize(("options", "expected"), [(case[0], case[1:]) for case in WRONG])

@@ -13,16 +13,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from fault_injection import ERRORS, FAULTS, SIGNALS, Scenario, Trial, place_for_faults, scenarios
+from fault_injection import ERRORS, FAULTS, SIGNALS, Scenario, Trial, place_for_faults, scenarios, warm
+from filesystem_events import compiler
 from tiny_checkpoints import saved_model, text_file
 
-NAMES = ("fresh", "overwrite", "export", "sweep", "cache")
+import layer_surgery
+
+NAMES = ("fresh", "overwrite", "resume", "export", "sweep", "cache", "heal")
 #: How many faults are tried in each scenario.
-TRIED = 8
+TRIED = 6
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc, and forks"),
+    pytest.mark.skipif(compiler() is None, reason="a C compiler is needed to count events"),
     pytest.mark.skipif(torch.cuda.is_available(), reason="a process that has used CUDA cannot be forked"),
 ]
 
@@ -37,11 +41,8 @@ def folder() -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def commands(folder: Path) -> dict[str, Scenario]:
     """The scenarios, by name; what they import is imported here, once for all forks."""
-    import layer_surgery.reporting.card
-    import layer_surgery.reporting.compare
-    import layer_surgery.reporting.page
-
     model, text = saved_model(folder / "model"), text_file(folder / "text.txt")
+    warm(model, text)
     layer_surgery.compress(model, folder / "low-rank", layers=[1], keep=0.3, method="svd", eval_data=None)
     return {scenario.name: scenario for scenario in scenarios(model, folder / "low-rank", text)}
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tiny_encoders import labelled_tokens, own_loss, tiny_encoder
 from tiny_models import streamed
 from torch import Tensor
@@ -174,6 +176,11 @@ def test_outputs_are_kept_and_found_again(tmp_path: Path) -> None:
     other = TeacherIdentity(teacher_sha256="other", tokenizer_sha256="b", data_sha256="c")
     captured_rows(pieces, file, identity)
     assert stored_rows(file, other, [2, 0, 1], said.append) is None
+    save_file({"rows": rows.bfloat16()}, file, {"identity": "x", "sha256": "y"})  # numpy has no such numbers
+    assert stored_rows(file, identity, [2, 0, 1], said.append) is None
+    file.unlink()
+    os.mkfifo(file)
+    assert stored_rows(file, identity, [2, 0, 1], said.append) is None and len(said) == 4
 
 
 @pytest.mark.parametrize(

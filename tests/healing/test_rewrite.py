@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -57,6 +58,25 @@ def test_answers_are_replaced_where_there_is_one_prompt_and_the_original_ends_it
     known = load_rewritten(tokens, tmp_path / "cache" / "answers.safetensors")
     assert known is not None and known[1] == 2 and known[0].sha256 == new.sha256
     assert load_rewritten(tokens, tmp_path / "none") is None
+
+
+def test_answers_that_were_changed_on_disk_are_not_used(tmp_path: Path) -> None:
+    tokens, file = windows(), tmp_path / "answers.safetensors"
+    new, count = rewritten(tokens, lambda _prompt, _room: torch.tensor([6, STOP]), {STOP})
+    save_rewritten(new, count, file)
+    assert [path.name for path in tmp_path.iterdir()] == [file.name]
+    whole = file.read_bytes()
+    start = 8 + int.from_bytes(whole[:8], "little")
+    for at in range(start, len(whole), 7):
+        changed = bytearray(whole)
+        changed[at] ^= 1
+        file.write_bytes(changed)
+        assert load_rewritten(tokens, file) is None, at
+    file.write_bytes(whole)
+    assert load_rewritten(tokens, file) is not None
+    file.unlink()
+    os.mkfifo(file)
+    assert load_rewritten(tokens, file) is None
 
 
 def test_an_answer_that_does_not_end_stays() -> None:

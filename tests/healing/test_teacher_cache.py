@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -119,12 +120,12 @@ def test_an_interrupted_capture_goes_on_behind_its_finished_shards(tmp_path: Pat
 def test_a_full_disk_is_one_sentence_and_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save, written = module.save_file, list[str]()
 
-    def full(arrays: Any, path: Path) -> None:
+    def full(arrays: Any, path: Path, about: dict[str, str]) -> None:
         written.append(path.name)
         if len(written) == 3:  # the codebook, a shard, and half of the next
             path.write_bytes(b"half")
             raise OSError(errno.ENOSPC, "No space left on device")
-        save(arrays, path)
+        save(arrays, path, about)
 
     monkeypatch.setattr(module, "save_file", full)
     with pytest.raises(LayerSurgeryError) as caught:
@@ -209,6 +210,69 @@ def test_a_damaged_header_is_refused(tmp_path: Path) -> None:
         (tmp_path / HEADER_FILE).write_text(text)
         with pytest.raises(UserError, match=r"has a damaged teacher\.json .*; delete the directory to capture again"):
             opened(tmp_path)
+
+
+def test_a_header_that_says_something_odd_is_refused_and_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    """Their checksums are right: who has changed them knew how."""
+    captured(tmp_path)
+    whole = json.loads((tmp_path / HEADER_FILE).read_text())["record"]
+    shard = whole["shards"][0]
+    for change in (
+        {"shards": [shard | {"stop": "x"}]},
+        {"shards": [shard | {"first": 1}]},
+        {"shards": [shard, shard]},
+        {"shards": 5},
+        {"sequences": None},
+        {"form": whole["form"] | {"more": 1}},
+        {"vocabulary": [[]] * 2},
+    ):
+        record = whole | change
+        text = json.dumps({"record": record, "sha256": module._record_sha256(record)})
+        (tmp_path / HEADER_FILE).write_text(text)
+        with pytest.raises(UserError, match=r"has a damaged teacher\.json|was captured with"):
+            opened(tmp_path)
+    (tmp_path / HEADER_FILE).write_text("[" * 100_000)
+    with pytest.raises(UserError, match=r"has a damaged teacher\.json"):
+        opened(tmp_path)
+    (tmp_path / HEADER_FILE).unlink()
+    os.mkfifo(tmp_path / HEADER_FILE)
+    with pytest.raises(UserError, match="no regular file"):
+        opened(tmp_path)
+
+
+def test_what_a_killed_capture_has_left_is_no_obstacle(tmp_path: Path) -> None:
+    """Killed before the first header: a codebook is there, and what a library was writing."""
+    captured(tmp_path)
+    (tmp_path / HEADER_FILE).unlink()
+    left = tmp_path / f"{module.STAGING}0123456789abcdef"
+    left.mkdir()
+    (left / ".tmpAbCdEf").write_bytes(b"half")
+    cache = opened(tmp_path)
+    assert cache.next_sequence == 0 and not left.exists()
+    cache.capture(pieces())
+    assert opened(tmp_path).complete
+
+
+def test_what_is_kept_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done, fsync, replace = list[str](), os.fsync, Path.replace
+    monkeypatch.setattr(os, "fsync", lambda file: (done.append(os.readlink(f"/proc/self/fd/{file}")), fsync(file)))
+    monkeypatch.setattr(Path, "replace", lambda self, to: (done.append(f"to {to}"), replace(self, to)))
+    captured(tmp_path)
+    renamed = [number for number, what in enumerate(done) if what.startswith("to ")]
+    assert len(renamed) == 7  # the codebook, three shards, and after each of these the header
+    for number in renamed:
+        assert Path(done[number - 1]).parent != tmp_path or "partial" in done[number - 1]
+        assert done[number - 1] != str(tmp_path) and done[number + 1] == str(tmp_path)
+
+
+def test_a_capture_of_another_run_is_not_read_by_the_codebook_of_this_one(tmp_path: Path) -> None:
+    """Another run has found the codebook damaged, and captures again with other logits."""
+    records = captured(tmp_path).records()
+    for path in tmp_path.iterdir():
+        path.unlink()
+    opened(tmp_path).capture(iter((0.9 * LOGITS).split(17)))
+    with pytest.raises(LayerSurgeryError, match="another run has captured it again since"):
+        records.read([0])
 
 
 def test_a_file_that_goes_away_while_training_is_one_sentence(tmp_path: Path) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
 import random
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,9 +18,10 @@ from torch import Tensor
 from transformers import TrainerControl
 
 from layer_surgery.data.objective import NO_LABEL
-from layer_surgery.errors import NumericalError
+from layer_surgery.errors import NumericalError, UserError
 from layer_surgery.healing.losses import TeacherLogits
 from layer_surgery.healing.mixture import parse_losses
+from layer_surgery.healing.resuming import check_training_checkpoint
 from layer_surgery.healing.student import Student
 from layer_surgery.healing.training import METRIC, Patience, TrainingSettings, train
 from layer_surgery.healing.windows import HealingData, WindowDataset, healing_data
@@ -151,6 +155,53 @@ def test_a_resumed_training_ends_with_the_same_weights(data: HealingData, tmp_pa
         replace(point, seconds=0.0) for point in whole.curve
     ]
     assert (resumed.best_step, resumed.steps) == (whole.best_step, 7)
+
+
+def test_a_damaged_checkpoint_of_a_training_is_refused(data: HealingData, tmp_path: Path) -> None:
+    """Every file of it, cut short, changed, made a pipe, and one of another training."""
+    keeping = {"keep_state": True, "batch_size": 4, "validations": 2, "steps": 2}
+    unhealed = validation(new_student(data), data)
+    train(new_student(data), data, settings(tmp_path / "whole", **keeping), unhealed=unhealed)
+    whole, copy = tmp_path / "whole" / "checkpoint-1", tmp_path / "copy"
+
+    def refused(**other: Any) -> str:
+        again = settings(tmp_path / "again", **(keeping | other))
+        try:
+            check_training_checkpoint(copy)
+            train(new_student(data), data, again, unhealed=unhealed, resume=copy)
+        except UserError as error:
+            return str(error)
+        return "it is gone on with"
+
+    state = json.loads((whole / "trainer_state.json").read_text())
+    changes: dict[str, list[bytes | None]] = {
+        "trainer_state.json": [
+            b"{",
+            b"[]",
+            b"[" * 100_000,
+            json.dumps(state | {"global_step": "x"}).encode(),
+            json.dumps(state | {"log_history": [{"eval_regret": 1}]}).encode(),
+            json.dumps(state | {"no such field": 1}).encode(),
+            None,
+        ],
+        "model.safetensors": [b"", (whole / "model.safetensors").read_bytes()[:-4], None],
+        "optimizer.pt": [b"", (whole / "optimizer.pt").read_bytes()[:-100], b"cos\nsystem\n(S'true'\ntR.", None],
+        "scheduler.pt": [b"x", None],
+        "rng_state.pth": [b"x"],
+    }
+    for name, contents in changes.items():
+        for content in contents:
+            shutil.rmtree(copy, ignore_errors=True)
+            shutil.copytree(whole, copy)
+            (copy / name).unlink()
+            if content is None:
+                os.mkfifo(copy / name)
+            else:
+                (copy / name).write_bytes(content)
+            assert f"--resume {copy}" in refused(), (name, content)
+    shutil.rmtree(copy)
+    shutil.copytree(whole, copy)
+    assert "of a training of 2 steps, and this one has 3" in refused(steps=3)
 
 
 def test_a_loss_that_is_not_finite_ends_the_training_with_the_best_weights(data: HealingData, tmp_path: Path) -> None:

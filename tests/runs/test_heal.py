@@ -22,6 +22,7 @@ from tiny_tokenizer import tiny_tokenizer
 
 import layer_surgery
 from layer_surgery.checkpoint.open import open_checkpoint
+from layer_surgery.disk.locks import locked
 from layer_surgery.healing.body import Body
 from layer_surgery.records.reading import read_report
 
@@ -266,6 +267,23 @@ def test_the_original_is_asked_once_for_the_same_data(
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert first.healing is not None and second.healing is not None
     assert first.healing.teacher_bytes_per_token == second.healing.teacher_bytes_per_token
+
+
+def test_a_cache_that_another_run_writes_is_left_to_it(
+    result: Path, words: Path, tmp_path: Path, run: CommandLine
+) -> None:
+    options = ["--data", words, "--tokens", 300, "--learning-rate", 1e-3, "--sequence-length", 16, "--no-eval"]
+    cache = tmp_path / "cache"
+    assert run("heal", result, *options, "--teacher-cache", cache, "--output", tmp_path / "first").code == 0
+    (folder,) = cache.iterdir()
+    (folder / "teacher.json").unlink()
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with locked(folder):
+        outcome = run("heal", result, *options, "--teacher-cache", cache, "--output", tmp_path / "second")
+    assert outcome.code == 0 and "another run is writing" in outcome.err
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    one, other = tensors_of(tmp_path / "first"), tensors_of(tmp_path / "second")
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_a_full_disk_is_one_sentence_and_nothing_is_lost(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,15 +22,22 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
+from layer_surgery.disk.own import remove_dead
+from layer_surgery.disk.reading import check_regular, read_json
+from layer_surgery.disk.writing import staged_file, write_atomically
 from layer_surgery.errors import LayerSurgeryError, UserError
 from layer_surgery.healing.teacher.codebook import Codebook, RecordReader
 from layer_surgery.healing.teacher.form import Observed, RecordForm, observe
-from layer_surgery.healing.teacher.records import DAMAGE, OPTION, Shard, TeacherRecords
+from layer_surgery.healing.teacher.records import BOOK, DAMAGE, OPTION, Shard, TeacherRecords, reason
 from layer_surgery.machine import code_sha256
 
 HEADER_FILE, CODEBOOK_FILE = "teacher.json", "codebook.safetensors"
+#: What directories begin with that hold a file which is being written.
+STAGING = ".teacher.partial-"
 #: A shard is finished behind the sequence in which it gets so many tokens.
 SHARD_TOKENS = 1 << 14
+#: Files that are there before the first header: a capture may be killed between them, or be at work.
+_OURS = re.compile(rf"{re.escape(CODEBOOK_FILE)}|shard-\d+\.safetensors|{re.escape(STAGING)}\w+|\..*\.partial(-\w+)?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,9 +98,10 @@ class TeacherCache:
         """
         cache = cls(directory, identity, form or RecordForm(), tokens, vocabulary)
         header = directory / HEADER_FILE
+        remove_dead(directory, STAGING)
         if header.exists():
             cache._read(header, note)
-        elif directory.is_dir() and any(directory.iterdir()):
+        elif directory.is_dir() and any(_OURS.fullmatch(path.name) is None for path in directory.iterdir()):
             raise UserError(f"{OPTION} {directory} is not empty and no teacher cache; give another directory.")
         try:
             directory.mkdir(parents=True, exist_ok=True)
@@ -154,7 +163,8 @@ class TeacherCache:
         """Return what is read by sequence. Raises `ValueError` unless the cache is complete."""
         if not self.complete or self._book is None:
             raise ValueError(f"{self.next_sequence} of {len(self._tokens)} sequences are captured")
-        return TeacherRecords(self._directory, self._shards, RecordReader(self._book, self._form.temperature))
+        reader = RecordReader(self._book, self._form.temperature)
+        return TeacherRecords(self._directory, self._shards, reader, self._book_sha256)
 
     def _shard_stop(self) -> int | None:
         """Return the sequence behind the last of the next shard; None if there is none."""
@@ -174,14 +184,14 @@ class TeacherCache:
         mine, rest = joined.split(int(counts.sum()))
         if self._book is None:
             self._book = Codebook.fitted(mine, self._form, self._vocabulary)
-            self._book_sha256 = self._save(CODEBOOK_FILE, self._book.arrays())
+            self._book_sha256 = self._save(CODEBOOK_FILE, self._book.arrays(), {})
         coded = self._book.encode(mine)
         arrays: dict[str, NDArray[Any]] = {"stream": coded.stream, "bits": coded.bits.astype(np.uint16)}
         arrays["tokens"] = counts.astype(np.int32)
         if coded.tails is not None:
             arrays["tails"] = coded.tails.astype(np.uint16)
         name = f"shard-{len(self._shards):05d}.safetensors"
-        sha256 = self._save(name, arrays)
+        sha256 = self._save(name, arrays, {BOOK: self._book_sha256})
         nbytes = (self._directory / name).stat().st_size
         self._shards.append(Shard(file=name, first=first, stop=stop, sha256=sha256, nbytes=nbytes))
         try:
@@ -191,27 +201,19 @@ class TeacherCache:
             raise self._unwritable(error) from error
         return len(rest.counts), [rest]
 
-    def _save(self, name: str, arrays: Mapping[str, NDArray[Any]]) -> str:
+    def _save(self, name: str, arrays: Mapping[str, NDArray[Any]], about: dict[str, str]) -> str:
         """Write a file, under its name only when it is whole, and return its SHA-256."""
-        partial = self._directory / f".{name}.partial"
         try:
-            save_file(dict(arrays), partial)
-            sha256 = _sha256(partial)
-            partial.replace(self._directory / name)
+            with staged_file(self._directory / name, STAGING) as staging:
+                save_file(dict(arrays), staging, about)
+                return _sha256(staging)
         except (OSError, SafetensorError) as error:
-            partial.unlink(missing_ok=True)
             raise self._unwritable(error) from error
-        return sha256
 
     def _write_header(self) -> None:
         record = self._header()
-        partial = self._directory / f".{HEADER_FILE}.partial"
-        try:
-            partial.write_text(json.dumps({"sha256": _record_sha256(record), "record": record}), encoding="utf-8")
-            partial.replace(self._directory / HEADER_FILE)
-        except OSError:
-            partial.unlink(missing_ok=True)
-            raise
+        text = json.dumps({"sha256": _record_sha256(record), "record": record})
+        write_atomically(self._directory / HEADER_FILE, text)
 
     def _header(self) -> dict[str, Any]:
         return {
@@ -225,9 +227,8 @@ class TeacherCache:
         }
 
     def _unwritable(self, error: Exception) -> LayerSurgeryError:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         return LayerSurgeryError(
-            f"{OPTION} {self._directory} cannot be written ({reason}); is the disk full? The "
+            f"{OPTION} {self._directory} cannot be written ({reason(error)}); is the disk full? The "
             f"{self.next_sequence} of {len(self._tokens)} sequences that are captured stay: make room and run the same "
             "command again."
         )
@@ -235,25 +236,30 @@ class TeacherCache:
     def _read(self, header: Path, note: Callable[[str], None]) -> None:
         """Take over what a directory holds. Raises `UserError` if that is of something else, or none of ours."""
         try:
-            stored = json.loads(header.read_text(encoding="utf-8"))
+            stored = read_json(header)
             record = stored["record"]
             if stored["sha256"] != _record_sha256(record):
                 raise ValueError("its checksum is wrong")
             shards = [Shard(**shard) for shard in record["shards"]]
+            _check_shards(shards, record["sequences"])
             identity, form = dict(record["identity"]), dict(record["form"])
+            counts = (record["sequences"], record["tokens"], record["vocabulary"])
             self._book_sha256 = record["codebook_sha256"]
         except DAMAGE as error:
             raise UserError(
-                f"{OPTION} {self._directory} has a damaged {HEADER_FILE} ({error}); delete the directory to capture "
-                "again, or give another."
+                f"{OPTION} {self._directory} has a damaged {HEADER_FILE} ({reason(error)}); delete the directory to "
+                "capture again, or give another."
             ) from error
-        self._refuse_other(identity, form, record)
+        self._refuse_other(identity, form, counts)
         try:
             if _sha256(self._directory / CODEBOOK_FILE) != self._book_sha256:
                 raise ValueError("its checksum is wrong")
             self._book = Codebook.from_arrays(load_file(self._directory / CODEBOOK_FILE))
         except DAMAGE as error:
-            note(f"warning: {self._directory / CODEBOOK_FILE} is damaged ({error}); the teacher is captured again")
+            note(
+                f"warning: {self._directory / CODEBOOK_FILE} is damaged ({reason(error)}); the teacher is captured "
+                "again"
+            )
             self._book, self._book_sha256 = None, ""
             return
         for shard in shards:
@@ -265,19 +271,16 @@ class TeacherCache:
                 return
             self._shards.append(shard)
 
-    def _refuse_other(self, identity: dict[str, Any], form: dict[str, Any], record: dict[str, Any]) -> None:
+    def _refuse_other(self, identity: dict[str, Any], form: dict[str, Any], counts: tuple[Any, ...]) -> None:
         mine, other = asdict(self._identity), ""
         differs = [name for name in mine if identity.get(name) != mine[name]]
         if differs:
             other = _WHAT_DIFFERS[differs[0]]
         elif form != self._form.to_dict():
-            name = next(name for name in {**self._form.to_dict(), **form} if form.get(name) != asdict(self._form)[name])
-            other = f"{name} {form.get(name)} where {asdict(self._form)[name]} is asked for"
-        elif (record["sequences"], record["tokens"], record["vocabulary"]) != (
-            len(self._tokens),
-            sum(self._tokens),
-            self._vocabulary,
-        ):
+            asked = self._form.to_dict()
+            name = next(name for name in {**asked, **form} if form.get(name) != asked.get(name))
+            other = f"{name} {form.get(name)} where {asked.get(name)} is asked for"
+        elif counts != (len(self._tokens), sum(self._tokens), self._vocabulary):
             other = "other data"
         if other:
             raise UserError(
@@ -297,6 +300,17 @@ def _record_sha256(record: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
+def _check_shards(shards: Sequence[Shard], sequences: int) -> None:
+    """Raise `ValueError` unless shards stand one behind the other, and none behind the last sequence."""
+    stops = [0, *(shard.stop for shard in shards)]
+    whole = all(type(each) is int for shard in shards for each in (shard.first, shard.stop, shard.nbytes))
+    if not whole or any(
+        shard.first != stop or not stop < shard.stop <= sequences for shard, stop in zip(shards, stops, strict=False)
+    ):
+        raise ValueError("its shards are none")
+
+
 def _sha256(path: Path) -> str:
+    check_regular(path)
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

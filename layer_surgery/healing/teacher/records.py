@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from layer_surgery.disk.reading import why
 from layer_surgery.errors import LayerSurgeryError
 from layer_surgery.healing.losses.inputs import TeacherLogits
 from layer_surgery.healing.teacher.bits import I64
@@ -20,7 +21,9 @@ from layer_surgery.healing.teacher.codebook import RecordReader
 
 OPTION = "--teacher-cache"
 #: Whatever is wrong with a file: it cannot be read, is no JSON or safetensors, or lacks something.
-DAMAGE = (OSError, SafetensorError, ValueError, KeyError, TypeError, IndexError)
+DAMAGE = (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError)
+#: Where a shard says, in its metadata, by which codebook it was written.
+BOOK = "codebook_sha256"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +40,9 @@ class Shard:
 class TeacherRecords:
     """A complete cache, read by sequence. Holds the sizes of some shards; streams are read from the files."""
 
-    def __init__(self, directory: Path, shards: Sequence[Shard], reader: RecordReader) -> None:
+    def __init__(self, directory: Path, shards: Sequence[Shard], reader: RecordReader, book_sha256: str) -> None:
         self._directory, self._shards, self._reader = directory, list(shards), reader
+        self._book_sha256 = book_sha256
         self._firsts = np.array([shard.first for shard in shards])
         self._index = functools.lru_cache(maxsize=32)(self._read_index)
 
@@ -57,7 +61,7 @@ class TeacherRecords:
                 pieces.append(self._piece(shard, sequence - shard.first))
             except DAMAGE as error:
                 raise LayerSurgeryError(
-                    f"{OPTION}: {self._directory / shard.file} cannot be read ({error})."
+                    f"{OPTION}: {self._directory / shard.file} cannot be read ({reason(error)})."
                 ) from error
         lengths = np.array([len(piece.stream) for piece in pieces], np.int64)
         offsets = 8 * (np.cumsum(lengths) - lengths)
@@ -75,12 +79,19 @@ class TeacherRecords:
         places = index.places[tokens.start : tokens.stop + 1]
         first_byte = int(places[0]) // 8
         with safe_open(self._directory / shard.file, framework="numpy") as file:
+            self._check_book(file)
             stream = file.get_slice("stream")[first_byte : (int(places[-1]) + 7) // 8]
         inside = places - 8 * first_byte
         return _Piece(stream, inside[:-1], inside[1:], None if index.tails is None else index.tails[tokens])
 
+    def _check_book(self, file: Any) -> None:
+        """Raise `ValueError` if an open shard has been written by another codebook since the cache was opened."""
+        if (file.metadata() or {}).get(BOOK) != self._book_sha256:
+            raise ValueError("another run has captured it again since")
+
     def _read_index(self, file: str) -> _Index:
         with safe_open(self._directory / file, framework="numpy") as tensors:
+            self._check_book(tensors)
             names = set(tensors.keys())
             bits, counts = tensors.get_tensor("bits"), tensors.get_tensor("tokens")
             tails = tensors.get_tensor("tails").astype(np.int64) if "tails" in names else None
@@ -104,6 +115,13 @@ class _Piece:
     starts: I64
     ends: I64
     tails: I64 | None
+
+
+def reason(error: Exception) -> str:
+    """Return what is wrong with a file, in words."""
+    if isinstance(error, OSError):
+        return why(error)
+    return f"it has no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
 
 
 def _from_zero(sizes: NDArray[Any]) -> I64:

@@ -19,10 +19,13 @@ from torch import Tensor
 
 from layer_surgery import parallel
 from layer_surgery.data.objective import Objective
+from layer_surgery.disk.own import remove_dead
+from layer_surgery.disk.reading import check_regular
+from layer_surgery.disk.writing import staged_file
 from layer_surgery.errors import LayerSurgeryError
 from layer_surgery.healing.losses.inputs import TeacherLogits
 from layer_surgery.healing.outputs import teacher_outputs
-from layer_surgery.healing.teacher.cache import TeacherIdentity
+from layer_surgery.healing.teacher.cache import STAGING, TeacherIdentity
 
 
 class TeacherRows:
@@ -47,13 +50,11 @@ def captured_rows(outputs: Iterable[Tensor], file: Path | None, identity: Teache
     rows = torch.cat([piece.cpu() for piece in outputs])
     if file is None or not parallel.is_first():
         return rows
-    partial = file.with_name(f".{file.name}.partial")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"rows": rows}, partial, {"identity": _text(identity), "sha256": _sha256(rows)})
-        partial.replace(file)
+        with staged_file(file, STAGING) as staging:
+            save_file({"rows": rows}, staging, {"identity": _text(identity), "sha256": _sha256(rows)})
     except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise LayerSurgeryError(
             f"--teacher-cache {file.parent} cannot be written ({reason}); is the disk full?"
@@ -71,14 +72,16 @@ def stored_rows(
         items: [N] how many of them each sequence has.
         note: is told of a file that is damaged.
     """
+    remove_dead(file.parent, STAGING)
     if not file.exists():
         return None
     try:
+        check_regular(file)
         with safe_open(file, framework="pt") as stored:
             about = stored.metadata() or {}
             rows: Tensor = stored.get_tensor("rows")
         whole = about.get("sha256") == _sha256(rows) and about.get("identity") == _text(identity)
-    except (OSError, SafetensorError):
+    except (OSError, SafetensorError, TypeError):  # numpy has no numbers of some of the types
         whole = False
     if not whole or rows.dim() != 2 or len(rows) != sum(items):
         note(f"warning: {file} is damaged; the teacher is asked again")

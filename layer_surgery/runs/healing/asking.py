@@ -7,7 +7,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from layer_surgery import parallel
 from layer_surgery.data.tokens import PackedTokens
+from layer_surgery.disk.locks import LockedError, lock_file, locked
 from layer_surgery.errors import LayerSurgeryError, NumericalError
 from layer_surgery.healing.capture import DenseTeacher, KeptStore, Reduce, TeacherStatesStore, asked
 from layer_surgery.healing.losses.registry import Needs
@@ -147,13 +148,25 @@ class Asking:
     ) -> None:
         """Keep the largest probabilities of each token; the first process writes what all have found."""
         folder, form = self._cache_folder(tokens, temperature), RecordForm(temperature=temperature)
+        spare = self._session.new_scratch("teacher")
         caches: list[TeacherCache] = []
 
-        def next_sequence() -> int:
-            caches.append(self._open_cache(folder, model, tokens, form, self._session.ui.note))
-            return caches[0].next_sequence
+        def next_sequence() -> tuple[str, int]:
+            for place in (folder, spare):
+                cache = self._open_cache(place, model, tokens, form, self._session.ui.note)
+                if cache.complete:
+                    _remove_dead_lock(place)
+                elif self._alone_in(place):
+                    # Another run may have written to it before it was locked.
+                    cache = self._open_cache(place, model, tokens, form, lambda _note: None)
+                else:
+                    continue
+                caches.append(cache)
+                break
+            return str(place), caches[0].next_sequence
 
-        first = parallel.from_first(next_sequence)
+        place, first = parallel.from_first(next_sequence)
+        folder = Path(place)
         if first < tokens.sequences or stores:
             starts = [0, *tokens.loss_mask.sum(dim=1).cumsum(0).tolist()]
 
@@ -218,6 +231,18 @@ class Asking:
         described = {"identity": asdict(self._identity(tokens)), "form": form.to_dict()}
         return self._config.teacher_cache / _sha256(json.dumps(described, sort_keys=True))[:24]
 
+    def _alone_in(self, folder: Path) -> bool:
+        """Lock a folder that is written to until all is done; return whether no other run has locked it."""
+        try:
+            self._kept.enter_context(locked(folder))
+        except LockedError:
+            self._session.ui.note(
+                f"another run is writing what the original says of the same data to {folder}; this one does not wait "
+                "for it, and keeps its own for itself"
+            )
+            return False
+        return True
+
     def _open_cache(
         self,
         folder: Path,
@@ -274,6 +299,13 @@ class Asking:
             )
         store = BoundaryStore(shape, dtype, self._session.device, memory, self._session.scratch)
         return self._kept.enter_context(store)
+
+
+def _remove_dead_lock(folder: Path) -> None:
+    """Remove the lock that a run which was killed has left on a complete cache; one of a living run stays."""
+    if lock_file(folder).exists():
+        with suppress(LockedError, OSError), locked(folder):
+            pass
 
 
 def _sha256(text: str) -> str:

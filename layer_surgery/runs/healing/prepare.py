@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from layer_surgery import parallel
+from layer_surgery.calibration.cache import check_cache
 from layer_surgery.checkpoint.heads import CAUSAL_LM, EMBEDDING
 from layer_surgery.checkpoint.open import Checkpoint
 from layer_surgery.config import HealingConfig
@@ -22,12 +23,13 @@ from layer_surgery.healing.attention_maps import compared_layers
 from layer_surgery.healing.mixture import WeightedLoss, parse_losses
 from layer_surgery.healing.outputs import check_losses
 from layer_surgery.healing.relations import check_relations
+from layer_surgery.healing.resuming import check_training_checkpoint
 from layer_surgery.healing.rewrite import prompts
 from layer_surgery.healing.trainable import adapter_targets, check_head
 from layer_surgery.healing.windows import HealingData, healing_data, most_held_out
 from layer_surgery.runs.bench import GENERAL_TEXT
 from layer_surgery.runs.healing.beside import check_beside
-from layer_surgery.runs.healing.resuming import check_is_checkpoint, check_resumed, options_identity
+from layer_surgery.runs.healing.resuming import check_resumed, options_identity
 from layer_surgery.runs.provenance import described_tokens
 from layer_surgery.runs.session import Session
 
@@ -92,8 +94,10 @@ def prepare_healing(
         adapter_targets(session.checkpoint.skeleton, session.checkpoint.architecture.layers)
     if config.train == "head" and not fewer_dimensions:  # which come with a module of their own
         check_head(original)
+    check_cache(config.teacher_cache, "--teacher-cache")
+    check_cache(config.checkpoints, "--checkpoints")
     if config.resume is not None:
-        check_is_checkpoint(config.resume)
+        check_training_checkpoint(config.resume)
     windows = _MOST_WINDOWS
     if config.tokens is not None and not objective.apart:  # else they are as long as they are
         windows = max(1, math.ceil(config.tokens / text.sequence_length))

@@ -44,12 +44,6 @@ def models_identity(student: Checkpoint, teacher_sha256: str) -> dict[str, Any]:
     return {"the result (sha256)": student.sha256(), "the original (sha256)": teacher_sha256}
 
 
-def check_is_checkpoint(directory: Path) -> None:
-    """Raise `UserError` for a directory that is no checkpoint of a training."""
-    if not (directory / "trainer_state.json").is_file():
-        raise UserError(f"--resume {directory} is no checkpoint of a training; give --checkpoints' DIR/checkpoint-N.")
-
-
 def check_resumed(checkpoint: Path, identity: Mapping[str, Any]) -> None:
     """Raise `UserError` that names what differs if a checkpoint is of a training of something else."""
     try:

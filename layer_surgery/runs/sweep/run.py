@@ -9,6 +9,7 @@ import attrs
 
 from layer_surgery import parallel
 from layer_surgery.calibration.cache import check_cache
+from layer_surgery.checkpoint.contents import PAGE_FILES
 from layer_surgery.checkpoint.heads import CAUSAL_LM
 from layer_surgery.checkpoint.output import check_not_same, writing
 from layer_surgery.config import SweepConfig
@@ -16,7 +17,7 @@ from layer_surgery.data.bundled import bundled_tasks
 from layer_surgery.data.tokens import PackedTokens
 from layer_surgery.errors import LayerSurgeryError, PlanError
 from layer_surgery.evaluation.task_names import check_task_names
-from layer_surgery.records import SurgeryPlan
+from layer_surgery.records import StageFailure, SurgeryPlan
 from layer_surgery.records.reading import REPORT_FILE, read_sweep
 from layer_surgery.records.sweep import SweepBest, SweepPoint, SweepReport, SweepSettings
 from layer_surgery.reporting.publish import write_sweep_page
@@ -244,15 +245,18 @@ def _outcome(point: SweepPoint) -> str:
 
 def _with_best(model: Model, config: SweepConfig, condition: Condition, report: SweepReport) -> SweepReport:
     """Save the best model, unless it is there already, and write down which it is."""
-    best = find_best(condition, report.points)
+    best, failed = find_best(condition, report.points), list[StageFailure]()
     if best.point is not None:
         point = next(point for point in report.points if point.settings == best.point)
         if not _is_saved(config, report, point):
             config.ui.note(f"saving the smallest model with {condition.text}: {point.settings.name}")
-            _save(model, config, point)
+            failed = _save(model, config, point)
         best = replace(best, output=BEST_FOLDER)
     report = replace(report, best=best)
     write_sweep(config.directory, report)
+    if failed:
+        said = "; ".join(f"{failure.stage} failed: {failure.error}" for failure in failed)
+        raise LayerSurgeryError(f"the best model is saved, but {said}; the same command saves it again.")
     return report
 
 
@@ -274,13 +278,16 @@ def _is_saved(config: SweepConfig, report: SweepReport, point: SweepPoint) -> bo
     if report.best is None or report.best.point != point.settings or point.plan is None:
         return False
     saved = config.directory / BEST_FOLDER / REPORT_FILE
+    if not all((saved.parent / name).is_file() for name in (REPORT_FILE, *PAGE_FILES)):
+        return False
     try:
-        return saved.is_file() and SurgeryPlan.read(saved).layers == point.plan.layers
+        return SurgeryPlan.read(saved).layers == point.plan.layers
     except PlanError:
         return False
 
 
-def _save(model: Model, config: SweepConfig, point: SweepPoint) -> None:
+def _save(model: Model, config: SweepConfig, point: SweepPoint) -> list[StageFailure]:
+    """Save the model of a point; return what failed, such as its page."""
     output = config.directory / BEST_FOLDER
     compress = attrs.evolve(compress_config(config, point.settings), output=output, no_save=False, overwrite=True)
     surgery = run_compress(model, compress, known_scores=point.scores)
@@ -289,3 +296,4 @@ def _save(model: Model, config: SweepConfig, point: SweepPoint) -> None:
             f"what was saved to {output} has other layers or ranks than the point had ({point.settings.name}); did the "
             "machine or a package change since the sweep?"
         )
+    return surgery.failures
