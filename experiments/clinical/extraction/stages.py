@@ -83,7 +83,7 @@ class Recipe:
 
         def make() -> dict[str, Any]:
             loaded = layer_surgery.load(model, dtype=torch.float32).eval()
-            tokenizer = AutoTokenizer.from_pretrained(model)
+            tokenizer = AutoTokenizer.from_pretrained(self.llm)  # of a compressed one as well, which would ask
             texts = self.texts(name)[:count]
             return asdict(json_labeller.write_findings(loaded, tokenizer, texts, constrained=constrained))
 
