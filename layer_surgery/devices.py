@@ -113,25 +113,58 @@ def fast_products(device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
+def torchs_products() -> Iterator[None]:
+    """Have products formed as torch does by itself, also within `fast_products`.
+
+    So times and scores are those that others see; and for the few rows of a generation oneDNN takes longer.
+    """
+    if not _SET_BEFORE:
+        yield
+        return
+    fast = _precisions()
+    _set_precisions(_SET_BEFORE[0])
+    try:
+        yield
+    finally:
+        _set_precisions(fast)
+
+
+#: What was set before `fast_products`, of each block that is entered.
+_SET_BEFORE: list[tuple[str, list[str]]] = []
+
+
+@contextmanager
 def _products_by_onednn() -> Iterator[None]:
     """Let products of float32 be rounded inside. Nothing changes if the precision of a backend has been set by itself.
 
     `set_float32_matmul_precision` also speaks for CUDA; what it does there holds in the block only.
     """
     try:
-        before = torch.get_float32_matmul_precision()
+        before = _precisions()
     except RuntimeError:  # precisions of single backends do not go together with one for all
         yield
         return
-    backends: list[Any] = [torch.backends.mkldnn.matmul, torch.backends.cuda.matmul]  # type: ignore[attr-defined]
-    precisions = [backend.fp32_precision for backend in backends]
+    _SET_BEFORE.append(before)
     torch.set_float32_matmul_precision("medium")
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
-        for backend, precision in zip(backends, precisions, strict=True):
-            backend.fp32_precision = precision
+        _set_precisions(_SET_BEFORE.pop())
+
+
+def _precisions() -> tuple[str, list[str]]:
+    """Return the precision of float32 products, and what is set for each backend by itself."""
+    return torch.get_float32_matmul_precision(), [backend.fp32_precision for backend in _backends()]
+
+
+def _set_precisions(precisions: tuple[str, list[str]]) -> None:
+    torch.set_float32_matmul_precision(precisions[0])
+    for backend, precision in zip(_backends(), precisions[1], strict=True):
+        backend.fp32_precision = precision
+
+
+def _backends() -> list[Any]:
+    return [torch.backends.mkldnn.matmul, torch.backends.cuda.matmul]  # type: ignore[attr-defined]
 
 
 def _cpu_capability() -> str:

@@ -45,6 +45,18 @@ def test_the_settings_can_be_read_in_the_block_and_are_put_back() -> None:
 
 
 @pytest.mark.usefixtures("by_onednn")
+def test_what_others_are_to_see_is_formed_as_torch_does() -> None:
+    before = precisions()
+    with devices.torchs_products():
+        assert precisions() == before
+    with devices.fast_products(CPU), devices.fast_products(CPU):
+        with devices.torchs_products():
+            assert precisions() == before
+        assert precisions()[:2] == ("medium", "bf16")
+    assert precisions() == before
+
+
+@pytest.mark.usefixtures("by_onednn")
 def test_a_precision_that_somebody_has_set_for_a_backend_stays() -> None:
     backend = torch.backends.cuda.matmul
     before = backend.fp32_precision

@@ -324,7 +324,7 @@ def test_healing_lists_every_loss_that_heal_takes() -> None:
     page = (REPOSITORY / "docs" / "healing.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| (`.+?) \|", page.split("\n## Losses")[1].split("\n## ")[0], re.MULTILINE)
     names = [name for row in rows for name in re.findall(r"`(\w+)`", row)]
-    assert sorted(names) == sorted(loss.name for loss in LOSSES if loss.needs not in ("attention", "stones"))
+    assert sorted(names) == sorted(loss.name for loss in LOSSES)
 
 
 def test_defaults_in_the_documentation_are_those_of_the_program() -> None:

@@ -37,7 +37,8 @@ def label_set(value: object, objective: Objective, at: str) -> list[float]:
     if len(given) == count and all(isinstance(each, bool | float) and each in (0, 1) for each in given):
         return [float(each) for each in given]  # type: ignore[arg-type]
     chosen = [label_number(each, objective, at) for each in given]
-    if len(set(chosen)) < len(chosen) or (chosen in ([0, 1], [1, 0]) and count == 2 and chosen == given):
+    numbered = not any(isinstance(each, str) for each in given)
+    if numbered and (len(set(chosen)) < len(chosen) or (chosen in ([0, 1], [1, 0]) and count == 2 and chosen == given)):
         raise DataError(
             f"{at}: the labels {value!r} may be numbers of labels, or 0 or 1 for each of the head's {count}; write "
             "each label once, by its name, or true or false for each of the head's."

@@ -19,7 +19,14 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from layer_surgery.config import SpeedConfig
-from layer_surgery.devices import now, peak_device_memory_bytes, reset_peak_device_memory, used_memory_bytes, wait_for
+from layer_surgery.devices import (
+    now,
+    peak_device_memory_bytes,
+    reset_peak_device_memory,
+    torchs_products,
+    used_memory_bytes,
+    wait_for,
+)
 from layer_surgery.progress import Progress
 from layer_surgery.records import SpeedPoint
 
@@ -34,6 +41,7 @@ class _Timings:
 
 
 @torch.no_grad()
+@torchs_products()
 def measure_speed(
     models: Sequence[PreTrainedModel], config: SpeedConfig, progress: Progress, seed: int, *, generates: bool = True
 ) -> list[list[SpeedPoint]]:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from layer_surgery.config import TaskConfig
+from layer_surgery.devices import torchs_products
 from layer_surgery.errors import DataError
 from layer_surgery.evaluation.harness import HarnessModel
 from layer_surgery.evaluation.task_names import unknown_task
@@ -71,7 +72,13 @@ class Tasks:
         # lm-eval prints on stdout, seeds the global generators, and runs git where the user stands, which outside of a
         # repository writes an error on stderr.
         no_git = _changed(evaluator, "get_git_commit_hash", lambda: None)
-        with contextlib.redirect_stdout(io.StringIO()), no_git, _global_generators_kept(), torch.no_grad():
+        with (
+            contextlib.redirect_stdout(io.StringIO()),
+            no_git,
+            _global_generators_kept(),
+            torch.no_grad(),
+            torchs_products(),
+        ):
             found: Any = simple_evaluate(
                 model=HarnessModel(model, tokenizer, progress),
                 tasks=self._specs,

@@ -18,7 +18,7 @@ from layer_surgery.calibration.units import attention_heads
 from layer_surgery.checkpoint.costs import cache_bytes_by_layer, token_costs
 from layer_surgery.checkpoint.experts import Experts, experts_of
 from layer_surgery.checkpoint.open import Checkpoint
-from layer_surgery.devices import now
+from layer_surgery.devices import now, torchs_products
 from layer_surgery.errors import PlanError
 from layer_surgery.surgeon.curves import Floats
 
@@ -178,6 +178,7 @@ class TimeTable:
         times: Floats = np.interp(along, along[few], measured)
         return times
 
+    @torchs_products()  # one row, as in generation
     @torch.no_grad()
     def _of(self, out: int, in_: int) -> float:
         if (out, in_) not in self._known:

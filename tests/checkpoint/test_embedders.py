@@ -376,4 +376,4 @@ def test_a_bench_teaches_texts_by_the_original(tmp_path: Path) -> None:
     with tiny_bench(base, tmp_path / "scratch", tokens=tokens) as bench:
         labels = bench.walk.tokens.labels
         assert labels is not None
-        assert largest_difference(labels, vectors_of(tmp_path / "model", tokens, tmp_path)) == 0
+        assert largest_difference(labels, vectors_of(tmp_path / "model", tokens, tmp_path)) < 1e-12

@@ -53,7 +53,7 @@ WRONG = [
     ("--tokens 0", "--tokens is 0; allowed: 1 or more"),
     ("--tokens 1000000000000000", "--tokens is 1,000,000,000,000,000; allowed: at most"),
     ("--learning-rate -1", "--learning-rate is -1.0; allowed: a number above 0"),
-    ("--train some", "--train is 'some'; allowed: all, factors, operated, last, lora"),
+    ("--train some", "--train is 'some'; allowed: all, factors, operated, last, head, lora"),
     ("--train factors", "--train factors finds nothing to train", "no linear that the surgery made smaller"),
     ("--train lora --stages local", "--train lora", "leave out --stages local"),
     ("--lora-rank 0", "--lora-rank is 0; allowed: 1 or more"),

@@ -24,7 +24,7 @@ from layer_surgery.progress import no_progress
 def test_numbers_follow_from_the_times_of_prefill_and_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each reading of the clock is 2 s after the one before, so a prefill and every step take 2 s."""
     ticks = itertools.count(0, 2)
-    monkeypatch.setattr(module, "_now", lambda _device: float(next(ticks)))
+    monkeypatch.setattr(module, "now", lambda _device: float(next(ticks)))
     sizes: dict[str, Any] = {"speed_batch_sizes": (1, 3), "speed_lengths": (4, 8), "speed_new_tokens": 5}
     config = SpeedConfig(speed=True, speed_repeats=3, **sizes)
     (points,) = measure_speed([tiny_model()], config, no_progress, seed=0)
@@ -43,7 +43,7 @@ def test_percentiles_are_over_all_steps_and_medians_over_runs(monkeypatch: pytes
     for run in [*runs, (7, 7)]:  # the last is that of the memory
         times += list(itertools.accumulate((0, *run)))
     stream = iter(times)
-    monkeypatch.setattr(module, "_now", lambda _device: float(next(stream)))
+    monkeypatch.setattr(module, "now", lambda _device: float(next(stream)))
     config = SpeedConfig(speed=True, speed_lengths=(6,), speed_new_tokens=3, speed_repeats=3)
     ((point,),) = measure_speed([tiny_model()], config, no_progress, seed=0)
     assert point.time_to_first_token_seconds == 3

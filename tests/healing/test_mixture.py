@@ -50,7 +50,7 @@ def test_a_file_says_the_same(tmp_path: Path, name: str, content: str) -> None:
         ("kl:1:temperature=0", "'temperature' is '0'; allowed: above 0."),
         ("jsd:1:beta=1", "'beta' is '1'; allowed: above 0, below 1."),
         ("relations:1:heads=2.5", "'heads' is '2.5'; allowed: a whole number, 1 or more."),
-        ("hidden:1:beta=1", "the loss 'hidden' has no option 'beta'. It has: none."),
+        ("hidden:1:beta=1", "the loss 'hidden' has no option 'beta'. It has: projected."),
         ("kl:1:temperature", "'temperature' is no OPTION=VALUE; write NAME, NAME:WEIGHT"),
         ("nowhere.yaml", "--loss nowhere.yaml cannot be read (No such file or directory)."),
     ],

@@ -221,7 +221,7 @@ def test_what_an_embedding_model_cannot_be_healed_by_is_refused(run: CommandLine
     given = ("--calibration", texts, "--layers", "2", "--method", "remove", "--no-eval", "--sequence-length", 32)
     given = (*given, "--output", tmp_path / "output", "--heal")
     for options, said in (
-        (("--heal-loss", "kl"), "--loss kl is for models with a head, but this one gives embeddings; allowed"),
+        (("--heal-loss", "kl"), "--heal-loss kl is for models with a head, but this one gives embeddings; allowed"),
         (("--dimensions", 8, "--heal-loss", "embedding_cosine"), "with the original's, which has more numbers"),
         (("--heal-step-sequences", 2), "compares the texts of a step with each other; allowed: 3 or more."),
         (("--heal-train", "head"), "--train head finds nothing to train: no module behind the transformer of"),

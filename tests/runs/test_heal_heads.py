@@ -125,8 +125,8 @@ def test_what_a_head_cannot_be_healed_by_is_refused(
     before = listing(tmp_path)
     given = ("--calibration", data, "--layers", "2", "--method", "remove", "--no-eval", "--output", tmp_path / "output")
     for options, said in (
-        (("--heal-teacher-rewrite",), "--teacher-rewrite has a causal language model write answers"),
-        (("--heal-loss", "jsd"), "--loss jsd is a loss of distributions, but the model gives numbers"),
+        (("--heal-teacher-rewrite",), "--heal-teacher-rewrite has a causal language model write answers"),
+        (("--heal-loss", "jsd"), "--heal-loss jsd is a loss of distributions, but the model gives numbers"),
     ):
         assert_refused(run("compress", model, *given, "--heal", *options), said)
     few = labelled_file(tmp_path / "few.jsonl", "regression", rows=9)

@@ -83,7 +83,7 @@ def test_what_processes_cannot_do_together_is_refused_in_one_sentence(folder: Pa
         "raise --samples, or start fewer processes."
     )
     assert refusals["local stage"] == (
-        "--stages local works in one process, but 2 were started; start it without a launcher."
+        "--heal-stages local works in one process, but 2 were started; start it without a launcher."
     )
     assert refusals["steps"] == ("--step-sequences is 7, which 2 processes cannot share evenly; take a multiple of 2.")
     assert "is a file or a link" in refusals["output"]
