@@ -224,13 +224,13 @@ def test_what_an_embedding_model_cannot_be_healed_by_is_refused(run: CommandLine
         (("--heal-loss", "kl"), "--heal-loss kl is for models with a head, but this one gives embeddings; allowed"),
         (("--dimensions", 8, "--heal-loss", "embedding_cosine"), "with the original's, which has more numbers"),
         (("--heal-step-sequences", 2), "compares the texts of a step with each other; allowed: 3 or more."),
-        (("--heal-train", "head"), "--train head finds nothing to train: no module behind the transformer of"),
-        (("--heal-teacher-rewrite",), "--teacher-rewrite has a causal language model write answers"),
+        (("--heal-train", "head"), "--heal-train head finds nothing to train: no module behind the transformer of"),
+        (("--heal-teacher-rewrite",), "--heal-teacher-rewrite has a causal language model write answers"),
         (("--heal-data", few), "has 9 texts, too few to hold some out and train on the rest, which takes 16"),
     ):
         assert_refused(run("compress", model, *given, *options), said)
     assert_refused(
         run("compress", tmp_path / "masked", *given, "--heal-loss", "embedding_similarity"),
-        "--loss embedding_similarity compares embeddings, but the model gives none; take another loss.",
+        "--heal-loss embedding_similarity compares embeddings, but the model gives none; take another loss.",
     )
     assert listing(tmp_path) == before

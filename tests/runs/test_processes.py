@@ -85,7 +85,9 @@ def test_what_processes_cannot_do_together_is_refused_in_one_sentence(folder: Pa
     assert refusals["local stage"] == (
         "--heal-stages local works in one process, but 2 were started; start it without a launcher."
     )
-    assert refusals["steps"] == ("--step-sequences is 7, which 2 processes cannot share evenly; take a multiple of 2.")
+    assert refusals["steps"] == (
+        "--heal-step-sequences is 7, which 2 processes cannot share evenly; take a multiple of 2."
+    )
     assert "is a file or a link" in refusals["output"]
     assert refusals["release"].startswith('process 1 has torch "0.1", and process 0 has ')
     assert refusals["release"].endswith("; install the same on all machines.")
