@@ -73,7 +73,7 @@ def other_text(folder: Path) -> str:
     own = folder / f"of {parallel.group().rank}"
     own.mkdir()
     words = (folder / "text.txt").read_text(encoding="utf-8")
-    (own / "own.txt").write_text(words[parallel.group().rank :], encoding="utf-8")
+    (own / "own.txt").write_text(words[parallel.group().rank * len(words) // 2 :], encoding="utf-8")
     with chdir(own):
         said = refusal(lambda: api.score(folder / "llama", scorer="block_influence", calibration=["own.txt"], **TOKENS))
     return said
