@@ -100,9 +100,9 @@ def float32_by_onednn() -> bool:
     generator = torch.Generator().manual_seed(0)
     left, right = torch.randn(256, 512, generator=generator), torch.randn(512, 256, generator=generator)
     exact = left.double() @ right.double()
-    with _products_by_onednn():
+    with _products_by_onednn() as changed:
         error = float((left @ right - exact).norm() / exact.norm())
-    return error < _FLOAT32_ERROR
+    return changed and error < _FLOAT32_ERROR
 
 
 @contextmanager
@@ -134,20 +134,21 @@ _SET_BEFORE: list[tuple[str, list[str]]] = []
 
 
 @contextmanager
-def _products_by_onednn() -> Iterator[None]:
-    """Let products of float32 be rounded inside. Nothing changes if the precision of a backend has been set by itself.
+def _products_by_onednn() -> Iterator[bool]:
+    """Let products of float32 be rounded inside; yield whether that is so.
 
+    Nothing changes if the precision of a backend has been set by itself.
     `set_float32_matmul_precision` also speaks for CUDA; what it does there holds in the block only.
     """
     try:
         before = _precisions()
     except RuntimeError:  # precisions of single backends do not go together with one for all
-        yield
+        yield False
         return
     _SET_BEFORE.append(before)
     torch.set_float32_matmul_precision("medium")
     try:
-        yield
+        yield True
     finally:
         _set_precisions(_SET_BEFORE.pop())
 

@@ -56,8 +56,9 @@ def test_what_others_are_to_see_is_formed_as_torch_does() -> None:
     assert precisions() == before
 
 
-@pytest.mark.usefixtures("by_onednn")
-def test_a_precision_that_somebody_has_set_for_a_backend_stays() -> None:
+def test_a_precision_that_somebody_has_set_for_a_backend_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "from_proc", lambda _file, _key: "AuthenticAMD")
+    monkeypatch.setattr(devices, "_cpu_capability", lambda: "AVX512")
     backend = torch.backends.cuda.matmul
     before = backend.fp32_precision
     backend.fp32_precision = "tf32"
@@ -65,6 +66,7 @@ def test_a_precision_that_somebody_has_set_for_a_backend_stays() -> None:
         with devices.fast_products(CPU):
             assert backend.fp32_precision == "tf32"
             assert torch.backends.mkldnn.matmul.fp32_precision != "bf16"
+        assert not devices.float32_by_onednn(), "the record would name a library that was not taken"
     finally:
         backend.fp32_precision = before
 
