@@ -13,12 +13,30 @@ from tiny_models import packed_tokens, streamed, tiny_model
 from tiny_tokenizer import tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
+from layer_surgery import devices
 from layer_surgery.config import ContinuationConfig, SpeedConfig
 from layer_surgery.errors import UserError
 from layer_surgery.evaluation import speed as module
 from layer_surgery.evaluation.continuations import continuations, encode_prompt, prompts_from
 from layer_surgery.evaluation.speed import Allocations, generation_memory_bytes, measure_speed
 from layer_surgery.progress import no_progress
+
+
+def test_times_are_those_of_torchs_own_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, ticks = set[str](), itertools.count()
+
+    def look(_device: torch.device) -> float:
+        seen.add(torch.get_float32_matmul_precision())
+        return float(next(ticks))
+
+    before = torch.get_float32_matmul_precision()
+    monkeypatch.setattr(module, "now", look)
+    monkeypatch.setattr(devices, "float32_by_onednn", lambda: True)
+    config = SpeedConfig(speed=True, speed_lengths=(4,), speed_new_tokens=2, speed_repeats=1)
+    with devices.fast_products(torch.device("cpu")):
+        assert torch.get_float32_matmul_precision() != before
+        measure_speed([tiny_model()], config, no_progress, seed=0)
+    assert seen == {before}
 
 
 def test_numbers_follow_from_the_times_of_prefill_and_steps(monkeypatch: pytest.MonkeyPatch) -> None:
