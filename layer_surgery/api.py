@@ -147,16 +147,20 @@ def export_dense(model: Model, options: ExportConfig) -> DenseExport:
 
 
 @on_model(VerifyConfig)
-def verify(directory: Model, options: VerifyConfig) -> Verification:
+def verify(model: Model, options: VerifyConfig) -> Verification:
     """Compare every file of a saved result with the hash in its `surgery.json`, and its original with the one it was.
 
     Nothing is loaded or run. What is wrong is in `problems` of what is returned. The hashes stand beside the files, so
     they tell damage and not malice.
-    Raises `layer_surgery.UserError` for a directory that is no result, or one of a release that wrote no hashes.
+
+    Args:
+        model: the directory of a result.
+
+    Raises: `layer_surgery.UserError` for a directory that is no result, or one of a release that wrote no hashes.
     """
-    if not isinstance(directory, str | Path):
-        raise ReportError(f"verify takes the directory of a result, not a {type(directory).__name__}.")
-    return run_verify(expanded(directory), options)
+    if not isinstance(model, str | Path):
+        raise ReportError(f"verify takes the directory of a result, not a {type(model).__name__}.")
+    return run_verify(expanded(model), options)
 
 
 def report(

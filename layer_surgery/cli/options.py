@@ -79,9 +79,12 @@ DEBUG = option(
 def given(options: dict[str, Any]) -> dict[str, Any]:
     """Return the options that were given, as keyword arguments; `--no-eval` is `eval_data` without texts.
 
-    The options behind a flag are one argument, a dictionary. Raises `UserError` if they are given without it.
+    The options behind a flag are one argument, a dictionary. Raises `UserError` if they are given without it, and for
+    texts to measure on beside `--no-eval`.
     """
     without_texts = {"eval_data": ()} if options.pop("no_eval", False) else {}
+    if without_texts and options.get("eval_data") is not None:
+        raise UserError("--no-eval measures on no text and --eval-data names one; use one of the two.")
     known = {name: value for name, value in options.items() if value is not None} | without_texts
     for name in [name for name in known if _INNER in name]:
         outer, _, inner = name.partition(_INNER)

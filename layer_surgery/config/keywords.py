@@ -95,7 +95,10 @@ def _with_keywords(function: Any, *, options: Any, positional: tuple[str, ...]) 
 
     @functools.wraps(function)
     def call(model: Any, *args: Any, **given: Any) -> Any:
-        given |= zip(positional[1:], args, strict=False)
+        by_position = dict(zip(positional[1:], args, strict=False))
+        for name in by_position.keys() & given.keys():
+            raise TypeError(f"{function.__name__}() got multiple values for argument '{name}'")
+        given |= by_position
         check_call(function.__name__, options, args[len(positional) - 1 :], given)
         return function(model, options(**given))
 
@@ -121,7 +124,9 @@ def _documented(options: type[Options], positional: tuple[str, ...]) -> Iterator
             about = about_of(field)
             words = f" [{about.values}]" if about.form == "value" and "|" in about.values else ""
             default = about.default or repr(field.default)
-            yield _filled(f"{field.name} ({types[field.name]}): {about.help}{words} (default: {default})", 8)
+            annotation = types[field.name]
+            kind = "" if annotation is inspect.Parameter.empty else f" ({annotation})"
+            yield _filled(f"{field.name}{kind}: {about.help}{words} (default: {default})", 8)
     names = {field.name for field in attrs.fields(options)}
     for option, title, choices, chosen in LISTED_BELOW:
         if option in names:

@@ -79,6 +79,7 @@ WRONG_OPTIONS: list[tuple[str, ...]] = [
     ("--target-layers 2 --no-refit --refit-scope operated", "--refit-scope says how to refit", "leave out --no-refit"),
     ("--target-layers 2 --method svd --refit-general 0.5", "--refit-general says how to refit", "pass --refit too"),
     ("--target-layers 2 --speed-repeats 3", "--speed-repeats only counts with --speed; add that"),
+    ("--target-layers 2 --eval-data text.txt --no-eval", "--no-eval measures on no text and --eval-data names one"),
     ("--target-layers 2 --device gpu", "--device is 'gpu'; allowed: auto, cpu, cuda, cuda:N"),
     ("--target-layers 2 --device cuda:", "--device is 'cuda:'; allowed"),
     ("--target-layers 2 --device cuda:first", "--device is 'cuda:first'; allowed"),

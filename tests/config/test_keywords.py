@@ -68,3 +68,8 @@ def test_an_unknown_argument_is_answered_with_the_nearest() -> None:
         layer_surgery.compress("model", "output", sample=3)  # type: ignore[call-arg]
     with pytest.raises(TypeError, match=r"evaluate\(\) takes options by name only"):
         layer_surgery.evaluate("model", "baseline")  # type: ignore[call-arg]
+
+
+def test_an_output_given_twice_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"compress\(\) got multiple values for argument 'output'"):
+        layer_surgery.compress("model", "here", **{"output": "there"})  # type: ignore[misc]
