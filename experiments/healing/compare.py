@@ -127,17 +127,16 @@ def main() -> None:
         "data": [Path(text).name for text in arguments.data],
         "eval_data": texts,
         "eval_windows": arguments.eval_windows,
-        "threads": arguments.threads,
     }
     rows = Rows(arguments.report or ROOT / "reports" / "healing" / f"{name}.json", identity)
     with tempfile.TemporaryDirectory() as temporary:
         work = arguments.work or Path(temporary)
         for seed in arguments.seeds:
-            budget = f"{arguments.tokens} tokens" if arguments.tokens else f"{arguments.minutes:g} minutes"
+            budget = f"{arguments.tokens} tokens" if arguments.tokens else in_minutes(arguments, arguments.minutes)
             for row, own in [
                 *((surgery, "") for surgery in SURGERIES),
                 *((row, budget) for row in arguments.rows),
-                *(("default", f"{minutes:g} minutes") for minutes in arguments.curve),
+                *(("default", in_minutes(arguments, minutes)) for minutes in arguments.curve),
             ]:
                 key = (seed, row if own else f"{row}, unhealed", own)
                 if key not in rows.known:
@@ -146,6 +145,11 @@ def main() -> None:
                     except UserError as error:
                         rows.add({"seed": seed, "row": key[1], "budget": own, "refused": str(error)})
     rows.finish()
+
+
+def in_minutes(arguments: argparse.Namespace, minutes: float) -> str:
+    """Return the budget, which means something together with the threads only."""
+    return f"{minutes:g} minutes on {arguments.threads} threads"
 
 
 def measured(arguments: argparse.Namespace, key: tuple[int, str, str], row: str, work: Path) -> dict[str, Any]:
@@ -166,7 +170,7 @@ def measured(arguments: argparse.Namespace, key: tuple[int, str, str], row: str,
         teacher=arguments.model,
         data=arguments.data,
         teacher_cache=work / "teacher" if arguments.tokens else None,  # in minutes, asking the original counts
-        **{budget.split()[1]: float(budget.split()[0]) if budget.endswith("minutes") else int(budget.split()[0])},
+        **({"tokens": arguments.tokens} if budget.endswith("tokens") else {"minutes": float(budget.split()[0])}),
         **common | changes,
     )
     healing, unhealed = report.healing, report.unhealed
@@ -213,21 +217,29 @@ def extra(changes: dict[str, PerplexityChange]) -> dict[str, dict[str, Any]]:
 
 
 def page(identity: dict[str, Any], rows: list[dict[str, Any]]) -> str:
-    """Return the rows as a table: means over seeds, and of the first text also as a share of GRASP's."""
+    """Return the rows as a table: means and ranges over seeds, and of the first text also as a share of GRASP's."""
     rows = [row for row in rows if "extra_loss" in row]
     texts = list(rows[0]["extra_loss"])
     by_name: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in rows:
         by_name.setdefault((row["row"], row["budget"]), []).append(row)
 
+    def values(found: list[dict[str, Any]], text: str) -> list[float]:
+        return [row["extra_loss"][text]["value"] for row in found]
+
     def mean(found: list[dict[str, Any]], text: str) -> float:
-        return sum(row["extra_loss"][text]["value"] for row in found) / len(found)
+        return sum(values(found, text)) / len(found)
+
+    def cell(found: list[dict[str, Any]], text: str) -> str:
+        least, most = min(values(found, text)), max(values(found, text))
+        return f"{mean(found, text):+.4f}" + (f" [{least:+.4f}, {most:+.4f}]" if len(found) > 1 else "")
 
     grasp = by_name.get(("grasp, unhealed", ""))
     lines = [
         f"# Healing {identity['checkpoint']}, {identity['target_layers']} layers whole",
         "",
-        "Extra loss over the original's, nats per token, means over seeds. Made by `experiments/healing/compare.py`.",
+        "Extra loss over the original's, nats per token: means over seeds, [least, most]. Made by",
+        "`experiments/healing/compare.py`.",
         "",
         "| way | budget | " + " | ".join(texts) + " | of GRASP's | tokens | seeds |",
         "|---|---:|" + "---:|" * (len(texts) + 3),
@@ -235,8 +247,8 @@ def page(identity: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     for (name, budget), found in sorted(by_name.items(), key=lambda each: mean(each[1], texts[0])):
         share = f"{mean(found, texts[0]) / mean(grasp, texts[0]):.3f}" if grasp else ""
         tokens = sum(row.get("healing", {}).get("tokens", 0) for row in found) // len(found)
-        values = " | ".join(f"{mean(found, text):+.4f}" for text in texts)
-        lines.append(f"| {name} | {budget} | {values} | {share} | {tokens:,} | {len(found)} |")
+        cells = " | ".join(cell(found, text) for text in texts)
+        lines.append(f"| {name} | {budget} | {cells} | {share} | {tokens:,} | {len(found)} |")
     return "\n".join(lines) + "\n"
 
 
