@@ -2,7 +2,8 @@
 
     python experiments/task_aware/search_time.py
 
-Times the method's own search (`surgeon.mix.find`): budgets of parameters alone, and with the KV cache, with couplings.
+Times the method's own search (`surgeon.division.find`): budgets of parameters alone, and with the KV cache, with
+couplings.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from layer_surgery.calibration.units import Feeding, UnitOrder, Units
 from layer_surgery.checkpoint.architectures import ARCHITECTURES
 from layer_surgery.config import BudgetConfig, SearchConfig
 from layer_surgery.surgeon import LayerShape, ModelShape, plan_to_search
-from layer_surgery.surgeon.mix import find
+from layer_surgery.surgeon.division import find
 from layer_surgery.surgeon.resources import CACHE, Pricing
 
 #: Layers, hidden size, MLP width, key/value heads, queries of each, width of a head, vocabulary.

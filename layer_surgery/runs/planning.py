@@ -25,7 +25,7 @@ from layer_surgery.surgeon import (
     plan_to_search,
     removal_count,
 )
-from layer_surgery.surgeon.mix import find
+from layer_surgery.surgeon.division import find
 from layer_surgery.surgeon.plan import runs_behind_a_layer
 from layer_surgery.surgeon.resources import CACHE, FLOPS, TIME, pricing_of
 
