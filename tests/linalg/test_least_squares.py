@@ -46,7 +46,7 @@ def brute_force(
 # The solution
 
 
-@pytest.mark.parametrize(("tokens", "noise"), [(200, 0.3), (200, 5.0), (12, 0.3), (6, 0.3)])
+@pytest.mark.parametrize(("tokens", "noise"), [(200, 0.3), (100, 5.0), (12, 2.0), (6, 0.3)])
 def test_the_chosen_ridge_is_the_best_on_held_out_rows_and_the_solution_uses_all(tokens: int, noise: float) -> None:
     train, held = rows(tokens, seed=1, noise=noise), rows(40, seed=2, noise=noise)
     solution = RidgeProblem(sums(*train), sums(*held)).solve(start())
@@ -62,16 +62,26 @@ def test_the_cases_above_choose_different_ridges() -> None:
     """Guards the test above: not one of them is the answer to everything."""
     chosen = {
         brute_force(start(), rows(tokens, seed=1, noise=noise), rows(40, seed=2, noise=noise))[0]
-        for tokens, noise in [(200, 0.3), (200, 5.0), (12, 0.3), (6, 0.3)]
+        for tokens, noise in [(200, 0.3), (100, 5.0), (12, 2.0), (6, 0.3)]
     }
     assert len(chosen) >= 3
 
 
-def test_exactly_linear_targets_are_followed_exactly() -> None:
+def test_exactly_linear_targets_are_followed_by_the_least_ridge() -> None:
     train, held = rows(100, seed=1, noise=0.0), rows(30, seed=2, noise=0.0)
     solution = RidgeProblem(sums(*train), sums(*held)).solve(start())
     assert solution.ridge == RIDGES[0]
-    assert solution.error_after < 1e-6 < solution.error_before
+    assert solution.error_after < 2e-3 * solution.error_before
+
+
+def test_a_nearly_silent_input_gets_no_large_weight() -> None:
+    """Were it followed, all weights of a row would be held badly by the few bits that its largest needs."""
+    loud, silent = rows(300, seed=1, noise=0.0)[0], torch.randn(300, 1).double() * 1e-4
+    z, weight = torch.cat([loud, silent], dim=1), torch.cat([start(), torch.ones(OUT, 1).double()], dim=1)
+    y = z @ weight.T + 5000 * silent
+    problem = RidgeProblem(sums(z[:250], y[:250]), sums(z[250:], y[250:]))
+    for solution in (problem.solve(weight), problem.solve_by_factors(weight)):
+        assert float(solution.weight.abs().max()) < 2 * float(weight.abs().max())
 
 
 def test_a_weight_that_is_right_already_stays_as_it_is() -> None:
