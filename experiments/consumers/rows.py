@@ -87,17 +87,12 @@ HEAD_SIZE = (
     "The tool's: its attention on CPUs has no code for heads of 40 numbers, which this model has; the original fails "
     "in the same way."
 )
-LARGE_WEIGHTS = (
-    "Ours: the refit of this result has made the weights of some down projections about fifty times as large as they "
-    "were, which few bits hold badly. The original and the other results of this checkpoint are within the bounds."
-)
 #: Why a cell says no, by its row and a pattern of its error. What stands in no line here has not been looked into.
 REASONS: list[tuple[str, str, str]] = [
     ("gguf", r"not supported", NATIVE),
     ("ctranslate2", r"No conversion is registered", NATIVE),
     ("transformers_serve", r"module transformers has no attribute", BY_NAME),
     ("vllm_offline", r"Unsupported CPU attention configuration: head_dim=40", HEAD_SIZE),
-    *((row, r"logits differ by", LARGE_WEIGHTS) for row in ("torchao", "torchao_int4", "bnb_nf4", "llmc_w4a16")),
     ("vllm_server", r"EngineCore encountered an issue", HEAD_SIZE),  # its log has the same line
 ]
 
