@@ -49,6 +49,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--sizes", type=float, nargs="+", default=[0.93, 0.88, 0.82, 0.76, 0.65, 0.5])
     parser.add_argument("--methods", nargs="+", default=list(ALL), choices=ALL, metavar="WAY")
+    parser.add_argument("--again", action="store_true", help="measure the points anew that a finished report has")
     parser.add_argument("--tasks", nargs="*", default=[], choices=ALL, metavar="WAY", help="ways to measure in tasks")
     parser.add_argument("--blimp", type=Path, help="folder of BLiMP, for tasks")
     parser.add_argument("--task-items", type=int, default=10, help="of each BLiMP paradigm and bundled task")
@@ -65,6 +66,7 @@ class Report:
         self._scratch = path.with_suffix(".partial.jsonl")
         self._identity = {key: head[key] for key in ("checkpoint_sha256", "seed", "data")}
         found: list[dict[str, Any]] = []
+        self.new = set[tuple[str, Any]]()  # made since the report was finished
         if path.exists():
             earlier = json.loads(path.read_text(encoding="utf-8"))
             self._check({key: earlier.get(key) for key in self._identity}, path)
@@ -74,7 +76,9 @@ class Report:
         if self._scratch.exists():
             first, *lines = self._scratch.read_text(encoding="utf-8").splitlines()
             self._check(json.loads(first), self._scratch)
-            found += [json.loads(line) for line in lines]
+            made = [json.loads(line) for line in lines]
+            self.new |= {(row["way"], row["asked"]) for row in made}
+            found += made
         else:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._scratch.write_text(json.dumps(self._identity) + "\n", encoding="utf-8")
@@ -84,9 +88,14 @@ class Report:
         if identity != self._identity:
             raise SystemExit(f"{path} is of another checkpoint, seed or data; delete it, or give another --report.")
 
+    def known(self, *, again: bool) -> dict[tuple[str, Any], dict[str, Any]]:
+        """Return the points that need not be measured."""
+        return {key: row for key, row in self.rows.items() if not again or key in self.new}
+
     def add(self, row: dict[str, Any]) -> None:
         """Keep a point."""
         self.rows[row["way"], row["asked"]] = row
+        self.new.add((row["way"], row["asked"]))
         with self._scratch.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row, allow_nan=False) + "\n")
 
@@ -217,7 +226,7 @@ def main() -> None:
             "original_tasks": {task: found.summary(None) for task, found in measuring.dense.items()},
         }
         kept = Report(report, head)
-        for row in measuring.points(kept.rows):
+        for row in measuring.points(kept.known(again=arguments.again)):
             kept.add(row)
             if "unreachable" in row:
                 print(row["asked"], row["way"], "unreachable:", row["unreachable"], flush=True)
