@@ -18,8 +18,8 @@ import pytest
 import torch
 from tiny_checkpoints import CommandLine, saved_model, text_file
 
+from layer_surgery.checkpoint.checkpoint import Checkpoint
 from layer_surgery.checkpoint.costs import TokenCosts
-from layer_surgery.checkpoint.open import Checkpoint
 from layer_surgery.runs import evaluator
 
 torch.set_num_threads(1)  # on matrices this small, threads only wait for each other

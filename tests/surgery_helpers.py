@@ -27,7 +27,8 @@ from transformers import PreTrainedModel
 
 from layer_surgery.calibration.moment_observer import MomentObserver
 from layer_surgery.calibration.source import StatisticsSource
-from layer_surgery.checkpoint.open import Checkpoint, open_checkpoint
+from layer_surgery.checkpoint.checkpoint import Checkpoint
+from layer_surgery.checkpoint.open import open_checkpoint
 from layer_surgery.checkpoint.save import save_checkpoint
 from layer_surgery.config import CalibrationConfig, RuntimeConfig
 from layer_surgery.data.tokens import PackedTokens

@@ -14,7 +14,8 @@ from tiny_families import FIELDS, SIZES, VOCABULARY
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from layer_surgery.checkpoint.open import Checkpoint, open_checkpoint
+from layer_surgery.checkpoint.checkpoint import Checkpoint
+from layer_surgery.checkpoint.open import open_checkpoint
 from layer_surgery.checkpoint.recognition import architecture_of
 from layer_surgery.data.tokens import PackedTokens
 from layer_surgery.records import LayerPlan, SurgeryPlan

@@ -32,7 +32,7 @@ from points import described, evaluate, one_thread, paired, points
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import DEMO_CHECKPOINT, ROOT, write_report
 
-from layer_surgery.checkpoint.open import Checkpoint
+from layer_surgery.checkpoint.checkpoint import Checkpoint
 from layer_surgery.config import BudgetConfig
 from layer_surgery.data.tokens import PackedTokens
 from layer_surgery.runs.session import Session

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from layer_surgery.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from layer_surgery.checkpoint.open import Checkpoint
+    from layer_surgery.checkpoint.checkpoint import Checkpoint
 
 #: Last parts of the names of linears that give queries, keys and values, one each.
 _APART = tuple(tuple(f"{letter}{end}" for letter in "qkv") for end in ("_proj", "_lin", "")) + tuple(

@@ -16,8 +16,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
+from layer_surgery.checkpoint.checkpoint import Checkpoint, build_skeleton
 from layer_surgery.checkpoint.heads import CAUSAL_LM
-from layer_surgery.checkpoint.open import Checkpoint, build_skeleton
 
 _LOG = logging.getLogger(__name__)
 T = TypeVar("T")

@@ -1,19 +1,12 @@
 """Open a checkpoint: its configuration and where its tensors are. No weight is read here."""
 
-import functools
-import hashlib
-import json
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
-from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from layer_surgery.checkpoint.architectures import Architecture, base_model_type
+from layer_surgery.checkpoint.checkpoint import Checkpoint
 from layer_surgery.checkpoint.checks import (
     check_counts,
     check_directory,
@@ -25,16 +18,13 @@ from layer_surgery.checkpoint.checks import (
     find_head,
 )
 from layer_surgery.checkpoint.conversion import as_in_model, with_conv1d_transposed
-from layer_surgery.checkpoint.embedder import MODULES_FILE, AskedHead, Embedder, read_embedder
+from layer_surgery.checkpoint.embedder import MODULES_FILE, AskedHead, read_embedder
 from layer_surgery.checkpoint.heads import (
     CAUSAL_LM,
     EMBEDDING,
     Head,
     base_class_of,
     head_of_model,
-    is_encoder,
-    longest_input,
-    objective_of,
 )
 from layer_surgery.checkpoint.hub import local_directory
 from layer_surgery.checkpoint.modeling_layer_surgery import (
@@ -46,150 +36,9 @@ from layer_surgery.checkpoint.modeling_layer_surgery import (
     head_of,
     model_class_for,
 )
-from layer_surgery.checkpoint.recognition import architecture_of
-from layer_surgery.checkpoint.skeleton import make_skeleton
-from layer_surgery.checkpoint.tensors import SafetensorsSource, StateDictSource, TensorSource, checkpoint_files
-from layer_surgery.data.objective import Objective
+from layer_surgery.checkpoint.tensors import SafetensorsSource, StateDictSource, checkpoint_files
 from layer_surgery.disk.reading import read_json, why
 from layer_surgery.errors import CheckpointError
-
-#: Fields of a configuration that say where it came from, and not what the model computes.
-NOT_IDENTITY = {
-    *("_name_or_path", "architectures", "auto_map", "dtype", "low_rank", "model_type", "narrowed"),
-    "transformers_version",
-}
-
-
-@dataclass(kw_only=True)
-class Checkpoint:
-    """A language model with its head as configuration + named tensors + the files that travel with it."""
-
-    name: str  #: As the user gave it: a directory, a hub name, or the class of a model in memory.
-    config: Any
-    config_fields: dict[str, Any]
-    """The configuration as the checkpoint stores it; for a low-rank checkpoint that of its base architecture."""
-    low_rank: dict[str, int]  #: Rank of every linear that is stored as factors; empty for a plain checkpoint.
-    source: TensorSource  #: The tensors as the model has them (see conversion.py), whatever their form in files.
-    head: Head = CAUSAL_LM
-    narrowed: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """Size (out, in) of every linear that is smaller than its architecture has it."""
-    left_out: tuple[str, ...] = ()
-    """Stored tensors that transformers' model class ignores, as heads that predict further tokens."""
-    directory: Path | None = None
-    files: tuple[Path, ...] = ()
-    trust_remote_code: bool = False
-    model_class: type[PreTrainedModel] | None = None
-    buffers: dict[str, torch.Tensor] = field(default_factory=dict)
-    """Non-persistent buffers of a model in memory, which may differ from freshly made ones."""
-    generation_config: Any = None  #: Of a model in memory; one in a directory is copied as a file.
-    embedder: Embedder | None = None  #: What makes one vector a text of the hidden states; embedding models only.
-
-    @functools.cached_property
-    def architecture(self) -> Architecture:
-        """Names of its modules; raises `CheckpointError` for an architecture that cannot be operated on."""
-        return architecture_of(self.skeleton)
-
-    @property
-    def layer_count(self) -> int:
-        return int(self.config.num_hidden_layers)
-
-    @property
-    def vocabulary_size(self) -> int:
-        """Number of rows of the embedding."""
-        return int(self.skeleton.get_input_embeddings().weight.shape[0])
-
-    @property
-    def hidden_size(self) -> int:
-        """Width of the hidden states; embeddings of tokens may be narrower, as those of ELECTRA."""
-        return int(self.config.hidden_size)
-
-    @property
-    def longest_sequence(self) -> int | None:
-        """Most tokens that the model takes; None where its configuration does not say."""
-        limits = (longest_input(self.config, self.skeleton), self.embedder.longest if self.embedder else None)
-        return min((limit for limit in limits if limit is not None), default=None)
-
-    @property
-    def encoder(self) -> bool:
-        """Whether every token sees all others, so that the model has to be told which are padding."""
-        return is_encoder(self.config, self.head)
-
-    @property
-    def objective(self) -> Objective:
-        """The problem that its head solves."""
-        found = objective_of(self.config, self.head, self.longest_sequence)
-        return found if self.embedder is None else replace(found, prompt=self.embedder.prompt)
-
-    @functools.cached_property
-    def skeleton(self) -> PreTrainedModel:
-        """The model with its parameters on the meta device: shapes and names, no memory."""
-        return build_skeleton(self)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """dtype of most of the stored parameters."""
-        sizes: dict[torch.dtype, int] = {}
-        for spec in self.source.specs.values():
-            sizes[spec.dtype] = sizes.get(spec.dtype, 0) + spec.numel
-        return max(sizes, key=lambda dtype: sizes[dtype])
-
-    @property
-    def parameters(self) -> int:
-        """Number of parameters; tied ones count once."""
-        others = self.embedder.tensors.values() if self.embedder else ()
-        return sum(each.numel() for each in (*self.skeleton.parameters(), *others))
-
-    @property
-    def size_bytes(self) -> int:
-        """Bytes of all stored tensors."""
-        others = self.embedder.tensors.values() if self.embedder else ()
-        return sum(each.nbytes for each in (*self.source.specs.values(), *others))
-
-    def layer_prefix(self, index: int) -> str:
-        return f"{self.architecture.layers}.{index}."
-
-    def layer_tensors(self, index: int) -> list[str]:
-        """Names of all stored tensors of a decoder layer."""
-        prefix = self.layer_prefix(index)
-        return [name for name in self.source.specs if name.startswith(prefix)]
-
-    def other_tensors(self) -> list[str]:
-        """Names of all stored tensors that belong to no decoder layer."""
-        prefix = self.architecture.layers + "."
-        return [name for name in self.source.specs if not name.startswith(prefix)]
-
-    def layer_parameters(self, index: int) -> int:
-        """Number of parameters of a decoder layer, norms and biases included."""
-        return sum(p.numel() for p in self.layers[index].parameters())
-
-    @property
-    def layers(self) -> nn.ModuleList:
-        layers = self.skeleton.get_submodule(self.architecture.layers)
-        assert isinstance(layers, nn.ModuleList)
-        return layers
-
-    def sha256(self, progress: Callable[[], None] = lambda: None) -> str:
-        """Hash of architecture and weights: the same from files, however they are sharded, and from memory.
-
-        `progress` is called after each tensor.
-        """
-        fields = self.config.to_dict()
-        fields = fields.get("base_config", fields)  # of a checkpoint with low-rank layers
-        identity = {
-            "model_type": base_model_type(self.config),
-            "low_rank": self.low_rank,
-            **({"narrowed": self.narrowed} if self.narrowed else {}),
-            **({"embedder": self.embedder.identity} if self.embedder else {}),
-            "config": {name: value for name, value in fields.items() if name not in NOT_IDENTITY},
-        }
-        digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode())
-        for name in sorted(self.source.specs):
-            tensor = self.source.read([name], torch.device("cpu"))[name].contiguous()
-            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-            array: Any = tensor.flatten().view(torch.uint8).numpy()
-            digest.update(array.data)
-            progress()
-        return digest.hexdigest()
 
 
 def open_checkpoint(
@@ -222,29 +71,6 @@ def open_checkpoint(
     return checkpoint
 
 
-def build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """Make the model of a checkpoint without its weights; `dtype` is that of computation (see skeleton.py).
-
-    An embedding model has a pooler, which nothing here looks at, only if its checkpoint has one.
-    """
-    skeleton = _skeleton(checkpoint, dtype)
-    has_one = any(".pooler." in f".{name}" for name in checkpoint.source.specs)
-    if checkpoint.head is EMBEDDING and not has_one and hasattr(skeleton, "pooler"):
-        skeleton.pooler = None
-    return skeleton
-
-
-def _skeleton(checkpoint: Checkpoint, dtype: torch.dtype | None) -> PreTrainedModel:
-    return make_skeleton(
-        checkpoint.config,
-        checkpoint.model_class,
-        checkpoint.head,
-        dtype=dtype,
-        trust_remote_code=checkpoint.trust_remote_code,
-        buffers=checkpoint.buffers,
-    )
-
-
 def _from_directory(name: str, root: Path, trust_remote_code: bool, asked: AskedHead) -> Checkpoint:
     embedder, directory = None, root
     if (root / MODULES_FILE).is_file():
@@ -254,38 +80,15 @@ def _from_directory(name: str, root: Path, trust_remote_code: bool, asked: Asked
                 f"{root} says itself how it pools ({', '.join(embedder.pooling)}); leave out --pooling {asked.pooling}."
             )
     check_directory(directory)
-    config_file = directory / "config.json"
-    try:
-        # transformers writes infinities as objects, which only its own reader turns back.
-        fields = PreTrainedConfig._decode_special_floats(read_json(config_file))
-        model_type = fields["model_type"]
-    except OSError as error:
-        raise CheckpointError(f"{config_file} cannot be read ({why(error)}).") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{config_file} is damaged or has no model_type ({error}).") from error
-    check_fields(fields, config_file)
-    if not trust_remote_code:
-        check_fetches_nothing(fields, config_file)
-    check_not_quantised(fields, directory)
+    fields, model_type = _read_fields(directory, trust_remote_code)
     files = checkpoint_files(directory)
     source = SafetensorsSource(files)
-    check_counts(fields, source.specs, config_file)
+    check_counts(fields, source.specs, directory / "config.json")
     low_rank: dict[str, int] = {}
     narrowed: dict[str, tuple[int, int]] = {}
     model_class: type[PreTrainedModel] | None = None
     if model_type == MODEL_TYPE:
-        try:
-            config = LayerSurgeryConfig.from_dict(fields)
-        except Exception as error:  # transformers raises many types here, each about this one file
-            reason = " ".join(str(error).split())[:300]
-            raise CheckpointError(f"{config_file} is damaged ({type(error).__name__}: {reason}).") from error
-        embedding = embedder is not None or asked.embedding
-        if embedding and head_of(config.architectures) != HEADLESS:
-            raise CheckpointError(
-                f"{directory} has low-rank or narrowed layers and the head of a {head_of(config.architectures)}; make "
-                "an embedding model of the original, and compress that."
-            )
-        model_class = model_class_for(type(config), HEADLESS if embedding else head_of(config.architectures))
+        config, model_class = _low_rank_config(fields, directory, embedding=embedder is not None or asked.embedding)
         low_rank, narrowed, fields = config.low_rank, config.narrowed, _base_fields(config, fields)
         check_not_quantised(fields, directory)  # by what is nested, too
     else:
@@ -311,6 +114,41 @@ def _from_directory(name: str, root: Path, trust_remote_code: bool, asked: Asked
         model_class=model_class,
         embedder=embedder,
     )
+
+
+def _read_fields(directory: Path, trust_remote_code: bool) -> tuple[dict[str, Any], str]:
+    """Return the fields of `config.json`, checked before anything is made of them, and the type of the model."""
+    config_file = directory / "config.json"
+    try:
+        # transformers writes infinities as objects, which only its own reader turns back.
+        fields = PreTrainedConfig._decode_special_floats(read_json(config_file))
+        model_type = fields["model_type"]
+    except OSError as error:
+        raise CheckpointError(f"{config_file} cannot be read ({why(error)}).") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{config_file} is damaged or has no model_type ({error}).") from error
+    check_fields(fields, config_file)
+    if not trust_remote_code:
+        check_fetches_nothing(fields, config_file)
+    check_not_quantised(fields, directory)
+    return fields, model_type
+
+
+def _low_rank_config(fields: dict[str, Any], directory: Path, *, embedding: bool) -> tuple[Any, type[PreTrainedModel]]:
+    """Return the configuration of a checkpoint with low-rank or narrowed layers, and the class of its model."""
+    try:
+        config = LayerSurgeryConfig.from_dict(fields)
+    except Exception as error:  # transformers raises many types here, each about this one file
+        reason = " ".join(str(error).split())[:300]
+        file = directory / "config.json"
+        raise CheckpointError(f"{file} is damaged ({type(error).__name__}: {reason}).") from error
+    head = head_of(config.architectures)
+    if embedding and head != HEADLESS:
+        raise CheckpointError(
+            f"{directory} has low-rank or narrowed layers and the head of a {head}; make an embedding model of the "
+            "original, and compress that."
+        )
+    return config, model_class_for(type(config), HEADLESS if embedding else head)
 
 
 def _base_fields(config: Any, nested: dict[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from layer_surgery.checkpoint.bypass import bypass_of
+from layer_surgery.checkpoint.checkpoint import Checkpoint
 from layer_surgery.checkpoint.experts import Experts, experts_of
 from layer_surgery.checkpoint.layer_config import surviving_fields
 from layer_surgery.checkpoint.modeling_layer_surgery import (
@@ -19,7 +20,6 @@ from layer_surgery.checkpoint.modeling_layer_surgery import (
     nested_config,
 )
 from layer_surgery.checkpoint.new_tensors import FactorStore
-from layer_surgery.checkpoint.open import Checkpoint
 from layer_surgery.checkpoint.size_fields import SizedKind, plain_config, plain_shapes, size_field
 from layer_surgery.checkpoint.tensors import RenamedSource, TensorSource
 from layer_surgery.records import SurgeryPlan

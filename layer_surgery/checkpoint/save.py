@@ -13,9 +13,10 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from layer_surgery.checkpoint import modeling_layer_surgery
+from layer_surgery.checkpoint.checkpoint import Checkpoint
 from layer_surgery.checkpoint.contents import CODE_FILE, TEMPLATES_FOLDER
 from layer_surgery.checkpoint.conversion import as_stored
-from layer_surgery.checkpoint.open import Checkpoint, open_checkpoint
+from layer_surgery.checkpoint.open import open_checkpoint
 from layer_surgery.checkpoint.tensors import INDEX_FILE, SAFETENSORS_DTYPES, SINGLE_FILE, SafetensorsSource, TensorSpec
 from layer_surgery.disk.reading import read_json
 from layer_surgery.errors import CheckpointError, LayerSurgeryError, NumericalError

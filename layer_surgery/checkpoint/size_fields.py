@@ -14,8 +14,8 @@ from typing import Any, Literal
 
 from transformers import AutoConfig
 
+from layer_surgery.checkpoint.checkpoint import Checkpoint
 from layer_surgery.checkpoint.experts import experts_of
-from layer_surgery.checkpoint.open import Checkpoint
 from layer_surgery.checkpoint.skeleton import make_skeleton
 
 _LOG = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from layer_surgery import parallel
-from layer_surgery.checkpoint.open import Checkpoint
+from layer_surgery.checkpoint.checkpoint import Checkpoint
 from layer_surgery.data.objective import NO_LABEL
 from layer_surgery.data.tokens import PackedTokens
 from layer_surgery.errors import CheckpointError, DataError, NumericalError

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint as recomputed
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from layer_surgery.checkpoint.attention import queries_keys_values
-from layer_surgery.checkpoint.open import Checkpoint
+from layer_surgery.checkpoint.checkpoint import Checkpoint
 from layer_surgery.errors import CheckpointError
 from layer_surgery.healing.losses.inputs import AttentionPair
 from layer_surgery.healing.mixture import WeightedLoss

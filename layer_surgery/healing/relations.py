@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
 from layer_surgery.checkpoint.attention import QueriesKeysValues, queries_keys_values
-from layer_surgery.checkpoint.open import Checkpoint
+from layer_surgery.checkpoint.checkpoint import Checkpoint
 from layer_surgery.errors import UserError
 from layer_surgery.healing.capture import KeptObserver
 from layer_surgery.healing.losses.inputs import RelationPair

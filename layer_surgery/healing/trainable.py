@@ -9,8 +9,8 @@ from collections.abc import Iterable
 
 from torch import nn
 
+from layer_surgery.checkpoint.checkpoint import Checkpoint
 from layer_surgery.checkpoint.modeling_layer_surgery import LowRankLinear
-from layer_surgery.checkpoint.open import Checkpoint
 from layer_surgery.config.healing import Trained
 from layer_surgery.errors import UserError
 from layer_surgery.records import SurgeryPlan

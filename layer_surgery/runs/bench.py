@@ -15,8 +15,8 @@ from torch import Tensor
 from layer_surgery import parallel
 from layer_surgery.calibration.collector import composed
 from layer_surgery.calibration.source import StatisticsSource
+from layer_surgery.checkpoint.checkpoint import Checkpoint
 from layer_surgery.checkpoint.new_tensors import FactorStore
-from layer_surgery.checkpoint.open import Checkpoint
 from layer_surgery.checkpoint.result import result_checkpoint
 from layer_surgery.config import BudgetConfig, CalibrationConfig, SearchConfig
 from layer_surgery.data import load_documents, pack_evaluation

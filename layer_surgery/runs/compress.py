@@ -3,7 +3,7 @@
 from contextlib import ExitStack
 
 from layer_surgery import parallel
-from layer_surgery.checkpoint.open import Checkpoint
+from layer_surgery.checkpoint.checkpoint import Checkpoint
 from layer_surgery.config import CompressConfig
 from layer_surgery.errors import PlanError
 from layer_surgery.journal import check_journal, open_journal

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from layer_surgery.checkpoint.open import Checkpoint
+from layer_surgery.checkpoint.checkpoint import Checkpoint
 from layer_surgery.config import CalibrationConfig
 from layer_surgery.errors import DataError, PlanError
 from layer_surgery.evaluation.vectors import text_vectors

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from layer_surgery.checkpoint.open import Checkpoint
+from layer_surgery.checkpoint.checkpoint import Checkpoint
 from layer_surgery.data.passages import pack_as_used
 from layer_surgery.data.retrieval import RetrievalSet, bundled_retrieval_sets
 from layer_surgery.data.tokens import PackedTokens

@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 from layer_surgery import parallel
+from layer_surgery.checkpoint.checkpoint import Checkpoint
 from layer_surgery.checkpoint.costs import token_costs
 from layer_surgery.checkpoint.heads import CAUSAL_LM, EMBEDDING
-from layer_surgery.checkpoint.open import Checkpoint
 from layer_surgery.config import EvaluationConfig
 from layer_surgery.data import bundled_tasks
 from layer_surgery.data.tokens import PackedTokens

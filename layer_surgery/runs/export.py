@@ -13,10 +13,11 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from layer_surgery.calibration.units import mlp_channels
+from layer_surgery.checkpoint.checkpoint import Checkpoint
 from layer_surgery.checkpoint.contents import list_files
 from layer_surgery.checkpoint.experts import experts_of
 from layer_surgery.checkpoint.modeling_layer_surgery import IN_FACTOR, OUT_FACTOR
-from layer_surgery.checkpoint.open import Checkpoint, open_checkpoint
+from layer_surgery.checkpoint.open import open_checkpoint
 from layer_surgery.checkpoint.output import check_not_same, check_output, staged_directory, writing
 from layer_surgery.checkpoint.save import check_saved, save_checkpoint, write_json
 from layer_surgery.checkpoint.tensors import TensorSource, TensorSpec

@@ -10,10 +10,10 @@ from typing import Any
 import attrs
 
 from layer_surgery import parallel
+from layer_surgery.checkpoint.checkpoint import Checkpoint
 from layer_surgery.checkpoint.embedder import MODULES_FILE
 from layer_surgery.checkpoint.heads import EMBEDDING
 from layer_surgery.checkpoint.hub import local_directory
-from layer_surgery.checkpoint.open import Checkpoint
 from layer_surgery.checkpoint.save import check_free_space
 from layer_surgery.config import HealConfig
 from layer_surgery.data.bundled import bundled_tasks

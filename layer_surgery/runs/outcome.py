@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from layer_surgery.checkpoint.open import Checkpoint
+from layer_surgery.checkpoint.checkpoint import Checkpoint
 from layer_surgery.devices import peak_device_memory_bytes, peak_memory_bytes
 from layer_surgery.runs.evaluator import Evaluator
 from layer_surgery.runs.healing import unhealed_record

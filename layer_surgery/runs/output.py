@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from layer_surgery import parallel
+from layer_surgery.checkpoint.checkpoint import Checkpoint
 from layer_surgery.checkpoint.contents import list_files
-from layer_surgery.checkpoint.open import Checkpoint
 from layer_surgery.checkpoint.output import check_not_same, check_output, staged_directory, writing
 from layer_surgery.checkpoint.save import check_saved, save_checkpoint, write_json
 from layer_surgery.config import CompressConfig, HealConfig

@@ -8,7 +8,7 @@ import attrs
 import torch
 
 from layer_surgery.calibration.statistics import check_tokens
-from layer_surgery.checkpoint.open import Checkpoint
+from layer_surgery.checkpoint.checkpoint import Checkpoint
 from layer_surgery.checkpoint.size_fields import plain_kinds
 from layer_surgery.config import DEFAULT_METHOD, BudgetConfig, CompressConfig
 from layer_surgery.data.tokens import PackedTokens

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from layer_surgery import parallel
+from layer_surgery.checkpoint.checkpoint import Checkpoint
 from layer_surgery.checkpoint.heads import CAUSAL_LM
-from layer_surgery.checkpoint.open import Checkpoint
 from layer_surgery.checkpoint.origin import origin
 from layer_surgery.config import RuntimeConfig
 from layer_surgery.data.tokens import PackedTokens

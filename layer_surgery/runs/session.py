@@ -11,8 +11,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from layer_surgery import parallel
+from layer_surgery.checkpoint.checkpoint import Checkpoint
 from layer_surgery.checkpoint.heads import CAUSAL_LM
-from layer_surgery.checkpoint.open import Checkpoint, open_checkpoint
+from layer_surgery.checkpoint.open import open_checkpoint
 from layer_surgery.config import CalibrationConfig, PerplexityConfig, RuntimeConfig
 from layer_surgery.config.inputs import TextConfig
 from layer_surgery.data import (

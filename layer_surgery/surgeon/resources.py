@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from layer_surgery import parallel
 from layer_surgery.calibration.units import attention_heads
+from layer_surgery.checkpoint.checkpoint import Checkpoint
 from layer_surgery.checkpoint.costs import cache_bytes_by_layer, token_costs
 from layer_surgery.checkpoint.experts import Experts, experts_of
-from layer_surgery.checkpoint.open import Checkpoint
 from layer_surgery.devices import now, torchs_products
 from layer_surgery.errors import PlanError
 from layer_surgery.surgeon.curves import Floats

@@ -2,8 +2,8 @@
 
 from layer_surgery.calibration.units import attention_heads, mlp_channels
 from layer_surgery.checkpoint.bypass import bypass_of
+from layer_surgery.checkpoint.checkpoint import Checkpoint
 from layer_surgery.checkpoint.experts import experts_of
-from layer_surgery.checkpoint.open import Checkpoint
 from layer_surgery.records import Part
 from layer_surgery.surgeon.plan import LayerShape, ModelShape
 

@@ -10,8 +10,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from layer_surgery.checkpoint.checkpoint import Checkpoint
 from layer_surgery.checkpoint.heads import CAUSAL_LM
-from layer_surgery.checkpoint.open import Checkpoint
 from layer_surgery.errors import CheckpointError, LayerSurgeryError, PlanError
 from layer_surgery.walk.finite import not_finite
 from layer_surgery.walk.rehearsal import LayerCall, Rehearsal, same_call, stubs

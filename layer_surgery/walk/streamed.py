@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import build_glob_alternation
 
+from layer_surgery.checkpoint.checkpoint import Checkpoint, build_skeleton
 from layer_surgery.checkpoint.modeling_layer_surgery import replace_linears
-from layer_surgery.checkpoint.open import Checkpoint, build_skeleton
 from layer_surgery.devices import frees_to_system
 from layer_surgery.errors import NumericalError
 from layer_surgery.machine import map_large_blocks, release_freed_memory

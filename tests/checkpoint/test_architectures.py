@@ -35,9 +35,10 @@ import layer_surgery
 from layer_surgery.calibration.units import attention_heads, mlp_channels
 from layer_surgery.checkpoint.architectures import ARCHITECTURES, Architecture, base_model_type
 from layer_surgery.checkpoint.bypass import bypass_of
+from layer_surgery.checkpoint.checkpoint import Checkpoint
 from layer_surgery.checkpoint.experts import WIDTH_MULTIPLE, experts_of
 from layer_surgery.checkpoint.modeling_layer_surgery import IN_FACTOR, OUT_FACTOR
-from layer_surgery.checkpoint.open import Checkpoint, open_checkpoint
+from layer_surgery.checkpoint.open import open_checkpoint
 from layer_surgery.checkpoint.recognition import architecture_of
 from layer_surgery.checkpoint.size_fields import size_field
 from layer_surgery.checkpoint.tensors import SafetensorsSource, checkpoint_files

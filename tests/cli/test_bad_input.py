@@ -524,7 +524,7 @@ def test_everything_is_checked_before_any_work(
     def fail(*_: object, **__: object) -> None:
         raise AssertionError("work was begun")
 
-    monkeypatch.setattr("layer_surgery.checkpoint.open.Checkpoint.sha256", fail)
+    monkeypatch.setattr("layer_surgery.checkpoint.checkpoint.Checkpoint.sha256", fail)
     monkeypatch.setattr("layer_surgery.walk.streamed.StreamedModel.__init__", fail)
     data: dict[str, Any] = {"calibration": text, "eval_data": [text, tmp_path / "nowhere.txt"]}
     with pytest.raises(DataError, match="there is no file"):

@@ -26,7 +26,8 @@ from tiny_models import (
 )
 from torch import Tensor
 
-from layer_surgery.checkpoint.open import Checkpoint, open_checkpoint
+from layer_surgery.checkpoint.checkpoint import Checkpoint
+from layer_surgery.checkpoint.open import open_checkpoint
 from layer_surgery.linalg.low_rank import knapsack, shrunk, whitened_svd
 from layer_surgery.records import SurgeryPlan
 from layer_surgery.runs.bench import Result

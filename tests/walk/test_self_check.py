@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 
 import layer_surgery
 from layer_surgery.checkpoint import layer_config
-from layer_surgery.checkpoint import open as checkpoint_module
+from layer_surgery.checkpoint import open as opening_module
 from layer_surgery.checkpoint import result as operated
 from layer_surgery.checkpoint.architectures import ARCHITECTURES
 from layer_surgery.checkpoint.open import open_checkpoint
@@ -117,7 +117,7 @@ def test_layers_that_share_keys_and_values_are_refused_by_name_and_by_the_proof(
     model = tiny_model("gemma4_text", layers=6, num_kv_shared_layers=2, layer_types=types)
     with pytest.raises(CheckpointError, match=r"num_kv_shared_layers is 2\).*gemma4_text"):
         open_checkpoint(model)
-    monkeypatch.setattr(checkpoint_module, "check_layers_stand_alone", lambda *_: None)
+    monkeypatch.setattr(opening_module, "check_layers_stand_alone", lambda *_: None)
     with pytest.raises(CheckpointError, match="not supported"):
         check_walk(streamed(model))
 
@@ -161,7 +161,7 @@ def test_every_command_proves_the_model_before_anything_is_read_twice(
     call = LayerCall.__call__
     monkeypatch.setattr(LayerCall, "__call__", lambda self, layer, hidden: 1.01 * call(self, layer, hidden))
     hashed = "the checkpoint was hashed before the proof"
-    monkeypatch.setattr(checkpoint_module.Checkpoint, "sha256", lambda *_: pytest.fail(hashed))
+    monkeypatch.setattr(opening_module.Checkpoint, "sha256", lambda *_: pytest.fail(hashed))
     removal: dict[str, Any] = {"layers": [1], "keep": 0, "eval_data": None, "refit": False}
     for run in (
         lambda: layer_surgery.compress(tiny_model(), tmp_path / "output", **removal),

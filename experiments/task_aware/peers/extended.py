@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from layer_surgery.checkpoint.open import Checkpoint
+from layer_surgery.checkpoint.checkpoint import Checkpoint
 
 from .desk import Parts
 

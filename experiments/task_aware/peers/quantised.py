@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from layer_surgery.checkpoint.checkpoint import Checkpoint
 from layer_surgery.checkpoint.new_tensors import FactorStore
-from layer_surgery.checkpoint.open import Checkpoint
 from layer_surgery.checkpoint.result import result_checkpoint
 from layer_surgery.records import LayerPlan, SurgeryPlan
 

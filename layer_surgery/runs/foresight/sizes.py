@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from layer_surgery.checkpoint.checkpoint import Checkpoint
 from layer_surgery.checkpoint.experts import Experts, experts_of
-from layer_surgery.checkpoint.open import Checkpoint
 from layer_surgery.data.tokens import PackedTokens
 from layer_surgery.linalg.decomposition import Decomposition
 

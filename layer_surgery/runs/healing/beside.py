@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from layer_surgery.checkpoint.open import Checkpoint
+from layer_surgery.checkpoint.checkpoint import Checkpoint
 from layer_surgery.config import HealingConfig
 from layer_surgery.errors import UserError
 from layer_surgery.healing.attention_maps import AttentionMaps

@@ -10,8 +10,8 @@ from typing import Any
 
 from layer_surgery import parallel
 from layer_surgery.calibration.cache import check_cache
+from layer_surgery.checkpoint.checkpoint import Checkpoint
 from layer_surgery.checkpoint.heads import CAUSAL_LM, EMBEDDING
-from layer_surgery.checkpoint.open import Checkpoint
 from layer_surgery.config import HealingConfig
 from layer_surgery.config.choices import DEFAULT_EMBEDDING_LOSSES, DEFAULT_LOSSES
 from layer_surgery.config.inputs import TextConfig

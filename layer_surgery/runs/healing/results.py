@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from layer_surgery import parallel
-from layer_surgery.checkpoint.open import Checkpoint
+from layer_surgery.checkpoint.checkpoint import Checkpoint
 from layer_surgery.checkpoint.result import with_new_tensors
 from layer_surgery.checkpoint.tensors import SafetensorsSource, TensorSpec
 from layer_surgery.errors import LayerSurgeryError

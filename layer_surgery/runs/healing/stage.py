@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from layer_surgery import parallel
-from layer_surgery.checkpoint.open import Checkpoint
+from layer_surgery.checkpoint.checkpoint import Checkpoint
 from layer_surgery.data.tokens import joined
 from layer_surgery.healing.adapters import add_adapters
 from layer_surgery.healing.local import GradientMoments, LayerStudent, Place
