@@ -20,8 +20,9 @@ from layer_surgery.checkpoint.recognition import architecture_of
 from layer_surgery.data.tokens import PackedTokens
 from layer_surgery.records import LayerPlan, SurgeryPlan
 from layer_surgery.walk.gradients import accumulated_gradients
+from layer_surgery.walk.observer import Observer
 from layer_surgery.walk.streamed import StreamedModel
-from layer_surgery.walk.walk import Observer, Walk, WalkSettings
+from layer_surgery.walk.walk import Walk, WalkSettings
 
 CPU = torch.device("cpu")
 

@@ -29,7 +29,7 @@ from layer_surgery.runs.bench import Bench, open_bench
 from layer_surgery.runs.session import open_session
 from layer_surgery.surgeon import make_plan, model_shape
 from layer_surgery.walk.gradients import accumulated_gradients
-from layer_surgery.walk.walk import Observer
+from layer_surgery.walk.observer import Observer
 
 
 class AllGradients(Observer):

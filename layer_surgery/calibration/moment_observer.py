@@ -12,7 +12,7 @@ from layer_surgery.calibration.damping import damped
 from layer_surgery.checkpoint.experts import Experts
 from layer_surgery.walk.expert_moments import ExpertMoments, ExpertRecorder
 from layer_surgery.walk.moments import LayerMoments, MapRecorder, MomentRecorder
-from layer_surgery.walk.walk import Observer
+from layer_surgery.walk.observer import Observer
 
 
 class MomentObserver(Observer):

@@ -20,8 +20,9 @@ from layer_surgery.records import KlDivergence, Top1Agreement
 from layer_surgery.walk.boundaries import Boundary
 from layer_surgery.walk.losses import next_tokens
 from layer_surgery.walk.rehearsal import Rehearsal, blocks
+from layer_surgery.walk.share import share_of
 from layer_surgery.walk.streamed import StreamedModel
-from layer_surgery.walk.walk import WalkSettings, share_of
+from layer_surgery.walk.walk import WalkSettings
 
 #: Logits of one model exist for at most this many elements at a time (64 MiB in float32), and what is computed from
 #: them in float64 for at most as many as below (16 MiB; about five such tensors).

@@ -16,9 +16,10 @@ from layer_surgery.data.tokens import PackedTokens
 from layer_surgery.healing.outputs import HiddenAnswers, TeacherAnswers, token_outputs
 from layer_surgery.walk.boundaries import Boundary, BoundaryStore
 from layer_surgery.walk.losses import targets
+from layer_surgery.walk.observer import Observer
 from layer_surgery.walk.rehearsal import Rehearsal
 from layer_surgery.walk.streamed import StreamedModel
-from layer_surgery.walk.walk import LOGITS_AT_A_TIME, Observer, Walk, WalkSettings
+from layer_surgery.walk.walk import LOGITS_AT_A_TIME, Walk, WalkSettings
 
 Reduce = Callable[[Tensor, int], Sequence[Tensor]]
 """From the outputs [n, V] of the head for the items of a window, and its number, to what is kept of them: tensors that

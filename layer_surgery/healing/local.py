@@ -20,8 +20,9 @@ from layer_surgery.data.tokens import PackedTokens
 from layer_surgery.healing.trainee import Trainee
 from layer_surgery.linalg.least_squares import add_gram
 from layer_surgery.walk.boundaries import Boundary
+from layer_surgery.walk.observer import Observer
 from layer_surgery.walk.rehearsal import Rehearsal
-from layer_surgery.walk.walk import Observer, Walk
+from layer_surgery.walk.walk import Walk
 
 
 class Place(NamedTuple):

@@ -22,7 +22,7 @@ from layer_surgery.healing.mixture import WeightedLoss
 from layer_surgery.healing.packing import Batch
 from layer_surgery.healing.sources import TeacherProjections
 from layer_surgery.walk.boundaries import BoundaryStore
-from layer_surgery.walk.walk import Observer
+from layer_surgery.walk.observer import Observer
 
 
 def last_attention(model: Checkpoint) -> QueriesKeysValues:

@@ -30,8 +30,9 @@ from layer_surgery.records.embedding import EmbeddingQuality
 from layer_surgery.runs.embedding import EmbeddingTexts
 from layer_surgery.runs.session import Session
 from layer_surgery.walk.boundaries import Boundary, BoundaryStore
+from layer_surgery.walk.share import share_of
 from layer_surgery.walk.streamed import StreamedModel
-from layer_surgery.walk.walk import Losses, share_of
+from layer_surgery.walk.walk import Losses
 
 if TYPE_CHECKING:
     from layer_surgery.evaluation.tasks import TaskOutcome, Tasks

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from layer_surgery.scoring.context import SCORERS, Ranking, ScoringContext
-from layer_surgery.walk.walk import Observer
+from layer_surgery.walk.observer import Observer
 
 
 class LastTokenObserver(Observer):

@@ -11,7 +11,7 @@ from torch import nn
 from layer_surgery import parallel
 from layer_surgery.scoring.context import SCORERS, Ranking, ScoringContext
 from layer_surgery.walk.gradients import accumulated_gradients
-from layer_surgery.walk.walk import Observer
+from layer_surgery.walk.observer import Observer
 
 
 class TaylorObserver(Observer):

@@ -21,8 +21,9 @@ from layer_surgery.records import SpectrumMetric, SpectrumRecord, SurgeryPlan, U
 from layer_surgery.registry import Registry
 from layer_surgery.surgeon.resources import Pricing
 from layer_surgery.surgeon.spectra import Kept, spectrum_record
+from layer_surgery.walk.observer import Observer
 from layer_surgery.walk.streamed import StreamedModel
-from layer_surgery.walk.walk import Observer, Walk, boundary_steps
+from layer_surgery.walk.walk import Walk, boundary_steps
 
 T = TypeVar("T")
 

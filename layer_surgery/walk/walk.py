@@ -5,8 +5,8 @@ Shapes: B sequences in a micro-batch, S tokens each, D hidden, V vocabulary.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass, replace
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
@@ -17,14 +17,16 @@ from layer_surgery import parallel
 from layer_surgery.data.objective import NO_LABEL
 from layer_surgery.data.tokens import PackedTokens
 from layer_surgery.errors import NumericalError
-from layer_surgery.journal import NO_STEPS, Finished, Journal, Steps
+from layer_surgery.journal import NO_STEPS, Journal, Steps
 from layer_surgery.linalg.decomposition import Decomposition
 from layer_surgery.progress import Progress, no_progress
 from layer_surgery.walk.boundaries import Boundary, BoundaryStore
 from layer_surgery.walk.embedding import curvature_probes, embedding_losses, probe_generator
 from layer_surgery.walk.finite import Finite, remedy
 from layer_surgery.walk.losses import losses, targets
+from layer_surgery.walk.observer import Observer
 from layer_surgery.walk.rehearsal import Rehearsal, blocks
+from layer_surgery.walk.share import share_of
 from layer_surgery.walk.streamed import StreamedModel
 
 #: Logits of at most this many elements exist at a time (128 MiB in float32).
@@ -48,35 +50,6 @@ class WalkSettings:
     decomposition: Decomposition = "auto"
 
 
-class Observer:
-    """Sees every layer as the walk passes. Reduces on the spot; holds nothing of the size of the data."""
-
-    def watching(self, index: int, layer: nn.Module) -> AbstractContextManager[None]:
-        """Entered before the first micro-batch of layer `index`, left after its last: hooks go in, hooks come out."""
-        return nullcontext()
-
-    def begin_backward(self, gradient: Boundary) -> None:
-        """Backward walk only, before its first layer: where the gradient after each layer is while it is watched."""
-
-    def batch(self, valid: Tensor) -> None:
-        """Before each micro-batch: which of its tokens are no padding, [B, S] bool on the device."""
-
-    def end_round(self, present: int) -> None:
-        """After each round, in which the first `present` processes have had a micro-batch: sums go to their owners."""
-
-    def boundaries(self, index: int, before: Tensor, after: Tensor, valid: Tensor) -> None:
-        """Forward walk only: hidden states [B, S, D] at both sides of layer `index`; `valid` [B, S] bool."""
-
-    def finish(self, index: int, steps: Steps, passing: Callable[[Path], object]) -> None:
-        """Behind layer `index`, in a walk that can go on after it was stopped: finish the step `str(index)`, with all
-        that `restore` needs."""
-        raise NotImplementedError
-
-    def restore(self, index: int, step: Finished) -> None:
-        """In the place of a layer that an earlier run has finished."""
-        raise NotImplementedError
-
-
 @dataclass(frozen=True)
 class Losses:
     """Summed loss of every sequence, and the number of tokens it is over (1 where there is one answer a sequence)."""
@@ -88,37 +61,6 @@ class Losses:
     def mean(self) -> float:
         """Loss per token, or per sequence, that carries any."""
         return float(self.sums.sum() / self.tokens.sum())
-
-
-@dataclass(frozen=True)
-class Share:
-    """The micro-batches of one process: of every round, the one at the place of its rank."""
-
-    tokens: PackedTokens  #: Their sequences, one after the other: all of them, where there is one process.
-    windows: Tensor  #: [n] int64, the numbers of these sequences among all.
-    rounds: tuple[tuple[slice | None, int], ...]
-    """Of every round, where this process's micro-batch is in `tokens` (None: it has none), and how many have one."""
-
-
-def share_of(tokens: PackedTokens, batch_size: int) -> Share:
-    """Return what this process walks over: so many sequences at a time, in the same micro-batches as one would."""
-    group, batches = parallel.group(), [*tokens.batches(batch_size)]
-    rounds: list[tuple[slice | None, int]] = []
-    windows = list[int]()
-    for start in range(0, len(batches), group.world):
-        present = batches[start : start + group.world]
-        rows = None
-        if group.rank < len(present):
-            batch = present[group.rank]
-            rows = slice(len(windows), len(windows) + batch.stop - batch.start)
-            windows += range(batch.start, batch.stop)
-        rounds.append((rows, len(present)))
-    numbers = torch.tensor(windows, dtype=torch.int64)
-    if group.world > 1:
-        parts = ("token_ids", "loss_mask", "valid", "labels", "segments")
-        own = {name: found[numbers] for name in parts if (found := getattr(tokens, name)) is not None}
-        tokens = replace(tokens, **own)
-    return Share(tokens, numbers, tuple(rounds))
 
 
 class Walk:

@@ -36,8 +36,9 @@ from layer_surgery.data.tokens import PackedTokens
 from layer_surgery.walk import walk as walk_module
 from layer_surgery.walk.boundaries import Boundary
 from layer_surgery.walk.gradients import accumulated_gradients
+from layer_surgery.walk.observer import Observer
 from layer_surgery.walk.streamed import StreamedModel
-from layer_surgery.walk.walk import Observer, Walk
+from layer_surgery.walk.walk import Walk
 
 TOKENS = packed_tokens(5, 12, excluded=0.3)
 PADDED = packed_tokens(5, 12, padding=True, excluded=0.3)

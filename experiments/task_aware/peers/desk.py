@@ -20,7 +20,8 @@ from layer_surgery.checkpoint.result import result_checkpoint
 from layer_surgery.records import LayerPlan, SurgeryPlan
 from layer_surgery.scoring.block_influence import CosineObserver
 from layer_surgery.walk.moments import rows_of
-from layer_surgery.walk.walk import Observer, Walk
+from layer_surgery.walk.observer import Observer
+from layer_surgery.walk.walk import Walk
 
 
 class UnreachableSize(ValueError):

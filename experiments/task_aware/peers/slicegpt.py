@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from layer_surgery.walk.moments import rows_of
-from layer_surgery.walk.walk import Observer
+from layer_surgery.walk.observer import Observer
 
 from .desk import Desk, Made, Parts, UnreachableSize, tensors, weights
 from .extended import ATTENTION_SHORTCUT, BEFORE, MLP_SHORTCUT, extended, projection
