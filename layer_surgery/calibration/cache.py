@@ -5,7 +5,6 @@ Found by content (hashes), never by name. What is damaged or of another release 
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -26,7 +25,7 @@ from layer_surgery.checkpoint.new_tensors import FactorStore
 from layer_surgery.disk.own import own_directory, remove_dead
 from layer_surgery.disk.reading import read_json, why
 from layer_surgery.disk.renaming import rename_new, sync, sync_tree
-from layer_surgery.errors import LayerSurgeryError, UserError
+from layer_surgery.errors import LayerSurgeryError
 from layer_surgery.journal import NOTHING_KEPT, Journal, Steps
 from layer_surgery.machine import code_sha256
 from layer_surgery.records import Part
@@ -148,22 +147,6 @@ def statistics_steps(journal: Journal, layers: Mapping[int, Ranks], part: Part, 
     """Return where a run keeps the statistics of the layers that it has finished."""
     ranks = {str(index): dict(each) for index, each in layers.items()}
     return journal.stage("statistics", ranks, part, maps)
-
-
-def check_cache(cache: Path | None, option: str = "--cache") -> None:
-    """Raise `UserError` if a cache is neither a directory nor can be made. One that is read-only may be of use."""
-    if cache is None:
-        return
-    try:
-        if cache.is_dir():
-            return
-        nearest = next(place for place in cache.absolute().parents if place.exists())
-        possible = not os.path.lexists(cache) and nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)
-        reason = "is no directory and cannot be made one"
-    except OSError as error:
-        possible, reason = False, f"cannot be a directory ({why(error)})"
-    if not possible:
-        raise UserError(f"{option} {cache} {reason}; give another directory.")
 
 
 def _write(folder: Path, identity: Mapping[str, Any], statistics: Statistics) -> None:

@@ -9,12 +9,12 @@ from pathlib import Path
 import attrs
 
 from layer_surgery import parallel
-from layer_surgery.calibration.cache import check_cache
 from layer_surgery.checkpoint.save import check_free_space
 from layer_surgery.config import CompressConfig
 from layer_surgery.config.healing import behind_prefix
 from layer_surgery.data.bundled import bundled_tasks
 from layer_surgery.data.tokens import PackedTokens
+from layer_surgery.disk.folders import check_folder
 from layer_surgery.errors import UserError
 from layer_surgery.evaluation.task_names import check_task_names
 from layer_surgery.runs.bench import general_text
@@ -45,7 +45,7 @@ class Opened:
 def check_options(config: CompressConfig) -> None:
     """Raise `UserError` for what is wrong whatever the checkpoint is. The options have been through `checked`."""
     check_effects(config)
-    check_cache(config.cache)
+    check_folder(config.cache, "--cache")
     check_sources(config.text_column, calibration=config.calibration, evaluation=config.eval_data)
     check_task_names(config, bundled_tasks)
 

@@ -2,8 +2,8 @@
 
 from dataclasses import replace
 
-from layer_surgery.calibration.cache import check_cache
 from layer_surgery.config import ScoreConfig
+from layer_surgery.disk.folders import check_folder
 from layer_surgery.errors import PlanError
 from layer_surgery.progress import Stage
 from layer_surgery.records import LayerScores
@@ -18,7 +18,7 @@ def run_score(model: Model, config: ScoreConfig) -> LayerScores:
     entry, target = SCORERS[config.scorer], config.target_layers
     if config.remove != "layer" and not entry.parts:
         raise PlanError(f"--scorer {entry.name} ranks whole layers; leave out --remove {config.remove}.")
-    check_cache(config.cache)
+    check_folder(config.cache, "--cache")
     check_sources(config.text_column, calibration=config.calibration)
     with open_session(model, config, None) as session:
         layer_count = session.checkpoint.layer_count

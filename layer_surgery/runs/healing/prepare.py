@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from layer_surgery import parallel
-from layer_surgery.calibration.cache import check_cache
 from layer_surgery.checkpoint.checkpoint import Checkpoint
 from layer_surgery.checkpoint.heads import CAUSAL_LM, EMBEDDING
 from layer_surgery.config import HealingConfig
@@ -17,6 +16,7 @@ from layer_surgery.config.choices import DEFAULT_EMBEDDING_LOSSES, DEFAULT_LOSSE
 from layer_surgery.config.inputs import TextConfig
 from layer_surgery.data import load_documents, pack_evaluation
 from layer_surgery.data.tokens import PackedTokens
+from layer_surgery.disk.folders import check_folder
 from layer_surgery.errors import CheckpointError, DataError, UserError
 from layer_surgery.healing.adapters import check_peft
 from layer_surgery.healing.attention_maps import compared_layers
@@ -94,8 +94,8 @@ def prepare_healing(
         adapter_targets(session.checkpoint.skeleton, session.checkpoint.architecture.layers)
     if config.train == "head" and not fewer_dimensions:  # which come with a module of their own
         check_head(original)
-    check_cache(config.teacher_cache, "--teacher-cache")
-    check_cache(config.checkpoints, "--checkpoints")
+    check_folder(config.teacher_cache, "--teacher-cache")
+    check_folder(config.checkpoints, "--checkpoints")
     if config.resume is not None:
         check_training_checkpoint(config.resume)
     windows = _MOST_WINDOWS

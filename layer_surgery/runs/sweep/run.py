@@ -8,13 +8,13 @@ from typing import Self
 import attrs
 
 from layer_surgery import parallel
-from layer_surgery.calibration.cache import check_cache
 from layer_surgery.checkpoint.contents import PAGE_FILES
 from layer_surgery.checkpoint.heads import CAUSAL_LM
 from layer_surgery.checkpoint.output import check_not_same, writing
 from layer_surgery.config import SweepConfig
 from layer_surgery.data.bundled import bundled_tasks
 from layer_surgery.data.tokens import PackedTokens
+from layer_surgery.disk.folders import check_folder
 from layer_surgery.errors import LayerSurgeryError, PlanError
 from layer_surgery.evaluation.task_names import check_task_names
 from layer_surgery.records import StageFailure, SurgeryPlan
@@ -55,7 +55,7 @@ def run_sweep(model: Model, config: SweepConfig) -> SweepReport:
     """
     points = grid(config)
     condition = parse_condition(config.best, config) if config.best is not None else None
-    check_cache(config.cache)
+    check_folder(config.cache, "--cache")
     check_sources(config.text_column, calibration=config.calibration, evaluation=config.eval_data)
     check_task_names(config, bundled_tasks)
     if condition is not None or config.overwrite:
