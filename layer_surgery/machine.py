@@ -57,6 +57,11 @@ def version(package: str) -> str | None:
     """Return the installed version of a package, or None; of this one, that of the code that runs."""
     if package == "layer-surgery":
         return str(sys.modules["layer_surgery"].__version__)
+    return _installed_version(package)
+
+
+@functools.cache
+def _installed_version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -4,6 +4,7 @@ What is damaged is refused with one sentence.
 """
 
 import errno
+import functools
 import math
 from pathlib import Path
 from typing import Any, TypeVar
@@ -134,11 +135,18 @@ def validated(cls: type[T], data: dict[str, Any], file: Path, advice: str) -> T:
     A field that is not there has its default: an older release did not write it.
     """
     try:
-        return TypeAdapter(cls).validate_python(data)
+        record: T = _adapter(cls).validate_python(data)  # type: ignore[arg-type]
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise ReportError(f"{file} is damaged at '{where}': {first['msg'].lower()}; {advice}.") from error
+    return record
+
+
+@functools.cache
+def _adapter(cls: Any) -> TypeAdapter[Any]:
+    """Return what checks a record; making it takes longer than using it."""
+    return TypeAdapter(cls)
 
 
 def _refuse(word: str) -> None:

@@ -1,5 +1,6 @@
 """The templates of page and card, and their rendering: everything from outside is escaped."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,12 @@ from layer_surgery.reporting.text import breakable, code_block, code_span, markd
 
 def render(template: str, /, **values: Any) -> str:
     """Fill a template of this folder. `.html` templates escape what they are given; Markdown uses its filters."""
+    return _environment().get_template(template).render(**values)
+
+
+@functools.cache
+def _environment() -> Environment:
+    """Return where templates are compiled, each once in a process."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=lambda name: name is not None and name.endswith(".html.jinja"),
@@ -30,4 +37,4 @@ def render(template: str, /, **values: Any) -> str:
         "breakable": breakable,
     }
     environment.globals |= {"colours": COLOURS, "version": version("layer-surgery") or ""}
-    return environment.get_template(template).render(**values)
+    return environment
