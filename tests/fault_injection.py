@@ -23,13 +23,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
-from filesystem_events import compiler, library, watch_events
-from matplotlib.figure import Figure
+from filesystem_events import compiler, prepare, watch_events
+from markupsafe import Markup
 
 from layer_surgery.checkpoint.contents import PAGE_FILES, not_ours
 from layer_surgery.checkpoint.costs import TokenCosts
 from layer_surgery.cli.main import main
 from layer_surgery.disk import own
+from layer_surgery.reporting.figures import healing, layers, quality, tradeoff
+from layer_surgery.reporting.figures.svg import Plot
 from layer_surgery.runs import evaluator
 from layer_surgery.runs import output as runs_output
 
@@ -130,15 +132,16 @@ def _in_fork(arguments: list[str], folder: Path, log: Path, watch: Watch) -> Non
 
 
 def warm(model: Path, text: Path) -> None:
-    """Import here, once for all forks, what a compression does, and compile what counts events."""
-    import layer_surgery.reporting.card
-    import layer_surgery.reporting.compare
-    import layer_surgery.reporting.page
+    """Import and compile here, once for all forks, what runs import and compile, and what counts events."""
+    import layer_surgery.reporting.console
 
-    if compiler() is not None:
-        library()
     options = {"samples": 4, "sequence_length": 16, "refit_general": 0, "eval_data": None}
-    layer_surgery.compress(model, layers=[1], calibration=text, no_save=True, **options)
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder) / "result"
+        layer_surgery.compress(model, result, layers=[1], keep=0.3, calibration=text, **options)
+        layer_surgery.export_dense(result, Path(folder) / "dense")
+    if compiler() is not None:
+        prepare()
     gc.freeze()  # else every fork copies what its first collection looks at
 
 
@@ -150,11 +153,20 @@ def leave_out_what_takes_long() -> None:
 
 
 def _watch(folder: Path, output: int, fault: str | None, at: int) -> None:
-    """Have the fault come at the event of this number. Costs are not counted and figures not drawn: they take half of
-    the time, and no files."""
-    evaluator.token_costs = lambda *_: TokenCosts(flops=1, kv_cache_bytes=1)
-    Figure.savefig = lambda _figure, file, **_: file.write(_NO_FIGURE)  # type: ignore[method-assign]
+    """Have the fault come at the event of this number."""
+    _leave_out_what_is_no_file()
     watch_events(folder, output, at, SIGNALS.get(fault or "", 0), ERRORS.get(fault or "", 0))
+
+
+def _leave_out_what_is_no_file() -> None:
+    """Count no costs and draw no figures: they take half of the time."""
+    evaluator.token_costs = lambda *_: TokenCosts(flops=1, kv_cache_bytes=1)
+    for module in (healing, layers, quality, tradeoff):
+        module.draw = _not_drawn  # type: ignore[attr-defined]
+
+
+def _not_drawn(key: str, title: str, alternative: str, caption: str, **_: object) -> Plot:
+    return Plot(Markup(_NO_FIGURE), title, caption)
 
 
 def _plain(event: str) -> str:
@@ -183,8 +195,10 @@ def _state(folder: Path) -> str:
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         digest = whole.get(name, "no file")
-        if path.name in ("run.json", "sweep.json"):  # the next run reads it
-            digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        if path.name in ("run.json", "sweep.json"):  # the next run reads it, and shows the times only
+            digest = hashlib.sha256(re.sub(rb'"(seconds|time)": [^,}\n]*', b"", path.read_bytes())).hexdigest()
+        elif path.name in OF_ONE_RUN:  # whole, or cut short
+            digest = path.read_bytes()[-8:].hex()
         found.append(f"{_plain(name)} {digest} {path.is_dir()}")
     return hashlib.sha256("\n".join(sorted(found)).encode()).hexdigest()
 
@@ -235,7 +249,7 @@ class Trial:
 
     def next_run(self) -> Ended:
         """Run the command that follows."""
-        return run(self.scenario.again, self.folder)
+        return run(self.scenario.again, self.folder, watch=lambda _log: _leave_out_what_is_no_file())
 
     def problems(self, fault: str, at: int) -> Iterator[str]:
         """Yield what does not hold after a fault at an event, and after the run that follows it."""

@@ -65,13 +65,14 @@ static int event(const char *what, const char *path) {
 
 static int event_at(const char *what, int directory, const char *path) {
     char found[PATH_MAX];
-    return event(what, absolute(directory, path, found));
+    return log_descriptor >= 0 && event(what, absolute(directory, path, found));
 }
 
 static int event_of(const char *what, int descriptor) {
     char link[64], found[PATH_MAX];
     ssize_t length;
     int kept = errno;
+    if (log_descriptor < 0) return 0;
     snprintf(link, sizeof link, "/proc/self/fd/%d", descriptor);
     length = readlink(link, found, sizeof found - 1);
     errno = kept;
@@ -199,13 +200,26 @@ static int change_library(struct dl_phdr_info *library, size_t size, void *own) 
     return 0;
 }
 
-/* Begin to count; at event `number` (from 0) comes a signal or an error, if one of them is not 0. Return how many
-   addresses were changed. */
+static int count_loaded(struct dl_phdr_info *library, size_t size, void *loaded) {
+    (void)size;
+    *(unsigned long long *)loaded = library->dlpi_adds;
+    return 1;
+}
+
+/* Begin to count; at event `number` (from 0) comes a signal or an error, if one of them is not 0. Nothing is counted
+   where `log` is -1. Return how many addresses were changed. */
 int watch(const char *path, int log, long number, int with_signal, int with_errno) {
+    static unsigned long long known; /* libraries that had been loaded when the tables were changed */
+    unsigned long long loaded = 0;
     Dl_info own;
     snprintf(folder, sizeof folder, "%s", path);
     folder_length = strlen(folder);
     at = number, at_signal = with_signal, at_errno = with_errno, log_descriptor = log;
-    if (!changed && dladdr((void *)watch, &own)) dl_iterate_phdr(change_library, own.dli_fbase);
+    dl_iterate_phdr(count_loaded, &loaded);
+    if (loaded != known && dladdr((void *)watch, &own)) {
+        changed = 0;
+        dl_iterate_phdr(change_library, own.dli_fbase);
+        known = loaded;
+    }
     return changed;
 }
