@@ -71,6 +71,7 @@ class StatisticsCache:
         }
         key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:40]
         folder = self._directory / key
+        parallel.from_first(self._remove_dead)
         if parallel.from_first(folder.exists):
             statistics, damage = None, ""
             try:
@@ -99,19 +100,20 @@ class StatisticsCache:
         statistics.components = FactorStore(Path(final), dtype)
         return statistics
 
+    def _remove_dead(self) -> None:
+        for left in remove_dead(self._directory, _STAGING):
+            self._note(f"removed {left}, which a run that was killed has left in the cache")
+
     def _staging(self, stack: ExitStack, key: str) -> str | None:
         """Return a new folder in the cache, gone with the stack; None, with a note, if it cannot be made."""
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
-            for left in remove_dead(self._directory, _STAGING):
-                self._note(f"removed {left}, which a run that was killed has left in the cache")
-            work = stack.enter_context(own_directory(self._directory, _STAGING))
+            staging = stack.enter_context(own_directory(self._directory, _STAGING)) / key
+            staging.mkdir()
         except OSError as error:
             reason = f"--cache {self._directory} cannot be written ({why(error)})"
             self._note(f"warning: statistics are not kept: {reason}")
             return None
-        staging = work / key
-        staging.mkdir()
         return str(staging)
 
     def _put(

@@ -18,7 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from layer_surgery.errors import LayerSurgeryError, NumericalError, UserError
+from layer_surgery.disk.reading import why
+from layer_surgery.errors import LayerSurgeryError, NumericalError, OutputError, UserError
 
 
 @dataclass(frozen=True)
@@ -119,11 +120,20 @@ def together() -> Iterator[None]:
 def new_folder(parent: Path | None, prefix: str) -> Path:
     """Return a new folder that the first process makes (in `parent`, else where the system keeps temporary files).
 
-    Raises `UserError` unless all processes see it.
+    Raises `UserError` if it cannot be made, or unless all processes see it.
     """
-    folder = Path(from_first(lambda: tempfile.mkdtemp(prefix=prefix, dir=parent)))
+    folder = Path(from_first(lambda: _made(parent, prefix)))
     _check_seen(folder)
     return folder
+
+
+def _made(parent: Path | None, prefix: str) -> str:
+    try:
+        return tempfile.mkdtemp(prefix=prefix, dir=parent)
+    except OSError as error:
+        raise OutputError(
+            f"scratch files cannot be written to {parent or tempfile.gettempdir()} ({why(error)})."
+        ) from error
 
 
 @contextmanager

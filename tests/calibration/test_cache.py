@@ -257,13 +257,15 @@ def test_a_failure_leaves_nothing_in_the_cache(cached: Cached, monkeypatch: pyte
     assert list(cached.cache.iterdir()) == []
 
 
+@pytest.mark.parametrize("depth", [0, 1])
 def test_a_cache_that_cannot_be_written_is_a_warning(
-    cached: Cached, walks: list[str], monkeypatch: pytest.MonkeyPatch
+    cached: Cached, walks: list[str], monkeypatch: pytest.MonkeyPatch, depth: int
 ) -> None:
+    """Neither a folder in it can be made, nor, at the other depth, one in that."""
     mkdir = Path.mkdir
 
     def refuse(self: Path, *args: Any, **kwargs: Any) -> None:
-        if cached.cache in self.parents:
+        if cached.cache in self.parents[depth:]:
             raise PermissionError(13, "Permission denied")
         mkdir(self, *args, **kwargs)
 
@@ -272,6 +274,15 @@ def test_a_cache_that_cannot_be_written_is_a_warning(
     assert walks == ["backward"] and statistics.values
     (note,) = cached.notes
     assert note == f"warning: statistics are not kept: --cache {cached.cache} cannot be written (Permission denied)"
+
+
+def test_what_a_dead_run_has_left_goes_though_the_statistics_are_there(cached: Cached, walks: list[str]) -> None:
+    cached.get()
+    dead = cached.cache / f"{statistics_cache._STAGING}{'0' * 16}"
+    dead.mkdir()
+    cached.get()
+    assert not dead.exists() and walks == ["backward"]
+    assert any(note.startswith(f"removed {dead}") for note in cached.notes)
 
 
 @pytest.mark.parametrize("place", ["file", "file/below", "/dev/null/below"])

@@ -295,10 +295,11 @@ NO_MEMORY = RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
         ("checkpoint.save.StreamedSafetensors.write", NO_SPACE, 1, "error: .*No space left on device"),
         ("checkpoint.new_tensors.save_file", NO_SPACE_FOR_FACTORS, 1, "error: .*No space left on device"),
         ("runs.output.report_dict", NO_SPACE, 1, "error: .*No space left on device"),
+        ("runs.session.tempfile.mkdtemp", NO_SPACE, 2, r"error: scratch files .* \(No space left on device\)\.$"),
         ("runs.bench.result_checkpoint", NO_MEMORY, 1, "error: .*--batch-size"),
         ("runs.bench.result_checkpoint", KeyboardInterrupt(), 130, "interrupted; nothing half-written is left.$"),
     ],
-    ids=["weights", "factors", "report", "memory", "interrupted"],
+    ids=["weights", "factors", "report", "scratch", "memory", "interrupted"],
 )
 def test_a_run_that_cannot_go_on_says_why_and_leaves_nothing(
     run: CommandLine,
