@@ -7,6 +7,7 @@ signal, or the event fails with an error.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import gc
 import hashlib
@@ -143,6 +144,23 @@ def warm(model: Path, text: Path) -> None:
     if compiler() is not None:
         prepare()
     gc.freeze()  # else every fork copies what its first collection looks at
+    _in_large_pages()
+
+
+def _in_large_pages() -> None:
+    """Have the kernel put this process's own memory into pages of 2 MiB, where it can: forks take a third of the time.
+
+    What it does not do is no error: MADV_COLLAPSE (Linux 6.1) refuses what is not in use.
+    """
+    size, collapse = 2 << 20, 25
+    madvise = ctypes.CDLL(None).madvise
+    madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        addresses, rights, _, _, file = line.split()[:5]
+        begin, end = (int(address, 16) for address in addresses.split("-"))
+        if rights == "rw-p" and file == "0":
+            for place in range(-(-begin // size) * size, end // size * size, size):
+                madvise(place, size, collapse)
 
 
 def leave_out_what_takes_long() -> None:
