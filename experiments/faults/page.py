@@ -16,7 +16,10 @@ Made by `experiments/faults/page.py` from the JSON files in this folder, which h
 *Refused*: one sentence and exit code 1 or 2. *Lost*: a result that was there, or that a run with exit code 0 has made,
 is not there. *Silently wrong*: exit code 0 and something else than what is right. *Hang*: more than 20 seconds of work,
 or 10 minutes in all. *Raw error*: a traceback, an error that names no mistake, or something left behind. Of a case that
-failed, the number is in the JSON; `--case N --kind KIND` tries it alone. Checkpoints are tiny, and pages are not drawn.
+failed, the number is in the JSON; `--case N --kind KIND` tries it alone. Checkpoints are tiny, and figures are not drawn.
+
+After a fault the same command is run again. Where the folder holds what it held after an earlier fault of this scenario
+(names but for their random part, and the bytes of all files but pages and times), what came of that run counts for both.
 
 A record goes on where it stopped (`--output`); a machine with two busy cores had no time for all of `every_fault.py`,
 `instants.py` and the damaged checkpoints after the mend, so their counts below are what was tried.
@@ -35,6 +38,11 @@ A record goes on where it stopped (`--output`); a machine with two busy cores ha
 - sweep, a directory of its own that cannot be removed at once stayed for good: it is tried again when the process
   ends (`disk/own.py`).
 - heal, weights of the training cannot be written: an error of safetensors'. One sentence now (`healing/trainee.py`).
+- `every_fault.py`, all scenarios: a folder for scratch files that cannot be made was an error of Python's. One sentence
+  now (`parallel/group.py`).
+- cache, a folder within it that cannot be made: an error of Python's. The run goes on without the cache. And what a run
+  that was killed at its very end has left stayed while its statistics were used: it goes with the next run
+  (`calibration/cache.py`).
 - By reading: answers of the original (`--teacher-cache`) that were changed on disk were used; two runs could write one
   teacher cache; a capture that was killed before its first header was refused for ever; nothing of it was synced; a
   pipe as `--loss FILE` or in a teacher cache was waited for; damaged checkpoints of a training, or one of another
