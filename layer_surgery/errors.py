@@ -48,8 +48,9 @@ class NumericalError(LayerSurgeryError):
 
 def nearest_name(name: str, known: Iterable[str]) -> str:
     """Return `" Did you mean 'x'?"` for the known name nearest to `name`, or `""` if none is near."""
-    matches = difflib.get_close_matches(name.lower(), list(known), n=1, cutoff=0.5)
-    return f" Did you mean '{matches[0]}'?" if matches else ""
+    lowered = {each.lower(): each for each in known}
+    matches = difflib.get_close_matches(name.lower(), list(lowered), n=1, cutoff=0.5)
+    return f" Did you mean '{lowered[matches[0]]}'?" if matches else ""
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:

@@ -15,7 +15,7 @@ import torch
 
 from layer_surgery.devices import device_name, float32_by_onednn, from_proc
 
-PACKAGES = ("layer-surgery", "torch", "transformers", "safetensors", "tokenizers", "numpy", "lm-eval")
+PACKAGES = ("layer-surgery", "torch", "transformers", "safetensors", "tokenizers", "numpy", "lm-eval", "mteb")
 _CODE = (".py", ".jinja")
 
 

@@ -14,6 +14,7 @@ from layer_surgery.config.declaring import (
     about,
     absolute_path,
     at_least,
+    models,
     names,
     numbers,
     path,
@@ -109,10 +110,13 @@ class HealConfig(RuntimeConfig, OutputConfig, EvaluationConfig, HealingConfig):
     GROUP: ClassVar[Group] = "Model and data"
     FIRST = ("data", "output", "teacher")
 
-    teacher: Any = attrs.field(
-        default=None,
+    teacher: tuple[Any, ...] = attrs.field(
+        default=(),
+        converter=models,
         metadata=about(
-            "The original that the result was made of.",
+            "The original that the result was made of. Of embedding models several may be given, whose vectors are "
+            "put side by side: the original, if it is to be one of them, and others, with tokenizers of their own.",
+            form="repeat",
             metavar="MODEL",
             default="where surgery.json says it was, if it is still there and the same",
             recorded=False,

@@ -173,6 +173,11 @@ def paths(value: str | Path | Sequence[str | Path] | None) -> tuple[Path, ...]:
     return tuple(expanded(path) for path in _several(value))
 
 
+def models(value: Any) -> tuple[Any, ...]:
+    """Return one model (a name, a directory, or one in memory), or several, or None, as a tuple."""
+    return tuple(value) if isinstance(value, list | tuple) else () if value is None else (value,)
+
+
 def path(value: str | Path | None) -> Path | None:
     """Return a path in which `~` is the home directory."""
     return None if value is None else expanded(value)

@@ -79,7 +79,7 @@ class SpeedConfig(Options):
 
 @attrs.frozen(kw_only=True, slots=False)
 class TaskConfig(Options):
-    """Which lm-eval tasks are run."""
+    """Which tasks are run: lm-eval's, of embedding models mteb's."""
 
     GROUP: ClassVar[Group] = "Evaluation"
 
@@ -87,7 +87,8 @@ class TaskConfig(Options):
         default=(),
         converter=names,
         metadata=about(
-            "lm-eval tasks, groups or YAML files to run before and after; `bundled` is a set that needs no network.",
+            "lm-eval tasks, groups or YAML files to run before and after; `bundled` is a set that needs no network. Of "
+            "embedding models: tasks of mteb, NAME or NAME:SUBSET.",
             form="list",
             metavar="NAME|FILE,...",
             choices=BUNDLED_TASKS,
@@ -97,8 +98,9 @@ class TaskConfig(Options):
         default=(),
         converter=paths,
         metadata=about(
-            "Directory with lm-eval task configurations of your own; may be given several times. Python that the named "
-            "tasks refer to (`!function`) is run: name only tasks that you trust, here and in YAML files.",
+            "Directory with lm-eval task configurations (or classes of mteb) of your own; may be given several times. "
+            "Python that the named tasks refer to (`!function`), or in which they stand, is run: name only tasks that "
+            "you trust, here and in YAML files.",
             form="repeat",
             metavar="DIR",
         ),

@@ -115,7 +115,8 @@ def _draw_passages(
     generator: torch.Generator,
 ) -> PackedTokens:
     found = passages(data, tokenizer, objective, sequence_length=sequence_length)
-    too_few = TooFewSequencesError(data, sum(map(len, found)), len(found), samples, sequence_length)
+    tokens = sum(len(each.ids) for each in found)
+    too_few = TooFewSequencesError(data, tokens, len(found), samples, sequence_length)
     drawn = _drawn(len(found), samples, generator, too_few)
     return pack_passages(data, tokenizer, objective, found, drawn.tolist())
 

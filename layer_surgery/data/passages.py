@@ -4,9 +4,10 @@ Shapes: N passages, S tokens of the longest.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
+from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -20,10 +21,17 @@ _PARAGRAPHS = re.compile(r"\n\s*\n")
 _BATCH = 256  # texts given to the tokenizer at once
 
 
+class Passage(NamedTuple):
+    """One sequence."""
+
+    ids: list[int]  #: With the prompt and what the tokenizer adds.
+    text: str  #: Without them.
+
+
 def passages(
     data: LoadedData, tokenizer: PreTrainedTokenizerBase, objective: Objective, *, sequence_length: int
-) -> list[list[int]]:
-    """Return the token ids of all passages of some texts, in their order.
+) -> list[Passage]:
+    """Return all passages of some texts, in their order.
 
     A text that fits into a sequence is one. Of one that does not, each paragraph is; and a paragraph that does not fit
     is cut at a token into pieces that do. So every text is whole or in pieces, and nothing is cut off.
@@ -38,14 +46,17 @@ def passages(
             "them is cut off wherever it is used; give less."
         )
     texts = list(_texts(data))
-    found: list[list[int]] = []
+    found: list[Passage] = []
     for text, ids in zip(texts, _encoded(tokenizer, [objective.prompt + text for text in texts]), strict=True):
         if len(ids) <= sequence_length:
-            found.append(ids)
+            found.append(Passage(ids, text))
             continue
-        parts = [objective.prompt + part.strip() for part in _PARAGRAPHS.split(text) if part.strip()]
-        for whole in _encoded(tokenizer, parts):
-            found += [whole] if len(whole) <= sequence_length else _pieces(tokenizer, objective, whole, sequence_length)
+        parts = [part.strip() for part in _PARAGRAPHS.split(text) if part.strip()]
+        for part, whole in zip(parts, _encoded(tokenizer, [objective.prompt + part for part in parts]), strict=True):
+            if len(whole) <= sequence_length:
+                found.append(Passage(whole, part))
+            else:
+                found += _pieces(tokenizer, objective, part, whole, sequence_length)
     return found
 
 
@@ -69,9 +80,10 @@ def _encoded(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Iterat
 
 
 def _pieces(
-    tokenizer: PreTrainedTokenizerBase, objective: Objective, whole: list[int], sequence_length: int
-) -> Iterator[list[int]]:
-    """Cut a text, which begins with the prompt, and put the prompt and what the tokenizer adds around each piece."""
+    tokenizer: PreTrainedTokenizerBase, objective: Objective, text: str, whole: list[int], sequence_length: int
+) -> Iterator[Passage]:
+    """Cut a text, whose tokens behind the prompt are `whole`, and put the prompt and what the tokenizer adds around
+    each piece."""
     around = next(
         _encoded(tokenizer, [objective.prompt.rstrip()])
     )  # a space at its end belongs to the text's first token
@@ -86,19 +98,32 @@ def _pieces(
             f"--sequence-length is {sequence_length}, but the prompt and the tokenizer's own tokens take {len(around)} "
             "of each text; give more."
         )
+    said = _text_of(tokenizer, objective, text, whole)
     for start in range(0, len(body), room):
-        yield [*whole[:begin], *body[start : start + room], *whole[len(whole) - end :]]
+        ids = [*whole[:begin], *body[start : start + room], *whole[len(whole) - end :]]
+        yield Passage(ids, said(begin + start, begin + min(start + room, len(body))))
+
+
+def _text_of(
+    tokenizer: PreTrainedTokenizerBase, objective: Objective, text: str, whole: list[int]
+) -> Callable[[int, int], str]:
+    """Return a function from a first and a last token (excluded) of a text behind its prompt to what they say."""
+    if not tokenizer.is_fast:
+        return lambda first, last: str(tokenizer.decode(whole[first:last]))
+    given = objective.prompt + text
+    places = tokenizer(given, truncation=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
+    return lambda first, last: given[places[first][0] : places[last - 1][1]].strip()
 
 
 def pack_passages(
     data: LoadedData,
     tokenizer: PreTrainedTokenizerBase,
     objective: Objective,
-    found: Sequence[list[int]],
+    found: Sequence[Passage],
     chosen: Sequence[int],
 ) -> PackedTokens:
     """Pack the passages with these numbers, in this order, padded on the right to the longest."""
-    rows = [found[number] for number in chosen]
+    rows = [found[number].ids for number in chosen]
     if not rows or not all(rows):
         raise DataError(f"{data.name} has a text without any token; give it a text that this tokenizer keeps.")
     padding = next(int(i) for i in (objective.padding_id, tokenizer.pad_token_id, 0) if i is not None)
@@ -109,8 +134,8 @@ def pack_passages(
         valid[number, : len(row)] = True
     mask = torch.zeros_like(valid)
     mask[:, 0] = True
-    packed = packed_tokens(data.name, ids, mask, valid, sum(map(len, found)))
-    return replace(packed, objective=objective)
+    packed = packed_tokens(data.name, ids, mask, valid, sum(len(each.ids) for each in found))
+    return replace(packed, objective=objective, texts=tuple(found[number].text for number in chosen))
 
 
 def pack_as_used(
@@ -121,9 +146,7 @@ def pack_as_used(
     given = [prompt + text for text in texts]
     cut = sum(len(ids) > longest for ids in _encoded(tokenizer, given))
     limit = {"truncation": True, "max_length": int(longest)} if cut else {"truncation": False}
-    rows = [
-        list(ids)
-        for ids in tokenizer(given, padding=False, return_attention_mask=False, verbose=False, **limit).input_ids
-    ]
+    encoded = tokenizer(given, padding=False, return_attention_mask=False, verbose=False, **limit).input_ids
+    rows = [Passage(list(ids), text) for ids, text in zip(encoded, texts, strict=True)]
     source = LoadedData(name, [Text(text) for text in texts], "text")
     return pack_passages(source, tokenizer, objective, rows, range(len(rows))), cut

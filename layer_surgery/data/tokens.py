@@ -54,6 +54,9 @@ class PackedTokens:
     documents: Tensor | None = None
     """[N] int64, which document each sequence is a window of, where a document may have several. In evaluation data its
     windows stand one behind the other, and what is counted by example is counted by document."""
+    texts: tuple[str, ...] | None = None
+    """[N] what each sequence says, without a prompt, where sequences are the passages of an embedding model: for models
+    with other tokens."""
 
     @property
     def sequences(self) -> int:
@@ -89,7 +92,7 @@ class PackedTokens:
             segments=None if self.segments is None else self.segments[rows],
         )
         documents = None if self.documents is None else self.documents[rows]
-        return replace(chosen, objective=self.objective, documents=documents)
+        return replace(chosen, objective=self.objective, documents=documents, texts=_chosen(self.texts, rows))
 
     def first_tokens(self, length: int) -> PackedTokens:
         """Return the first tokens of each sequence, where what is behind them is padding."""
@@ -103,7 +106,7 @@ class PackedTokens:
             labels=self.labels[:, :length] if of_tokens and self.labels is not None else self.labels,
             segments=None if self.segments is None else self.segments[:, :length],
         )
-        return replace(cut, objective=self.objective, documents=self.documents)
+        return replace(cut, objective=self.objective, documents=self.documents, texts=self.texts)
 
     def holding(self, token_ids: Tensor, loss_mask: Tensor, valid: Tensor) -> PackedTokens:
         """Return other sequences [N, S], whose labels are their next tokens, under the same name and without shares."""
@@ -176,7 +179,16 @@ def joined(name: str, parts: Sequence[PackedTokens], order: Tensor | slice = sli
         labels=together,
         segments=stacked(told, 0) if any(each is not None for each in segments) else None,
     )
-    return replace(mixed, objective=objective, documents=_joined_documents(parts, order))
+    texts = [text for part in parts for text in part.texts or ()]
+    together_texts = _chosen(tuple(texts), order) if all(part.texts is not None for part in parts) else None
+    return replace(mixed, objective=objective, documents=_joined_documents(parts, order), texts=together_texts)
+
+
+def _chosen(texts: tuple[str, ...] | None, rows: Tensor | slice) -> tuple[str, ...] | None:
+    """Return the texts [N] of some sequences, by number or by a mask [N] bool."""
+    if texts is None:
+        return None
+    return tuple(texts[number] for number in torch.arange(len(texts))[rows].tolist())
 
 
 def _joined_documents(parts: Sequence[PackedTokens], order: Tensor | slice) -> Tensor | None:

@@ -3,14 +3,9 @@
 import contextlib
 import io
 import math
-import random
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import datasets
-import huggingface_hub
 import numpy as np
 import torch
 from lm_eval import evaluator, simple_evaluate
@@ -22,22 +17,11 @@ from layer_surgery.config import TaskConfig
 from layer_surgery.devices import torchs_products
 from layer_surgery.errors import DataError
 from layer_surgery.evaluation.harness import HarnessModel
+from layer_surgery.evaluation.task_data import cannot_be_loaded, changed, from_cache_or_hub, generators_kept
 from layer_surgery.evaluation.task_names import unknown_task
-from layer_surgery.evaluation.uncertainty import paired_difference
+from layer_surgery.evaluation.task_outcome import TaskOutcome
 from layer_surgery.progress import Progress
-from layer_surgery.records import Interval, TaskMetric, TaskResult
-
-_HUB: Any = huggingface_hub.constants
-_HUB_TIMEOUT_SECONDS = 5
-
-
-@dataclass(frozen=True)
-class TaskOutcome:
-    """Results of one model on the tasks."""
-
-    results: dict[str, TaskResult]
-    items: dict[str, dict[str, NDArray[np.float64]]]
-    """By task and metric, the value of every item, [N]; only for metrics that are means over items."""
+from layer_surgery.records import TaskMetric, TaskResult
 
 
 class Tasks:
@@ -71,11 +55,11 @@ class Tasks:
         """Run all tasks on a model, as lm-eval's command line would with the same options."""
         # lm-eval prints on stdout, seeds the global generators, and runs git where the user stands, which outside of a
         # repository writes an error on stderr.
-        no_git = _changed(evaluator, "get_git_commit_hash", lambda: None)
+        no_git = changed(evaluator, "get_git_commit_hash", lambda: None)
         with (
             contextlib.redirect_stdout(io.StringIO()),
             no_git,
-            _global_generators_kept(),
+            generators_kept(),
             torch.no_grad(),
             torchs_products(),
         ):
@@ -105,18 +89,7 @@ class Tasks:
 
     def _load(self, name: str) -> list[Any]:
         """Return the task or group, or the tasks of a tag, with data: from here or the cache, else from the hub."""
-        try:
-            # Only from the cache of the hub's libraries: what is here needs no network.
-            with _changed(_HUB, "HF_HUB_OFFLINE", True), _changed(datasets.config, "HF_HUB_OFFLINE", True):
-                return self._load_now(name)
-        except Exception as error:  # the configuration can name any loader, and run any code of its author's
-            # The libraries would try an unreachable hub for half a minute a task.
-            if _HUB.HF_HUB_OFFLINE or not isinstance(error, OSError) or not _hub_answers():
-                raise _refused(name, error) from error
-        try:
-            return self._load_now(name)
-        except Exception as error:
-            raise _refused(name, error) from error
+        return from_cache_or_hub(lambda: self._load_now(name), lambda error: _refused(name, error))
 
     def _load_now(self, name: str) -> list[Any]:
         loaded = self._manager.load([name])
@@ -127,25 +100,7 @@ class Tasks:
 
 
 def _refused(name: str, error: Exception) -> DataError:
-    reason = " ".join(str(error).split())[:300]
-    if isinstance(error, ConnectionError):
-        return DataError(
-            f"the data of task '{name}' are neither in the local cache nor can they be had from the hub ({reason}); "
-            "run where there is a network, or choose tasks with local data, for example --tasks bundled."
-        )
-    return DataError(f"task '{name}' cannot be loaded ({type(error).__name__}: {reason}).")
-
-
-def paired_tasks(before: TaskOutcome, after: TaskOutcome, seed: int) -> dict[str, dict[str, Interval]]:
-    """Return the difference (after - before) of every metric that is a mean over items, with its interval."""
-    return {
-        name: {
-            metric: paired_difference(values - before.items[name][metric], None, seed)
-            for metric, values in metrics.items()
-            if metric in before.items.get(name, {}) and len(values) > 1
-        }
-        for name, metrics in after.items.items()
-    }
+    return cannot_be_loaded(name, error, "choose tasks with local data, for example --tasks bundled")
 
 
 def _result(found: dict[str, Any], name: str) -> TaskResult:
@@ -194,33 +149,3 @@ def _leaves(found: dict[str, Any], name: str) -> list[str]:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float | np.number | bool) and math.isfinite(value)
-
-
-@contextlib.contextmanager
-def _changed(library: Any, name: str, value: Any) -> Iterator[None]:
-    """Have an attribute of a library's module otherwise for the duration of the block."""
-    was = getattr(library, name)
-    setattr(library, name, value)
-    try:
-        yield
-    finally:
-        setattr(library, name, was)
-
-
-def _hub_answers() -> bool:
-    try:
-        huggingface_hub.get_session().head(_HUB.ENDPOINT, timeout=_HUB_TIMEOUT_SECONDS)
-    except Exception:  # of whichever HTTP library the hub's client uses
-        return False
-    return True
-
-
-@contextlib.contextmanager
-def _global_generators_kept() -> Iterator[None]:
-    state, numpy_state = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
-        try:
-            yield
-        finally:
-            random.setstate(state)
-            np.random.set_state(numpy_state)

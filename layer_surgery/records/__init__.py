@@ -15,7 +15,15 @@ from layer_surgery.records.evaluation import (
     TaskResult,
     Top1Agreement,
 )
-from layer_surgery.records.healing import CurvePoint, HealingRecord, LocalRecord, LossRecord, ProbePoint, UnhealedRecord
+from layer_surgery.records.healing import (
+    CurvePoint,
+    HealingRecord,
+    LocalRecord,
+    LossRecord,
+    ProbePoint,
+    TeacherRecord,
+    UnhealedRecord,
+)
 from layer_surgery.records.plan import (
     PLAN_SCHEMA_VERSION,
     UNITS,

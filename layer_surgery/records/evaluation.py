@@ -62,10 +62,11 @@ class TaskMetric:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskResult:
-    """Metrics of lm-eval on one task, or on a group of tasks."""
+    """Metrics of lm-eval (of embedding models: of mteb) on one task, or on a group of tasks."""
 
     metrics: dict[str, TaskMetric]
-    """By lm-eval's name: the metric, with a filter after a comma where it is not the only one."""
+    """By lm-eval's name: the metric, with a filter after a comma where it is not the only one. By mteb's: the main
+    score, and of tasks with several subsets that of each, after a comma."""
     items: int
     num_fewshot: int | None  #: None for a group.
     version: str  #: Of the task, as its configuration says.
@@ -132,7 +133,7 @@ class Comparison:
     kl_divergence: dict[str, KlDivergence] = field(default_factory=dict)
     top1_agreement: dict[str, Top1Agreement] = field(default_factory=dict)
     tasks: dict[str, dict[str, Interval]] = field(default_factory=dict)
-    """Difference (after - before) of every metric that is a mean over items."""
+    """Difference (after - before) of every metric of which the items are known: means, and correlations over them."""
 
 
 @dataclass(frozen=True, kw_only=True)

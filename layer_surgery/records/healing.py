@@ -48,6 +48,16 @@ class CurvePoint:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TeacherRecord:
+    """One of several teachers of an embedding model."""
+
+    name: str
+    sha256: str
+    dimensions: int  #: Numbers of its vectors.
+    original: bool  #: Whether it is what the result was made of.
+
+
+@dataclass(frozen=True, kw_only=True)
 class HealingRecord:
     """All that happened in one healing: the section `healing` of `surgery.json`."""
 
@@ -69,6 +79,8 @@ class HealingRecord:
     local: list[LocalRecord] = field(default_factory=list)
     stopped: str | None = None  #: Why it ended before its time.
     teacher_bytes_per_token: float | None = None  #: Of what was kept of the original's outputs.
+    teachers: list[TeacherRecord] = field(default_factory=list)
+    """Those whose vectors were put side by side; empty where the original alone was followed."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from layer_surgery.records.plan import SurgeryPlan, UnitName
 from layer_surgery.records.shown import Shown
 
 #: Raised whenever what `surgery.json` holds changes; 1 had no spectra, 2 no channels and nested settings, 3 no healing.
-REPORT_SCHEMA_VERSION = 4
+REPORT_SCHEMA_VERSION = 5
 
 SpectrumMetric = Literal["fisher", "inputs", "weight"]
 """In which metric: of the task loss, of what the linear reads, or none (the weight as it is)."""

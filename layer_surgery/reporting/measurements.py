@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from itertools import zip_longest
 from typing import NamedTuple
 
-from layer_surgery.records import Comparison, EvaluationResult, SurgeryReport
+from layer_surgery.records import Comparison, EvaluationResult, SurgeryReport, TaskMetric
 from layer_surgery.reporting.formats import percent_change, with_error, with_interval
 
 
@@ -123,8 +123,14 @@ def _tasks(results: list[EvaluationResult], comparison: Comparison) -> Iterator[
             values = [None if task is None else task.metrics.get(metric) for task in found]
             cells = ["-" if value is None else with_error(value.value, value.stderr, ".4f") for value in values]
             interval = comparison.tasks.get(name, {}).get(metric)
-            change = with_interval(interval, "+.4f") if interval is not None else ""
+            change = with_interval(interval, "+.4f") if interval is not None else _difference(values)
             yield Row(f"{name}, {metric}", cells, change, f"{some.items:,} items")
+
+
+def _difference(values: list[TaskMetric | None]) -> str:
+    """Return the difference of a metric whose items are not known, without an interval."""
+    first, last = values[0], values[-1]
+    return f"{last.value - first.value:+.4f}" if len(values) > 1 and first is not None and last is not None else ""
 
 
 def _speed(results: list[EvaluationResult]) -> Iterator[Row]:

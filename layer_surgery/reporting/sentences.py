@@ -133,7 +133,8 @@ def healing_sentence(report: SurgeryReport) -> str:
         )
         what = TRAINED_NAMES[healing.train]
         items = items_of(loss_unit(report))
-        did.append(f"trained it on {healing.tokens:,} {items} to follow the original ({losses}; {what})")
+        whom = f"{len(healing.teachers)} teachers" if healing.teachers else "the original"
+        did.append(f"trained it on {healing.tokens:,} {items} to follow {whom} ({losses}; {what})")
     said, stopped = " and ".join(did), f"; it ended early: {healing.stopped}" if healing.stopped else ""
     if not healing.helped:
         return _sentence(

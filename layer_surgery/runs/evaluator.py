@@ -16,7 +16,7 @@ from layer_surgery.config import EvaluationConfig
 from layer_surgery.data import bundled_tasks
 from layer_surgery.data.tokens import PackedTokens
 from layer_surgery.devices import available_memory_bytes
-from layer_surgery.errors import CheckpointError, DataError, describe
+from layer_surgery.errors import CheckpointError, DataError, UserError, describe
 from layer_surgery.evaluation.continuations import continuations, encode_prompt, prompts_from
 from layer_surgery.evaluation.distance import FinalStates, check_same_vocabulary
 from layer_surgery.evaluation.distance import distance as measure_distance
@@ -24,6 +24,9 @@ from layer_surgery.evaluation.embedding import TextVectors
 from layer_surgery.evaluation.labelled import LabelOutcome, label_changes, label_outcome
 from layer_surgery.evaluation.perplexity import summarise, window_losses
 from layer_surgery.evaluation.speed import measure_speed
+from layer_surgery.evaluation.task_names import mteb_is_here
+from layer_surgery.evaluation.task_outcome import TaskOutcome, paired_tasks
+from layer_surgery.evaluation.text_encoder import TextEncoder
 from layer_surgery.evaluation.uncertainty import perplexity_change
 from layer_surgery.records import Comparison, Continuation, EvaluationResult, Perplexity, StageFailure, TaskResult
 from layer_surgery.records.embedding import EmbeddingQuality
@@ -35,7 +38,8 @@ from layer_surgery.walk.streamed import StreamedModel
 from layer_surgery.walk.walk import Losses
 
 if TYPE_CHECKING:
-    from layer_surgery.evaluation.tasks import TaskOutcome, Tasks
+    from layer_surgery.evaluation.embedding_tasks import EmbeddingTasks
+    from layer_surgery.evaluation.tasks import Tasks
 
 Moment = Literal["before", "unhealed", "after"]
 
@@ -98,11 +102,18 @@ class Evaluator:
             self._check(each.checkpoint)
         self._check_memory()
         self._tasks: Tasks | None = None
+        self._embedding_tasks: EmbeddingTasks | None = None
         if config.tasks and parallel.is_first():
             session.need_tokenizer()
-            from layer_surgery.evaluation.tasks import Tasks  # lm-eval takes seconds to import
+            # lm-eval and mteb take seconds to import.
+            if embeds:
+                from layer_surgery.evaluation.embedding_tasks import EmbeddingTasks
 
-            self._tasks = Tasks(config, bundled_tasks())
+                self._embedding_tasks = EmbeddingTasks(config)
+            else:
+                from layer_surgery.evaluation.tasks import Tasks
+
+                self._tasks = Tasks(config, bundled_tasks())
 
     def __enter__(self) -> Evaluator:
         return self
@@ -130,7 +141,10 @@ class Evaluator:
         self._measured[moment] = measured
         if self._config.tasks or self._prompts:
             with self._by_first():
-                self._run_whole(moment, measured)
+                if self._embedded_texts is None:
+                    self._run_whole(moment, measured)
+                else:
+                    self._run_embedding_tasks(moment, measured)
         tasks = measured.tasks.results if measured.tasks is not None else {}
         measured.result = replace(found, perplexity=perplexities, tasks=labelled | tasks, embedding=measured.embedding)
 
@@ -153,8 +167,6 @@ class Evaluator:
                     divergences[name], agreements[name] = measure_distance(old, new, tokens, self._session.settings)
         result = Comparison(perplexity=changes, kl_divergence=divergences, top1_agreement=agreements)
         if before.tasks is not None and after.tasks is not None:
-            from layer_surgery.evaluation.tasks import paired_tasks
-
             result = replace(result, tasks=paired_tasks(before.tasks, after.tasks, self._session.runtime.seed))
         changes_of_labels = {
             name: label_changes(before.labelled[name], outcome, self._session.runtime.seed)
@@ -271,6 +283,16 @@ class Evaluator:
                 new_tokens = self._config.NEW_TOKENS
                 measured.written = continuations(model, tokenizer, prompts, new_tokens, session.ui.progress)
 
+    def _run_embedding_tasks(self, moment: Moment, measured: _Measured) -> None:
+        """Run mteb's tasks on an embedding model, which is walked over: one layer at a time in memory."""
+        if self._embedding_tasks is None:
+            return
+        session = measured.session
+        with self._attempt(f"tasks {moment}"), parallel.alone():
+            model = session.stream(measured.checkpoint)
+            encoder = TextEncoder(model, session.need_tokenizer(), session.settings)
+            measured.tasks = self._embedding_tasks.run(encoder, session.ui.progress)
+
     def _check_heads(self) -> None:
         """Raise `CheckpointError` for measurements that a head does not allow."""
         config, kinds = self._config, {each.checkpoint.head.kind for each in self._sessions.values()}
@@ -280,13 +302,22 @@ class Evaluator:
             raise CheckpointError(f"{names} have not the same head and labels, so they cannot be compared.")
         if self._causal:
             return
-        options = {"--tasks": config.tasks, "--prompt": config.prompts, "--continuations": config.continuations}
+        embeds = self._session.checkpoint.head is EMBEDDING
+        options = {
+            "--tasks": config.tasks and not embeds,
+            "--num-fewshot": config.num_fewshot is not None and embeds,
+            "--limit": config.limit is not None and embeds,
+            "--prompt": config.prompts,
+            "--continuations": config.continuations,
+        }
         asked = [option for option, given in options.items() if given]
         if asked:
             raise CheckpointError(
                 f"{' and '.join(asked)} need a causal language model, but {self._session.checkpoint.name} is a "
                 f"{self._session.checkpoint.head.words}; leave that out."
             )
+        if config.tasks and not mteb_is_here():
+            raise UserError("--tasks of an embedding model need mteb, which is not installed: pip install mteb.")
 
     def _choose_prompts(self) -> list[str]:
         """Return the prompts of the user's, or the beginnings of windows of the first text."""
@@ -322,9 +353,10 @@ class Evaluator:
             )
 
     def _check_memory(self) -> None:
-        """Tasks, speed and continuations need the whole model in memory; surgery and perplexity do not."""
+        """Tasks, speed and continuations need the whole model in memory; surgery, perplexity and vectors do not."""
         session = self._session
-        options = {"--tasks": self._config.tasks, "--speed": self._config.speed, "--continuations": self._prompts}
+        tasks = self._config.tasks and self._embedded_texts is None
+        options = {"--tasks": tasks, "--speed": self._config.speed, "--continuations": self._prompts}
         asked = [option for option, given in options.items() if given]
         if not asked or not parallel.is_first():
             return

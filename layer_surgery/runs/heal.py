@@ -28,6 +28,7 @@ from layer_surgery.records.reading import REPORT_FILE, read_report
 from layer_surgery.runs.evaluator import Evaluator
 from layer_surgery.runs.healing import heal, prepare_healing
 from layer_surgery.runs.healing.beside import check_fits, model_bytes, training_bytes
+from layer_surgery.runs.healing.teachers import open_teachers
 from layer_surgery.runs.outcome import evaluate_result, measured
 from layer_surgery.runs.output import check_output_given, open_output, save_result, write_report
 from layer_surgery.runs.provenance import checkpoint_hash, run_provenance
@@ -47,7 +48,14 @@ def run_heal(result: str | Path, config: HealConfig) -> SurgeryReport:
         session = stack.enter_context(open_session(result, config, staging.parent if staging else None))
         student = session.checkpoint
         _check_plan_fits(session, surgery, result)
-        original = _teacher_of(result, surgery, config.teacher)
+        named = open_teachers(
+            config.teacher,
+            session,
+            str(surgery.base_model.get("sha256")),
+            lambda model: _opening(model, student, config),
+            stack,
+        )
+        original = _teacher_of(result, surgery, named.original)
         opened = stack.enter_context(open_session(original, _opening(original, student, config), session.scratch))
         teacher = replace(opened, ui=session.ui)
         _check_same_vocabulary(session, teacher)
@@ -59,6 +67,7 @@ def run_heal(result: str | Path, config: HealConfig) -> SurgeryReport:
             config,
             fewer_dimensions=_dimensions(student) != _dimensions(teacher.checkpoint),
             teacher=teacher.checkpoint,
+            teachers=named.teachers,
         )
         check_relations(healing.losses, teacher.checkpoint)
         if any(loss.entry.needs == "attention" for loss in healing.losses):

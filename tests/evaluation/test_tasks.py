@@ -25,9 +25,10 @@ import layer_surgery
 from layer_surgery.config import TaskConfig
 from layer_surgery.data import bundled_tasks
 from layer_surgery.errors import DataError, UserError
-from layer_surgery.evaluation import tasks as module
+from layer_surgery.evaluation import task_data
 from layer_surgery.evaluation.harness import HarnessModel
-from layer_surgery.evaluation.tasks import TaskOutcome, Tasks, paired_tasks
+from layer_surgery.evaluation.task_outcome import TaskOutcome, paired_tasks
+from layer_surgery.evaluation.tasks import Tasks
 from layer_surgery.progress import no_progress
 
 # The choices of an item are of the same words, so that none is likelier for being short.
@@ -270,7 +271,7 @@ def test_an_unreachable_hub_is_asked_once_and_then_only_the_cache(own: Path, mon
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(module, "_hub_answers", no_answer)
+    monkeypatch.setattr(task_data, "_hub_answers", no_answer)
     with pytest.raises(DataError, match="from_hub"):
         load("from_hub", own=own)
     assert len(asked) == 1

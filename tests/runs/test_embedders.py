@@ -123,7 +123,9 @@ def test_score_sweep_and_evaluate_of_an_embedding_model(run: CommandLine, tmp_pa
     assert point["similarity"]["value"] == pytest.approx(1.0)  # beside itself
 
 
-def test_wrong_input_is_refused_before_anything_is_done(run: CommandLine, tmp_path: Path, texts: Path) -> None:
+def test_wrong_input_is_refused_before_anything_is_done(
+    run: CommandLine, tmp_path: Path, texts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, output = saved_embedder(tmp_path / "model"), tmp_path / "output"
     labelled = tmp_path / "chat.jsonl"
     labelled.write_text(json.dumps({"prompt": "a", "answer": "b"}), encoding="utf-8")
@@ -137,7 +139,9 @@ def test_wrong_input_is_refused_before_anything_is_done(run: CommandLine, tmp_pa
     )
     assert_refused(run("compress", model, "--calibration", labelled, *cut), "an embedding model is calibrated on texts")
     assert_refused(run("compress", model, "--calibration", empty, "--samples", 2, *cut), "text")
-    assert_refused(run("compress", model, "--tasks", "bundled", *cut), "--tasks need a causal language model")
+    assert_refused(run("compress", model, "--prompt", "a", *cut), "--prompt need a causal language model")
+    monkeypatch.setattr("layer_surgery.runs.evaluator.mteb_is_here", lambda: False)
+    assert_refused(run("compress", model, "--tasks", "bundled", *cut), "need mteb, which is not installed: pip install")
     assert_refused(run("compress", model, "--pooling", "median", *cut), "--pooling is 'median'; allowed: cls, max")
     assert_refused(run("compress", model, "--head", "classes", *cut), "--head is 'classes'; allowed: auto, embedding")
     assert_refused(run("compress", model, "--pooling", "cls", *cut), "says itself how it pools (mean)")

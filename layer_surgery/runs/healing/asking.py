@@ -28,6 +28,7 @@ from layer_surgery.healing.teacher.form import Observed, RecordForm, observe
 from layer_surgery.healing.teacher.rows import TeacherRows, captured_rows, stored_rows
 from layer_surgery.healing.windows import HealingData
 from layer_surgery.runs.healing.prepare import PreparedHealing, stop_tokens
+from layer_surgery.runs.healing.teachers import side_by_side
 from layer_surgery.runs.session import Session
 from layer_surgery.walk.boundaries import BoundaryStore
 from layer_surgery.walk.finite import remedy
@@ -46,13 +47,14 @@ class Asking:
         pairs: Sequence[tuple[int, int]],
         kept: ExitStack,
     ) -> None:
-        """Ask the original that `teacher` has opened.
+        """Ask the original that `teacher` has opened, and the other teachers that were prepared.
 
         Args:
             session: whose scratch files are used.
             pairs: layers of student and original whose states belong together.
             kept: closed when nothing is looked at any more.
         """
+        self._prepared = prepared
         self._session, self._teacher, self._teacher_sha256 = session, teacher, teacher_sha256
         self._config, self._losses = prepared.config, prepared.losses
         self._pairs, self._kept = pairs, kept
@@ -102,6 +104,18 @@ class Asking:
         return self._embedded(tokens, [])
 
     def _embedded(self, tokens: PackedTokens, stores: Sequence[KeptStore]) -> PackedTokens:
+        others = self._prepared.teachers
+        if others is None:
+            vectors = self._original_vectors(tokens, stores)
+        else:
+            found = [self._original_vectors(tokens, stores)] if others.with_original or stores else []
+            cache = self._config.teacher_cache
+            theirs = [teacher.vectors(tokens, cache) for teacher in others.others]
+            vectors = side_by_side([*found[: int(others.with_original)], *theirs], others.dimensions)
+        self.bytes_per_token = float(vectors.shape[1] * vectors.dtype.itemsize)
+        return replace(tokens, labels=vectors)
+
+    def _original_vectors(self, tokens: PackedTokens, stores: Sequence[KeptStore]) -> Tensor:
         vectors = self._whole_outputs(tokens, [1] * tokens.sequences, stores)
         bad = ~torch.isfinite(vectors).all(dim=1) | (vectors == 0).all(dim=1)
         if bad.any():
@@ -109,8 +123,7 @@ class Asking:
                 f"the embeddings that {self._teacher.checkpoint.name} gives for {int(bad.sum())} of {len(bad)} texts "
                 f"of '{tokens.name}' are not finite or 0; {remedy(self._teacher.dtype)}."
             )
-        self.bytes_per_token = float(vectors.shape[1] * vectors.dtype.itemsize)
-        return replace(tokens, labels=vectors)
+        return vectors
 
     def _ask_head(self, student: Student, tokens: PackedTokens, needs: set[Needs], layers: list[int]) -> None:
         """Take outputs, states and relations of an original that has a head."""

@@ -30,6 +30,7 @@ from layer_surgery.healing.windows import HealingData, healing_data, most_held_o
 from layer_surgery.runs.bench import GENERAL_TEXT
 from layer_surgery.runs.healing.beside import check_beside
 from layer_surgery.runs.healing.resuming import check_resumed, options_identity
+from layer_surgery.runs.healing.teachers import Teachers
 from layer_surgery.runs.provenance import described_tokens
 from layer_surgery.runs.session import Session
 
@@ -48,6 +49,7 @@ class PreparedHealing:
     data: HealingData
     described: dict[str, object]  #: The data, for the record.
     identity: dict[str, Any]  #: What options and data say that the training is of.
+    teachers: Teachers | None = None  #: Of an embedding model with others than the original.
 
 
 def prepare_healing(
@@ -58,6 +60,7 @@ def prepare_healing(
     *,
     fewer_dimensions: bool = False,
     teacher: Checkpoint | None = None,
+    teachers: Teachers | None = None,
     parameters: int | None = None,
 ) -> PreparedHealing:
     """Load the text and check the options, before any work is done.
@@ -68,6 +71,7 @@ def prepare_healing(
         option: what errors call the option that names the text.
         fewer_dimensions: whether the embeddings of the result have fewer numbers than those of the original.
         teacher: the original, where the session is the result's.
+        teachers: of an embedding model, where they are others than the original alone.
         parameters: of the result, where the session is the original's.
 
     Raises `UserError` for what cannot be done.
@@ -79,13 +83,14 @@ def prepare_healing(
             f"--teacher-rewrite has a causal language model write answers, but {original.name} is a "
             f"{original.head.words}; leave it out."
         )
-    losses = parse_losses(config.loss if config.loss is not None else _default_losses(original, fewer_dimensions))
+    unlike = fewer_dimensions or teachers is not None
+    losses = parse_losses(config.loss if config.loss is not None else _default_losses(original, unlike))
     check_losses(losses, objective)
     check_beside(losses, config, session, teacher or original, parameters or original.parameters)
     check_relations(losses, original)
     if any(loss.entry.needs == "attention" for loss in losses):
         compared_layers(original, original, range(original.layer_count))
-    _check_vectors(losses, config, fewer_dimensions)
+    _check_vectors(losses, config, fewer_dimensions, teachers)
     _check_processes(config)
     if config.train == "lora":
         if "local" in config.stages:
@@ -114,21 +119,35 @@ def prepare_healing(
             "an end-of-text token); leave it out, or pass rows with prompt and answer."
         )
     identity = options_identity(session, config, losses, data)
+    if teachers is not None:
+        identity["--teacher (sha256)"] = [*["the original"] * teachers.with_original, *teachers.sha256]
     if config.resume is not None:
         check_resumed(config.resume, identity)
-    return PreparedHealing(config=config, losses=losses, data=data, described=described, identity=identity)
+    return PreparedHealing(
+        config=config, losses=losses, data=data, described=described, identity=identity, teachers=teachers
+    )
 
 
-def _default_losses(original: Checkpoint, fewer_dimensions: bool) -> tuple[str, ...]:
-    """Return the losses that a model is healed by unless the user names some."""
+def _default_losses(original: Checkpoint, unlike: bool) -> tuple[str, ...]:
+    """Return the losses that a model is healed by unless the user names some; `unlike` says that the vectors of an
+    embedding model are not in its teachers' space."""
     if original.head is not EMBEDDING:
         return DEFAULT_LOSSES
-    return DEFAULT_EMBEDDING_LOSSES[1:] if fewer_dimensions else DEFAULT_EMBEDDING_LOSSES
+    return DEFAULT_EMBEDDING_LOSSES[1:] if unlike else DEFAULT_EMBEDDING_LOSSES
 
 
-def _check_vectors(losses: Sequence[WeightedLoss], config: HealingConfig, fewer_dimensions: bool) -> None:
+def _check_vectors(
+    losses: Sequence[WeightedLoss], config: HealingConfig, fewer_dimensions: bool, teachers: Teachers | None
+) -> None:
     """Raise `UserError` for losses between embeddings that cannot be computed."""
+    if teachers is not None and "local" in config.stages:
+        raise UserError("--stages local has layers follow the original's alone; leave it out, or give one --teacher.")
     for loss in losses:
+        if loss.name == "embedding_cosine" and teachers is not None:
+            raise UserError(
+                f"--loss {loss.name} compares each embedding with the teacher's, and those of several teachers side by "
+                "side are in another space; leave it out, and take embedding_similarity and embedding_relative."
+            )
         if loss.name == "embedding_cosine" and fewer_dimensions:
             raise UserError(
                 f"--loss {loss.name} compares each embedding with the original's, which has more numbers; leave it "

@@ -89,7 +89,7 @@ class _Healing:
     ) -> None:
         self._config, self._losses, self._data = prepared.config, prepared.losses, prepared.data
         self._prepared, self._session, self._checkpoint, self._plan = prepared, session, checkpoint, plan
-        self._teacher = teacher
+        self._teacher, self._teacher_sha256 = teacher, teacher_sha256
         self._identity = self._known_identity(teacher_sha256)
         self._pairs = layer_pairs(plan.surviving, len(plan.layers))
         self._start = time.monotonic()
@@ -129,6 +129,7 @@ class _Healing:
                     checkpoint = self._results.better(
                         checkpoint, self._results.of_student(checkpoint, student), self._data
                     )
+        teachers = self._prepared.teachers
         record = HealingRecord(
             losses=[LossRecord(name=loss.name, weight=loss.weight, options=loss.settings) for loss in self._losses],
             train=config.train,
@@ -148,6 +149,7 @@ class _Healing:
             local=local,
             stopped=training.stopped,
             teacher_bytes_per_token=self._asking.bytes_per_token,
+            teachers=teachers.records(self._teacher, self._teacher_sha256) if teachers is not None else [],
         )
         return Healed(checkpoint=checkpoint, record=record)
 
