@@ -49,6 +49,13 @@ class PreparedHealing:
     described: dict[str, object]  #: The data, for the record.
     identity: dict[str, Any]  #: What options and data say that the training is of.
 
+    @property
+    def kept_temperature(self) -> float | None:
+        """The temperature at which the original's largest probabilities are kept; None if a loss needs the others."""
+        losses = [loss for loss in self.losses if loss.entry.needs == "logits"]
+        found = {loss.settings.get("temperature", 1.0) for loss in losses}
+        return found.pop() if len(found) == 1 and all("top_k" in loss.entry.teachers for loss in losses) else None
+
 
 def prepare_healing(
     session: Session,
