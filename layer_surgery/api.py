@@ -31,6 +31,7 @@ from layer_surgery.reporting.publish import report_on
 from layer_surgery.runs.compress import run_compress
 from layer_surgery.runs.evaluate import run_evaluate
 from layer_surgery.runs.export import DenseExport, run_export
+from layer_surgery.runs.foresight.healing import run_foresee_heal
 from layer_surgery.runs.foresight.run import run_foresee
 from layer_surgery.runs.foresight.sweep import run_foresee_sweep
 from layer_surgery.runs.heal import run_heal
@@ -92,6 +93,19 @@ def heal(model: Model, options: HealConfig) -> SurgeryReport:
     Raises: `layer_surgery.UserError` for what cannot be done as asked, before anything is written.
     """
     return run_heal(model, options)
+
+
+@with_output(HealConfig)
+def foresee_heal(model: Model, options: HealConfig) -> Foresight:
+    """Say what memory, disk and time `heal` with these options would take on this machine. Trains nothing.
+
+    Memory and disk follow from the sizes, times from a short probe: some layers of the result pass a micro-batch
+    forward and back, and the losses and the optimiser are tried on little.
+
+    Returns: the figures of every stage; those of healing have the names that `timings` of a report has.
+    Raises: `layer_surgery.UserError` for what `heal` would refuse, and for what cannot fit.
+    """
+    return run_foresee_heal(model, options)
 
 
 @with_output(SweepConfig)

@@ -16,10 +16,10 @@ Made by `experiments/faults/page.py` from the JSON files in this folder, which h
 *Refused*: one sentence and exit code 1 or 2. *Lost*: a result that was there, or that a run with exit code 0 has made,
 is not there. *Silently wrong*: exit code 0 and something else than what is right. *Hang*: more than 20 seconds of work,
 or 10 minutes in all. *Raw error*: a traceback, an error that names no mistake, or something left behind. Of a case that
-failed, the number is in the JSON; `--case N --kind KIND` tries it alone. Checkpoints are tiny, and figures are not drawn.
+failed, the number is in the JSON; `--case N --kind KIND` tries it alone. Checkpoints are tiny; figures are not drawn.
 
-After a fault the same command is run again. Where the folder holds what it held after an earlier fault of this scenario
-(names but for their random part, and the bytes of all files but pages and times), what came of that run counts for both.
+After a fault the same command is run again. Where the folder holds what it held after an earlier fault of the scenario
+(names but for their random part, the bytes of all files but pages and times), what came of that run counts for both.
 
 A record goes on where it stopped (`--output`); a machine with two busy cores had no time for all of `every_fault.py`,
 `instants.py` and the damaged checkpoints after the mend, so their counts below are what was tried.

@@ -35,7 +35,7 @@ DRY_RUN = option(
     is_flag=True,
     group="Output",
     help="Say what memory, disk and time it would take, stage by stage, from a short probe of this machine; refuse "
-    "what cannot fit. Nothing is compressed or written.",
+    "what cannot fit. Nothing else is run, and nothing is written.",
 )
 
 
@@ -80,12 +80,16 @@ def compress(model: str, as_json: bool, foresee: bool, **options: Any) -> None:
         ),
     },
 )
-def heal(model: str, as_json: bool, **options: Any) -> None:
+@DRY_RUN
+def heal(model: str, as_json: bool, foresee: bool, **options: Any) -> None:
     """Train RESULT, a directory that compress has written, to follow the model that it was made of, and save it."""
     from layer_surgery import api
     from layer_surgery.reporting.console import print_report
     from layer_surgery.runs.provenance import report_dict
 
+    if foresee:
+        _say_foreseen(call(api.foresee_heal, model, options), as_json)
+        return
     report = call(api.heal, model, options)
     if as_json:
         print_json(report_dict(report))

@@ -16,8 +16,17 @@ class StageForesight:
 
 
 @dataclass(frozen=True, kw_only=True)
+class KeptFiles:
+    """What is kept in a folder that the user names."""
+
+    option: str  #: That names it.
+    bytes: int
+    free_bytes: int  #: On its disk.
+
+
+@dataclass(frozen=True, kw_only=True)
 class Foresight:
-    """What a compression is expected to take on this machine."""
+    """What a run is expected to take on this machine."""
 
     model: str
     device: str
@@ -29,6 +38,7 @@ class Foresight:
     output_free_bytes: int  #: On the disk of the output.
     scratch_bytes: int  #: Of scratch files at most.
     scratch_free_bytes: int
+    kept: list[KeptFiles] = field(default_factory=list)  #: Beside the result, where the user asks for it.
     probed: dict[str, float] = field(default_factory=dict)  #: Seconds that the probe has measured, by what it did.
     left_out: list[str] = field(default_factory=list)  #: What the seconds do not hold.
 

@@ -32,6 +32,9 @@ def print_foresight(console: Console, found: Foresight) -> None:
         f"{_bytes(found.scratch_bytes)} of scratch files ({_bytes(found.scratch_free_bytes)} free)",
         highlight=False,
     )
+    for each in found.kept:
+        line = f"{each.option}: up to {_bytes(each.bytes)} ({_bytes(each.free_bytes)} free)"
+        console.print(line, highlight=False)
     if found.left_out:
         console.print(f"not in the times: {escape('; '.join(found.left_out))}", highlight=False)
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from large_sizes import llama_7b
 from tiny_checkpoints import CommandLine, listing, saved_model, strict_json
 
 import layer_surgery
@@ -18,7 +19,7 @@ from layer_surgery.records.foresight import Foresight, StageForesight
 from layer_surgery.runs.evaluator import Evaluator
 from layer_surgery.runs.foresight import memory
 from layer_surgery.runs.foresight.fits import check_memory
-from layer_surgery.runs.foresight.sizes import LayerSizes, Sizes
+from layer_surgery.runs.foresight.sizes import Sizes
 
 GB = 10**9
 
@@ -27,27 +28,6 @@ GB = 10**9
 def options(text: Path) -> dict[str, Any]:
     data = {"calibration": str(text), "eval_data": str(text)}
     return {**data, "samples": 8, "sequence_length": 16, "batch_size": 2, "layers": [1, 2], "continuations": 0}
-
-
-def llama_7b(**settings: Any) -> Sizes:
-    """Two layers of Llama-7B."""
-    linears = dict.fromkeys(("q", "k", "v", "o"), (4096, 4096))
-    linears |= {"gate": (11008, 4096), "up": (11008, 4096), "down": (4096, 11008)}
-    parameters = sum(out * in_ for out, in_ in linears.values())
-    groups = (("q", "k", "v"), ("gate", "up"), ("o",), ("down",))
-    layer = LayerSizes(
-        parameters=parameters, largest=11008 * 4096, linears=linears, groups=groups, units={"down": 1}, experts=None
-    )
-    known: dict[str, Any] = {"dtype": torch.float32, "stored_itemsize": 2, "batch_size": 8, "length": 256}
-    known |= {"calibration": 128, "general": 0, "texts": ((40, 256),), "decomposition": "auto"}
-    known |= {
-        "resident_bytes": 1 << 29,
-        "boundary_bytes": 1 << 29,
-        "ahead_bytes": 0,
-        "hidden": 4096,
-        "vocabulary": 32000,
-    }
-    return Sizes(layers=(layer, layer), outside=2 * 32000 * 4096, **known | settings)
 
 
 def test_nothing_is_run_or_written(

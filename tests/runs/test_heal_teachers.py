@@ -117,7 +117,9 @@ def test_vectors_are_kept_by_teacher_and_text_and_change_nothing(
     assert len(files) == 4  # of each, of what is trained on and of what is held out
     kept = torch.cat([rows for file in files if (rows := load_file(file)["rows"]).shape[1] == 32])
     expected = vectors(folder / "other", tmp_path)  # by its own tokens, behind its own prompt
-    assert float(torch.cdist(kept.double(), expected.double()).min(dim=1).values.max()) < 1e-4 * float(expected.norm(dim=1).mean())
+    assert float(torch.cdist(kept.double(), expected.double()).min(dim=1).values.max()) < 1e-4 * float(
+        expected.norm(dim=1).mean()
+    )
     assert len(kept) > 40
     monkeypatch.setattr(TextEncoder, "encode", lambda *_: pytest.fail("the other teacher was asked again"))
     monkeypatch.setattr("layer_surgery.runs.healing.asking.asked", lambda *_: pytest.fail("so was the original"))

@@ -296,6 +296,15 @@ class TeacherCache:
             return False
 
 
+def captured(directory: Path) -> int:
+    """Return how many sequences the cache in a directory says that it holds; 0 if there is none that can be read."""
+    try:
+        shards = read_json(directory / HEADER_FILE)["record"]["shards"]
+        return int(shards[-1]["stop"]) if shards else 0
+    except (OSError, *DAMAGE):
+        return 0
+
+
 def _record_sha256(record: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 

@@ -20,13 +20,19 @@ _FORWARD = 4
 #: in `linalg/leading.py` (never more than three).
 _EXACT, _LEADING = 7, 3
 
+#: Parts that are there for a whole stage, beside those that come and go.
+_LASTING = (
+    *("weights", "hidden states", "the student", "the original", "states of the original", "weights of the original"),
+    *("kept for gradients", "what is trained", "gradients' moments"),
+)
+
 
 def kept_by_allocator(parts: Parts, sizes: Sizes, *, given_back: bool) -> Parts:
     """Return what the C library keeps of what a stage frees, until the stage ends: about as much as it works with.
 
     Of models whose layers stay, on a CPU; for others, large blocks are mapped one by one (`machine.map_large_blocks`).
     """
-    working = sum(size for name, size in parts.items() if name not in ("weights", "hidden states"))
+    working = sum(size for name, size in parts.items() if name not in _LASTING)
     return {"freed and kept": working} if given_back and sizes.stay else {}
 
 

@@ -42,28 +42,35 @@ class Rates:
     head_backward: float = 0.0
 
 
-def probe(model: StreamedModel, tokens: PackedTokens, sizes: Sizes, settings: WalkSettings) -> Rates:
-    """Measure a layer of each kind, on some of the tokens."""
+def some_of(tokens: PackedTokens, sizes: Sizes, settings: WalkSettings, device: torch.device) -> PackedTokens:
+    """Return the sequences that a probe runs: at most a micro-batch, fewer where the layers are large."""
+    operations = 2 * max(layer.parameters for layer in sizes.layers) * tokens.sequence_length
+    count = int(min(settings.batch_size, tokens.sequences, max(1, probe_operations(device) // operations)))
+    return tokens.select(slice(0, count))
+
+
+def probe(
+    model: StreamedModel, tokens: PackedTokens, sizes: Sizes, settings: WalkSettings, *, decompositions: bool = True
+) -> Rates:
+    """Measure a layer of each kind, on some of the tokens; `decompositions`: also what only surgery does."""
     rates, first_of = Rates(), dict[object, int]()
     for index, layer in enumerate(sizes.layers):
         first_of.setdefault(layer.kind, index)
-    most = probe_operations(model.device)
-    operations = 2 * max(layer.parameters for layer in sizes.layers) * tokens.sequence_length
-    count = int(min(settings.batch_size, tokens.sequences, max(1, most // operations)))
-    some = tokens.select(slice(0, count))
-    with Walk(model, some, settings) as walk:
+    with Walk(model, some_of(tokens, sizes, settings, model.device), settings) as walk:
         for index in first_of.values():
-            _probe_layer(walk, index, sizes, rates)
+            _probe_layer(walk, index, rates)
+            if decompositions:
+                _probe_surgery(walk, index, sizes, rates)
         _probe_head(walk, rates)
     for index, layer in enumerate(sizes.layers):
         for known in vars(rates).values():
-            if isinstance(known, dict):
+            if isinstance(known, dict) and known:
                 known[index] = known[first_of[layer.kind]]
     return rates
 
 
-def _probe_layer(walk: Walk, index: int, sizes: Sizes, rates: Rates) -> None:
-    device, tokens, layer_sizes = walk.model.device, walk.tokens, sizes.layers[index]
+def _probe_layer(walk: Walk, index: int, rates: Rates) -> None:
+    device, tokens = walk.model.device, walk.tokens
     count, rows = int(tokens.valid.sum()), slice(0, tokens.sequences)
     start = now(device)
     with walk.model.layer(index) as layer:
@@ -71,14 +78,18 @@ def _probe_layer(walk: Walk, index: int, sizes: Sizes, rates: Rates) -> None:
         hidden = walk.rehearsal.embed(tokens.inputs(rows))
         call = walk.rehearsal.call(index, tokens.inputs(rows))
         with torch.no_grad():
-            rates.forward[index] = _seconds(lambda: call(layer, hidden), device) / count
+            rates.forward[index] = seconds_of(lambda: call(layer, hidden), device) / count
 
         def back() -> None:
             before = hidden.detach().requires_grad_()
             with torch.enable_grad():
                 call(layer, before).backward(hidden)  # type: ignore[no-untyped-call]
 
-        rates.backward[index] = _seconds(back, device) / count
+        rates.backward[index] = seconds_of(back, device) / count
+
+
+def _probe_surgery(walk: Walk, index: int, sizes: Sizes, rates: Rates) -> None:
+    device, layer_sizes, count = walk.model.device, sizes.layers[index], int(walk.tokens.valid.sum())
     rates.moments[index] = _moments(layer_sizes, count, device) / count
     rates.sums[index] = _products(layer_sizes, count, device) / count
     scale = max(1.0, max((max(size) for size in layer_sizes.linears.values()), default=1) / probe_side(device))
@@ -93,8 +104,8 @@ def _probe_head(walk: Walk, rates: Rates) -> None:
     with walk.new_store() as store:
         last, gradient = Boundary(store, 0), Boundary(store, 1)
         last.write(rows, hidden)
-        rates.head = _seconds(lambda: walk.losses(last), device) / count
-        rates.head_backward = _seconds(lambda: walk.losses(last, gradient), device) / count
+        rates.head = seconds_of(lambda: walk.losses(last), device) / count
+        rates.head_backward = seconds_of(lambda: walk.losses(last, gradient), device) / count
 
 
 def _moments(layer: LayerSizes, count: int, device: torch.device) -> float:
@@ -107,7 +118,7 @@ def _moments(layer: LayerSizes, count: int, device: torch.device) -> float:
 def _gram(side: int, count: int, device: torch.device) -> float:
     part = min(side, 2 * probe_side(device))
     rows, total = torch.randn(count, part, device=device), torch.zeros(part, part, device=device)
-    return _seconds(lambda: add_gram(total, rows), device) * (side / part) ** 2
+    return seconds_of(lambda: add_gram(total, rows), device) * (side / part) ** 2
 
 
 def _products(layer: LayerSizes, count: int, device: torch.device) -> float:
@@ -117,7 +128,7 @@ def _products(layer: LayerSizes, count: int, device: torch.device) -> float:
         out, in_ = (min(side, 2 * probe_side(device)) for side in size)
         y, z = torch.randn(count, out, device=device), torch.randn(count, in_, device=device)
         total = torch.zeros(out, in_, device=device)
-        each = _seconds(lambda: add_product(total, y, z), device) * (size[0] * size[1]) / (out * in_)  # noqa: B023
+        each = seconds_of(lambda: add_product(total, y, z), device) * (size[0] * size[1]) / (out * in_)  # noqa: B023
         seconds += each * [*layer.linears.values()].count(size)
     return seconds
 
@@ -131,7 +142,7 @@ def _decompose(layer: LayerSizes, sizes: Sizes, scale: float, device: torch.devi
         if key not in of_size:
             out, in_ = (max(8, round(side / scale)) for side in size)
             weight, inputs, outputs = torch.randn(out, in_, device=device), _moment(in_, device), _moment(out, device)
-            of_size[key] = _seconds(
+            of_size[key] = seconds_of(
                 lambda: _reduce(weight, inputs, outputs, leading, unit),  # noqa: B023
                 device,
                 times=1,
@@ -141,7 +152,7 @@ def _decompose(layer: LayerSizes, sizes: Sizes, scale: float, device: torch.devi
         side = max(8, round(layer.experts.count / scale))
         weight = torch.randn(max(8, round(layer.experts.hidden / scale)), side, device=device)
         inputs, outputs = _moment(side, device), _moment(len(weight), device)
-        seconds += layer.experts.number * _seconds(
+        seconds += layer.experts.number * seconds_of(
             lambda: blockwise_column_order(weight, inputs, outputs), device, times=1
         )
     return seconds
@@ -173,7 +184,7 @@ def _solve(layer: LayerSizes, sizes: Sizes, scale: float, device: torch.device) 
             weight = torch.randn(out, in_, device=device)
             wide = takes_leading(sizes.decomposition, *layer.linears[name])
             solve = problem.solve_by_factors if wide else problem.solve
-            seconds += _seconds(lambda: solve(weight, shared), device, times=1)  # noqa: B023
+            seconds += seconds_of(lambda: solve(weight, shared), device, times=1)  # noqa: B023
             shared = shared or problem
     return seconds
 
@@ -192,7 +203,7 @@ def _moment(side: int, device: torch.device) -> Tensor:
     return shrunk((rows.T @ rows / len(rows)).double(), len(rows))
 
 
-def _seconds(work: Callable[[], object], device: torch.device, times: int = 2) -> float:
+def seconds_of(work: Callable[[], object], device: torch.device, times: int = 2) -> float:
     """Return the seconds of some work, the less of so many times."""
     found = []
     for _ in range(times):

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import gc
-import shutil
-import tempfile
-from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Self
 
 import attrs
@@ -16,17 +11,18 @@ import attrs
 from layer_surgery import parallel
 from layer_surgery.config import CompressConfig
 from layer_surgery.data.tokens import PackedTokens
-from layer_surgery.devices import available_memory_bytes, frees_to_system, used_memory_bytes
-from layer_surgery.machine import release_freed_memory
 from layer_surgery.progress import Stage
 from layer_surgery.records.foresight import Foresight, StageForesight
 from layer_surgery.runs.foresight import memory, seconds
-from layer_surgery.runs.foresight.fits import check_disk, check_memory, existing
+from layer_surgery.runs.foresight.fits import check_memory
+from layer_surgery.runs.foresight.healing_case import HealingCase
+from layer_surgery.runs.foresight.healing_stages import ForeseenHealing
 from layer_surgery.runs.foresight.probe import Rates, probe
-from layer_surgery.runs.foresight.sizes import Sizes, layer_sizes, sequences_of
+from layer_surgery.runs.foresight.process import Process, means
+from layer_surgery.runs.foresight.sizes import Sizes, sizes_of
 from layer_surgery.runs.opening import Opened, check_options, open_compression
 from layer_surgery.runs.planning import Planning, checked
-from layer_surgery.runs.session import Model, Session
+from layer_surgery.runs.session import Model
 from layer_surgery.runs.stages import (
     FISHER,
     PASSES_OF_METHODS,
@@ -34,6 +30,8 @@ from layer_surgery.runs.stages import (
     WITH_STATISTICS,
     stages_of_compression,
 )
+
+ADVICE = "choose an --output on another disk, or lower --samples"
 
 
 def run_foresee(model: Model, config: CompressConfig) -> Foresight:
@@ -58,15 +56,51 @@ def _foresee(opened: Opened, config: CompressConfig) -> Foresight:
         healed=opened.healing is not None,
     )
 
-    def foreseen(sizes: Sizes) -> list[StageForesight]:
-        return [probed.stage(stage, sizes, planning) for stage in stages]
+    healing = _healing(opened, probed.sizes)
 
-    return probed.found(
-        foreseen,
+    def foreseen(sizes: Sizes, case: HealingCase | None = None) -> list[StageForesight]:
+        found = list[StageForesight]()
+        for stage in stages:
+            if stage.name == "heal" and healing is not None:
+                case = case or replace(healing.case, teacher=sizes, student=sizes)
+                found += healing.stages(case, probed.process)
+            else:
+                found.append(probed.stage(stage, sizes, planning))
+        return found
+
+    def check(found: Foresight, available: int | None) -> None:
+        more = []
+        if healing is not None and available is not None and found.memory_bytes > available:
+            more = healing.that_fit(available, lambda case: foreseen(case.teacher, case), prefix="--heal-")
+        check_memory(found, probed.sizes, available, foreseen, more)
+
+    files = healing.files() if healing is not None else {"": 0}
+    scratch = scratch_bytes_of(probed.sizes, planning) + files.pop("")
+    return probed.process.found(
+        foreseen(probed.sizes),
         output=config.output,
         output_bytes=planning.trial.parameters * opened.session.checkpoint.dtype.itemsize,
-        scratch_bytes=scratch_bytes_of(probed.sizes, planning),
-        left_out=left_out_of(config, planning),
+        scratch_bytes=scratch,
+        kept=healing.kept(files, "--heal-") if healing is not None else {},
+        probed=means(probed.rates),
+        left_out=left_out_of(config, planning) + (healing.left_out if healing is not None else []),
+        check_memory=check,
+        advice=ADVICE,
+    )
+
+
+def _healing(opened: Opened, sizes: Sizes) -> ForeseenHealing | None:
+    """Return the healing that follows; the original stands for the result, which is not there yet."""
+    if opened.healing is None:
+        return None
+    return ForeseenHealing.measure(
+        opened.healing,
+        opened.session,
+        opened.session,
+        opened.planning.trial,
+        (sizes, sizes),
+        known=lambda _tokens: 0,
+        before_surgery=True,
     )
 
 
@@ -74,88 +108,31 @@ def _foresee(opened: Opened, config: CompressConfig) -> Foresight:
 class Probed:
     """An opened checkpoint with its sizes, what the probe of this machine has measured, and what the process takes."""
 
-    session: Session
+    process: Process
     sizes: Sizes
     rates: Rates | None  #: None without any data to pass through the layers.
-    base: int  #: Bytes that the process has anyway.
 
     @classmethod
     def measure(cls, opened: Opened, config: CompressConfig) -> Self:
         """Probe this machine."""
-        session, sizes = opened.session, sizes_of(opened, config)
+        session, tokens, general = opened.session, opened.tokens, opened.general
+        sizes = sizes_of(
+            session,
+            opened.texts,
+            length=tokens.sequence_length if tokens is not None else config.sequence_length,
+            calibration=tokens.sequences if tokens is not None else 0,
+            general=general.sequences if general is not None else 0,
+        )
         # What has no data at all looks at weights only: any tokens do to see what the process itself takes.
-        some = opened.tokens or next(iter(opened.texts), None)
+        some = tokens or next(iter(opened.texts), None)
         rates = _probed(opened, some, sizes) if some is not None else None
-        gc.collect()
-        release_freed_memory()
-        return cls(session, sizes, rates, used_memory_bytes(session.device))
+        return cls(Process.now(session), sizes, rates)
 
     def stage(self, stage: Stage, sizes: Sizes, planning: Planning, *, known: bool = False) -> StageForesight:
         """Return what a stage of a compression takes; `known` if there are statistics of all layers already."""
         working = _memory(stage.name, sizes, planning)
         taken = _seconds(stage.name, sizes, self.rates, planning, known=known)
-        return self.with_process(stage.name, stage.title, taken, working, sizes)
-
-    def with_process(
-        self, name: str, title: str, taken: float | None, working: memory.Parts, sizes: Sizes
-    ) -> StageForesight:
-        """Return a stage of so many seconds with the memory of the process beside its own."""
-        kept = memory.kept_by_allocator(working, sizes, given_back=frees_to_system(self.session.device))
-        parts = {"the process": self.base} | working | kept
-        return StageForesight(name=name, title=title, seconds=taken, memory_bytes=sum(parts.values()), parts=parts)
-
-    def found(
-        self,
-        foreseen: Callable[[Sizes], list[StageForesight]],
-        *,
-        output: Path | None,
-        output_bytes: int,
-        scratch_bytes: int,
-        left_out: list[str],
-    ) -> Foresight:
-        """Return the whole; raises `UserError` if it does not fit. `foreseen` gives the stages for other sizes too."""
-        session = self.session
-        free, limit = available_memory_bytes(session.device), session.runtime.memory_limit
-        scratch = session.runtime.scratch or _scratch_parent(output)
-        found = Foresight(
-            model=session.checkpoint.name,
-            device=str(session.device),
-            dtype=str(session.dtype).removeprefix("torch."),
-            stages=foreseen(self.sizes),
-            memory_available_bytes=limit if limit is not None else None if free is None else free + self.base,
-            output_bytes=output_bytes,
-            output_free_bytes=shutil.disk_usage(existing(output or scratch)).free,
-            scratch_bytes=scratch_bytes,
-            scratch_free_bytes=shutil.disk_usage(existing(scratch)).free,
-            probed=_means(self.rates) if self.rates is not None else {},
-            left_out=left_out,
-        )
-        check_memory(found, self.sizes, found.memory_available_bytes, foreseen)
-        check_disk(found, output, scratch)
-        return found
-
-
-def sizes_of(opened: Opened, config: CompressConfig) -> Sizes:
-    """Return the sizes that a compression comes to."""
-    session, original, tokens, general = opened.session, opened.session.checkpoint, opened.tokens, opened.general
-    layers = layer_sizes(original)
-    return Sizes(
-        layers=layers,
-        outside=original.parameters - sum(layer.parameters for layer in layers),
-        hidden=original.hidden_size,
-        vocabulary=original.vocabulary_size,
-        dtype=session.dtype,
-        stored_itemsize=original.dtype.itemsize,
-        batch_size=config.batch_size,
-        length=tokens.sequence_length if tokens is not None else config.sequence_length,
-        calibration=tokens.sequences if tokens is not None else 0,
-        general=general.sequences if general is not None else 0,
-        texts=sequences_of(opened.texts),
-        decomposition=config.decomposition,
-        resident_bytes=session.resident_bytes,
-        boundary_bytes=session.boundary_bytes,
-        ahead_bytes=session.ahead_bytes,
-    )
+        return self.process.stage(stage.name, stage.title, taken, working, sizes)
 
 
 def _probed(opened: Opened, tokens: PackedTokens, sizes: Sizes) -> Rates:
@@ -172,7 +149,7 @@ def _memory(name: str, sizes: Sizes, planning: Planning) -> memory.Parts:
         return memory.refit(sizes)
     if name in ("score", "operate"):
         return memory.statistics(sizes) if _takes_statistics(planning) else memory.forward(sizes)
-    # Saving holds one tensor at a time; healing has budgets of its own.
+    # Saving holds one tensor at a time.
     return {"weights": max(layer.largest for layer in sizes.layers) * sizes.stored_itemsize}
 
 
@@ -182,7 +159,7 @@ def _seconds(name: str, sizes: Sizes, rates: Rates | None, planning: Planning, *
     config, by_fisher = planning.config, planning.config.scorer == FISHER and planning.chooses
     if name == "save":
         return sum(rates.reading.values()) if rates is not None else None
-    if rates is None or name == "heal":
+    if rates is None:
         return None
     if name in ("evaluate_before", "evaluate_after", "evaluate_unhealed"):
         return seconds.evaluation(sizes, rates, compared=name != "evaluate_before")
@@ -224,25 +201,13 @@ def scratch_bytes_of(sizes: Sizes, planning: Planning) -> int:
     return memory.boundary_files_bytes(sizes) + components + written * (2 if planning.refit_scope else 1)
 
 
-def _scratch_parent(output: Path | None) -> Path:
-    return output.parent if output is not None else Path(tempfile.gettempdir())
-
-
-def _means(rates: Rates) -> dict[str, float]:
-    """Return what was measured, for a mean layer."""
-    found = dict[str, float]()
-    for name, value in asdict(rates).items():
-        found[name] = value if isinstance(value, float) else sum(value.values()) / max(1, len(value))
-    return found
-
-
 def left_out_of(config: CompressConfig, planning: Planning) -> list[str]:
     """Return what the seconds do not hold, in words."""
     found = []
     if config.tasks or config.continuations or config.speed:
         found.append("tasks, continuations and speed")
     if config.heal is not None:
-        found.append("healing")
+        found.append("what healing saves because the result is smaller than the original")
     if planning.chooses and PASSES_OF_SCORERS.get(config.scorer) is None:
         found.append(f"--scorer {config.scorer}, which tries layer by layer")
     if config.cache is not None:

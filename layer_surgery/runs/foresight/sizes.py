@@ -12,6 +12,7 @@ from layer_surgery.checkpoint.checkpoint import Checkpoint
 from layer_surgery.checkpoint.experts import Experts, experts_of
 from layer_surgery.data.tokens import PackedTokens
 from layer_surgery.linalg.decomposition import Decomposition
+from layer_surgery.runs.session import Session
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,6 +136,37 @@ def layer_sizes(checkpoint: Checkpoint) -> tuple[LayerSizes, ...]:
             )
         )
     return tuple(found)
+
+
+def sizes_of(
+    session: Session, texts: Iterable[PackedTokens], *, length: int, calibration: int = 0, general: int = 0
+) -> Sizes:
+    """Return the sizes of a session's checkpoint, and of data that a run goes over.
+
+    Args:
+        texts: for perplexity and distance.
+        length: tokens of a calibration sequence.
+        calibration: sequences.
+        general: sequences of general text that a refit looks at.
+    """
+    checkpoint, layers = session.checkpoint, layer_sizes(session.checkpoint)
+    return Sizes(
+        layers=layers,
+        outside=checkpoint.parameters - sum(layer.parameters for layer in layers),
+        hidden=checkpoint.hidden_size,
+        vocabulary=checkpoint.vocabulary_size,
+        dtype=session.dtype,
+        stored_itemsize=checkpoint.dtype.itemsize,
+        batch_size=session.runtime.batch_size,
+        length=length,
+        calibration=calibration,
+        general=general,
+        texts=sequences_of(texts),
+        decomposition=session.runtime.decomposition,
+        resident_bytes=session.resident_bytes,
+        boundary_bytes=session.boundary_bytes,
+        ahead_bytes=session.ahead_bytes,
+    )
 
 
 def sequences_of(tokens: Iterable[PackedTokens]) -> tuple[tuple[int, int], ...]:

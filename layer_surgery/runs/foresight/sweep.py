@@ -12,6 +12,9 @@ from layer_surgery.records.foresight import Foresight, StageForesight
 from layer_surgery.records.reading import read_sweep
 from layer_surgery.records.sweep import SweepSettings
 from layer_surgery.runs.foresight import memory, seconds
+from layer_surgery.runs.foresight.fits import check_memory
+from layer_surgery.runs.foresight.process import means
+from layer_surgery.runs.foresight.run import ADVICE as ADVICE_OF_DISKS
 from layer_surgery.runs.foresight.run import Probed, left_out_of, scratch_bytes_of
 from layer_surgery.runs.foresight.sizes import Sizes
 from layer_surgery.runs.opening import Opened, check_options, open_compression
@@ -56,16 +59,19 @@ def run_foresee_sweep(model: Model, config: SweepConfig) -> Foresight:
             if statistics:
                 taken = seconds.statistics(sizes, probed.rates) if probed.rates is not None else None
                 working = memory.statistics(sizes)
-                stages.append(probed.with_process("statistics", "statistics of all layers", taken, working, sizes))
+                stages.append(probed.process.stage("statistics", "statistics of all layers", taken, working, sizes))
             each = zip(missing, plannings, strict=False)
             return stages + [_point(probed, point, planning, sizes, opened) for point, planning in each]
 
-        return probed.found(
-            foreseen,
+        return probed.process.found(
+            foreseen(probed.sizes),
             output=config.directory,
             output_bytes=largest * session.checkpoint.dtype.itemsize if config.best is not None else 0,
             scratch_bytes=max(scratch_bytes_of(probed.sizes, planning) for planning in plannings),
+            probed=means(probed.rates),
             left_out=left_out,
+            check_memory=lambda found, available: check_memory(found, probed.sizes, available, foreseen),
+            advice=ADVICE_OF_DISKS,
         )
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from layer_surgery import parallel
+from layer_surgery.config import HealingConfig
 from layer_surgery.data.tokens import PackedTokens
 from layer_surgery.disk.locks import LockedError, lock_file, locked
 from layer_surgery.errors import LayerSurgeryError, NumericalError
@@ -23,7 +24,7 @@ from layer_surgery.healing.losses.registry import Needs
 from layer_surgery.healing.relations import Relations, TeacherAttentionStore, last_attention
 from layer_surgery.healing.rewrite import greedy, load_rewritten, prompts, rewritten, save_rewritten
 from layer_surgery.healing.student import Student
-from layer_surgery.healing.teacher.cache import TeacherCache, TeacherIdentity
+from layer_surgery.healing.teacher.cache import TeacherCache, TeacherIdentity, captured
 from layer_surgery.healing.teacher.form import Observed, RecordForm, observe
 from layer_surgery.healing.teacher.rows import TeacherRows, captured_rows, stored_rows
 from layer_surgery.healing.windows import HealingData
@@ -57,7 +58,7 @@ class Asking:
         self._prepared = prepared
         self._session, self._teacher, self._teacher_sha256 = session, teacher, teacher_sha256
         self._config, self._losses = prepared.config, prepared.losses
-        self._pairs, self._kept = pairs, kept
+        self._pairs, self._kept, self._kept_temperature = pairs, kept, prepared.kept_temperature
         self.bytes_per_token: float | None = None  #: That the largest probabilities of the original take.
 
     def rewritten(self, data: HealingData) -> HealingData:
@@ -128,7 +129,7 @@ class Asking:
     def _ask_head(self, student: Student, tokens: PackedTokens, needs: set[Needs], layers: list[int]) -> None:
         """Take outputs, states and relations of an original that has a head."""
         depth = self._teacher.checkpoint.layer_count
-        classifier, temperature = tokens.objective.labelled, self._kept_temperature()
+        classifier, temperature = tokens.objective.labelled, self._kept_temperature
         whole = "logits" in needs and temperature is None and not classifier
         if whole and depth - 1 not in layers:
             layers.append(depth - 1)
@@ -205,8 +206,7 @@ class Asking:
         `items` is how many of them each sequence has.
         """
         identity, folder = self._identity(tokens), self._config.teacher_cache
-        key = _sha256(json.dumps(asdict(identity), sort_keys=True))[:24]
-        file = folder / f"outputs-{key}.safetensors" if folder is not None else None
+        file = folder / _outputs_name(identity) if folder is not None else None
         rows = stored_rows(file, identity, items, self._session.ui.note) if file is not None else None
         if rows is not None and not stores:
             return rows
@@ -230,19 +230,11 @@ class Asking:
                 for _ in range(count):
                     advance()
 
-    def _kept_temperature(self) -> float | None:
-        """Return the temperature at which the largest probabilities are kept; None if a loss needs the others too."""
-        losses = [loss for loss in self._losses if loss.entry.needs == "logits"]
-        found = {loss.settings.get("temperature", 1.0) for loss in losses}
-        return found.pop() if len(found) == 1 and all("top_k" in loss.entry.teachers for loss in losses) else None
-
     def _cache_folder(self, tokens: PackedTokens, temperature: float) -> Path:
         """Return the folder of the cache of the original's outputs: the user's, found by content, or a scratch one."""
         if self._config.teacher_cache is None:
             return self._session.new_scratch("teacher")
-        form = RecordForm(temperature=temperature)
-        described = {"identity": asdict(self._identity(tokens)), "form": form.to_dict()}
-        return self._config.teacher_cache / _sha256(json.dumps(described, sort_keys=True))[:24]
+        return self._config.teacher_cache / _records_name(self._identity(tokens), temperature)
 
     def _alone_in(self, folder: Path) -> bool:
         """Lock a folder that is written to until all is done; return whether no other run has locked it."""
@@ -275,14 +267,7 @@ class Asking:
 
     def _identity(self, tokens: PackedTokens) -> TeacherIdentity:
         """Return what the original's outputs are of."""
-        tokenizer = self._session.need_tokenizer()
-        template = str(tokenizer.chat_template or "")
-        return TeacherIdentity(
-            teacher_sha256=self._teacher_sha256,
-            tokenizer_sha256=_sha256(json.dumps(tokenizer.get_vocab(), sort_keys=True)),
-            data_sha256=tokens.sha256,
-            chat_template_sha256=_sha256(template) if template else "",
-        )
+        return _identity_of(self._session, self._teacher_sha256, tokens)
 
     def _states(self, tokens: PackedTokens, layers: list[int]) -> TeacherStatesStore:
         """Return room for hidden states of the original after some layers."""
@@ -312,6 +297,41 @@ class Asking:
             )
         store = BoundaryStore(shape, dtype, self._session.device, memory, self._session.scratch)
         return self._kept.enter_context(store)
+
+
+def known_windows(
+    session: Session, config: HealingConfig, prepared: PreparedHealing, teacher_sha256: str, tokens: PackedTokens
+) -> int:
+    """Return of how many windows, from the first on, `--teacher-cache` says that it has the original's outputs.
+
+    Looks at names and headers only: whether the files are whole is seen when they are opened.
+    """
+    if config.teacher_cache is None:
+        return 0
+    identity, temperature = _identity_of(session, teacher_sha256, tokens), prepared.kept_temperature
+    if (config.teacher_cache / _outputs_name(identity)).exists():
+        return tokens.sequences
+    return 0 if temperature is None else captured(config.teacher_cache / _records_name(identity, temperature))
+
+
+def _identity_of(session: Session, teacher_sha256: str, tokens: PackedTokens) -> TeacherIdentity:
+    tokenizer = session.need_tokenizer()
+    template = str(tokenizer.chat_template or "")
+    return TeacherIdentity(
+        teacher_sha256=teacher_sha256,
+        tokenizer_sha256=_sha256(json.dumps(tokenizer.get_vocab(), sort_keys=True)),
+        data_sha256=tokens.sha256,
+        chat_template_sha256=_sha256(template) if template else "",
+    )
+
+
+def _records_name(identity: TeacherIdentity, temperature: float) -> str:
+    described = {"identity": asdict(identity), "form": RecordForm(temperature=temperature).to_dict()}
+    return _sha256(json.dumps(described, sort_keys=True))[:24]
+
+
+def _outputs_name(identity: TeacherIdentity) -> str:
+    return f"outputs-{_sha256(json.dumps(asdict(identity), sort_keys=True))[:24]}.safetensors"
 
 
 def _remove_dead_lock(folder: Path) -> None:

@@ -51,6 +51,13 @@ class PreparedHealing:
     identity: dict[str, Any]  #: What options and data say that the training is of.
     teachers: Teachers | None = None  #: Of an embedding model with others than the original.
 
+    @property
+    def kept_temperature(self) -> float | None:
+        """The temperature at which the original's largest probabilities are kept; None if a loss needs the others."""
+        losses = [loss for loss in self.losses if loss.entry.needs == "logits"]
+        found = {loss.settings.get("temperature", 1.0) for loss in losses}
+        return found.pop() if len(found) == 1 and all("top_k" in loss.entry.teachers for loss in losses) else None
+
 
 def prepare_healing(
     session: Session,

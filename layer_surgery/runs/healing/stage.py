@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import shutil
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -27,6 +27,15 @@ from layer_surgery.healing.windows import HealingData, training_order
 from layer_surgery.records import CurvePoint, HealingRecord, LocalRecord, LossRecord, SurgeryPlan
 from layer_surgery.runs.healing.asking import Asking
 from layer_surgery.runs.healing.beside import put_beside
+from layer_surgery.runs.healing.length import (
+    LOCAL_SHARE,
+    LOCAL_STEPS,
+    LOCAL_WINDOWS,
+    PROBE_SHARE,
+    steps_in,
+    steps_of_tokens,
+    validations_of,
+)
 from layer_surgery.runs.healing.prepare import PreparedHealing
 from layer_surgery.runs.healing.results import Results, write_trained
 from layer_surgery.runs.healing.resuming import check_resumed, models_identity
@@ -34,15 +43,6 @@ from layer_surgery.runs.session import Session
 from layer_surgery.walk.rehearsal import Rehearsal
 from layer_surgery.walk.streamed import StreamedModel
 from layer_surgery.walk.walk import Walk
-
-#: Share of the time left that training is planned for; the rest is for validation and what comes after it.
-_PLANNED_SHARE = 0.9
-#: Most validations in a training; fewer where they would look at more than half as many windows as it trains on.
-_MOST_VALIDATIONS = 10
-#: Share of the minutes after which no further learning rate is tried.
-_PROBE_SHARE = 0.1
-#: Windows that the local stage trains on, steps for each layer, and its share of the minutes.
-LOCAL_WINDOWS, LOCAL_STEPS, _LOCAL_SHARE = 256, 48, 0.25
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +104,7 @@ class _Healing:
         local: list[LocalRecord] = []
         probed, rate, count = None, None, numbers_of(self._checkpoint, names)
         training = Training(curve=[], best_step=None, steps=0)
+        timed = self._session.clock.stage
         with self._session.stage("heal"), self._kept:
             checkpoint = self._checkpoint
             if self._data.train.objective.problem == "embedding":
@@ -111,7 +112,8 @@ class _Healing:
             if config.teacher_rewrite:
                 self._data = self._asking.rewritten(self._data)
             if "local" in config.stages:
-                checkpoint, local = self._local_stage(names)
+                with timed("heal_local"):
+                    checkpoint, local = self._local_stage(names)
             if "global" in config.stages:
                 student = self._student(checkpoint)
                 count = student.unfreeze(names)
@@ -119,16 +121,18 @@ class _Healing:
                     original = self._teacher.checkpoint
                     put_beside(student, self._session, original, self._losses, self._pairs, self._plan)
                 student.packs = self._packs(student)
-                probed = self._probe(student)
+                with timed("heal_probe"):
+                    probed = self._probe(student)
                 steps = self._steps(probed)
                 self._data = self._data.first(steps * config.step_sequences)
-                self._data = self._asking.ask(student, self._data)
+                with timed("heal_ask"):
+                    self._data = self._asking.ask(student, self._data)
                 rate = probed.best if probed is not None else config.learning_rate
-                training = self._train(student, steps, rate or LIKELIEST)
-                if training.best_step is not None:
-                    checkpoint = self._results.better(
-                        checkpoint, self._results.of_student(checkpoint, student), self._data
-                    )
+                with timed("heal_train"):
+                    training = self._train(student, steps, rate or LIKELIEST)
+                    if training.best_step is not None:
+                        healed = self._results.of_student(checkpoint, student)
+                        checkpoint = self._results.better(checkpoint, healed, self._data)
         teachers = self._prepared.teachers
         record = HealingRecord(
             losses=[LossRecord(name=loss.name, weight=loss.weight, options=loss.settings) for loss in self._losses],
@@ -248,7 +252,7 @@ class _Healing:
         before = one.measure("validation", data.validation, self._session.runtime.batch_size)
         settings = self._settings("layer", data, steps=LOCAL_STEPS, rate=LIKELIEST)
         if self._config.budget_minutes is not None:
-            settings = replace(settings, seconds=max(1.0, _LOCAL_SHARE * 60 * self._config.budget_minutes / layers))
+            settings = replace(settings, seconds=max(1.0, LOCAL_SHARE * 60 * self._config.budget_minutes / layers))
         rate = self._config.learning_rate or probe(one, data, settings).best
         training = train(one, data, replace(settings, learning_rate=rate), unhealed={"validation": before})
         after = one.measure("validation", data.validation, self._session.runtime.batch_size)
@@ -257,6 +261,7 @@ class _Healing:
             specs = self._checkpoint.source.specs
             trained = {prefix + name: value for name, value in one.model.named_parameters() if value.requires_grad}
             write_trained(folder / f"{place.position:05d}.safetensors", trained, specs)
+        _remove(settings.directory)
         self._session.ui.note(
             f"healing: layer {self._plan.surviving[place.position]}: {one.name} {before:.5f} to {after:.5f}"
         )
@@ -278,9 +283,10 @@ class _Healing:
         rates = LEARNING_RATES if rate is None else (rate,)
         settings = self._settings("probe", few, steps=PROBE_STEPS, rate=LIKELIEST, packs=student.packs)
         if self._config.budget_minutes is not None:
-            settings = replace(settings, seconds=_PROBE_SHARE * 60 * self._config.budget_minutes)
+            settings = replace(settings, seconds=PROBE_SHARE * 60 * self._config.budget_minutes)
         with self._session.ui.progress("trying learning rates", min(len(rates), MOST_RATES) * PROBE_STEPS) as advance:
             found = probe(student, few, settings, rates, advance)
+        _remove(settings.directory)
         tried = ", ".join(
             f"{point.learning_rate:g}: " + ("not finite" if point.regret is None else f"{point.regret:+.4f}")
             for point in found.points
@@ -292,20 +298,13 @@ class _Healing:
 
     def _steps(self, probed: Probe | None) -> int:
         """Return how many steps the budget allows."""
-        sequences, length = self._config.step_sequences, float(self._data.train.sequence_length)
-        if self._data.train.objective.apart:  # most sequences are shorter than the longest
-            length = int(self._data.train.valid.sum()) / self._data.train.sequences
-        if self._config.tokens is not None:
-            return max(1, math.ceil(self._config.tokens / (sequences * length)))
-        assert probed is not None and self._config.budget_minutes is not None
-        left = _PLANNED_SHARE * (60 * self._config.budget_minutes - (time.monotonic() - self._start))
-        asking, step = self._seconds_a_window * sequences, probed.seconds_per_step
-        # Of more steps than there are windows, the original is asked about those windows only.
-        most = self._data.data_windows / sequences
-        steps = left / (asking + step)
-        if steps > most:
-            steps = (left - most * asking) / step
-        return int(parallel.from_first(lambda: max(1, int(steps))))
+        config, data = self._config, self._data
+        if config.tokens is not None:
+            return steps_of_tokens(config, data)
+        assert probed is not None and config.budget_minutes is not None
+        left = 60 * config.budget_minutes - (time.monotonic() - self._start)
+        asking, step = self._seconds_a_window, probed.seconds_per_step
+        return int(parallel.from_first(lambda: steps_in(left, data, config, asking=asking, step=step)))
 
     # -- training --------------------------------------------------------------------------------------------------
 
@@ -321,7 +320,6 @@ class _Healing:
             lengths, room = data.train.valid.sum(dim=1)[order], batch_size * data.train.sequence_length
             share = config.step_sequences // parallel.group().world
             batch_size = max(batch_size, packed_batch_size(lengths, share, room))
-        held_out = sum(text.sequences for text in self._data.texts.values())
         return TrainingSettings(
             steps=steps,
             learning_rate=rate,
@@ -332,7 +330,7 @@ class _Healing:
             device=session.device,
             dtype=session.dtype,
             gradient_checkpointing=config.gradient_checkpointing,
-            validations=min(_MOST_VALIDATIONS, max(2, steps * config.step_sequences // (2 * held_out))),
+            validations=validations_of(steps, self._data, config),
         )
 
     def _train(self, student: Student, steps: int, rate: float) -> Training:
@@ -362,6 +360,13 @@ class _Healing:
                 advance=advance,
                 resume=config.resume,
             )
+
+
+def _remove(folder: Path) -> None:
+    """Remove what a training has written: of every layer and every learning rate it would take room until the end."""
+    parallel.barrier()  # all have read it
+    if parallel.is_first():
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _described(point: CurvePoint, steps: int, unhealed: dict[str, float]) -> str:
