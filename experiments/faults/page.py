@@ -16,13 +16,11 @@ Made by `experiments/faults/page.py` from the JSON files in this folder, which h
 *Refused*: one sentence and exit code 1 or 2. *Lost*: a result that was there, or that a run with exit code 0 has made,
 is not there. *Silently wrong*: exit code 0 and something else than what is right. *Hang*: more than 20 seconds of work,
 or 10 minutes in all. *Raw error*: a traceback, an error that names no mistake, or something left behind. Of a case that
-failed, the number is in the JSON; `--case N --kind KIND` tries it alone. Checkpoints are tiny; figures are not drawn.
+failed, the number is in the JSON; `--case N --kind KIND` tries it alone. Checkpoints are tiny, and figures are not
+drawn.
 
 After a fault the same command is run again. Where the folder holds what it held after an earlier fault of the scenario
 (names but for their random part, the bytes of all files but pages and times), what came of that run counts for both.
-
-A record goes on where it stopped (`--output`); a machine with two busy cores had no time for all of `every_fault.py`,
-`instants.py` and the damaged checkpoints after the mend, so their counts below are what was tried.
 
 ## What was found on the way, and how it was mended
 
@@ -72,7 +70,11 @@ def outcomes(name: str) -> list[str]:
     if events := report.get("events"):
         said = [f"{name} {each['tried']} of {each['events']}" for name, each in events.items()]
         lines += [f"Events that are tried, of all (the rest are the same but for a number): {', '.join(said)}.", ""]
-        lines += [f"Each by seven faults, {sum(7 * each['tried'] for each in events.values()):,} cases in all.", ""]
+        every = sum(each["faults"] * each["tried"] for each in events.values())
+        done = sum(totals.values())
+        order = "in an order drawn at random that begins with KILL, one other signal and one error at each event"
+        so_far = "" if done == every else f" Tried so far are {done:,}, {order}."
+        lines += [f"Each by seven faults, {every:,} cases in all.{so_far}", ""]
     return lines
 
 

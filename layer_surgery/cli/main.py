@@ -80,6 +80,9 @@ def _run() -> int | None:
         return code
     except click.Abort:  # what click makes of it
         raise KeyboardInterrupt from None
+    except Exception:
+        stopping.raise_again()
+        raise
 
 
 def _processes() -> AbstractContextManager[object]:

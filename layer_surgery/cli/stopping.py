@@ -9,6 +9,8 @@ from typing import NoReturn
 from layer_surgery.disk.signals import ignore_signals, set_handlers
 
 INTERRUPTED = "interrupted; nothing half-written is left."
+#: The signal that has been raised as an exception.
+_raised = 0
 
 
 class Stopped(SystemExit):
@@ -24,12 +26,21 @@ def stop_at_once() -> None:
 
     An exception would not do: some libraries swallow whatever is raised while they are imported.
     """
+    global _raised
+    _raised = 0
     set_handlers(_exit)
 
 
 def stop_by_cleaning_up() -> None:
     """Have signals raise `KeyboardInterrupt` or `Stopped` from now on, so that a run cleans up."""
     set_handlers(_raise)
+
+
+def raise_again() -> None:
+    """Raise what a signal has raised, if one came: compiled code may have made another error of that, as matplotlib's
+    does in the middle of a figure."""
+    if _raised:
+        _raise(_raised, None)
 
 
 def end(number: int) -> NoReturn:
@@ -45,6 +56,8 @@ def _exit(number: int, _frame: FrameType | None) -> NoReturn:
 
 
 def _raise(number: int, _frame: FrameType | None) -> NoReturn:
+    global _raised
+    _raised = number
     if number == signal.SIGINT:
         raise KeyboardInterrupt
     raise Stopped(number)

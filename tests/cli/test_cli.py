@@ -350,6 +350,24 @@ def test_signals_in_the_middle_of_the_work_leave_nothing_even_if_there_are_many(
     assert listing(tmp_path) == {}
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["INT", "TERM"])
+def test_a_signal_that_a_library_makes_an_error_of_is_one_all_the_same(
+    run: CommandLine, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, code: int
+) -> None:
+    def stop(*_: object, **__: object) -> None:
+        try:
+            os.kill(os.getpid(), number)
+        except BaseException:
+            raise ValueError("Invalid affine transformation matrix") from None
+
+    monkeypatch.setattr("layer_surgery.runs.bench.result_checkpoint", stop)
+    options = ["--layers", 1, "--keep", 0, "--no-refit", "--no-eval", "--output", tmp_path / "output"]
+    outcome = run("compress", model, *options)
+    assert outcome.code == code
+    assert outcome.error_lines[-1] == "interrupted; nothing half-written is left."
+    assert listing(tmp_path) == {}
+
+
 #: Sends a signal to itself when a module is looked for, and is `python -m layer_surgery` otherwise.
 SIGNALLED_AT_AN_IMPORT = """
 import os, runpy, sys
