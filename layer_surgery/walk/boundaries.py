@@ -2,6 +2,8 @@
 
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -9,6 +11,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from layer_surgery.disk.reading import why
 from layer_surgery.errors import LayerSurgeryError
 
 
@@ -42,14 +45,18 @@ class BoundaryStore:
         return slot in self._in_memory or slot in self._on_disk
 
     def read(self, slot: int, rows: slice) -> Tensor:
-        """Return [rows, sequence_length, hidden] on the device. Do not write to it."""
+        """Return [rows, sequence_length, hidden] on the device. Do not write to it.
+
+        Raises `LayerSurgeryError` if it cannot be read.
+        """
         if slot in self._in_memory:
             return self._in_memory[slot][rows]
         buffer = torch.empty((rows.stop - rows.start, *self.shape[1:]), dtype=self.dtype)
         view = _bytes(buffer)
         offset = rows.start * self.sequence_bytes
         while len(view):
-            count = os.preadv(self._on_disk[slot], [view], offset)
+            with self._scratch_file("read"):
+                count = os.preadv(self._on_disk[slot], [view], offset)
             if count == 0:
                 raise LayerSurgeryError("the scratch file of the layer boundaries was cut short.")
             view, offset = view[count:], offset + count
@@ -62,10 +69,14 @@ class BoundaryStore:
         """
         if slot in self._on_disk and hasattr(os, "posix_fadvise"):  # not on every system
             offset, length = rows.start * self.sequence_bytes, (rows.stop - rows.start) * self.sequence_bytes
-            os.posix_fadvise(self._on_disk[slot], offset, length, os.POSIX_FADV_WILLNEED)
+            with suppress(OSError):
+                os.posix_fadvise(self._on_disk[slot], offset, length, os.POSIX_FADV_WILLNEED)
 
     def write(self, slot: int, rows: slice, hidden: Tensor) -> None:
-        """Store [rows, sequence_length, hidden]; the slot is made on its first write."""
+        """Store [rows, sequence_length, hidden]; the slot is made on its first write.
+
+        Raises `LayerSurgeryError` if the scratch file cannot be written.
+        """
         if slot not in self:
             self._make(slot)
         hidden = hidden.detach()
@@ -75,7 +86,8 @@ class BoundaryStore:
         view = _bytes(hidden.to("cpu", self.dtype).contiguous())
         offset = rows.start * self.sequence_bytes
         while len(view):
-            count = os.pwrite(self._on_disk[slot], view, offset)
+            with self._scratch_file("written"):
+                count = os.pwrite(self._on_disk[slot], view, offset)
             view, offset = view[count:], offset + count
 
     def drop(self, slot: int) -> None:
@@ -109,9 +121,21 @@ class BoundaryStore:
             self._memory_left -= self.slot_bytes
             self._in_memory[slot] = torch.empty(self.shape, dtype=self.dtype, device=self.device)
             return
-        descriptor, path = tempfile.mkstemp(prefix="layer-surgery-boundary-", dir=self._scratch)
-        os.unlink(path)  # the file lives until it is closed, and no longer
-        self._on_disk[slot] = descriptor
+        with self._scratch_file("written"):
+            descriptor, path = tempfile.mkstemp(prefix="layer-surgery-boundary-", dir=self._scratch)
+            self._on_disk[slot] = descriptor
+            os.unlink(path)  # the file lives until it is closed, and no longer
+
+    @contextmanager
+    def _scratch_file(self, done: str) -> Iterator[None]:
+        """Say of errors of the file system what cannot be done, and what to do."""
+        try:
+            yield
+        except OSError as error:
+            raise LayerSurgeryError(
+                f"the hidden states between layers cannot be {done} in {self._scratch} ({why(error)}); make room "
+                f"there, or give fewer --samples: those before one layer take {self.slot_bytes:,} bytes."
+            ) from error
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from layer_surgery.errors import LayerSurgeryError
 from layer_surgery.walk.boundaries import BoundaryStore
 
 SHAPE = (5, 3, 4)
@@ -95,6 +97,26 @@ def test_dropping_a_slot_on_disk_closes_its_file(tmp_path: Path) -> None:
         boundaries.drop(0)
         assert open_files() == before
         assert 0 not in boundaries
+
+
+@pytest.mark.parametrize(
+    ("call", "done"), [("tempfile.mkstemp", "written"), ("os.pwrite", "written"), ("os.preadv", "read")]
+)
+def test_a_full_or_broken_disk_is_said_with_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, done: str
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def use(boundaries: BoundaryStore) -> None:
+        boundaries.write(0, slice(0, 5), states(0))
+        boundaries.read(0, slice(0, 5))
+
+    monkeypatch.setattr(call, fail)
+    message = rf"cannot be {done} in {tmp_path} \(No space left on device\)"
+    with store(tmp_path, 0) as boundaries, pytest.raises(LayerSurgeryError, match=message):
+        use(boundaries)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_dropping_what_is_not_there_does_nothing(tmp_path: Path) -> None:
