@@ -41,8 +41,9 @@ After a fault the same command is run again. Where the folder holds what it held
 - cache, a folder within it that cannot be made: an error of Python's. The run goes on without the cache. And what a run
   that was killed at its very end has left stayed while its statistics were used: it goes with the next run
   (`calibration/cache.py`).
-- `instants.py`, export 13, a raw error: Ctrl-C in the middle of a figure, of which matplotlib makes a `ValueError`. What
-  fails after a signal ends as a run that the signal has stopped (`cli/stopping.py`).
+- `instants.py`, export 13 and cache 26, raw errors: a signal in the middle of a figure or of making a tensor, of which
+  matplotlib and torch make a `ValueError`. What fails after a signal ends as a run that it has stopped
+  (`cli/stopping.py`).
 - By reading: a disk that is full while hidden states are kept on it was an error of Python's (`walk/boundaries.py`).
 - By reading: answers of the original (`--teacher-cache`) that were changed on disk were used; two runs could write one
   teacher cache; a capture that was killed before its first header was refused for ever; nothing of it was synced; a
