@@ -75,6 +75,13 @@ def vectors(model: Path, scratch: Path) -> Tensor:
     return encoder.encode(texts(), encoder.embedder.prompt)
 
 
+@pytest.fixture
+def _no_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing a page takes longer than such a healing."""
+    monkeypatch.setattr("layer_surgery.reporting.page.report_page", lambda *_, **__: "<p>not drawn</p>")
+
+
+@pytest.mark.usefixtures("_no_page")
 def test_two_equal_teachers_are_one(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder / "model", tmp_path / "twin")
     one = heal(folder, tmp_path / "one", loss=SIMILARITIES, tokens=600)
@@ -108,6 +115,7 @@ def test_a_student_comes_nearer_to_both_teachers_together(folder: Path, tmp_path
     assert "to follow 2 teachers" in (tmp_path / "healed" / "report.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.usefixtures("_no_page")
 def test_vectors_are_kept_by_teacher_and_text_and_change_nothing(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
