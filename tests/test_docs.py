@@ -67,6 +67,13 @@ NOT_RUN = {
     "layer-surgery heal smaller-embedder/ --data texts.txt --minutes 10 --output healed-embedder/": (
         "tests/runs/test_heal_embedders.py does this; the models here give no vectors"
     ),
+    (
+        "layer-surgery heal smaller-embedder/ --data texts.txt --teacher EMBEDDER --teacher ANOTHER "
+        "--output healed-by-two/"
+    ): "tests/runs/test_heal_teachers.py does this; the models here give no vectors",
+    "layer-surgery evaluate smaller-embedder/ --baseline EMBEDDER --tasks STSBenchmark,STS22:en,NFCorpus": (
+        "tests/evaluation/test_embedding_tasks.py does this; the data are on the hub"
+    ),
 }
 
 #: Put before the options of a command, so that what the documentation says comes later and counts.

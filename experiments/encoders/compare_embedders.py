@@ -1,8 +1,9 @@
 """What does an embedding model keep at two thirds of its layers, without training, against dropping every third layer?
 
-    python experiments/encoders/compare_embedders.py MODEL --calibration TEXT --held-out TEXT [--held-out TEXT ...]
+    python experiments/encoders/compare_embedders.py MODEL [MODEL ...] --calibration TEXT --held-out TEXT ...
 
-MODEL is a directory of sentence-transformers, which must be installed. The rows:
+MODEL is a directory of sentence-transformers, which must be installed. A seed chooses the passages to calibrate on,
+those that are measured, and what is trained on. The rows:
 
 - `dropped`: every third layer is left out (the second, the fifth, ...), as in sentence-transformers' example of layer
   reduction;
@@ -15,17 +16,20 @@ MODEL is a directory of sentence-transformers, which must be installed. The rows
 - `default, size of dropped`: the default method over all layers, with the parameters of `dropped`.
 
 Measured are Spearman's correlation of the similarities of all pairs of held-out passages with the original's, nDCG@10
-on the bundled sets, both also with the original's documents, and paired differences. One thread.
+on the bundled sets, both also with the original's documents, and paired differences. One thread. The report is written
+after each seed.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -44,59 +48,73 @@ RATE, WARM_UP, BATCH = 1e-4, 0.1, 16
 def main() -> None:
     """Make all rows, measure each on every held-out text, and write the report."""
     parser = parser_of(__doc__, texts=1024, report=Path("reports/encoders/compare.json"))
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("models", type=Path, nargs="+")
+    parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    known = passages(options.calibration, options.texts, options.seed)
-    held_out = {path.name: passages(path, options.measured, options.seed + 1) for path in options.held_out}
-    original = load(options.model)
-    layers = len(layers_of(original))
-    kept = layers - len(dropped_layers(layers))
-    measure = Measure(original, held_out, options.seed)
-    facts = {
-        "model_sha256": sha256(options.model / "model.safetensors"),
-        "layers": layers,
-        "kept": kept,
-        "parameters": sum(each.numel() for each in original.parameters()),
-        "seed": options.seed,
-        "calibration": described(options.calibration) | {"texts": len(known)},
-        "held_out": [described(path) for path in options.held_out],
+    results: dict[str, Any] = {
+        "calibration": described(options.calibration) | {"texts": options.texts},
+        "held_out": [described(path) | {"texts": options.measured} for path in options.held_out],
+        "models": [],
     }
+    for number, path in enumerate(options.models, start=1):
+        original = load(path)
+        layers = len(layers_of(original))
+        found = {
+            "model": number,
+            "model_sha256": sha256(path / "model.safetensors"),
+            "layers": layers,
+            "kept": layers - len(dropped_layers(layers)),
+            "parameters": parameters_of(original),
+            "seeds": [],
+        }
+        results["models"].append(found)
+        for seed in range(options.seeds):
+            rows, agreements = one_seed(path, original, seed, options)
+            found["seeds"].append({"seed": seed, "rows": rows, "changes": changes(agreements)})
+            write_page(options.report, results, page(results))
+
+
+def one_seed(
+    path: Path, original: SentenceTransformer, seed: int, options: argparse.Namespace
+) -> tuple[dict[str, Any], dict[str, dict[str, Agreement]]]:
+    """Make all rows with one choice of passages; return their records, and their correlations by text."""
+    known = passages(options.calibration, options.texts, seed)
+    held_out = {each.name: passages(each, options.measured, seed + 1) for each in options.held_out}
+    measure, layers = Measure(original, held_out, seed), len(layers_of(original))
+    gone = len(dropped_layers(layers))
     rows: dict[str, Any] = {}
     agreements: dict[str, dict[str, Agreement]] = {}
 
     def add(name: str, model: SentenceTransformer, seconds: float, **more: Any) -> None:
         rows[name], agreements[name] = measure(model)
         rows[name] |= {"processor_seconds": round(seconds, 1), **more}
-        print(name, rows[name]["parameters"], [each.value for each in agreements[name].values()], flush=True)
-        results = {**facts, "rows": rows, "changes": changes(agreements)}
-        write_page(options.report, results, page(results))
+        print(seed, name, rows[name]["parameters"], [each.value for each in agreements[name].values()], flush=True)
 
-    shorter = without_every_third(load(options.model))
+    shorter = without_every_third(load(path))
     add("dropped", shorter, 0.0)
-    size = rows["dropped"]["parameters"] / sum(each.numel() for each in original.parameters())
     ways: dict[str, dict[str, Any]] = {
         "removed, refitted": {"method": "remove", "refit": True},
-        "default": {"target_layers": kept},
-        "default, size of dropped": {"target_parameters": size},
+        "default": {"target_layers": layers - gone},
+        "default, size of dropped": {"target_parameters": rows["dropped"]["parameters"] / parameters_of(original)},
     }
-    looks: dict[str, Any] = {"samples": options.texts, "sequence_length": 64, "seed": options.seed, "device": "cpu"}
+    looks: dict[str, Any] = {"samples": options.texts, "sequence_length": 64, "seed": seed, "device": "cpu"}
     with tempfile.TemporaryDirectory() as scratch:
         texts = Path(scratch) / "calibration.jsonl"
         write_texts(texts, known)
         for name, way in ways.items():
             output, begin = Path(scratch) / name.replace(", ", "-").replace(" ", "-"), time.process_time()
             if way.get("method") == "remove":
-                order = layer_surgery.score(str(options.model), calibration=texts, **looks).removal_order
-                way |= {"layers": sorted([each for each in order if each > 0][: layers - kept])}
-            layer_surgery.compress(str(options.model), output, calibration=texts, eval_data=None, **looks, **way)
+                order = layer_surgery.score(str(path), calibration=texts, **looks).removal_order
+                way |= {"layers": sorted([each for each in order if each > 0][:gone])}
+            layer_surgery.compress(str(path), output, calibration=texts, eval_data=None, **looks, **way)
             add(name, load(output), time.process_time() - begin)
     longest = max(row["processor_seconds"] for row in rows.values())
-    more = passages(options.calibration, 20 * options.texts, options.seed + 2)
+    more = passages(options.calibration, 20 * options.texts, seed + 2)
     begin = time.process_time()
-    steps = train(shorter, original, more, longest, options.seed)
+    steps = train(shorter, original, more, longest, seed)
     add("dropped, trained", shorter, time.process_time() - begin, steps=steps)
+    return rows, agreements
 
 
 class Measure:
@@ -109,12 +127,7 @@ class Measure:
     def __call__(self, model: SentenceTransformer) -> tuple[dict[str, Any], dict[str, Agreement]]:
         """Return the record of a model, and its correlations by text."""
         own = self._vectors(model)
-        record = {
-            name: asdict(
-                embedding_quality(own[name], self._original[name], self._sets, [own[name].dimensions], self._seed)
-            )
-            for name in own
-        }
+        record = {name: self._quality(own[name], self._original[name]) for name in own}
         found = {
             name: agreement(
                 (own[name].texts @ own[name].texts.T).numpy(),
@@ -123,7 +136,17 @@ class Measure:
             )
             for name in own
         }
-        return {"parameters": sum(each.numel() for each in model.parameters()), "quality": record}, found
+        return {"parameters": parameters_of(model), "quality": record}, found
+
+    def _quality(self, own: TextVectors, original: TextVectors) -> dict[str, Any]:
+        """Return what the whole vectors in float32 are worth, as JSON."""
+        found = asdict(embedding_quality(own, original, self._sets, [own.dimensions], self._seed))
+        names = ("similarity", "ndcg10")
+        return {
+            **{name: found["points"][0][name] for name in names},
+            **{f"{name} beside the original": found["asymmetric"][name] for name in names},
+            "original's ndcg10": found["original_ndcg10"],
+        }
 
     def _vectors(self, model: SentenceTransformer) -> dict[str, TextVectors]:
         first = self._sets[0]
@@ -135,6 +158,11 @@ class Measure:
 def load(path: Path) -> SentenceTransformer:
     """Return a model of sentence-transformers; code beside it is ours."""
     return SentenceTransformer(str(path), device="cpu", trust_remote_code=True)
+
+
+def parameters_of(model: SentenceTransformer) -> int:
+    """Return how many numbers a model has."""
+    return sum(each.numel() for each in model.parameters())
 
 
 def layers_of(model: SentenceTransformer) -> nn.ModuleList:
@@ -211,36 +239,56 @@ def page(results: dict[str, Any]) -> str:
     lines = [
         "# Embedding models at two thirds of their layers",
         "",
-        "Made by `experiments/encoders/compare_embedders.py` from `compare.json`; its docstring says what the",
-        f"rows are. {results['kept']} of {results['layers']} layers, {results['parameters']:,} parameters before.",
-        "Spearman: of the similarities of all pairs of held-out passages with the original's (95 % interval over",
-        "passages); beside it, one of each pair by the original. nDCG@10: bundled sets, queries and documents by the",
-        "model.",
+        "Made by `experiments/encoders/compare_embedders.py` from `compare.json`; its docstring says what the rows",
+        "are.",
+        "Spearman: of the similarities of all pairs of held-out passages with the original's; beside it, one of each",
+        "pair by the original. nDCG@10: bundled sets, queries and documents by the model. All are means over seeds; in",
+        "brackets the least and the most of them. Of the differences, each seed has its 95 % interval over passages.",
     ]
-    for text in (each["name"] for each in results["held_out"]):
-        lines += ["", f"## {text}", ""]
-        lines += ["| row | parameters | processor seconds | Spearman | beside the original | nDCG@10 passage | text |"]
-        lines += ["|---|---|---|---|---|---|---|"]
-        for name, row in results["rows"].items():
-            quality = row["quality"][text]
-            point, beside = quality["points"][0], quality["asymmetric"]
-            spearman = point["similarity"]
-            lines.append(
-                f"| {name} | {row['parameters']:,} | {row['processor_seconds']:.0f} | {spearman['value']:.4f} "
-                f"({spearman['low']:.4f} to {spearman['high']:.4f}) | {beside['similarity']['value']:.4f} | "
-                f"{point['ndcg10']['passage']['value']:.3f} | {point['ndcg10']['text']['value']:.3f} |"
-            )
-        original = quality["original_ndcg10"]
-        lines.append(
-            f"| original | {results['parameters']:,} | | 1 | 1 | {original['passage']['value']:.3f} | "
-            f"{original['text']['value']:.3f} |"
-        )
-        lines += ["", "| row | minus | difference of Spearman |", "|---|---|---|"]
-        for name, peers in results["changes"].items():
-            for peer, texts in peers.items():
-                value, low, high = texts[text]
-                lines.append(f"| {name} | {peer} | {value:+.4f} ({low:+.4f} to {high:+.4f}) |")
+    for model in results["models"]:
+        lines += ["", f"## Model {model['model']}: {model['kept']} of {model['layers']} layers", ""]
+        lines.append(f"{model['parameters']:,} parameters before; SHA-256 {model['model_sha256'][:12]}...")
+        for text in (each["name"] for each in results["held_out"]):
+            lines += ["", f"### {text}", "", *_table(model, text), "", *_differences(model, text)]
     return "\n".join(lines) + "\n"
+
+
+def _table(model: dict[str, Any], text: str) -> list[str]:
+    lines = ["| row | parameters | processor seconds | Spearman | beside the original | nDCG@10 passage | text |"]
+    lines += ["|---|---|---|---|---|---|---|"]
+    seeds = model["seeds"]
+    for name in seeds[0]["rows"]:
+        rows = [each["rows"][name] for each in seeds]
+        quality = [row["quality"][text] for row in rows]
+        sizes = sorted({row["parameters"] for row in rows})
+        parameters = " to ".join(f"{size:,}" for size in dict.fromkeys((sizes[0], sizes[-1])))
+        lines.append(
+            f"| {name} | {parameters} | {mean(row['processor_seconds'] for row in rows):.0f} "
+            f"| {_spread([each['similarity']['value'] for each in quality])} "
+            f"| {_spread([each['similarity beside the original']['value'] for each in quality])} "
+            f"| {mean(each['ndcg10']['passage']['value'] for each in quality):.3f} "
+            f"| {mean(each['ndcg10']['text']['value'] for each in quality):.3f} |"
+        )
+    original = quality[0]["original's ndcg10"]
+    lines.append(
+        f"| original | {model['parameters']:,} | | 1 | 1 | {original['passage']['value']:.3f} | "
+        f"{original['text']['value']:.3f} |"
+    )
+    return lines
+
+
+def _differences(model: dict[str, Any], text: str) -> list[str]:
+    lines = ["| row | minus | difference of Spearman, by seed |", "|---|---|---|"]
+    for name, peers in model["seeds"][0]["changes"].items():
+        for peer in peers:
+            found = [each["changes"][name][peer][text] for each in model["seeds"]]
+            cells = "; ".join(f"{value:+.4f} ({low:+.4f} to {high:+.4f})" for value, low, high in found)
+            lines.append(f"| {name} | {peer} | {cells} |")
+    return lines
+
+
+def _spread(values: list[float]) -> str:
+    return f"{mean(values):.4f} ({min(values):.4f} to {max(values):.4f})"
 
 
 if __name__ == "__main__":

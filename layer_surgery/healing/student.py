@@ -25,6 +25,7 @@ from layer_surgery.healing.head import chunked_head_loss
 from layer_surgery.healing.inner import Values, of_attention, of_relations, of_states
 from layer_surgery.healing.losses.inputs import Stones, VectorPair
 from layer_surgery.healing.losses.states import Projections
+from layer_surgery.healing.losses.vectors import VectorProjection
 from layer_surgery.healing.mixture import WeightedLoss
 from layer_surgery.healing.outputs import TeacherAnswers, item_values, token_outputs
 from layer_surgery.healing.packing import Batch, Packing
@@ -34,7 +35,8 @@ from layer_surgery.healing.sources import TeacherOutputs, TeacherStates
 from layer_surgery.healing.stones import SteppingStones
 from layer_surgery.healing.trainable import BEHIND
 from layer_surgery.healing.trainee import Trainee, unfrozen
-from layer_surgery.healing.validation import mean_loss
+from layer_surgery.healing.validation import embeddings, mean_loss
+from layer_surgery.walk.losses import targets
 from layer_surgery.walk.streamed import StreamedModel
 from layer_surgery.walk.walk import LOGITS_AT_A_TIME
 
@@ -82,13 +84,25 @@ class Student(Trainee):
         self.objective = streamed.checkpoint.objective
         self._chunk = max(1, LOGITS_AT_A_TIME // streamed.vocabulary_size)
         self.projections: Projections | None = None
-        if any(loss.settings.get("projected") for loss in losses):
+        self.vector_projection: VectorProjection | None = None  #: See `fit_projection`.
+        if any(loss.settings.get("projected") and loss.entry.needs == "states" for loss in losses):
             dtype = torch.promote_types(streamed.dtype, torch.float32)
             self.projections = Projections(streamed.hidden_size, range(len(pairs)), dtype, streamed.device)
 
     @property
     def layers(self) -> nn.ModuleList:
         return self.body.layers
+
+    @property
+    def projects_vectors(self) -> bool:
+        """Whether its vectors go through a map of their own into the teachers' space for a loss."""
+        return any(loss.settings.get("projected") and loss.entry.needs == "vectors" for loss in self._losses)
+
+    def fit_projection(self, tokens: PackedTokens, batch_size: int) -> None:
+        """Make that map, from texts whose labels are the teachers' vectors."""
+        own, teacher = embeddings(self.body, tokens, batch_size), targets(tokens, slice(None))
+        dtype = torch.promote_types(self.body.dtype, torch.float32)
+        self.vector_projection = VectorProjection(own, teacher, dtype).to(self.body.device)
 
     @property
     def config(self) -> Any:
@@ -245,9 +259,12 @@ class Student(Trainee):
         if not (torch.isfinite(lengths) & (lengths > 0)).all():  # one that is 0 has no direction
             raise self._not_finite(given)
         pair, total = VectorPair(vectors, teacher.to(vectors)), torch.zeros((), device=vectors.device)
+        projected = pair
+        if self.vector_projection is not None:
+            projected = VectorPair(self.vector_projection(vectors), pair.teacher)
         for loss in self._losses:
             if loss.entry.needs == "vectors":
-                value = loss.value(pair) * len(vectors)
+                value = loss.value(projected if loss.settings.get("projected") else pair) * len(vectors)
                 self.sums.add(loss.name, value)
                 total = total + loss.weight * value
         return total

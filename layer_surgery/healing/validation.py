@@ -61,8 +61,14 @@ def mean_loss(body: Body, text: str, tokens: PackedTokens, batch_size: int) -> f
 
 def _of_vectors(body: Body, tokens: PackedTokens, batch_size: int) -> float:
     """Return the mean loss of embeddings, all texts compared with each other; one process has them all."""
+    return float(embedding_losses(embeddings(body, tokens, batch_size), targets(tokens, slice(None))).mean())
+
+
+@torch.no_grad()
+def embeddings(body: Body, tokens: PackedTokens, batch_size: int) -> torch.Tensor:
+    """Return the vectors of all texts, [N, E] float64 on the CPU."""
     found = []
     for rows in tokens.batches(batch_size):
         given = tokens.inputs(rows)
         found.append(body.rehearsal.head(body.states(given)[body.last], given).double().cpu())
-    return float(embedding_losses(torch.cat(found), targets(tokens, slice(None))).mean())
+    return torch.cat(found)

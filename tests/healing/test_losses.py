@@ -25,7 +25,9 @@ from layer_surgery.healing.losses.attention import relation_kl
 from layer_surgery.healing.losses.cross_entropy import cross_entropy
 from layer_surgery.healing.losses.decoupled import decouple
 from layer_surgery.healing.losses.divergences import forward_kl, generalised_jsd, reverse_kl, skew_kl, total_variation
+from layer_surgery.healing.losses.inputs import VectorPair
 from layer_surgery.healing.losses.states import Projections, hidden_mse, normalised_mse
+from layer_surgery.healing.losses.vectors import VectorProjection
 
 N, V, D = 6, 11, 5
 LABELS = torch.tensor([0, 3, 10, 3, 7, 1])
@@ -329,6 +331,23 @@ def test_projections_begin_as_the_identity_and_are_trained() -> None:
         assert after.teacher is before.teacher and after.position == before.position
     hidden_mse(projected).backward()
     assert all(parameter.grad is not None and parameter.grad.norm() > 0 for parameter in projections.parameters())
+
+
+def test_the_map_of_vectors_begins_at_the_least_squares_and_is_trained() -> None:
+    vectors, wider = random(60, D), random(60, 3 * D, seed=1)
+    directions = torch.nn.functional.normalize(vectors, dim=1)
+    reached = directions @ torch.linalg.qr(random(3 * D, D, seed=2))[0].T  # a rotation into the wider space
+    projection = VectorProjection(vectors, reached, torch.float64)
+    cosine = LOSSES["embedding_cosine"].function
+    assert float(cosine(VectorPair(projection(vectors), reached))) < 1e-5
+    projection = VectorProjection(vectors, wider, torch.float64)
+    wanted = torch.nn.functional.normalize(wider, dim=1)
+    best = torch.linalg.lstsq(directions, wanted).solution.T
+    assert torch.linalg.norm(projection.weight - best) < 0.01 * torch.linalg.norm(best)
+    loss = cosine(VectorPair(projection(vectors), wider))
+    assert 0.2 < float(loss) < 0.9  # of directions that have nothing to do with each other it would be 1
+    loss.backward()
+    assert projection.weight.grad is not None and projection.weight.grad.norm() > 0
 
 
 def test_masked_places_of_attention_count_nothing() -> None:

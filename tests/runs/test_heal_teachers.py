@@ -17,6 +17,7 @@ from tiny_models import settings, streamed
 from torch import Tensor
 
 import layer_surgery
+from layer_surgery.checkpoint.open import open_checkpoint
 from layer_surgery.data.documents import LoadedData, Text
 from layer_surgery.data.objective import Objective
 from layer_surgery.data.packing import pack_evaluation
@@ -74,6 +75,13 @@ def vectors(model: Path, scratch: Path) -> Tensor:
     return encoder.encode(texts(), encoder.embedder.prompt)
 
 
+@pytest.fixture
+def _no_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing a page takes longer than such a healing."""
+    monkeypatch.setattr("layer_surgery.reporting.page.report_page", lambda *_, **__: "<p>not drawn</p>")
+
+
+@pytest.mark.usefixtures("_no_page")
 def test_two_equal_teachers_are_one(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder / "model", tmp_path / "twin")
     one = heal(folder, tmp_path / "one", loss=SIMILARITIES, tokens=600)
@@ -107,27 +115,33 @@ def test_a_student_comes_nearer_to_both_teachers_together(folder: Path, tmp_path
     assert "to follow 2 teachers" in (tmp_path / "healed" / "report.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.usefixtures("_no_page")
 def test_vectors_are_kept_by_teacher_and_text_and_change_nothing(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pair, cache = (folder / "model", folder / "other"), tmp_path / "cache"
-    heal(folder, tmp_path / "without", *pair, tokens=300)
-    heal(folder, tmp_path / "first", *pair, teacher_cache=cache, tokens=300)
+    given: dict[str, Any] = {"tokens": 300, "loss": ["embedding_cosine:10:projected=1", *SIMILARITIES]}
+    record = heal(folder, tmp_path / "without", *pair, **given)
+    # The map into the teachers' space begins where it is of use, and stays behind.
+    first, last = record.curve[1].losses["embedding_cosine"], record.curve[-1].losses["embedding_cosine"]
+    assert record.helped and max(first, last) < 0.2
+    found = [open_checkpoint(each).embedder for each in (folder / "smaller", tmp_path / "without")]
+    assert all(each is not None for each in found)
+    assert {n: t.shape for n, t in found[0].tensors.items()} == {n: t.shape for n, t in found[1].tensors.items()}
+    heal(folder, tmp_path / "first", *pair, teacher_cache=cache, **given)
     files = sorted(cache.glob("outputs-*.safetensors"))
-    assert len(files) == 4  # of each, of what is trained on and of what is held out
+    assert len(files) == 6  # of each: what is held out, what the map begins with and what is trained on
     kept = torch.cat([rows for file in files if (rows := load_file(file)["rows"]).shape[1] == 32])
     expected = vectors(folder / "other", tmp_path)  # by its own tokens, behind its own prompt
-    assert float(torch.cdist(kept.double(), expected.double()).min(dim=1).values.max()) < 1e-4 * float(
-        expected.norm(dim=1).mean()
-    )
-    assert len(kept) > 40
+    nearest = torch.cdist(kept.double(), expected.double()).min(dim=1).values
+    assert len(kept) > 40 and nearest.max() < 1e-4 * expected.norm(dim=1).mean()
     monkeypatch.setattr(TextEncoder, "encode", lambda *_: pytest.fail("the other teacher was asked again"))
     monkeypatch.setattr("layer_surgery.runs.healing.asking.asked", lambda *_: pytest.fail("so was the original"))
-    heal(folder, tmp_path / "second", *pair, teacher_cache=cache, tokens=300)
+    heal(folder, tmp_path / "second", *pair, teacher_cache=cache, **given)
     assert sorted(cache.glob("outputs-*.safetensors")) == files
-    found = [tensors_of(tmp_path / name) for name in ("without", "first", "second")]
-    for name, tensor in found[0].items():
-        assert torch.equal(tensor, found[1][name]) and torch.equal(tensor, found[2][name]), name
+    weights = [tensors_of(tmp_path / name) for name in ("without", "first", "second")]
+    for name, tensor in weights[0].items():
+        assert torch.equal(tensor, weights[1][name]) and torch.equal(tensor, weights[2][name]), name
 
 
 def test_side_by_side_cosines_are_means_and_spaces_stay_apart() -> None:
@@ -167,7 +181,12 @@ def test_teachers_that_cannot_be_are_refused(run: CommandLine, folder: Path, tmp
     def refused(*options: Any, said: str) -> None:
         assert_refused(run("heal", folder / "smaller", *given, *options), said)
 
-    refused(*pair, "--loss", "embedding_cosine", said="those of several teachers side by side are in another space")
+    refused(
+        *pair,
+        "--loss",
+        "embedding_cosine",
+        said="those of several teachers side by side, which are in another space; leave",
+    )
     refused(*pair, "--stages", "local", said="--stages local has layers follow the original's alone")
     plain = tmp_path / "plain"
     shutil.copytree(folder / "other", plain)

@@ -150,15 +150,12 @@ def _check_vectors(
     if teachers is not None and "local" in config.stages:
         raise UserError("--stages local has layers follow the original's alone; leave it out, or give one --teacher.")
     for loss in losses:
-        if loss.name == "embedding_cosine" and teachers is not None:
+        if loss.name == "embedding_cosine" and not loss.settings["projected"] and (teachers or fewer_dimensions):
+            others = "those of several teachers side by side, which are in another space"
+            whose = others if teachers is not None else "the original's, which has more numbers"
             raise UserError(
-                f"--loss {loss.name} compares each embedding with the teacher's, and those of several teachers side by "
-                "side are in another space; leave it out, and take embedding_similarity and embedding_relative."
-            )
-        if loss.name == "embedding_cosine" and fewer_dimensions:
-            raise UserError(
-                f"--loss {loss.name} compares each embedding with the original's, which has more numbers; leave it "
-                "out, and take embedding_similarity and embedding_relative."
+                f"--loss {loss.name} compares each embedding with {whose}; leave it out and take embedding_similarity "
+                "and embedding_relative, or give embedding_cosine:10:projected=1."
             )
         if loss.entry.needs == "vectors" and config.step_sequences < _FEWEST_COMPARED:
             raise UserError(

@@ -44,6 +44,9 @@ from layer_surgery.walk.rehearsal import Rehearsal
 from layer_surgery.walk.streamed import StreamedModel
 from layer_surgery.walk.walk import Walk
 
+#: Texts that the map of a student's vectors into its teachers' space begins with the least squares of.
+_PROJECTED_TEXTS = 4096
+
 
 @dataclass(frozen=True, kw_only=True)
 class Healed:
@@ -120,6 +123,9 @@ class _Healing:
                 if config.both_models:
                     original = self._teacher.checkpoint
                     put_beside(student, self._session, original, self._losses, self._pairs, self._plan)
+                if student.projects_vectors:
+                    few = self._asking.embedded(self._data.first(_PROJECTED_TEXTS).train)
+                    student.fit_projection(few, self._session.runtime.batch_size)
                 student.packs = self._packs(student)
                 with timed("heal_probe"):
                     probed = self._probe(student)
