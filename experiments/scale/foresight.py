@@ -20,6 +20,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,13 +34,14 @@ time.perf_counter = time.process_time
 sys.argv[0] = "layer-surgery"
 runpy.run_module("layer_surgery", run_name="__main__")
 """
-#: Ways of healing on the bundled text. A learning rate that is given is not looked for.
+#: Ways of healing on the bundled text, in eight steps of four windows. A learning rate that is given is not looked for.
+_GIVEN = ("--learning-rate", "1e-4")
 HEALINGS = {
-    "all weights, tokens": ("--tokens", "40000"),
-    "adapters, learning rate given": ("--tokens", "40000", "--train", "lora", "--learning-rate", "1e-4"),
-    "both models": ("--tokens", "20000", "--both-models", "--learning-rate", "1e-4"),
-    "states": ("--tokens", "20000", "--loss", "kl", "--loss", "cosine", "--learning-rate", "1e-4"),
-    "local stage alone": ("--tokens", "20000", "--stages", "local", "--learning-rate", "1e-4"),
+    "all weights": (),
+    "adapters, learning rate given": ("--train", "lora", *_GIVEN),
+    "both models, learning rate given": ("--both-models", *_GIVEN),
+    "states too, learning rate given": ("--loss", "kl", "--loss", "cosine", *_GIVEN),
+    "local stage alone, learning rate given": ("--stages", "local", *_GIVEN),
 }
 CHECKPOINTS = {"demo": (DEMO_CHECKPOINT, 9), "second": (ROOT / "experiments/second_checkpoint/checkpoint", 12)}
 
@@ -89,28 +91,29 @@ def compared(foreseen: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]
     }
 
 
-def compressions(runner: Runner, samples: int) -> dict[str, Any]:
-    """Compare the compression of both checkpoints."""
+def compressions(runner: Runner, samples: int) -> Iterator[dict[str, Any]]:
+    """Compare the compression of both checkpoints; yield what there is so far."""
     found = {}
     for name, (checkpoint, target) in CHECKPOINTS.items():
         options = ["--target-layers", str(target), "--samples", str(samples), "--continuations", "0"]
         found[name] = runner.compared("compress", str(checkpoint), *options)
         print(name, json.dumps(found[name], indent=1), flush=True)
-    return {"samples": samples, "checkpoints": found}
+        yield {"samples": samples, "checkpoints": found}
 
 
-def healings(runner: Runner) -> dict[str, Any]:
-    """Compare ways of healing a result of the demo checkpoint."""
+def healings(runner: Runner) -> Iterator[dict[str, Any]]:
+    """Compare ways of healing a result of the demo checkpoint, one after the other; yield what there is so far."""
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         result = f"{folder}/result"
         surgery = ["--layers", "2,6,9", "--keep", "0.2", "--method", "svd_llm", "--samples", "32", "--no-refit"]
         runner("compress", str(DEMO_CHECKPOINT), *surgery, "--no-eval", "--continuations", "0", "--output", result)
         for name, options in HEALINGS.items():
-            arguments = ["--data", "bundled", "--eval-windows", "32", "--continuations", "0", *options]
-            found[name] = runner.compared("heal", result, *arguments)
+            arguments = ["--data", "bundled", "--tokens", "8192", "--step-sequences", "4", *options]
+            arguments += ["--eval-windows", "8", "--continuations", "0"]
+            found[name] = {"options": " ".join(arguments)} | runner.compared("heal", result, *arguments)
             print(name, json.dumps(found[name], indent=1), flush=True)
-    return {"healings": {name: {"options": " ".join(HEALINGS[name])} | found[name] for name in found}}
+            yield {"healings": found}
 
 
 def main() -> None:
@@ -122,13 +125,11 @@ def main() -> None:
     parser.add_argument("--report", type=Path, help="default: reports/scale/foresight.json or foresight_heal.json")
     arguments = parser.parse_args()
     runner, loaded = Runner(arguments.cpu_time), os.getloadavg()[0]
-    found = healings(runner) if arguments.heal else compressions(runner, arguments.samples)
     name = "foresight_heal.json" if arguments.heal else "foresight.json"
-    known = {
-        "times": "of the processor" if arguments.cpu_time else "of the clock",
-        "load": [loaded, os.getloadavg()[0]],
-    }
-    write_report(arguments.report or ROOT / "reports" / "scale" / name, known | found)
+    times = "of the processor" if arguments.cpu_time else "of the clock"
+    for found in healings(runner) if arguments.heal else compressions(runner, arguments.samples):
+        known = {"times": times, "load average before and after": [loaded, os.getloadavg()[0]]}
+        write_report(arguments.report or ROOT / "reports" / "scale" / name, known | found)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -12,10 +13,13 @@ import pytest
 import torch
 from large_sizes import llama_7b
 from tiny_checkpoints import CommandLine, listing, model_with_vocabulary, saved_model, strict_json, text_file
+from tiny_embedders import dense, saved_embedder
+from tiny_encoders import labelled_file, saved_encoder
 from torch import nn
 
 import layer_surgery
 from layer_surgery.checkpoint.open import open_checkpoint
+from layer_surgery.data.objective import Problem
 from layer_surgery.errors import UserError
 from layer_surgery.records.foresight import Foresight
 from layer_surgery.runs.evaluator import Evaluator
@@ -164,6 +168,26 @@ def test_healing_after_a_compression_is_counted(result: Path, words: Path) -> No
     assert names(found)[-6:] == between
     assert all(each.seconds is not None and each.seconds > 0 for each in found.stages)
     assert any("because the result is smaller" in words for words in found.left_out)
+
+
+@pytest.mark.parametrize("problem", ["single_label", "multi_label", "regression", "tags", "masked_token", "embedding"])
+def test_other_heads_have_a_foresight_too(problem: Problem, words: Path, tmp_path: Path) -> None:
+    if problem == "embedding":
+        model, data = saved_embedder(tmp_path / "model", others=(dense(32, 16),)), tmp_path / "data.jsonl"
+        rows = (f"the quick fox {'jumps ' * (number % 5)}{number}" for number in range(60))
+        data.write_text("\n".join(json.dumps({"text": text}) for text in rows), encoding="utf-8")
+    else:
+        model = saved_encoder(tmp_path / "model", problem)
+        data = words if problem == "masked_token" else labelled_file(tmp_path / "data.jsonl", problem)
+    given: dict[str, Any] = {"eval_data": None, "sequence_length": 32, "continuations": 0}
+    cut = {"layers": [1, 2], "keep": 0.2, "method": "svd", "samples": 40}
+    layer_surgery.compress(model, tmp_path / "smaller", calibration=str(data), **cut, **given)
+    found = layer_surgery.foresee_heal(
+        tmp_path / "smaller", data=str(data), tokens=500, stages=("local", "global"), **given
+    )
+    parts = [each for each in found.stages if each.name.startswith("heal_")]
+    assert [each.name for each in parts] == ["heal_local", "heal_probe", "heal_ask", "heal_train"]
+    assert all(each.seconds is not None and each.seconds > 0 for each in parts)
 
 
 def test_too_small_a_disk_is_refused(

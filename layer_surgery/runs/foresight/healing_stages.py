@@ -81,7 +81,7 @@ class ForeseenHealing:
             tokens=prepared.data.train,
             losses=prepared.losses,
             names=trained_names(student, plan, train),
-            temperature=prepared.kept_temperature if not config.both_models else None,
+            temperature=prepared.kept_temperature if case.keeps_records else None,
             settings=session.settings,
             scratch=session.scratch,
         ).measure(*sizes)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -69,7 +69,7 @@ class TrainingProbe:
 
     def measure(self, teacher: Sizes, student: Sizes) -> TrainingRates:
         """Measure a layer of each kind of the original, and the smallest and the largest of each of the student."""
-        tokens = some_of(self.tokens, teacher, self.settings, self.teacher.device)
+        tokens = self._with_vectors(some_of(self.tokens, teacher, self.settings, self.teacher.device))
         rates = TrainingRates(
             teacher=probe(self.teacher, tokens, teacher, self.settings, decompositions=False),
             student=Rates(),
@@ -79,6 +79,15 @@ class TrainingProbe:
         self._head(tokens, rates)
         self._optimiser(rates)
         return rates
+
+    def _with_vectors(self, tokens: PackedTokens) -> PackedTokens:
+        """Return texts of an embedding model with any vectors in the place of the original's, which are not known."""
+        embedder = self.teacher.checkpoint.embedder
+        if embedder is None:
+            return tokens
+        size = embedder.dimensions(self.teacher.hidden_size)
+        generator = torch.Generator().manual_seed(0)
+        return replace(tokens, labels=torch.randn(tokens.sequences, size, generator=generator))
 
     # -- layers --------------------------------------------------------------------------------------------------------
 
