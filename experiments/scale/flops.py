@@ -27,8 +27,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import ROOT, write_report
 
+from layer_surgery import devices
 from layer_surgery.calibration.statistics import useful_rank
-from layer_surgery.linalg import blockwise_nystrom, least_squares
+from layer_surgery.linalg import blockwise_nystrom, leading, least_squares
 from layer_surgery.linalg.blockwise_nystrom import blockwise_column_order
 from layer_surgery.linalg.leading import leading_whitened_svd
 from layer_surgery.linalg.least_squares import RidgeProblem, Sums
@@ -44,6 +45,7 @@ CONSTANTS: tuple[tuple[Any, str], ...] = (
     (least_squares, "_PROBES"),
     (blockwise_nystrom, "_BLOCK"),
     (blockwise_nystrom, "_CANDIDATES"),
+    (leading, "_LEAST_OVERSAMPLING"),
 )
 
 aten = torch.ops.aten
@@ -172,6 +174,8 @@ def widths(hidden: int, width: int) -> dict[str, Any]:
     with ExitStack() as smaller:
         for module, name in CONSTANTS:
             smaller.enter_context(mock.patch.object(module, name, max(1, getattr(module, name) // SCALE)))
+        blocks = {kind: max(1, rows // SCALE) for kind, rows in devices._BLOCK_ROWS.items()}
+        smaller.enter_context(mock.patch.dict(devices._BLOCK_ROWS, blocks))
         for way in ("exact", "leading"):
             for work in (statistics, refit):
                 found[f"{work.__name__}, {way}"] = counted(partial(work, layer, way == "leading"))
