@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from layer_surgery.checkpoint.embedder import Embedder
 from layer_surgery.data.passages import pack_as_used
 from layer_surgery.evaluation.vectors import text_vectors
-from layer_surgery.progress import no_progress
+from layer_surgery.progress import Progress, no_progress
 from layer_surgery.walk.streamed import StreamedModel
 from layer_surgery.walk.walk import WalkSettings
 
@@ -40,7 +40,7 @@ class TextEncoder:
             name: prompt or "" for name, prompt in (self.embedder.settings.get("prompts") or {}).items()
         }
 
-    def encode(self, texts: Sequence[str], prompt: str) -> Tensor:
+    def encode(self, texts: Sequence[str], prompt: str, progress: Progress = no_progress) -> Tensor:
         """Return the vectors of texts behind a prompt, [N, E] float32 on the CPU.
 
         Texts that are longer than the model takes are cut off, as wherever it is used. So many are walked over together
@@ -50,6 +50,6 @@ class TextEncoder:
         row_bytes = tokens.sequence_length * self.model.hidden_size * self.model.dtype.itemsize
         together = max(self.settings.batch_size, self.settings.boundary_memory_bytes // row_bytes)
         order = tokens.valid.sum(dim=1).argsort(descending=True, stable=True)
-        quiet = replace(self.settings, progress=no_progress)
-        parts = [text_vectors(self.model, tokens.select(rows), quiet) for rows in torch.split(order, together)]
+        settings = replace(self.settings, progress=progress)
+        parts = [text_vectors(self.model, tokens.select(rows), settings) for rows in torch.split(order, together)]
         return torch.cat(parts)[order.argsort()].float().cpu()

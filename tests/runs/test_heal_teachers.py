@@ -135,7 +135,7 @@ def test_vectors_are_kept_by_teacher_and_text_and_change_nothing(
     expected = vectors(folder / "other", tmp_path)  # by its own tokens, behind its own prompt
     nearest = torch.cdist(kept.double(), expected.double()).min(dim=1).values
     assert len(kept) > 40 and nearest.max() < 1e-4 * expected.norm(dim=1).mean()
-    monkeypatch.setattr(TextEncoder, "encode", lambda *_: pytest.fail("the other teacher was asked again"))
+    monkeypatch.setattr(TextEncoder, "encode", lambda *_, **__: pytest.fail("the other teacher was asked again"))
     monkeypatch.setattr("layer_surgery.runs.healing.asking.asked", lambda *_: pytest.fail("so was the original"))
     heal(folder, tmp_path / "second", *pair, teacher_cache=cache, **given)
     assert sorted(cache.glob("outputs-*.safetensors")) == files

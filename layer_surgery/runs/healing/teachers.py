@@ -31,9 +31,6 @@ from layer_surgery.records import TeacherRecord
 from layer_surgery.runs.provenance import checkpoint_hash
 from layer_surgery.runs.session import Model, Session, open_session
 
-#: Texts that are given to a teacher at a time.
-_AT_A_TIME = 1024
-
 
 @dataclass(frozen=True)
 class Teacher:
@@ -57,15 +54,8 @@ class Teacher:
             return rows
         model = session.stream(session.checkpoint)
         encoder = TextEncoder(model, session.need_tokenizer(), session.settings)
-        pieces = []
-        name = session.checkpoint.name
-        with session.ui.progress(f"asking {name}", tokens.sequences) as advance:
-            for start in range(0, tokens.sequences, _AT_A_TIME):
-                texts = tokens.texts[start : start + _AT_A_TIME]
-                pieces.append(encoder.encode(texts, encoder.embedder.prompt))
-                for _ in texts:
-                    advance()
-        return captured_rows(pieces, file, identity)
+        vectors = encoder.encode(tokens.texts, encoder.embedder.prompt, session.ui.progress)
+        return captured_rows([vectors], file, identity)
 
     def record(self, *, original: bool) -> TeacherRecord:
         """Return what a record says of it."""
