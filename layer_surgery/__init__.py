@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     )
     from layer_surgery.records.sweep import SweepPoint, SweepReport
 
-__version__ = "0.3.0"
+__version__ = "0.4.0"
 
 __all__ = [
     "Comparison",

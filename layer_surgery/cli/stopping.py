@@ -3,12 +3,15 @@
 import os
 import signal
 import sys
+import threading
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from layer_surgery.disk.signals import ignore_signals, set_handlers
 
 INTERRUPTED = "interrupted; nothing half-written is left."
+#: Seconds after which a signal comes again whose exception has had nobody to go to.
+_AGAIN = 0.05
 #: The signal that has been raised as an exception.
 _raised = 0
 
@@ -34,6 +37,9 @@ def stop_at_once() -> None:
 def stop_by_cleaning_up() -> None:
     """Have signals raise `KeyboardInterrupt` or `Stopped` from now on, so that a run cleans up."""
     set_handlers(_raise)
+    if sys.unraisablehook is not _stop_again:
+        global _ignored_otherwise
+        _ignored_otherwise, sys.unraisablehook = sys.unraisablehook, _stop_again
 
 
 def raise_again() -> None:
@@ -48,6 +54,21 @@ def end(number: int) -> NoReturn:
     ignore_signals()
     _say()
     sys.exit(128 + number)
+
+
+#: What was to be done with exceptions that cannot be raised, which is done with all but those of signals.
+_ignored_otherwise = sys.unraisablehook
+
+
+def _stop_again(ignored: Any) -> None:
+    """Send a signal again that came in a callback of the interpreter's own, such as a finalizer: it drops whatever is
+    raised there, so that the run would go on."""
+    if _raised and isinstance(ignored.exc_value, KeyboardInterrupt | Stopped):
+        again = threading.Timer(_AGAIN, os.kill, (os.getpid(), _raised))
+        again.daemon = True
+        again.start()
+    else:
+        _ignored_otherwise(ignored)
 
 
 def _exit(number: int, _frame: FrameType | None) -> NoReturn:

@@ -368,6 +368,29 @@ def test_a_signal_that_a_library_makes_an_error_of_is_one_all_the_same(
     assert listing(tmp_path) == {}
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["INT", "TERM"])
+def test_a_signal_in_a_finalizer_stops_a_run_all_the_same(
+    run: CommandLine, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, code: int
+) -> None:
+    class Signals:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), number)
+            time.sleep(0.01)
+
+    def stop(*_: object, **__: object) -> None:
+        signals = Signals()
+        del signals
+        time.sleep(20)
+        pytest.fail("the run went on")
+
+    monkeypatch.setattr("layer_surgery.runs.bench.result_checkpoint", stop)
+    options = ["--layers", 1, "--keep", 0, "--no-refit", "--no-eval", "--output", tmp_path / "output"]
+    outcome = run("compress", model, *options)
+    assert outcome.code == code
+    assert outcome.error_lines[-1] == "interrupted; nothing half-written is left."
+    assert listing(tmp_path) == {}
+
+
 #: Sends a signal to itself when a module is looked for, and is `python -m layer_surgery` otherwise.
 SIGNALLED_AT_AN_IMPORT = """
 import os, runpy, sys

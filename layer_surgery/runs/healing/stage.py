@@ -18,7 +18,15 @@ from layer_surgery.healing.adapters import add_adapters
 from layer_surgery.healing.local import GradientMoments, LayerStudent, Place
 from layer_surgery.healing.packing import packed_batch_size, packs
 from layer_surgery.healing.pairs import layer_pairs
-from layer_surgery.healing.probe import LEARNING_RATES, LIKELIEST, MOST_RATES, PROBE_STEPS, Probe, probe
+from layer_surgery.healing.probe import (
+    LEARNING_RATES,
+    LIKELIEST,
+    LIKELIEST_OF_LORA,
+    MOST_RATES,
+    PROBE_STEPS,
+    Probe,
+    probe,
+)
 from layer_surgery.healing.relations import check_relations
 from layer_surgery.healing.student import Student
 from layer_surgery.healing.trainable import changed_positions, numbers_of, trained_names
@@ -291,7 +299,8 @@ class _Healing:
         if self._config.budget_minutes is not None:
             settings = replace(settings, seconds=PROBE_SHARE * 60 * self._config.budget_minutes)
         with self._session.ui.progress("trying learning rates", min(len(rates), MOST_RATES) * PROBE_STEPS) as advance:
-            found = probe(student, few, settings, rates, advance)
+            likeliest = LIKELIEST_OF_LORA if self._config.train == "lora" else LIKELIEST
+            found = probe(student, few, settings, rates, likeliest, advance)
         _remove(settings.directory)
         tried = ", ".join(
             f"{point.learning_rate:g}: " + ("not finite" if point.regret is None else f"{point.regret:+.4f}")
