@@ -396,6 +396,8 @@ def test_a_mistake_is_one_sentence_before_any_work(
     run: CommandLine, command: list[Any], tmp_path: Path, arguments: dict[str, str | None], sentence: str
 ) -> None:
     given = {"--target-layers": 3} | dict(zip(command[2::2], command[3::2], strict=True)) | arguments
+    if "--no-eval" in arguments:
+        given.pop("--eval-data")
     outcome = run(*command[:2], *(part for pair in given.items() for part in pair if part is not None))
     assert outcome.code == 2, outcome.err
     assert outcome.error_lines[-1].startswith("error: ") and sentence in outcome.error_lines[-1]
