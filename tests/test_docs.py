@@ -84,6 +84,7 @@ FAST = {
     "--continuations": "0",
     "--limit": "2",
     "--speed-new-tokens": "2",
+    "--learning-rate": "1e-4",
     "--speed-repeats": "1",
     "--speed-lengths": "8",
 }
