@@ -46,8 +46,9 @@ After a fault the same command is run again. Where the folder holds what it held
 - `instants.py`, export 13 and cache 26, raw errors: a signal in the middle of a figure or of making a tensor, of which
   matplotlib and torch make a `ValueError`. What fails after a signal ends as a run that it has stopped
   (`cli/stopping.py`).
-- **Not mended**: `instants.py`, cache 11, a raw error: a signal in a callback of the interpreter's own (an import's
-  lock). Python prints it as an exception that it ignores, and the run goes on to its end, with exit code 0.
+- `instants.py`, cache 11, a raw error and exit code 0: a signal in a callback of the interpreter's own (an import's
+  lock, a finalizer), which drops whatever is raised there. The signal comes again after such a callback now
+  (`cli/stopping.py`).
 - By reading: a disk that is full while hidden states are kept on it was an error of Python's (`walk/boundaries.py`).
 - By reading: answers of the original (`--teacher-cache`) that were changed on disk were used; two runs could write one
   teacher cache; a capture that was killed before its first header was refused for ever; nothing of it was synced; a
