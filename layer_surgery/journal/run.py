@@ -19,6 +19,8 @@ from layer_surgery.errors import OutputError
 from layer_surgery.journal.steps import NO_STEPS, Steps
 
 _RUN_FILE, _STAGES = "run.json", "stages"
+#: Of the run's file, what a run that was killed while it wrote that has left.
+_HALF_WRITTEN = f".{_RUN_FILE}.partial-"
 
 
 class Journal:
@@ -52,6 +54,8 @@ class Journal:
     def _begin(self, directory: Path, identity: dict[str, Any]) -> None:
         try:
             directory.mkdir(exist_ok=True)
+            for left in directory.glob(f"{_HALF_WRITTEN}*"):
+                left.unlink()
             if (directory / _RUN_FILE).exists():
                 _check_same(directory, _known(directory), identity)
             else:
@@ -79,10 +83,13 @@ def open_journal(directory: Path | None, note: Callable[[str], object]) -> Itera
         yield Journal(directory, note)
         parallel.barrier()
         if parallel.is_first():
-            shutil.rmtree(directory / _STAGES, ignore_errors=True)
-            (directory / _RUN_FILE).unlink(missing_ok=True)
-            if not any(directory.iterdir()):
-                directory.rmdir()
+            try:
+                shutil.rmtree(directory / _STAGES, ignore_errors=True)
+                (directory / _RUN_FILE).unlink(missing_ok=True)
+                if not any(directory.iterdir()):
+                    directory.rmdir()
+            except OSError as error:  # the run is done, and its result is there
+                note(f"warning: --resume {directory} is not needed any more and cannot be removed ({why(error)})")
 
 
 def check_journal(directory: Path | None, output: Path | None) -> None:
@@ -92,7 +99,8 @@ def check_journal(directory: Path | None, output: Path | None) -> None:
     try:
         if directory.exists() and not directory.is_dir():
             raise OutputError(f"--resume {directory} is no directory; give another one.")
-        found = set(os.listdir(directory)) if directory.exists() else set()
+        names = os.listdir(directory) if directory.exists() else []
+        found = {name for name in names if not name.startswith(_HALF_WRITTEN)}
     except OSError as error:
         raise OutputError(f"--resume {directory} cannot be read ({why(error)}); give another one.") from error
     if found and _RUN_FILE not in found and found != {_STAGES}:

@@ -5,12 +5,15 @@ A sample of the steps; `experiments/faults/resume.py` kills at many more.
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -84,3 +87,22 @@ def test_another_run_is_refused_and_nothing_of_others_is_removed(
     assert outcome.code == 2 and "in one another" in outcome.err
     outcome = run(*arguments, str(text))
     assert outcome.code == 2 and "is no directory" in outcome.err
+
+
+def test_a_half_written_beginning_is_its_own_and_a_folder_that_stays_fails_nothing(
+    model: Path, text: Path, folder: Path, run: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed = Run.begin("fisher", model, text, folder / "run")
+    work = killed.folder / "work"
+    for stays in (False, True):
+        shutil.rmtree(killed.folder / "output")
+        work.mkdir()
+        (work / ".run.json.partial-0123456789abcdef").write_text("{")
+        if stays:
+            monkeypatch.setattr(Path, "rmdir", Mock(side_effect=OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))))
+        monkeypatch.chdir(killed.folder)
+        outcome = run(*killed.command, "--resume", "work")
+        assert outcome.code == 0, outcome.err
+        assert work.exists() == stays and ("cannot be removed (No space left" in outcome.err) == stays
+        if stays:
+            assert os.listdir(work) == []

@@ -18,6 +18,7 @@ from layer_surgery import parallel
 from layer_surgery.config import HealingConfig
 from layer_surgery.data.tokens import PackedTokens
 from layer_surgery.disk.locks import LockedError, lock_file, locked
+from layer_surgery.disk.reading import why
 from layer_surgery.errors import LayerSurgeryError, NumericalError
 from layer_surgery.healing.capture import DenseTeacher, KeptStore, Reduce, TeacherStatesStore, asked
 from layer_surgery.healing.losses.registry import Needs
@@ -246,6 +247,11 @@ class Asking:
                 "for it, and keeps its own for itself"
             )
             return False
+        except OSError as error:
+            raise LayerSurgeryError(
+                f"--teacher-cache {self._config.teacher_cache} cannot be written ({why(error)}); give another one, or "
+                "leave it out."
+            ) from error
         return True
 
     def _open_cache(
