@@ -2,13 +2,13 @@
 
 import json
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from layer_surgery import parallel
 from layer_surgery.checkpoint.contents import PAGE_FILES, remove_result
 from layer_surgery.checkpoint.output import check_output, new_folders, output_lock, refusing, writing
-from layer_surgery.disk.locks import lock_file
+from layer_surgery.disk.locks import LockedError, lock_file, locked
 from layer_surgery.disk.writing import write_atomically
 from layer_surgery.errors import OutputError
 from layer_surgery.records.reading import SWEEP_FILE
@@ -50,6 +50,10 @@ def sweep_directory(directory: Path) -> Iterator[Path]:
         with refusing(directory):
             stack.enter_context(new_folders(directory))
             stack.enter_context(output_lock(directory, holds=SWEEP_FILE))
+        best = directory / BEST_FOLDER
+        if lock_file(best).exists():  # which an earlier sweep could not remove: taken, it goes, if nobody has it
+            with suppress(LockedError, OSError), locked(best):
+                pass
         yield directory
 
 
