@@ -49,6 +49,10 @@ After a fault the same command is run again. Where the folder holds what it held
 - `instants.py`, cache 11, a raw error and exit code 0: a signal in a callback of the interpreter's own (an import's
   lock, a finalizer), which drops whatever is raised there. The signal comes again after such a callback now
   (`cli/stopping.py`).
+- `every_fault.py`, resume: killed while it wrote its first file, a run was refused for ever after; a folder that could
+  not be removed at the end failed a run that was done. Heal: a lock of a teacher cache that could not be made was an
+  error of Python's. Sweep: a lock that could not be removed stayed (`journal/run.py`, `healing/asking.py`,
+  `runs/sweep/state.py`; these three scenarios were begun anew).
 - By reading: a disk that is full while hidden states are kept on it was an error of Python's (`walk/boundaries.py`).
 - By reading: answers of the original (`--teacher-cache`) that were changed on disk were used; two runs could write one
   teacher cache; a capture that was killed before its first header was refused for ever; nothing of it was synced; a
